@@ -1,0 +1,274 @@
+// Sixteen output rows of a dense or W4 linear for T = 1..8 activation vectors, out[t][r] = w[r] . x[t].
+//
+// Decoding reads every weight once, so the loops keep several rows in flight per weight load and T
+// accumulators per row. Each (row, t) has one accumulator that runs over K in order, whatever T is: a
+// result never depends on its neighbours. With AVX512_BF16, bf16 products go through vdpbf16ps; all other
+// cases run in fp32. W4 nibbles become exact small numbers first; scale and zero are applied in fp32.
+#pragma once
+
+#include "kernels.h"
+#include "simd.h"
+
+namespace {
+
+using river::DType;
+using river::cpu::Operand;
+using river::cpu::StripOut;
+
+constexpr int kGroup = river::kTileCols;  // activation columns per tile, one (scale, zero) pair per row
+constexpr int kPasses = 4;                // at most 4 activation vectors per pass over the weights
+
+#if defined(__AVX512BF16__)
+constexpr bool kBf16Dot = true;
+inline f32x16 dot_bf16(f32x16 acc, __m512i a, __m512i b) {
+  return (f32x16)_mm512_dpbf16_ps((__m512)acc, (__m512bh)a, (__m512bh)b);
+}
+#else
+constexpr bool kBf16Dot = false;
+#endif
+
+inline bool uses_bf16(DType dtype) { return kBf16Dot && dtype == DType::kBFloat16; }
+
+// ---- activations ------------------------------------------------------------------------------
+
+// A W4 word i of a row pair holds columns 4i..4i+3, so packed operands group the columns of a tile by
+// their index mod 4: bf16 as pairs [(0, 1) x 16][(2, 3) x 16], fp32 as [0 x 16][1 x 16][2 x 16][3 x 16].
+inline int packed_place(int column, bool bf16) {
+  const int word = column / 4, part = column % 4;
+  return bf16 ? (part / 2) * 32 + word * 2 + part % 2 : part * 16 + word;
+}
+
+void prepare(DType dtype, const void* x, bool packed, int row, const Operand& operand) {
+  const bool bf16 = uses_bf16(dtype);
+  if (bf16 && !packed) {
+    auto* y = (uint16_t*)operand.values + (int64_t)row * operand.padded;
+    memcpy(y, x, operand.cols * 2);
+    memset(y + operand.cols, 0, (operand.padded - operand.cols) * 2);
+    return;
+  }
+  for (int base = 0; base < operand.padded; base += kGroup) {
+    float group[kGroup] = {};
+    const int count = operand.cols - base < kGroup ? operand.cols - base : kGroup;
+    const char* source = (const char*)x + base * river::size_of(dtype);
+    if (count > 0) for_lanes(dtype, source, count, [&](int64_t i, f32x16 v) { store(group + i, v); });
+    const int64_t at = (int64_t)row * operand.padded + base;
+    if (!packed) {
+      memcpy((float*)operand.values + at, group, sizeof(group));
+      continue;
+    }
+    f32x16 sum{};
+    for (int i = 0; i < kGroup; i += 16) sum += load<f32x16>(group + i);
+    operand.sums[at / kGroup] = reduce(sum);
+    for (int column = 0; column < kGroup; column++) {
+      const int64_t place = at + packed_place(column, bf16);
+      if (bf16) {
+        uint32_t bits;
+        memcpy(&bits, &group[column], 4);
+        ((uint16_t*)operand.values)[place] = (uint16_t)(bits >> 16);
+      } else {
+        ((float*)operand.values)[place] = group[column];
+      }
+    }
+  }
+}
+
+// ---- dense ------------------------------------------------------------------------------------
+
+#if defined(__AVX512BF16__)
+template <int R, int T>
+inline void dense_rows_bf16(const uint16_t* weight, const Operand& x, int t0, int r0, StripOut& out) {
+  const auto* values = (const uint16_t*)x.values + (int64_t)t0 * x.padded;
+  f32x16 acc[R][T] = {};
+  auto step = [&](int k, __mmask32 mask) {
+    __m512i w[R];
+    for (int r = 0; r < R; r++) w[r] = _mm512_maskz_loadu_epi16(mask, weight + (int64_t)(r0 + r) * x.cols + k);
+    for (int t = 0; t < T; t++) {
+      const __m512i v = _mm512_loadu_si512(values + (int64_t)t * x.padded + k);
+      for (int r = 0; r < R; r++) acc[r][t] = dot_bf16(acc[r][t], w[r], v);
+    }
+  };
+  int k = 0;
+  for (; k + 32 <= x.cols; k += 32) step(k, ~0u);
+  if (k < x.cols) step(k, (1u << (x.cols - k)) - 1);
+  for (int t = 0; t < T; t++)
+    for (int r = 0; r < R; r++) out[t0 + t][r0 + r] = reduce(acc[r][t]);
+}
+#endif
+
+template <DType kDType, int R, int T>
+inline void dense_rows_float(const char* weight, const Operand& x, int t0, int r0, StripOut& out) {
+  const float* values = (const float*)x.values + (int64_t)t0 * x.padded;
+  const int64_t row_bytes = x.cols * river::size_of(kDType);
+  f32x16 acc[R][T] = {};
+  auto step = [&](int k, auto load_weight) {
+    f32x16 w[R];
+    for (int r = 0; r < R; r++) w[r] = load_weight(weight + (r0 + r) * row_bytes);
+    for (int t = 0; t < T; t++) {
+      const f32x16 v = load<f32x16>(values + (int64_t)t * x.padded + k);
+      for (int r = 0; r < R; r++) acc[r][t] += w[r] * v;
+    }
+  };
+  int k = 0;
+  for (; k + 16 <= x.cols; k += 16) step(k, [&](const char* row) { return load_as_float(kDType, row, k); });
+  if (k < x.cols) step(k, [&](const char* row) { return load_tail(kDType, row, k, x.cols); });
+  for (int t = 0; t < T; t++)
+    for (int r = 0; r < R; r++) out[t0 + t][r0 + r] = reduce(acc[r][t]);
+}
+
+// Rows of the strip in blocks of R, the rest one by one; R x T accumulators stay in registers.
+template <int R, int T, class Rows>
+inline void blocks_of_rows(int count, Rows rows) {
+  int r = 0;
+  for (; r + R <= count; r += R) rows.template operator()<R, T>(r);
+  for (; r < count; r++) rows.template operator()<1, T>(r);
+}
+
+template <class Rows>
+inline void all_rows(int count, int vectors, Rows rows) {
+  switch (vectors) {
+    case 1: return blocks_of_rows<8, 1>(count, rows);
+    case 2: return blocks_of_rows<8, 2>(count, rows);
+    case 3: return blocks_of_rows<4, 3>(count, rows);
+    default: return blocks_of_rows<4, 4>(count, rows);
+  }
+}
+
+void dense_strip(DType dtype, const void* weight, int count, const Operand& x, StripOut& out) {
+  for (int t0 = 0; t0 < x.rows; t0 += kPasses) {
+    const int vectors = x.rows - t0 < kPasses ? x.rows - t0 : kPasses;
+    auto floats = [&]<DType D>() {
+      all_rows(count, vectors, [&]<int R, int T>(int r0) {
+        dense_rows_float<D, R, T>((const char*)weight, x, t0, r0, out);
+      });
+    };
+    if (dtype == DType::kFloat32) floats.template operator()<DType::kFloat32>();
+    if (dtype == DType::kFloat16) floats.template operator()<DType::kFloat16>();
+#if defined(__AVX512BF16__)
+    if (dtype == DType::kBFloat16)
+      all_rows(count, vectors, [&]<int R, int T>(int r0) {
+        dense_rows_bf16<R, T>((const uint16_t*)weight, x, t0, r0, out);
+      });
+#else
+    if (dtype == DType::kBFloat16) floats.template operator()<DType::kBFloat16>();
+#endif
+  }
+}
+
+// ---- W4 ---------------------------------------------------------------------------------------
+
+// The scales of a tile's 16 rows, and what multiplies the sum of activations: (offset - zero) * scale
+inline void tile_metadata(const uint8_t* tile, float offset, f32x16& scale, f32x16& correction) {
+  const u32x16 pairs = load<u32x16>(tile + 512);
+  scale = f16_to_float(narrow(pairs & 0xffffu));
+  correction = (splat(offset) - f16_to_float(narrow(pairs >> 16))) * scale;
+}
+
+// Partial dot products of one row pair (g, g + 8) of a tile with T operands; lanes are words.
+#if defined(__AVX512BF16__)
+struct Bf16Nibbles {
+  static constexpr float kOffset = 8;  // the table holds q - 8
+  __m512i table;
+
+  Bf16Nibbles() {
+    alignas(64) uint16_t entry[32];
+    for (int i = 0; i < 32; i++) {
+      const float value = (float)(i % 16) - kOffset;
+      uint32_t bits;
+      memcpy(&bits, &value, 4);
+      entry[i] = (uint16_t)(bits >> 16);
+    }
+    table = _mm512_load_si512(entry);
+  }
+
+  template <int T>
+  inline void dot(const uint8_t* words, const Operand& x, int t0, int64_t column, f32x16 (&lo)[T], f32x16 (&hi)[T]) const {
+    const __m512i w = _mm512_loadu_si512(words);  // vpermw looks at 5 bits, the table repeats after 4
+    const __m512i lo0 = _mm512_permutexvar_epi16(w, table);
+    const __m512i lo1 = _mm512_permutexvar_epi16((__m512i)((u32x16)w >> 4), table);
+    const __m512i hi0 = _mm512_permutexvar_epi16((__m512i)((u32x16)w >> 8), table);
+    const __m512i hi1 = _mm512_permutexvar_epi16((__m512i)((u32x16)w >> 12), table);
+    for (int t = 0; t < T; t++) {
+      const auto* v = (const uint16_t*)x.values + (int64_t)(t0 + t) * x.padded + column;
+      const __m512i v0 = _mm512_loadu_si512(v), v1 = _mm512_loadu_si512(v + 32);
+      lo[t] = dot_bf16(dot_bf16(f32x16{}, lo0, v0), lo1, v1);
+      hi[t] = dot_bf16(dot_bf16(f32x16{}, hi0, v0), hi1, v1);
+    }
+  }
+};
+#endif
+
+struct FloatNibbles {
+  static constexpr float kOffset = 0;
+
+  template <int T>
+  inline void dot(const uint8_t* words, const Operand& x, int t0, int64_t column, f32x16 (&lo)[T], f32x16 (&hi)[T]) const {
+    const u32x16 w = load<u32x16>(words);
+    for (int t = 0; t < T; t++) lo[t] = hi[t] = f32x16{};
+    for (int part = 0; part < 4; part++) {  // column mod 4; low nibbles are row g, the next ones row g + 8
+      const int shift = 16 * (part % 2) + 4 * (part / 2);
+      const f32x16 q_lo = __builtin_convertvector((i32x16)((w >> shift) & 15u), f32x16);
+      const f32x16 q_hi = __builtin_convertvector((i32x16)((w >> (shift + 8)) & 15u), f32x16);
+      for (int t = 0; t < T; t++) {
+        const f32x16 v = load<f32x16>((const float*)x.values + (int64_t)(t0 + t) * x.padded + column + 16 * part);
+        lo[t] += q_lo * v;
+        hi[t] += q_hi * v;
+      }
+    }
+  }
+};
+
+// Row pairs in blocks of P, so that 2 x P x T accumulators stay in registers; the first block also sums the
+// corrections. A strip is at most some tens of KB, so only the first block reads it from memory.
+template <int P, int T, class Nibbles>
+inline void w4_vectors(const Nibbles& nibbles, const uint8_t* strip, const Operand& x, int t0, StripOut& out) {
+  const int tiles = x.padded / kGroup;
+  f32x16 correction[T] = {};
+  for (int g0 = 0; g0 < 8; g0 += P) {
+    f32x16 lo[P][T] = {}, hi[P][T] = {};
+    for (int tile = 0; tile < tiles; tile++) {
+      const uint8_t* data = strip + (int64_t)tile * river::kTileBytes;
+      f32x16 scales, offsets;
+      tile_metadata(data, Nibbles::kOffset, scales, offsets);
+      float scale[16];
+      store(scale, scales);
+      if (g0 == 0)
+        for (int t = 0; t < T; t++) correction[t] += offsets * x.sums[(int64_t)(t0 + t) * tiles + tile];
+      for (int p = 0; p < P; p++) {
+        f32x16 part_lo[T], part_hi[T];
+        nibbles.template dot<T>(data + 64 * (g0 + p), x, t0, (int64_t)tile * kGroup, part_lo, part_hi);
+        for (int t = 0; t < T; t++) {
+          lo[p][t] += part_lo[t] * scale[g0 + p];
+          hi[p][t] += part_hi[t] * scale[g0 + p + 8];
+        }
+      }
+    }
+    for (int t = 0; t < T; t++)
+      for (int p = 0; p < P; p++) {
+        out[t0 + t][g0 + p] = reduce(lo[p][t]);
+        out[t0 + t][g0 + p + 8] = reduce(hi[p][t]);
+      }
+  }
+  for (int t = 0; t < T; t++) store(out[t0 + t], load<f32x16>(out[t0 + t]) + correction[t]);
+}
+
+template <class Nibbles>
+inline void w4_passes(const Nibbles& nibbles, const uint8_t* strip, const Operand& x, StripOut& out) {
+  for (int t0 = 0; t0 < x.rows; t0 += kPasses) {
+    switch (x.rows - t0) {
+      case 1: w4_vectors<8, 1>(nibbles, strip, x, t0, out); break;
+      case 2: w4_vectors<4, 2>(nibbles, strip, x, t0, out); break;
+      case 3: w4_vectors<2, 3>(nibbles, strip, x, t0, out); break;
+      default: w4_vectors<2, 4>(nibbles, strip, x, t0, out); break;
+    }
+  }
+}
+
+void w4_strip(DType dtype, const uint8_t* strip, const Operand& x, StripOut& out) {
+#if defined(__AVX512BF16__)
+  if (dtype == DType::kBFloat16) return w4_passes(Bf16Nibbles(), strip, x, out);
+#endif
+  (void)dtype;
+  w4_passes(FloatNibbles(), strip, x, out);
+}
+
+}  // namespace

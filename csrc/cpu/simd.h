@@ -1,0 +1,156 @@
+// Sixteen fp32 lanes as one GCC/Clang vector; the compiler maps it to the instruction set of the build.
+// Included only by kernels.cpp. Everything is static: the same names exist once per instruction set.
+#pragma once
+
+#include <cstdint>
+#include <cstring>
+
+#if defined(__x86_64__)
+#include <immintrin.h>
+#endif
+
+#include "../river.h"
+
+namespace {
+
+using f32x16 = float __attribute__((vector_size(64)));
+using i32x16 = int32_t __attribute__((vector_size(64)));
+using u32x16 = uint32_t __attribute__((vector_size(64)));
+using u16x16 = uint16_t __attribute__((vector_size(32)));
+
+template <class V>
+inline V load(const void* p) {
+  V v;
+  memcpy(&v, p, sizeof(V));
+  return v;
+}
+
+template <class V>
+inline void store(void* p, V v) {
+  memcpy(p, &v, sizeof(V));
+}
+
+inline f32x16 splat(float x) { return x - f32x16{}; }
+
+inline float reduce(f32x16 v) {  // a fixed tree over the lanes
+  float lane[16];
+  store(lane, v);
+  for (int width = 8; width > 0; width /= 2)
+    for (int i = 0; i < width; i++) lane[i] += lane[i + width];
+  return lane[0];
+}
+
+inline u16x16 narrow(u32x16 v) { return __builtin_convertvector(v, u16x16); }
+inline u32x16 widen(u16x16 v) { return __builtin_convertvector(v, u32x16); }
+
+inline f32x16 bf16_to_float(u16x16 v) { return (f32x16)(widen(v) << 16); }
+
+inline u16x16 float_to_bf16(f32x16 v) {  // nearest even; NaN stays NaN
+  u32x16 bits = (u32x16)v;
+  u32x16 rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
+  return narrow(v == v ? rounded : ((bits >> 16) | 0x40u));
+}
+
+#if defined(__F16C__)
+inline f32x16 f16_to_float(u16x16 v) {
+  __m128i half[2];
+  memcpy(half, &v, 32);
+  __m256 wide[2] = {_mm256_cvtph_ps(half[0]), _mm256_cvtph_ps(half[1])};
+  return load<f32x16>(wide);
+}
+
+inline u16x16 float_to_f16(f32x16 v) {
+  __m256 wide[2];
+  memcpy(wide, &v, 64);
+  __m128i half[2] = {_mm256_cvtps_ph(wide[0], _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC),
+                     _mm256_cvtps_ph(wide[1], _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC)};
+  return load<u16x16>(half);
+}
+#else
+inline f32x16 f16_to_float(u16x16 v) {
+  u32x16 half = widen(v), magnitude = (half & 0x7fffu) << 13;
+  // 2^112 moves the exponent bias from 15 to 127 and makes subnormals right
+  f32x16 scaled = (f32x16)magnitude * 0x1p112f;
+  u32x16 special = magnitude | 0x7f800000u;
+  u32x16 bits = (half & 0x7c00u) == 0x7c00u ? special : (u32x16)scaled;
+  return (f32x16)(bits | ((half & 0x8000u) << 16));
+}
+
+inline u16x16 float_to_f16(f32x16 v) {
+  u32x16 bits = (u32x16)v, sign = (bits >> 16) & 0x8000u, magnitude = bits & 0x7fffffffu;
+  // normal: rebias and round to nearest even; subnormal: let an addition align and round
+  u32x16 normal = (magnitude - 0x38000000u + 0xfffu + ((magnitude >> 13) & 1u)) >> 13;
+  u32x16 subnormal = (u32x16)((f32x16)magnitude + 0.5f) - 0x3f000000u;
+  u32x16 out = magnitude < 0x38800000u ? subnormal : normal;
+  out = magnitude >= 0x477ff000u ? (u32x16{} + 0x7c00u) : out;  // rounds to infinity
+  out = magnitude > 0x7f800000u ? (u32x16{} + 0x7e00u) : out;   // NaN
+  return narrow(out | sign);
+}
+#endif
+
+// 16 elements of the model dtype from index i
+inline f32x16 load_as_float(river::DType dtype, const void* p, int64_t i) {
+  switch (dtype) {
+    case river::DType::kBFloat16: return bf16_to_float(load<u16x16>((const uint16_t*)p + i));
+    case river::DType::kFloat16: return f16_to_float(load<u16x16>((const uint16_t*)p + i));
+    default: return load<f32x16>((const float*)p + i);
+  }
+}
+
+inline void store_as(river::DType dtype, void* p, int64_t i, f32x16 v) {
+  switch (dtype) {
+    case river::DType::kBFloat16: return store((uint16_t*)p + i, float_to_bf16(v));
+    case river::DType::kFloat16: return store((uint16_t*)p + i, float_to_f16(v));
+    default: return store((float*)p + i, v);
+  }
+}
+
+// The last n - i < 16 elements, zero-filled
+inline f32x16 load_tail(river::DType dtype, const void* p, int64_t i, int64_t n) {
+  char buffer[64] = {};
+  const int64_t size = river::size_of(dtype);
+  memcpy(buffer, (const char*)p + i * size, (n - i) * size);
+  return load_as_float(dtype, buffer, 0);
+}
+
+inline void store_tail(river::DType dtype, void* p, int64_t i, int64_t n, f32x16 v) {
+  char buffer[64];
+  const int64_t size = river::size_of(dtype);
+  store_as(dtype, buffer, 0, v);
+  memcpy((char*)p + i * size, buffer, (n - i) * size);
+}
+
+// Calls f(i, lanes) for each 16 elements of x, the last ones zero-filled
+template <class F>
+inline void for_lanes(river::DType dtype, const void* x, int64_t n, F f) {
+  int64_t i = 0;
+  for (; i + 16 <= n; i += 16) f(i, load_as_float(dtype, x, i));
+  if (i < n) f(i, load_tail(dtype, x, i, n));
+}
+
+inline void store_lanes(river::DType dtype, void* y, int64_t i, int64_t n, f32x16 v) {
+  if (i + 16 <= n) store_as(dtype, y, i, v);
+  else store_tail(dtype, y, i, n, v);
+}
+
+// e^x within 2 ulp; 0 below -87.3, clamped above 88
+inline f32x16 vexp(f32x16 x) {
+  f32x16 clamped = x < 88.f ? x : splat(88.f);
+  clamped = clamped > -87.3f ? clamped : splat(-87.3f);
+  const float round = 12582912.f;  // 1.5 * 2^23: adding it rounds to an integer
+  f32x16 shifted = clamped * 1.44269504f + round;
+  f32x16 n = shifted - round;
+  f32x16 r = clamped - n * 0.693359375f + n * 2.12194440e-4f;
+  f32x16 p = r * 1.9875691500e-4f + 1.3981999507e-3f;
+  p = p * r + 8.3334519073e-3f;
+  p = p * r + 4.1665795894e-2f;
+  p = p * r + 1.6666665459e-1f;
+  p = p * r + 5.0000001201e-1f;
+  p = p * r * r + r + 1.f;
+  i32x16 exponent = ((i32x16)shifted - (i32x16)splat(round)) << 23;
+  f32x16 result = (f32x16)((i32x16)p + exponent);
+  result = x < -87.3f ? f32x16{} : result;
+  return x == x ? result : x;
+}
+
+}  // namespace

@@ -1,0 +1,139 @@
+// The contract between the kernels and everything else: one Args struct per op, raw pointers and ints.
+// No torch here, nor in any file but ops.cpp. Shapes stand beside the pointers; T = rows.
+// CPU launchers take a Parallel (how to use the caller's threads), CUDA launchers a stream.
+#pragma once
+
+#include <cstdint>
+
+namespace river {
+
+constexpr int kMaxRows = 8;       // rows (tokens in flight) of one step
+constexpr int kTileRows = 16;     // a W4 tile: 16 output rows x 64 input columns,
+constexpr int kTileCols = 64;     // 512 B of nibbles, then (fp16 scale, fp16 zero) per row
+constexpr int kTileBytes = 576;
+constexpr int kMaxHeadDim = 256;
+constexpr int kMaxGroup = 64;     // query heads per KV head
+
+enum class DType { kFloat32, kBFloat16, kFloat16 };
+
+constexpr int64_t size_of(DType dtype) { return dtype == DType::kFloat32 ? 4 : 2; }
+constexpr int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+constexpr int64_t round_up(int64_t a, int64_t b) { return ceil_div(a, b) * b; }
+
+struct AttentionArgs {
+  DType dtype;
+  int rows, num_heads, num_kv_heads, head_dim, num_slots, max_len;
+  float softmax_scale;
+  int64_t sliding_window;    // positions a row sees, itself included; 0 = all
+  const void* query;         // [T, heads, head_dim], rotated
+  const void* k_cache;       // [slots, kv_heads, max_len, head_dim]
+  const void* v_cache;       // the same
+  const int32_t* slots;      // [T], -1 = inactive
+  const int32_t* positions;  // [T]
+  const bool* kv_valid;      // [slots, max_len] or null
+  void* out;                 // [T, heads, head_dim]
+};
+
+// What decoder_block and exit_layer share. Null pointers: absent.
+struct BlockArgs {
+  DType dtype;
+  int rows, hidden_size, num_heads, num_kv_heads, head_dim, rotary_dim, num_slots, max_len;
+  float rms_norm_eps, softmax_scale;
+  int64_t sliding_window;
+  const void* hidden;                    // [T, hidden]
+  const void* input_layernorm;           // [hidden]
+  const void* post_attention_layernorm;  // [hidden]
+  const void *q_bias, *k_bias, *v_bias;  // [heads * head_dim], [kv_heads * head_dim] x 2
+  const void* o_bias;                    // [hidden]
+  const void *q_norm, *k_norm;           // [head_dim]
+  const float *cos, *sin;                // [max_len, rotary_dim / 2]
+  const float* query_scale;              // [max_len]
+  const int32_t *slots, *positions;      // [T]
+  const bool* kv_valid;                  // [slots, max_len]
+  void *k_cache, *v_cache;               // [slots, kv_heads, max_len, head_dim]
+  void* out;                             // [T, hidden]
+  float* similarity;                     // [T]
+};
+
+struct DecoderBlockArgs : BlockArgs {
+  int intermediate_size;
+  const void *q_proj, *k_proj, *v_proj;  // [heads * head_dim, hidden], [kv_heads * head_dim, hidden] x 2
+  const void* o_proj;                    // [hidden, heads * head_dim]
+  const void *gate_proj, *up_proj;       // [intermediate, hidden]
+  const void* down_proj;                 // [hidden, intermediate]
+};
+
+struct ExitLayerArgs : BlockArgs {       // packed weights: [out / 16, in / 64, 576]
+  int gate_up_tiles;                     // 8 intermediate channels each
+  int down_tiles;                        // tiles along K of down_proj
+  const uint8_t *qkv_proj, *o_proj, *gate_up_proj, *down_proj;
+};
+
+struct StateSimilarityArgs {
+  DType dtype;
+  int rows, hidden_size;
+  const void *x, *y;  // [T, hidden]
+  float* out;         // [T]
+};
+
+struct LmHeadArgs {
+  DType dtype;
+  int rows, hidden_size, vocab_size;
+  float rms_norm_eps;
+  const void *hidden, *norm, *weight;  // [T, hidden], [hidden], [vocab, hidden]
+  const float* temperature;            // [T] or null = greedy
+  const int64_t* seeds;                // [T] or null
+  const int32_t* positions;            // [T] or null
+  int64_t* tokens;                     // [T]
+  float* logits;                       // [T, vocab] or null
+};
+
+struct LinearArgs {
+  DType dtype;
+  bool packed;  // W4 tiles, else dense row-major
+  int rows, in_features, out_features;
+  const void* x;       // [T, in]
+  const void* weight;  // [out, in] or [out / 16, in / 64, 576]
+  const void* bias;    // [out] or null
+  void* out;           // [T, out]
+};
+
+struct W4Args {  // pack, unpack, dequantize: which pointers are read and which written depends on the op
+  int out_features, in_features;
+  int group_tiles;           // tiles along K per (scale, zero) pair
+  DType dtype;               // of dense
+  uint8_t* packed;           // [out / 16, in / 64, 576]
+  uint8_t* q;                // [out, in], 0..15
+  uint16_t *scale, *zero;    // fp16 [out, groups]
+  void* dense;               // [out, in]
+};
+
+namespace cpu {
+
+// Runs body(begin, end, context) over [0, n), in pieces of at least `grain`, on the caller's threads.
+struct Parallel {
+  using Body = void (*)(int64_t begin, int64_t end, void* context);
+  void (*run)(int64_t n, int64_t grain, Body body, void* context);
+
+  template <class F>
+  void operator()(int64_t n, int64_t grain, F f) const {
+    run(n, grain, [](int64_t begin, int64_t end, void* context) { (*static_cast<F*>(context))(begin, end); }, &f);
+  }
+};
+
+void launch_decoder_block(const DecoderBlockArgs& args, const Parallel& parallel);
+void launch_exit_layer(const ExitLayerArgs& args, const Parallel& parallel);
+void launch_decode_attention(const AttentionArgs& args, const Parallel& parallel);
+void launch_state_similarity(const StateSimilarityArgs& args, const Parallel& parallel);
+void launch_lm_head(const LmHeadArgs& args, const Parallel& parallel);
+void launch_linear(const LinearArgs& args, const Parallel& parallel);
+void launch_pack_w4(const W4Args& args, const Parallel& parallel);
+void launch_unpack_w4(const W4Args& args, const Parallel& parallel);
+void launch_dequantize_w4(const W4Args& args, const Parallel& parallel);
+
+const char* isa();                 // the instruction set in use
+const char* const* supported_isas();  // those this machine can run, best first, null-terminated
+bool set_isa(const char* name);    // false: not supported here
+
+}  // namespace cpu
+}  // namespace river

@@ -1,0 +1,280 @@
+"""The torch ops, `torch.ops.river.*`, with their contracts and fake kernels.
+
+Every function here calls the registered op of the same name (csrc/ops.cpp) and has a plain fp32 twin
+of the same name and arguments in `reference.py`. All tensors are contiguous and on one device; T is
+the number of rows (tokens in flight), 1 <= T <= 8. The model dtype is bfloat16 or float16 (CPU: also
+float32). A bad argument raises RuntimeError with one line that names the value and what is accepted.
+"""
+
+import torch
+from torch import Tensor
+
+from . import _C  # noqa: F401  (importing it registers torch.ops.river.*)
+
+MAX_ROWS: int = _C.MAX_ROWS
+TILE_ROWS: int = _C.TILE_ROWS
+TILE_COLS: int = _C.TILE_COLS
+TILE_BYTES: int = _C.TILE_BYTES
+
+_river = torch.ops.river
+
+
+def decoder_block(
+    hidden: Tensor,
+    input_layernorm: Tensor,
+    q_proj: Tensor,
+    k_proj: Tensor,
+    v_proj: Tensor,
+    o_proj: Tensor,
+    post_attention_layernorm: Tensor,
+    gate_proj: Tensor,
+    up_proj: Tensor,
+    down_proj: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    slots: Tensor,
+    positions: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    num_attention_heads: int,
+    rms_norm_eps: float,
+    *,
+    q_bias: Tensor | None = None,
+    k_bias: Tensor | None = None,
+    v_bias: Tensor | None = None,
+    o_bias: Tensor | None = None,
+    q_norm: Tensor | None = None,
+    k_norm: Tensor | None = None,
+    query_scale: Tensor | None = None,
+    softmax_scale: float | None = None,
+    sliding_window: int | None = None,
+    kv_valid: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Runs T rows through one backbone layer and appends their K and V to the cache.
+
+    Args:
+        hidden: [T, hidden_size], model dtype; hidden_size is a multiple of 64.
+        input_layernorm, post_attention_layernorm: [hidden_size] RMSNorm weights.
+        q_proj: [num_attention_heads * head_dim, hidden_size], checkpoint order; k_proj and v_proj:
+            [num_key_value_heads * head_dim, hidden_size]; o_proj: [hidden_size, heads * head_dim].
+        gate_proj, up_proj: [intermediate_size, hidden_size]; down_proj: [hidden_size, intermediate_size].
+        k_cache, v_cache: [slots, num_key_value_heads, max_len, head_dim], model dtype, written in place
+            at (slot, position) of every active row before any row attends.
+        slots: [T] int32, a row's slot, or -1 for an inactive row (hidden copied through, similarity 1
+            or, for a zero or non-finite vector, 0; cache neither read nor written).
+        positions: [T] int32, index of the row in its sequence; the row attends to positions <= its own.
+            Pairs (slot, position) must differ.
+        cos, sin: [max_len, rotary_dim / 2] fp32; dims i and i + rotary_dim / 2 of a head rotate
+            together, dims past rotary_dim pass through.
+        q_bias, k_bias, v_bias, o_bias: added before the norm and the rotation, before the residual.
+        q_norm, k_norm: [head_dim] RMSNorm weights per head, applied before the rotation (Qwen3).
+        query_scale: [max_len] fp32, factor on the rotated query by position (Ministral 3).
+        softmax_scale: default head_dim ** -0.5.
+        sliding_window: a row at p sees positions p - sliding_window + 1 .. p.
+        kv_valid: [slots, max_len] bool, False = nothing to attend to at that position.
+
+    Returns:
+        hidden [T, hidden_size] in the model dtype, and similarity [T] fp32, the cosine of a row's input
+        and output (0 for a zero or non-finite vector).
+    """
+    return _river.decoder_block(
+        hidden, input_layernorm, q_proj, k_proj, v_proj, o_proj, post_attention_layernorm,
+        gate_proj, up_proj, down_proj, k_cache, v_cache, slots, positions, cos, sin,
+        num_attention_heads, rms_norm_eps, q_bias, k_bias, v_bias, o_bias, q_norm, k_norm,
+        query_scale, softmax_scale, sliding_window, kv_valid,
+    )  # fmt: skip
+
+
+def exit_layer(
+    hidden: Tensor,
+    input_layernorm: Tensor,
+    qkv_proj: Tensor,
+    o_proj: Tensor,
+    post_attention_layernorm: Tensor,
+    gate_up_proj: Tensor,
+    down_proj: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    slots: Tensor,
+    positions: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    num_attention_heads: int,
+    rms_norm_eps: float,
+    *,
+    q_bias: Tensor | None = None,
+    k_bias: Tensor | None = None,
+    v_bias: Tensor | None = None,
+    o_bias: Tensor | None = None,
+    q_norm: Tensor | None = None,
+    k_norm: Tensor | None = None,
+    query_scale: Tensor | None = None,
+    softmax_scale: float | None = None,
+    sliding_window: int | None = None,
+    kv_valid: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Runs T rows through the W4 twin of a backbone layer, on the same cache slots.
+
+    The packed weights (uint8 [N/16, K/64, 576], see `pack_w4`) hold their rows in the orders of
+    `w4.py`: qkv_proj = rotary pairs of Q, rotary pairs of K, then V, each segment padded to 16 rows;
+    gate_up_proj = 8 gate rows and their 8 up rows per tile; o_proj and down_proj in natural order.
+    The cache's K and V are in natural order. All other arguments and the returns are those of
+    `decoder_block`.
+    """
+    return _river.exit_layer(
+        hidden, input_layernorm, qkv_proj, o_proj, post_attention_layernorm, gate_up_proj, down_proj,
+        k_cache, v_cache, slots, positions, cos, sin, num_attention_heads, rms_norm_eps,
+        q_bias, k_bias, v_bias, o_bias, q_norm, k_norm, query_scale, softmax_scale, sliding_window,
+        kv_valid,
+    )  # fmt: skip
+
+
+def state_similarity(x: Tensor, y: Tensor) -> Tensor:
+    """Cosine of the rows of x and y, [T, hidden_size] each -> [T] fp32, clamped to [-1, 1].
+
+    A zero or non-finite vector gives 0. Vectors whose squares would over- or underflow are scaled by a
+    power of two first.
+    """
+    return _river.state_similarity(x, y)
+
+
+def decode_attention(
+    query: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    slots: Tensor,
+    positions: Tensor,
+    *,
+    softmax_scale: float | None = None,
+    sliding_window: int | None = None,
+    kv_valid: Tensor | None = None,
+) -> Tensor:
+    """Attention of T rows against the cache; grouped queries, causal by position.
+
+    query is [T, num_attention_heads, head_dim], already rotated; caches, slots, positions and the
+    keyword arguments are those of `decoder_block`. Returns [T, num_attention_heads, head_dim]; a row
+    that is inactive, or sees no valid position, gives zeros.
+    """
+    return _river.decode_attention(
+        query, k_cache, v_cache, slots, positions, softmax_scale, sliding_window, kv_valid
+    )
+
+
+def lm_head(
+    hidden: Tensor,
+    norm: Tensor,
+    weight: Tensor,
+    rms_norm_eps: float,
+    *,
+    return_logits: bool = True,
+    temperature: Tensor | None = None,
+    seeds: Tensor | None = None,
+    positions: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Final RMSNorm and head: hidden [T, hidden_size], norm [hidden_size], weight [vocab_size, hidden_size].
+
+    Returns tokens int64 [T] and fp32 logits [T, vocab_size] (or [0, vocab_size] without return_logits).
+    A token is the argmax of its logits, ties to the lowest id. With temperature [T] fp32, seeds [T] int64
+    and positions [T] int32 (all three), rows with temperature > 0 sample instead: the argmax of
+    logits / temperature + Gumbel noise (see `reference.gumbel`), which draws from
+    softmax(logits / temperature). `positions` is that of the token being drawn. A NaN logit counts as -inf.
+    """
+    return _river.lm_head(hidden, norm, weight, rms_norm_eps, return_logits, temperature, seeds, positions)
+
+
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """x [T, in_features] @ weight [out_features, in_features]^T + bias, fp32 sums, in x's dtype."""
+    return _river.linear(x, weight, bias)
+
+
+def linear_w4(x: Tensor, weight: Tensor, out_features: int, bias: Tensor | None = None) -> Tensor:
+    """x [T, in_features] @ W4^T + bias -> [T, out_features] in x's dtype.
+
+    weight is packed (`pack_w4`) with ceil(out_features / 16) x ceil(in_features / 64) tiles.
+    """
+    return _river.linear_w4(x, weight, out_features, bias)
+
+
+def pack_w4(q: Tensor, scale: Tensor, zero: Tensor) -> Tensor:
+    """Packs a canonical 4-bit weight, W ~ (q - zero) * scale, into tiles of 16 rows x 64 columns.
+
+    q is uint8 [out_features, in_features] with values 0..15; scale and zero are fp16
+    [out_features, ceil(in_features / group_size)], and group_size (a multiple of 64) is derived as the
+    smallest of 64, 128, ... that gives that number of groups. Returns uint8 [ceil(out_features / 16),
+    ceil(in_features / 64), 576]; rows past out_features have scale 0.
+    """
+    return _river.pack_w4(q, scale, zero)
+
+
+def unpack_w4(
+    packed: Tensor, out_features: int, in_features: int, group_size: int = 64
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The inverse of `pack_w4`: (q, scale, zero)."""
+    return _river.unpack_w4(packed, out_features, in_features, group_size)
+
+
+def dequantize_w4(packed: Tensor, out_features: int, in_features: int, dtype: torch.dtype) -> Tensor:
+    """The packed weight as a dense [out_features, in_features] tensor: (q - zero) * scale in fp32, then rounded."""
+    return _river.dequantize_w4(packed, out_features, in_features, dtype)
+
+
+def packed_shape(out_features: int, in_features: int) -> tuple[int, int, int]:
+    """Shape of the packed form of a weight."""
+    return (-(-out_features // TILE_ROWS), -(-in_features // TILE_COLS), TILE_BYTES)
+
+
+@torch.library.register_fake("river::decoder_block")
+def _(hidden, *args):
+    return torch.empty_like(hidden), hidden.new_empty(hidden.shape[0], dtype=torch.float32)
+
+
+@torch.library.register_fake("river::exit_layer")
+def _(hidden, *args):
+    return torch.empty_like(hidden), hidden.new_empty(hidden.shape[0], dtype=torch.float32)
+
+
+@torch.library.register_fake("river::state_similarity")
+def _(x, y):
+    return x.new_empty(x.shape[0], dtype=torch.float32)
+
+
+@torch.library.register_fake("river::decode_attention")
+def _(query, *args):
+    return torch.empty_like(query)
+
+
+@torch.library.register_fake("river::lm_head")
+def _(hidden, norm, weight, rms_norm_eps, return_logits=True, *args):
+    rows = hidden.shape[0]
+    logits = hidden.new_empty(rows if return_logits else 0, weight.shape[0], dtype=torch.float32)
+    return hidden.new_empty(rows, dtype=torch.int64), logits
+
+
+@torch.library.register_fake("river::linear")
+def _(x, weight, bias=None):
+    return x.new_empty(x.shape[0], weight.shape[0])
+
+
+@torch.library.register_fake("river::linear_w4")
+def _(x, weight, out_features, bias=None):
+    return x.new_empty(x.shape[0], out_features)
+
+
+@torch.library.register_fake("river::pack_w4")
+def _(q, scale, zero):
+    return q.new_empty(packed_shape(*q.shape))
+
+
+@torch.library.register_fake("river::unpack_w4")
+def _(packed, out_features, in_features, group_size=64):
+    groups = -(-in_features // group_size)
+    return (
+        packed.new_empty(out_features, in_features),
+        packed.new_empty(out_features, groups, dtype=torch.float16),
+        packed.new_empty(out_features, groups, dtype=torch.float16),
+    )
+
+
+@torch.library.register_fake("river::dequantize_w4")
+def _(packed, out_features, in_features, dtype):
+    return packed.new_empty(out_features, in_features, dtype=dtype)

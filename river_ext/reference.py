@@ -1,0 +1,251 @@
+"""The specification: every op of `ops.py` in a few lines of plain fp32 PyTorch.
+
+Same names and arguments as in `ops.py`. All backends are tested against these functions, every buffer
+that an op writes included. Values are rounded to the model dtype at six points only (normalised x, q/k/v
+after RoPE, attention output, both residuals, SwiGLU output); everything between is fp32.
+"""
+
+import torch
+from torch import Tensor
+
+TILE_ROWS, TILE_COLS, TILE_BYTES = 16, 64, 576
+SIMILARITY_CHUNK = 16  # one (dot, a, b) triple per 16 output rows
+
+
+def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """x * rsqrt(mean(x^2) + eps) * weight over the last dim, rounded once."""
+    x32 = x.float()
+    return (x32 * torch.rsqrt(x32.square().mean(-1, keepdim=True) + eps) * weight.float()).to(x.dtype)
+
+
+def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """RoPE of fp32 x [T, heads, head_dim] with cos/sin [T, rotary_dim / 2]: dims i and i + rotary_dim / 2."""
+    half = cos.shape[-1]
+    lo, hi, rest = x.split([half, half, x.shape[-1] - 2 * half], dim=-1)
+    cos, sin = cos[:, None], sin[:, None]
+    return torch.cat([lo * cos - hi * sin, hi * cos + lo * sin, rest], dim=-1)
+
+
+def decode_attention(
+    query, k_cache, v_cache, slots, positions, *, softmax_scale=None, sliding_window=None, kv_valid=None
+):
+    heads, head_dim = query.shape[1:]
+    group = heads // k_cache.shape[1]
+    scale = head_dim**-0.5 if softmax_scale is None else softmax_scale
+    out = torch.zeros_like(query)
+    for row, (slot, position) in enumerate(zip(slots.tolist(), positions.tolist(), strict=True)):
+        if slot < 0:
+            continue
+        first = 0 if sliding_window is None else max(0, position - sliding_window + 1)
+        seen = torch.arange(first, position + 1, device=query.device)
+        if kv_valid is not None:
+            seen = seen[kv_valid[slot, seen]]
+        if seen.numel() == 0:
+            continue
+        k = k_cache[slot][:, seen].float().repeat_interleave(group, 0)  # [heads, seen, head_dim]
+        v = v_cache[slot][:, seen].float().repeat_interleave(group, 0)
+        weights = torch.softmax(torch.einsum("hd,hsd->hs", query[row].float(), k) * scale, dim=-1)
+        out[row] = torch.einsum("hs,hsd->hd", weights, v).to(query.dtype)
+    return out
+
+
+def _block(
+    hidden, input_layernorm, qkv, o_proj, post_attention_layernorm, gate_up, down_proj, k_cache, v_cache,
+    slots, positions, cos, sin, num_attention_heads, eps, q_bias=None, k_bias=None, v_bias=None,
+    o_bias=None, q_norm=None, k_norm=None, query_scale=None, softmax_scale=None, sliding_window=None,
+    kv_valid=None,
+):  # fmt: skip
+    """The block shared by both layers. Weights are fp32: qkv and gate_up are tuples, W4 ones dequantised."""
+    dtype, rows, head_dim = hidden.dtype, hidden.shape[0], k_cache.shape[-1]
+    active = slots >= 0
+    at = positions.clamp(0, k_cache.shape[2] - 1).long()
+    x = rms_norm(hidden, input_layernorm, eps).float()
+
+    def project(weight, bias, norm):
+        y = x @ weight.T + (0 if bias is None else bias.float())
+        y = y.view(rows, -1, head_dim)
+        if norm is not None:
+            y = y * torch.rsqrt(y.square().mean(-1, keepdim=True) + eps) * norm.float()
+        return y
+
+    q = rotate(project(qkv[0], q_bias, q_norm), cos[at], sin[at])
+    if query_scale is not None:
+        q = q * query_scale[at][:, None, None]
+    k = rotate(project(qkv[1], k_bias, k_norm), cos[at], sin[at])
+    v = project(qkv[2], v_bias, None)
+    for row in active.nonzero().flatten().tolist():
+        k_cache[slots[row], :, at[row]] = k[row].to(dtype)
+        v_cache[slots[row], :, at[row]] = v[row].to(dtype)
+    attended = decode_attention(
+        q.to(dtype), k_cache, v_cache, slots, positions,
+        softmax_scale=softmax_scale, sliding_window=sliding_window, kv_valid=kv_valid,
+    )  # fmt: skip
+    o = attended.flatten(1).float() @ o_proj.T + (0 if o_bias is None else o_bias.float())
+    middle = (hidden.float() + o).to(dtype)
+    x = rms_norm(middle, post_attention_layernorm, eps).float()
+    swiglu = (torch.nn.functional.silu(x @ gate_up[0].T) * (x @ gate_up[1].T)).to(dtype)
+    out = (middle.float() + swiglu.float() @ down_proj.T).to(dtype)
+    out = torch.where(active[:, None], out, hidden)
+    return out, state_similarity(hidden, out)
+
+
+def decoder_block(
+    hidden, input_layernorm, q_proj, k_proj, v_proj, o_proj, post_attention_layernorm, gate_proj, up_proj,
+    down_proj, k_cache, v_cache, slots, positions, cos, sin, num_attention_heads, rms_norm_eps, **options,
+):  # fmt: skip
+    return _block(
+        hidden, input_layernorm, (q_proj.float(), k_proj.float(), v_proj.float()), o_proj.float(),
+        post_attention_layernorm, (gate_proj.float(), up_proj.float()), down_proj.float(),
+        k_cache, v_cache, slots, positions, cos, sin, num_attention_heads, rms_norm_eps, **options,
+    )  # fmt: skip
+
+
+def exit_layer(
+    hidden, input_layernorm, qkv_proj, o_proj, post_attention_layernorm, gate_up_proj, down_proj, k_cache,
+    v_cache, slots, positions, cos, sin, num_attention_heads, rms_norm_eps, **options,
+):  # fmt: skip
+    from . import w4  # the row orders of the packed weights
+
+    head_dim, hidden_size = k_cache.shape[-1], hidden.shape[1]
+    shape = w4.BlockShape(
+        hidden_size=hidden_size,
+        num_attention_heads=num_attention_heads,
+        num_key_value_heads=k_cache.shape[1],
+        head_dim=head_dim,
+        rotary_dim=2 * cos.shape[1],
+        intermediate_size=down_proj.shape[1] * TILE_COLS,
+    )
+    gate, up = w4.split_gate_up(gate_up_proj, shape, dequantize_w4)
+    inner = gate.shape[0]
+    return _block(
+        hidden, input_layernorm, w4.split_qkv(qkv_proj, shape, dequantize_w4),
+        dequantize_w4(o_proj, hidden_size, num_attention_heads * head_dim, torch.float32),
+        post_attention_layernorm, (gate, up), dequantize_w4(down_proj, hidden_size, inner, torch.float32),
+        k_cache, v_cache, slots, positions, cos, sin, num_attention_heads, rms_norm_eps, **options,
+    )  # fmt: skip
+
+
+def state_similarity(x: Tensor, y: Tensor) -> Tensor:
+    x, y = _prescaled(x), _prescaled(y)
+    dot, a, b = (_ordered_sum(p) for p in (x * y, x * x, y * y))
+    cosine = (dot / (a.sqrt() * b.sqrt())).clamp(-1, 1)
+    return torch.where(torch.isfinite(cosine), cosine, 0.0)
+
+
+def _prescaled(x: Tensor) -> Tensor:
+    """fp32 rows, times 2^-e where the largest magnitude, in [2^e, 2^(e+1)), lies outside [2^-40, 2^40]."""
+    x = x.float()
+    largest = x.abs().amax(-1, keepdim=True)
+    exponent = torch.frexp(largest).exponent - 1
+    outside = torch.isfinite(largest) & (largest > 0) & ((largest < 2.0**-40) | (largest > 2.0**40))
+    return torch.where(outside, torch.ldexp(x.double(), -exponent).float(), x)
+
+
+def _ordered_sum(products: Tensor) -> Tensor:
+    partials = products.unflatten(-1, (-1, SIMILARITY_CHUNK)).sum(-1)
+    total = torch.zeros_like(partials[..., 0])
+    for partial in partials.unbind(-1):
+        total = total + partial
+    return total
+
+
+def lm_head(
+    hidden, norm, weight, rms_norm_eps, *, return_logits=True, temperature=None, seeds=None, positions=None
+):
+    logits = rms_norm(hidden, norm, rms_norm_eps).float() @ weight.float().T
+    keys = torch.where(logits.isnan(), float("-inf"), logits)
+    if temperature is not None:
+        noise = torch.stack([
+            gumbel(seed, position, weight.shape[0])
+            for seed, position in zip(seeds.tolist(), positions.tolist(), strict=True)
+        ])  # fmt: skip
+        sampled = keys / temperature.clamp_min(1e-30)[:, None] + noise.to(keys.device)
+        keys = torch.where(temperature[:, None] > 0, sampled, keys)
+    # torch.argmax does not promise the lowest index among ties
+    best = keys.amax(-1, keepdim=True)
+    ids = torch.arange(keys.shape[1], device=keys.device)
+    tokens = torch.where(keys == best, ids, keys.shape[1]).amin(-1)
+    return tokens, logits if return_logits else logits[:0]
+
+
+def philox(seed: int, counter: tuple[Tensor, int, int, int]) -> list[Tensor]:
+    """Philox4x32-10 (Salmon et al., SC 2011): four uint32 words, as int64, per entry of counter[0]."""
+    mask = 0xFFFFFFFF
+    key = [seed & mask, (seed >> 32) & mask]
+    c = [counter[0]] + [torch.full_like(counter[0], int(word) & mask) for word in counter[1:]]
+    for _ in range(10):
+        # 32 x 32 -> 64-bit products from 16-bit halves, as int64 is signed
+        (hi0, lo0), (hi1, lo1) = _mulhilo(0xD2511F53, c[0]), _mulhilo(0xCD9E8D57, c[2])
+        c = [hi1 ^ c[1] ^ key[0], lo1, hi0 ^ c[3] ^ key[1], lo0]
+        key = [(key[0] + 0x9E3779B9) & mask, (key[1] + 0xBB67AE85) & mask]
+    return c
+
+
+def _mulhilo(a: int, b: Tensor) -> tuple[Tensor, Tensor]:
+    low, high = a * (b & 0xFFFF), a * (b >> 16)
+    middle = (low >> 16) + high
+    return middle >> 16, ((middle & 0xFFFF) << 16) | (low & 0xFFFF)
+
+
+def gumbel(seed: int, position: int, vocab_size: int, purpose: int = 0) -> Tensor:
+    """Gumbel noise [vocab_size] of one draw: a function of (seed, position, purpose, token id) only.
+
+    Token id v takes word v % 4 of Philox counter (v / 4, position, purpose, 0); u = (word / 512 + 0.5) / 2^23,
+    exact in fp32 and strictly between 0 and 1.
+    """
+    words = philox(seed, (torch.arange(-(-vocab_size // 4)), position, purpose, 0))
+    u = ((torch.stack(words, -1).flatten()[:vocab_size] >> 9).float() + 0.5) * 2.0**-23
+    return -torch.log(-torch.log(u))
+
+
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    return (x.float() @ weight.float().T + (0 if bias is None else bias.float())).to(x.dtype)
+
+
+def linear_w4(x: Tensor, weight: Tensor, out_features: int, bias: Tensor | None = None) -> Tensor:
+    dense = dequantize_w4(weight, out_features, x.shape[1], torch.float32)
+    return linear(x, dense, bias)
+
+
+def _nibble_places() -> tuple[Tensor, Tensor]:
+    """For tile entry (row, column): index of its 32-bit word among 128, and its shift (layout: w4.py)."""
+    row = torch.arange(TILE_ROWS)[:, None].expand(TILE_ROWS, TILE_COLS)
+    column = torch.arange(TILE_COLS)[None].expand(TILE_ROWS, TILE_COLS)
+    word = (row % 8) * 16 + column // 4
+    shift = 16 * (column % 2) + 4 * ((column % 4) // 2) + 8 * (row // 8)
+    return word, shift
+
+
+def pack_w4(q: Tensor, scale: Tensor, zero: Tensor) -> Tensor:
+    out_features, in_features = q.shape
+    n, k = -(-out_features // TILE_ROWS), -(-in_features // TILE_COLS)
+    group_tiles = -(-k // scale.shape[1])
+    padded = torch.zeros(n * TILE_ROWS, k * TILE_COLS, dtype=torch.int64, device=q.device)
+    padded[:out_features, :in_features] = q
+    tiles = padded.view(n, TILE_ROWS, k, TILE_COLS).transpose(1, 2)  # [n, k, 16, 64]
+    word, shift = (p.to(q.device) for p in _nibble_places())
+    words = torch.zeros(n, k, 128, dtype=torch.int64, device=q.device)
+    words.scatter_add_(2, word.reshape(1, 1, -1).expand(n, k, -1), (tiles << shift).flatten(2))
+    words = torch.where(words >= 2**31, words - 2**32, words).to(torch.int32)
+    metadata = torch.zeros(n * TILE_ROWS, k, 2, dtype=torch.float16, device=q.device)
+    metadata[:out_features, :, 0] = scale.repeat_interleave(group_tiles, 1)[:, :k]
+    metadata[:out_features, :, 1] = zero.repeat_interleave(group_tiles, 1)[:, :k]
+    metadata = metadata.view(n, TILE_ROWS, k, 2).transpose(1, 2).contiguous()
+    return torch.cat([words.view(torch.uint8), metadata.flatten(2).view(torch.uint8)], dim=2)
+
+
+def unpack_w4(packed: Tensor, out_features: int, in_features: int, group_size: int = 64):
+    n, k, _ = packed.shape
+    words = packed[..., :512].contiguous().view(torch.int32).long()
+    word, shift = (p.to(packed.device) for p in _nibble_places())
+    tiles = (words[:, :, word] >> shift) & 15  # [n, k, 16, 64]
+    q = tiles.transpose(1, 2).reshape(n * TILE_ROWS, k * TILE_COLS)[:out_features, :in_features]
+    metadata = packed[..., 512:].contiguous().view(torch.float16).view(n, k, TILE_ROWS, 2)
+    metadata = metadata.transpose(1, 2).reshape(n * TILE_ROWS, k, 2)[:out_features, :: group_size // TILE_COLS]
+    return q.to(torch.uint8).contiguous(), metadata[..., 0].contiguous(), metadata[..., 1].contiguous()
+
+
+def dequantize_w4(packed: Tensor, out_features: int, in_features: int, dtype: torch.dtype) -> Tensor:
+    q, scale, zero = unpack_w4(packed, out_features, in_features)
+    scale, zero = (m.float().repeat_interleave(TILE_COLS, 1)[:, :in_features] for m in (scale, zero))
+    return ((q.float() - zero) * scale).to(dtype)
