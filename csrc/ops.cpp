@@ -320,8 +320,8 @@ std::tuple<Tensor, Tensor> exit_layer(
   check.tensor("o_proj", o_proj, byte, {tiles_of(args.hidden_size), column_tiles_of(q_size), river::kTileBytes});
   check.tensor("gate_up_proj", gate_up_proj, byte, {kAny, hidden_tiles, river::kTileBytes});
   args.gate_up_tiles = check.size("row tiles of gate_up_proj", gate_up_proj.size(0));
-  args.down_tiles = (int)river::ceil_div(8 * (int64_t)args.gate_up_tiles, river::kTileCols);
-  check.tensor("down_proj", down_proj, byte, {tiles_of(args.hidden_size), args.down_tiles, river::kTileBytes});
+  const int64_t inner = args.gate_up_tiles * (int64_t)river::kTileRows / 2;
+  check.tensor("down_proj", down_proj, byte, {tiles_of(args.hidden_size), column_tiles_of(inner), river::kTileBytes});
   args.qkv_proj = data<uint8_t>(qkv_proj);
   args.o_proj = data<uint8_t>(o_proj);
   args.gate_up_proj = data<uint8_t>(gate_up_proj);

@@ -64,8 +64,7 @@ struct DecoderBlockArgs : BlockArgs {
 };
 
 struct ExitLayerArgs : BlockArgs {       // packed weights: [out / 16, in / 64, 576]
-  int gate_up_tiles;                     // 8 intermediate channels each
-  int down_tiles;                        // tiles along K of down_proj
+  int gate_up_tiles;                     // row tiles of gate_up_proj: 8 intermediate channels each
   const uint8_t *qkv_proj, *o_proj, *gate_up_proj, *down_proj;
 };
 

@@ -85,8 +85,14 @@ void merge(const river::cpu::AttentionState* splits, int count, int64_t stride, 
   for (int i = 0; i < padded; i += 16) store(out + i, load<f32x16>(out + i) / sum);
 }
 
-// A power of two that brings the largest magnitude to [1, 2), or 1 where squares are safe; 0: no cosine.
-float safe_factor(DType dtype, const void* x, int n) {
+// Exponents of two halves of a factor: applied one after the other they stay in range for any input.
+struct Scaling {
+  bool usable;  // false: a zero or non-finite vector
+  float first = 1, second = 1;
+};
+
+// 1 where squares are safe, else the power of two that brings the largest magnitude to [1, 2).
+Scaling safe_scaling(DType dtype, const void* x, int n) {
   f32x16 largest{}, check{};
   for_lanes(dtype, x, n, [&](int64_t, f32x16 v) {
     const f32x16 magnitude = (f32x16)((u32x16)v & 0x7fffffffu);
@@ -95,19 +101,21 @@ float safe_factor(DType dtype, const void* x, int n) {
   });
   float max = 0;
   for (int i = 0; i < 16; i++) max = largest[i] > max ? largest[i] : max;
-  if (max == 0 || reduce(check) != 0) return 0;
-  return max < 0x1p-40f || max > 0x1p40f ? ldexpf(1.f, -ilogbf(max)) : 1.f;
+  if (max == 0 || reduce(check) != 0) return {false};
+  if (max >= 0x1p-40f && max <= 0x1p40f) return {true};
+  const int exponent = -ilogbf(max);
+  return {true, ldexpf(1.f, exponent / 2), ldexpf(1.f, exponent - exponent / 2)};
 }
 
 // Sums of 16 products each, added in order, so that a kernel that produces 16 rows at a time can keep one
-// (dot, a, b) triple per strip and get the same bits. Scaling in two halves keeps 2^149 in range.
+// (dot, a, b) triple per strip and get the same bits.
 float similarity(DType dtype, const void* x, const void* y, int n) {
-  const float fx = safe_factor(dtype, x, n), fy = safe_factor(dtype, y, n);
-  if (fx == 0 || fy == 0) return 0;
-  const float hx = ldexpf(1.f, fx == 1.f ? 0 : ilogbf(fx) / 2), hy = ldexpf(1.f, fy == 1.f ? 0 : ilogbf(fy) / 2);
+  const Scaling sx = safe_scaling(dtype, x, n), sy = safe_scaling(dtype, y, n);
+  if (!sx.usable || !sy.usable) return 0;
   float dot = 0, a = 0, b = 0;
   for (int i = 0; i < n; i += 16) {
-    const f32x16 u = load_as_float(dtype, x, i) * hx * (fx / hx), v = load_as_float(dtype, y, i) * hy * (fy / hy);
+    const f32x16 u = load_as_float(dtype, x, i) * sx.first * sx.second;
+    const f32x16 v = load_as_float(dtype, y, i) * sy.first * sy.second;
     dot += reduce(u * v);
     a += reduce(u * u);
     b += reduce(v * v);

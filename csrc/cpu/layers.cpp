@@ -346,7 +346,7 @@ struct W4Weights {
   const ExitLayerArgs& a;
 
   Weight w4(const void* data, int64_t rows, int64_t cols) const { return {a.dtype, true, data, rows, cols}; }
-  int64_t inner() const { return std::min<int64_t>(8 * a.gate_up_tiles, kTileCols * a.down_tiles); }
+  int64_t inner() const { return (int64_t)a.gate_up_tiles * kTileRows / 2; }
   Weight o() const { return w4(a.o_proj, a.hidden_size, (int64_t)a.num_heads * a.head_dim); }
   Weight down() const { return w4(a.down_proj, a.hidden_size, inner()); }
 

@@ -1,0 +1,126 @@
+"""Random blocks for the op tests: weights, caches and rows of any shape, with everything unread poisoned."""
+
+from dataclasses import dataclass
+
+import torch
+
+from river_ext import ops, w4
+
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+# largest error against the reference, relative to the largest value: one rounding step of the dtype
+TOLERANCE = {torch.float32: 2e-5, torch.bfloat16: 2**-7, torch.float16: 2**-9}
+
+
+@dataclass
+class Shape:
+    hidden_size: int = 128
+    num_attention_heads: int = 4
+    num_key_value_heads: int = 2
+    head_dim: int = 32
+    intermediate_size: int = 192
+    rotary_dim: int = 32
+    max_len: int = 48
+    slots: int = 9
+    bias: bool = False
+    qk_norm: bool = False
+    query_scale: bool = False
+
+
+SHAPES = {
+    "gqa": Shape(),
+    "odd sizes": Shape(hidden_size=192, num_attention_heads=3, num_key_value_heads=3, head_dim=64,
+                       intermediate_size=200, rotary_dim=64),
+    "partial rotary, bias": Shape(rotary_dim=24, bias=True),
+    "multi-query, qk norm, query scale": Shape(num_key_value_heads=1, qk_norm=True, query_scale=True),
+    "pads everywhere": Shape(hidden_size=64, num_attention_heads=3, num_key_value_heads=1, head_dim=20,
+                             intermediate_size=76, rotary_dim=20, bias=True),
+    "long context": Shape(hidden_size=64, num_attention_heads=2, num_key_value_heads=1, max_len=700, slots=9),
+}  # fmt: skip
+
+
+class Block:
+    """One layer's weights (dense, and packed from random 4-bit values) with its caches."""
+
+    def __init__(self, shape: Shape, dtype: torch.dtype, seed: int = 0):
+        self.shape, self.dtype = shape, dtype
+        self.generator = torch.Generator().manual_seed(seed)
+        s = shape
+        q_size, kv_size = s.num_attention_heads * s.head_dim, s.num_key_value_heads * s.head_dim
+        sizes = {
+            "q_proj": (q_size, s.hidden_size),
+            "k_proj": (kv_size, s.hidden_size),
+            "v_proj": (kv_size, s.hidden_size),
+            "o_proj": (s.hidden_size, q_size),
+            "gate_proj": (s.intermediate_size, s.hidden_size),
+            "up_proj": (s.intermediate_size, s.hidden_size),
+            "down_proj": (s.hidden_size, s.intermediate_size),
+        }
+        self.dense = {name: self.random(*size, scale=size[1] ** -0.5) for name, size in sizes.items()}
+        self.norms = [1 + 0.1 * self.random(s.hidden_size) for _ in range(2)]
+        block = w4.BlockShape(
+            s.hidden_size, s.num_attention_heads, s.num_key_value_heads, s.head_dim, s.rotary_dim, s.intermediate_size
+        )
+        self.packed = w4.pack_exit_layer({name: self.quantised(*size) for name, size in sizes.items()}, block)
+        angle = torch.rand(s.max_len, s.rotary_dim // 2, generator=self.generator) * 6.28
+        self.tables = (angle.cos(), angle.sin())
+        self.options = {}
+        if s.bias:
+            self.options |= {
+                "q_bias": self.random(q_size),
+                "k_bias": self.random(kv_size),
+                "v_bias": self.random(kv_size),
+                "o_bias": self.random(s.hidden_size),
+            }
+        if s.qk_norm:
+            self.options |= {"q_norm": 1 + 0.1 * self.random(s.head_dim), "k_norm": 1 + 0.1 * self.random(s.head_dim)}
+        if s.query_scale:
+            self.options["query_scale"] = 0.5 + torch.rand(s.max_len, generator=self.generator)
+
+    def random(self, *size, scale=1.0):
+        return (torch.randn(*size, generator=self.generator) * scale).to(self.dtype)
+
+    def quantised(self, rows, columns):
+        groups = -(-columns // 64)
+        return (
+            torch.randint(0, 16, (rows, columns), dtype=torch.uint8, generator=self.generator),
+            ((torch.rand(rows, groups, generator=self.generator) + 0.5) * 0.3 * columns**-0.5).half(),
+            (torch.rand(rows, groups, generator=self.generator) * 4 + 5.5).half(),
+        )
+
+    def caches(self):
+        """K and V with random history; positions that no test may read are left to the caller to poison."""
+        s = self.shape
+        size = (s.slots, s.num_key_value_heads, s.max_len, s.head_dim)
+        return self.random(*size), self.random(*size)
+
+    def run(self, module, layer, hidden, caches, slots, positions, **options):
+        """module: ops or reference; layer: "decoder_block" or "exit_layer"."""
+        norm1, norm2 = self.norms
+        d, p = self.dense, self.packed
+        if layer == "decoder_block":
+            weights = [norm1, d["q_proj"], d["k_proj"], d["v_proj"], d["o_proj"], norm2]
+            weights += [d["gate_proj"], d["up_proj"], d["down_proj"]]
+        else:
+            weights = [norm1, p.qkv_proj, p.o_proj, norm2, p.gate_up_proj, p.down_proj]
+        return getattr(module, layer)(
+            hidden, *weights, *caches, slots, positions, *self.tables, self.shape.num_attention_heads, 1e-5,
+            **(self.options | options),
+        )  # fmt: skip
+
+
+def int32(values):
+    return torch.tensor(values, dtype=torch.int32)
+
+
+def assert_close(actual, expected, dtype, what):
+    """Equal shape and dtype, and within the dtype's tolerance of the largest expected magnitude."""
+    assert actual.dtype == expected.dtype and actual.shape == expected.shape, what
+    assert torch.isfinite(actual).all(), f"{what} is not finite"
+    error = (actual.double() - expected.double()).abs().max().item()
+    limit = TOLERANCE[dtype] * max(expected.double().abs().max().item(), 1e-30)
+    assert error <= limit, f"{what}: error {error:.3g}, allowed {limit:.3g}"
+
+
+def each_isa():
+    """The CPU instruction sets this machine can run."""
+    return ops._C.cpu_isas()

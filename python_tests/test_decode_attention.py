@@ -1,0 +1,91 @@
+"""decode_attention against the reference: groups, lengths around the split of the context, masks."""
+
+import pytest
+import torch
+from blocks import DTYPES, assert_close, each_isa, int32
+
+from river_ext import ops, reference
+
+
+@pytest.fixture(params=each_isa())
+def isa(request):
+    ops._C.set_cpu_isa(request.param)
+    yield request.param
+    ops._C.set_cpu_isa(each_isa()[0])
+
+
+def inputs(dtype, rows, heads=4, kv_heads=2, head_dim=64, max_len=600, slots=8, seed=0):
+    g = torch.Generator().manual_seed(seed)
+    query = torch.randn(rows, heads, head_dim, generator=g).to(dtype)
+    caches = [torch.randn(slots, kv_heads, max_len, head_dim, generator=g).to(dtype) for _ in range(2)]
+    return query, caches
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("heads, kv_heads, head_dim", [(4, 2, 64), (8, 1, 128), (3, 3, 96), (2, 2, 20), (6, 2, 256)])
+def test_equals_reference(heads, kv_heads, head_dim, dtype, isa):
+    query, caches = inputs(dtype, 8, heads, kv_heads, head_dim)
+    slots, positions = int32([0, 1, 2, -1, 3, 4, 5, 1]), int32([0, 62, 63, 9, 64, 255, 256, 599])
+    for row, slot in enumerate(slots.tolist()):
+        if slot not in (-1, 1):
+            for cache in caches:
+                cache[slot, :, positions[row] + 1 :] = float("nan")
+    out = ops.decode_attention(query, *caches, slots, positions)
+    assert_close(out, reference.decode_attention(query, *caches, slots, positions), dtype, "out")
+    assert (out[3] == 0).all()
+
+
+@pytest.mark.parametrize("window", [1, 2, 255, 256, 257, 10**9])
+def test_sliding_window(window):
+    query, caches = inputs(torch.float32, 4)
+    place = int32([0, 1, 2, 3]), int32([0, 255, 256, 599])
+    options = dict(sliding_window=window, softmax_scale=0.2)
+    out = ops.decode_attention(query, *caches, *place, **options)
+    assert_close(out, reference.decode_attention(query, *caches, *place, **options), torch.float32, "out")
+
+
+def test_kv_valid():
+    query, caches = inputs(torch.bfloat16, 4)
+    valid = torch.rand(8, 600, generator=torch.Generator().manual_seed(1)) < 0.3
+    valid[2] = False
+    valid[3] = False
+    valid[3, 599] = True
+    for cache in caches:
+        cache.masked_fill_(~valid[:, None, :, None], float("nan"))
+    place = int32([0, 1, 2, 3]), int32([300, 599, 599, 599])
+    out = ops.decode_attention(query, *caches, *place, kv_valid=valid)
+    assert_close(out, reference.decode_attention(query, *caches, *place, kv_valid=valid), torch.bfloat16, "out")
+    assert (out[2] == 0).all()
+    assert torch.equal(out[3], caches[1][3, :, 599].repeat_interleave(2, 0))
+
+
+def test_large_scores():
+    query, caches = inputs(torch.float32, 1)
+    for scale in (1e4, -1e4, 0.0):
+        out = ops.decode_attention(query, *caches, int32([0]), int32([599]), softmax_scale=scale)
+        expected = reference.decode_attention(query, *caches, int32([0]), int32([599]), softmax_scale=scale)
+        assert_close(out, expected, torch.float32, "out")
+
+
+def test_bits_do_not_depend_on_the_other_rows(isa):
+    query, caches = inputs(torch.bfloat16, 8)
+    slots, positions = int32(list(range(8))), int32([599, 3, 255, 256, 511, 512, 100, 0])
+    together = ops.decode_attention(query, *caches, slots, positions)
+    for row in range(8):
+        one = slice(row, row + 1)
+        alone = ops.decode_attention(query[one], *caches, slots[one], positions[one])
+        assert torch.equal(alone[0], together[row])
+
+
+def test_bad_arguments():
+    query, caches = inputs(torch.float32, 1)
+    for arguments, message in [
+        ((query[0], *caches, int32([0]), int32([0])), "query has 2 dimensions, expected 3"),
+        ((query, *caches, int32([8]), int32([0])), r"slots\[0\] is 8"),
+        ((query, *caches, int32([0]), int32([600])), r"positions\[0\] is 600, expected 0 to 599"),
+        ((query[:, :3].contiguous(), *caches, int32([0]), int32([0])), "num_attention_heads is 3"),
+        ((query[..., :32].contiguous(), *caches, int32([0]), int32([0])), "query has shape"),
+        ((query.half(), *caches, int32([0]), int32([0])), "k_cache is float32, expected float16"),
+    ]:
+        with pytest.raises(RuntimeError, match=message):
+            ops.decode_attention(*arguments)

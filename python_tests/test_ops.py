@@ -1,0 +1,84 @@
+"""Registration: every op passes opcheck and traces into one graph; the schemas that later work relies on."""
+
+import pytest
+import torch
+from blocks import SHAPES, Block, int32
+
+from river_ext import ops, reference
+
+
+def samples():
+    block = Block(SHAPES["partial rotary, bias"], torch.bfloat16)
+    s, d, p = block.shape, block.dense, block.packed
+    hidden, (k, v) = block.random(2, s.hidden_size), block.caches()
+    tail = (k, v, int32([0, -1]), int32([5, 0]), *block.tables, s.num_attention_heads, 1e-5)
+    norm1, norm2 = block.norms
+    q, scale, zero = block.quantised(40, 100)
+    packed = ops.pack_w4(q, scale, zero)
+    x = block.random(3, 100)
+    return {
+        "decoder_block": (
+            hidden, norm1, d["q_proj"], d["k_proj"], d["v_proj"], d["o_proj"], norm2, d["gate_proj"], d["up_proj"],
+            d["down_proj"], *tail, block.options["q_bias"],
+        ),
+        "exit_layer": (hidden, norm1, p.qkv_proj, p.o_proj, norm2, p.gate_up_proj, p.down_proj, *tail),
+        "decode_attention": (block.random(2, 4, 32), k, v, int32([0, 1]), int32([5, 7]), 0.2, 3, None),
+        "state_similarity": (hidden, hidden.flip(0)),
+        "lm_head": (hidden, norm1, block.random(50, 128), 1e-5, True),
+        "linear": (x, block.random(40, 100), None),
+        "linear_w4": (x, packed, 40, block.random(40)),
+        "pack_w4": (q, scale, zero),
+        "unpack_w4": (packed, 40, 100, 64),
+        "dequantize_w4": (packed, 40, 100, torch.bfloat16),
+    }  # fmt: skip
+
+
+SAMPLES = samples()
+
+
+@pytest.mark.parametrize("name", SAMPLES)
+def test_opcheck(name):
+    torch.library.opcheck(getattr(torch.ops.river, name).default, SAMPLES[name])
+
+
+@pytest.mark.parametrize("name", SAMPLES)
+def test_full_graph(name):
+    torch.compiler.reset()  # else the eleven graphs of this one lambda count as recompilations
+    op = getattr(torch.ops.river, name)
+    arguments = [a.clone() if isinstance(a, torch.Tensor) else a for a in SAMPLES[name]]
+    expected = op(*[a.clone() if isinstance(a, torch.Tensor) else a for a in SAMPLES[name]])
+    got = torch.compile(lambda *a: op(*a), fullgraph=True, backend="aot_eager")(*arguments)
+    for a, b in zip(*((r if isinstance(r, tuple) else (r,)) for r in (got, expected)), strict=True):
+        assert torch.equal(a, b)
+
+
+def test_inductor_compiles_around_a_mutating_op():
+    block = Block(SHAPES["gqa"], torch.float32)
+    hidden, caches = block.random(2, 128), block.caches()
+    place = int32([0, 1]), int32([5, 7])
+
+    def step(hidden, k, v):
+        out, similarity = block.run(ops, "decoder_block", hidden * 2, (k, v), *place)
+        return out + 1, similarity
+
+    own = [c.clone() for c in caches]
+    out, similarity = torch.compile(step, fullgraph=True)(hidden, *own)
+    expected, expected_similarity = step(hidden, *caches)
+    assert torch.allclose(out, expected) and torch.allclose(similarity, expected_similarity)
+    assert all(torch.equal(a, b) for a, b in zip(own, caches, strict=True))
+
+
+def test_importing_the_package_registers_the_ops():
+    import subprocess
+    import sys
+
+    code = "import torch, river_ext; x = torch.ones(1, 16); print(torch.ops.river.state_similarity(x, x).item())"
+    assert subprocess.check_output([sys.executable, "-c", code], text=True).strip() == "1.0"
+
+
+def test_every_op_has_a_wrapper_and_a_reference():
+    registered = {name.split("::")[1].split(".")[0] for name in torch._C._dispatch_get_all_op_names()
+                  if name.startswith("river::")}  # fmt: skip
+    assert registered == set(SAMPLES)
+    for name in registered:
+        assert callable(getattr(ops, name)) and callable(getattr(reference, name))
