@@ -1,8 +1,7 @@
 // The torch side: schemas, argument checks, registration of torch.ops.river.*, and the pybind11 facts.
 // The only file that includes torch (stable ABI: one binary serves torch 2.11 and later).
+#include <pybind11/pybind11.h>  // before the next line: the pybind11 that torch 2.11 bundles refuses it
 #define TORCH_TARGET_VERSION (((0ULL + 2) << 56) | ((0ULL + 11) << 48))
-
-#include <pybind11/pybind11.h>
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>

@@ -58,7 +58,12 @@ class Block:
         self.dense = {name: self.random(*size, scale=size[1] ** -0.5) for name, size in sizes.items()}
         self.norms = [1 + 0.1 * self.random(s.hidden_size) for _ in range(2)]
         block = w4.BlockShape(
-            s.hidden_size, s.num_attention_heads, s.num_key_value_heads, s.head_dim, s.rotary_dim, s.intermediate_size
+            s.hidden_size,
+            s.num_attention_heads,
+            s.num_key_value_heads,
+            s.head_dim,
+            s.rotary_dim,
+            s.intermediate_size,
         )
         self.packed = w4.pack_exit_layer({name: self.quantised(*size) for name, size in sizes.items()}, block)
         angle = torch.rand(s.max_len, s.rotary_dim // 2, generator=self.generator) * 6.28
@@ -72,7 +77,10 @@ class Block:
                 "o_bias": self.random(s.hidden_size),
             }
         if s.qk_norm:
-            self.options |= {"q_norm": 1 + 0.1 * self.random(s.head_dim), "k_norm": 1 + 0.1 * self.random(s.head_dim)}
+            self.options |= {
+                "q_norm": 1 + 0.1 * self.random(s.head_dim),
+                "k_norm": 1 + 0.1 * self.random(s.head_dim),
+            }
         if s.query_scale:
             self.options["query_scale"] = 0.5 + torch.rand(s.max_len, generator=self.generator)
 

@@ -22,7 +22,9 @@ def inputs(dtype, rows, heads=4, kv_heads=2, head_dim=64, max_len=600, slots=8, 
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("heads, kv_heads, head_dim", [(4, 2, 64), (8, 1, 128), (3, 3, 96), (2, 2, 20), (6, 2, 256)])
+@pytest.mark.parametrize(
+    "heads, kv_heads, head_dim", [(4, 2, 64), (8, 1, 128), (3, 3, 96), (2, 2, 20), (6, 2, 256)]
+)
 def test_equals_reference(heads, kv_heads, head_dim, dtype, isa):
     query, caches = inputs(dtype, 8, heads, kv_heads, head_dim)
     slots, positions = int32([0, 1, 2, -1, 3, 4, 5, 1]), int32([0, 62, 63, 9, 64, 255, 256, 599])
@@ -54,7 +56,9 @@ def test_kv_valid():
         cache.masked_fill_(~valid[:, None, :, None], float("nan"))
     place = int32([0, 1, 2, 3]), int32([300, 599, 599, 599])
     out = ops.decode_attention(query, *caches, *place, kv_valid=valid)
-    assert_close(out, reference.decode_attention(query, *caches, *place, kv_valid=valid), torch.bfloat16, "out")
+    assert_close(
+        out, reference.decode_attention(query, *caches, *place, kv_valid=valid), torch.bfloat16, "out"
+    )
     assert (out[2] == 0).all()
     assert torch.equal(out[3], caches[1][3, :, 599].repeat_interleave(2, 0))
 

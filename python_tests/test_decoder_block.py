@@ -96,7 +96,8 @@ def test_batch_invariance(layer, dtype, isa):
             own = [c.clone() for c in caches]
             out, similarity = block.run(
                 ops, layer, hidden[chosen], own,
-                int32([-1 if r in inactive else slots[r] for r in chosen]), int32([positions[r] for r in chosen]),
+                int32([-1 if r in inactive else slots[r] for r in chosen]),
+                int32([positions[r] for r in chosen]),
             )  # fmt: skip
             for i, row in enumerate(chosen):
                 if row in inactive:
@@ -152,7 +153,10 @@ BAD_ARGUMENTS = {
     "slot": (dict(slots=int32([0, 9])), r"slots\[1\] is 9, expected -1 to 8"),
     "position": (dict(positions=int32([48, 0])), r"positions\[0\] is 48, expected 0 to 47"),
     "negative position": (dict(positions=int32([-1, 0])), r"positions\[0\] is -1"),
-    "same place": (dict(slots=int32([1, 1]), positions=int32([3, 3])), "rows 0 and 1 are both at slot 1, position 3"),
+    "same place": (
+        dict(slots=int32([1, 1]), positions=int32([3, 3])),
+        "rows 0 and 1 are both at slot 1, position 3",
+    ),
     "slots dtype": (dict(slots=torch.zeros(2, dtype=torch.int64)), "slots is int64, expected int32"),
     "heads": (dict(num_attention_heads=3), "num_attention_heads is 3, expected a multiple"),
     "eps": (dict(rms_norm_eps=float("nan")), "rms_norm_eps is nan"),
@@ -173,7 +177,8 @@ def test_bad_arguments(layer, case):
     block = Block(SHAPES["gqa"], torch.float32)
     s = block.shape
     arguments = dict(
-        hidden=torch.zeros(2, 128), k_cache=torch.zeros(s.slots, 2, 48, 32), v_cache=torch.zeros(s.slots, 2, 48, 32),
+        hidden=torch.zeros(2, 128), k_cache=torch.zeros(s.slots, 2, 48, 32),
+        v_cache=torch.zeros(s.slots, 2, 48, 32),
         slots=int32([0, 1]), positions=int32([0, 0]), cos=block.tables[0], sin=block.tables[1],
         num_attention_heads=4, rms_norm_eps=1e-5, input_layernorm=block.norms[0],
         post_attention_layernorm=block.norms[1],

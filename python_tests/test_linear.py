@@ -32,7 +32,9 @@ def test_equals_reference(n, k, dtype, isa):
         x = torch.randn(rows, k).to(dtype)
         for b in (None, bias):
             assert_close(ops.linear(x, weight, b), reference.linear(x, weight, b), dtype, "linear")
-            assert_close(ops.linear_w4(x, packed, n, b), reference.linear_w4(x, packed, n, b), dtype, "linear_w4")
+            assert_close(
+                ops.linear_w4(x, packed, n, b), reference.linear_w4(x, packed, n, b), dtype, "linear_w4"
+            )
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -46,14 +48,19 @@ def test_a_row_does_not_depend_on_the_others(dtype, isa):
             assert all(torch.equal(op(x[r : r + 1].contiguous())[0], together[r]) for r in range(rows))
 
 
-@pytest.mark.parametrize("dtype, limit", [(torch.bfloat16, 1e-5), (torch.float32, 2e-6), (torch.float16, 1e-5)])
+@pytest.mark.parametrize(
+    "dtype, limit", [(torch.bfloat16, 1e-5), (torch.float32, 2e-6), (torch.float16, 1e-5)]
+)
 def test_accuracy_of_the_sums(dtype, limit):
     """Scale and zero act in fp32 on exact 4-bit values: the error is that of fp32 sums, not of the dtype."""
     torch.manual_seed(0)
     q, scale, zero = random_w4(64, 4096, 128)
     packed = ops.pack_w4(q, scale, zero)
     x = torch.randn(1, 4096).to(dtype)
-    exact = x.double() @ ((q - zero.double().repeat_interleave(128, 1)) * scale.double().repeat_interleave(128, 1)).T
+    exact = (
+        x.double()
+        @ ((q - zero.double().repeat_interleave(128, 1)) * scale.double().repeat_interleave(128, 1)).T
+    )
     got = ops.linear_w4(x, packed, 64)
     rounding = {torch.bfloat16: 2**-8, torch.float16: 2**-11, torch.float32: 0}[dtype]
     error = (got.double() - exact).abs() - rounding * 1.01 * exact.abs()
@@ -93,7 +100,10 @@ def test_bad_arguments():
         (lambda: ops.linear(torch.zeros(9, 64), weight), "x has 9 rows, expected 1 to 8"),
         (lambda: ops.linear(torch.zeros(0, 64), weight), "x has 0 rows"),
         (lambda: ops.linear(x, weight.bfloat16()), "weight is bfloat16, expected float32"),
-        (lambda: ops.linear(x, weight[:, :63].contiguous()), r"weight has shape \[16, 63\], expected \[\*, 64\]"),
+        (
+            lambda: ops.linear(x, weight[:, :63].contiguous()),
+            r"weight has shape \[16, 63\], expected \[\*, 64\]",
+        ),
         (lambda: ops.linear(x, weight.T.contiguous().T), "weight is not contiguous"),
         (lambda: ops.linear(x, weight, torch.zeros(15)), r"bias has shape \[15\], expected \[16\]"),
         (lambda: ops.linear_w4(x, packed, 17), r"weight has shape \[1, 1, 576\], expected \[2, 1, 576\]"),

@@ -87,7 +87,8 @@ def test_sampling_depends_on_seed_and_position_only():
         alone = ops.lm_head(hidden[row : row + 1], norm, weight, 1e-5, **sampling(1, 1.0, [7], [3 + row]))[0]
         assert alone[0] == together[row]
     many = [
-        ops.lm_head(hidden[:1], norm, weight, 1e-5, **sampling(1, 1.0, [seed], [3]))[0].item() for seed in range(20)
+        ops.lm_head(hidden[:1], norm, weight, 1e-5, **sampling(1, 1.0, [seed], [3]))[0].item()
+        for seed in range(20)
     ]
     assert len(set(many)) > 10
 

@@ -18,8 +18,8 @@ def samples():
     x = block.random(3, 100)
     return {
         "decoder_block": (
-            hidden, norm1, d["q_proj"], d["k_proj"], d["v_proj"], d["o_proj"], norm2, d["gate_proj"], d["up_proj"],
-            d["down_proj"], *tail, block.options["q_bias"],
+            hidden, norm1, d["q_proj"], d["k_proj"], d["v_proj"], d["o_proj"], norm2, d["gate_proj"],
+            d["up_proj"], d["down_proj"], *tail, block.options["q_bias"],
         ),
         "exit_layer": (hidden, norm1, p.qkv_proj, p.o_proj, norm2, p.gate_up_proj, p.down_proj, *tail),
         "decode_attention": (block.random(2, 4, 32), k, v, int32([0, 1]), int32([5, 7]), 0.2, 3, None),
@@ -72,7 +72,9 @@ def test_importing_the_package_registers_the_ops():
     import subprocess
     import sys
 
-    code = "import torch, river_ext; x = torch.ones(1, 16); print(torch.ops.river.state_similarity(x, x).item())"
+    code = (
+        "import torch, river_ext; x = torch.ones(1, 16); print(torch.ops.river.state_similarity(x, x).item())"
+    )
     assert subprocess.check_output([sys.executable, "-c", code], text=True).strip() == "1.0"
 
 

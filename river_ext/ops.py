@@ -214,7 +214,7 @@ def unpack_w4(
 
 
 def dequantize_w4(packed: Tensor, out_features: int, in_features: int, dtype: torch.dtype) -> Tensor:
-    """The packed weight as a dense [out_features, in_features] tensor: (q - zero) * scale in fp32, then rounded."""
+    """The packed weight as dense [out_features, in_features]: (q - zero) * scale in fp32, then rounded."""
     return _river.dequantize_w4(packed, out_features, in_features, dtype)
 
 

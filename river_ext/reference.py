@@ -190,8 +190,8 @@ def _mulhilo(a: int, b: Tensor) -> tuple[Tensor, Tensor]:
 def gumbel(seed: int, position: int, vocab_size: int, purpose: int = 0) -> Tensor:
     """Gumbel noise [vocab_size] of one draw: a function of (seed, position, purpose, token id) only.
 
-    Token id v takes word v % 4 of Philox counter (v / 4, position, purpose, 0); u = (word / 512 + 0.5) / 2^23,
-    exact in fp32 and strictly between 0 and 1.
+    Token id v takes word v % 4 of Philox counter (v / 4, position, purpose, 0);
+    u = (word / 512 + 0.5) / 2^23 is exact in fp32 and strictly between 0 and 1.
     """
     words = philox(seed, (torch.arange(-(-vocab_size // 4)), position, purpose, 0))
     u = ((torch.stack(words, -1).flatten()[:vocab_size] >> 9).float() + 0.5) * 2.0**-23
@@ -241,7 +241,9 @@ def unpack_w4(packed: Tensor, out_features: int, in_features: int, group_size: i
     tiles = (words[:, :, word] >> shift) & 15  # [n, k, 16, 64]
     q = tiles.transpose(1, 2).reshape(n * TILE_ROWS, k * TILE_COLS)[:out_features, :in_features]
     metadata = packed[..., 512:].contiguous().view(torch.float16).view(n, k, TILE_ROWS, 2)
-    metadata = metadata.transpose(1, 2).reshape(n * TILE_ROWS, k, 2)[:out_features, :: group_size // TILE_COLS]
+    metadata = metadata.transpose(1, 2).reshape(n * TILE_ROWS, k, 2)[
+        :out_features, :: group_size // TILE_COLS
+    ]
     return q.to(torch.uint8).contiguous(), metadata[..., 0].contiguous(), metadata[..., 1].contiguous()
 
 

@@ -16,7 +16,7 @@ using river::cpu::Operand;
 using river::cpu::StripOut;
 
 constexpr int kGroup = river::kTileCols;  // activation columns per tile, one (scale, zero) pair per row
-constexpr int kPasses = 4;                // at most 4 activation vectors per pass over the weights
+constexpr int kVectors = 4;               // activation vectors per pass: R x T accumulators stay in registers
 
 #if defined(__AVX512BF16__)
 constexpr bool kBf16Dot = true;
@@ -26,6 +26,8 @@ inline f32x16 dot_bf16(f32x16 acc, __m512i a, __m512i b) {
 #else
 constexpr bool kBf16Dot = false;
 #endif
+
+constexpr int kReadAhead = 4096;  // bytes; hardware prefetchers stop at the end of a page
 
 inline bool uses_bf16(DType dtype) { return kBf16Dot && dtype == DType::kBFloat16; }
 
@@ -81,7 +83,11 @@ inline void dense_rows_bf16(const uint16_t* weight, const Operand& x, int t0, in
   f32x16 acc[R][T] = {};
   auto step = [&](int k, __mmask32 mask) {
     __m512i w[R];
-    for (int r = 0; r < R; r++) w[r] = _mm512_maskz_loadu_epi16(mask, weight + (int64_t)(r0 + r) * x.cols + k);
+    for (int r = 0; r < R; r++) {
+      const uint16_t* row = weight + (int64_t)(r0 + r) * x.cols + k;
+      if (T == 1) __builtin_prefetch(row + (int64_t)R * x.cols, 0, 2);  // the next block of rows, into L2
+      w[r] = _mm512_maskz_loadu_epi16(mask, row);
+    }
     for (int t = 0; t < T; t++) {
       const __m512i v = _mm512_loadu_si512(values + (int64_t)t * x.padded + k);
       for (int r = 0; r < R; r++) acc[r][t] = dot_bf16(acc[r][t], w[r], v);
@@ -115,42 +121,45 @@ inline void dense_rows_float(const char* weight, const Operand& x, int t0, int r
     for (int r = 0; r < R; r++) out[t0 + t][r0 + r] = reduce(acc[r][t]);
 }
 
-// Rows of the strip in blocks of R, the rest one by one; R x T accumulators stay in registers.
-template <int R, int T, class Rows>
-inline void blocks_of_rows(int count, Rows rows) {
-  int r = 0;
-  for (; r + R <= count; r += R) rows.template operator()<R, T>(r);
-  for (; r < count; r++) rows.template operator()<1, T>(r);
-}
-
-template <class Rows>
-inline void all_rows(int count, int vectors, Rows rows) {
-  switch (vectors) {
-    case 1: return blocks_of_rows<8, 1>(count, rows);
-    case 2: return blocks_of_rows<8, 2>(count, rows);
-    case 3: return blocks_of_rows<4, 3>(count, rows);
-    default: return blocks_of_rows<4, 4>(count, rows);
+// Calls f<T>(t0) for the activation vectors t0 .. t0 + T - 1, kVectors at a time
+template <class F>
+inline void for_vectors(int rows, F f) {
+  for (int t0 = 0; t0 < rows; t0 += kVectors) {
+    const int left = rows - t0;
+    if (left == 1) f.template operator()<1>(t0);
+    else if (left == 2) f.template operator()<2>(t0);
+    else if (left == 3) f.template operator()<3>(t0);
+    else f.template operator()<kVectors>(t0);
   }
 }
 
-void dense_strip(DType dtype, const void* weight, int count, const Operand& x, StripOut& out) {
-  for (int t0 = 0; t0 < x.rows; t0 += kPasses) {
-    const int vectors = x.rows - t0 < kPasses ? x.rows - t0 : kPasses;
-    auto floats = [&]<DType D>() {
-      all_rows(count, vectors, [&]<int R, int T>(int r0) {
-        dense_rows_float<D, R, T>((const char*)weight, x, t0, r0, out);
-      });
-    };
-    if (dtype == DType::kFloat32) floats.template operator()<DType::kFloat32>();
-    if (dtype == DType::kFloat16) floats.template operator()<DType::kFloat16>();
+// Output rows of a strip in blocks of R, the last ones alone
+template <int R, class F>
+inline void for_rows(int count, F f) {
+  int r = 0;
+  for (; r + R <= count; r += R) f.template operator()<R>(r);
+  for (; r < count; r++) f.template operator()<1>(r);
+}
+
+constexpr int rows_in_flight(int vectors) { return vectors <= 2 ? 8 : 4; }
+
+template <DType D>
+void dense_rows_all(const void* weight, int count, const Operand& x, StripOut& out) {
+  for_vectors(x.rows, [&]<int T>(int t0) {
+    for_rows<rows_in_flight(T)>(count, [&]<int R>(int r0) {
 #if defined(__AVX512BF16__)
-    if (dtype == DType::kBFloat16)
-      all_rows(count, vectors, [&]<int R, int T>(int r0) {
-        dense_rows_bf16<R, T>((const uint16_t*)weight, x, t0, r0, out);
-      });
-#else
-    if (dtype == DType::kBFloat16) floats.template operator()<DType::kBFloat16>();
+      if constexpr (D == DType::kBFloat16) return dense_rows_bf16<R, T>((const uint16_t*)weight, x, t0, r0, out);
 #endif
+      dense_rows_float<D, R, T>((const char*)weight, x, t0, r0, out);
+    });
+  });
+}
+
+void dense_strip(DType dtype, const void* weight, int count, const Operand& x, StripOut& out) {
+  switch (dtype) {
+    case DType::kFloat32: return dense_rows_all<DType::kFloat32>(weight, count, x, out);
+    case DType::kBFloat16: return dense_rows_all<DType::kBFloat16>(weight, count, x, out);
+    case DType::kFloat16: return dense_rows_all<DType::kFloat16>(weight, count, x, out);
   }
 }
 
@@ -182,6 +191,7 @@ struct Bf16Nibbles {
 
   template <int T>
   inline void dot(const uint8_t* words, const Operand& x, int t0, int64_t column, f32x16 (&lo)[T], f32x16 (&hi)[T]) const {
+    if (T == 1) __builtin_prefetch(words + kReadAhead);
     const __m512i w = _mm512_loadu_si512(words);  // vpermw looks at 5 bits, the table repeats after 4
     const __m512i lo0 = _mm512_permutexvar_epi16(w, table);
     const __m512i lo1 = _mm512_permutexvar_epi16((__m512i)((u32x16)w >> 4), table);
@@ -251,24 +261,19 @@ inline void w4_vectors(const Nibbles& nibbles, const uint8_t* strip, const Opera
   for (int t = 0; t < T; t++) store(out[t0 + t], load<f32x16>(out[t0 + t]) + correction[t]);
 }
 
+constexpr int pairs_in_flight(int vectors) { return vectors == 1 ? 8 : vectors == 2 ? 4 : 2; }
+
 template <class Nibbles>
-inline void w4_passes(const Nibbles& nibbles, const uint8_t* strip, const Operand& x, StripOut& out) {
-  for (int t0 = 0; t0 < x.rows; t0 += kPasses) {
-    switch (x.rows - t0) {
-      case 1: w4_vectors<8, 1>(nibbles, strip, x, t0, out); break;
-      case 2: w4_vectors<4, 2>(nibbles, strip, x, t0, out); break;
-      case 3: w4_vectors<2, 3>(nibbles, strip, x, t0, out); break;
-      default: w4_vectors<2, 4>(nibbles, strip, x, t0, out); break;
-    }
-  }
+void w4_strip_by(const Nibbles& nibbles, const uint8_t* strip, const Operand& x, StripOut& out) {
+  for_vectors(x.rows, [&]<int T>(int t0) { w4_vectors<pairs_in_flight(T), T>(nibbles, strip, x, t0, out); });
 }
 
 void w4_strip(DType dtype, const uint8_t* strip, const Operand& x, StripOut& out) {
 #if defined(__AVX512BF16__)
-  if (dtype == DType::kBFloat16) return w4_passes(Bf16Nibbles(), strip, x, out);
+  if (dtype == DType::kBFloat16) return w4_strip_by(Bf16Nibbles(), strip, x, out);
 #endif
   (void)dtype;
-  w4_passes(FloatNibbles(), strip, x, out);
+  w4_strip_by(FloatNibbles(), strip, x, out);
 }
 
 }  // namespace

@@ -1,0 +1,37 @@
+# Both commands set up everything that they need in .venv; the second time that takes a second.
+#   make demo    generate with the bundled model
+#   make test    lint, then all tests (ARGS="-k name" for some)
+PYTHON ?= python3
+ENV_PYTHON := .venv/bin/python
+
+.PHONY: demo test lint format build kernels clean
+
+demo:
+	@$(PYTHON) tools/setup_env.py
+	@.venv/bin/river generate --demo
+
+test:
+	@$(PYTHON) tools/setup_env.py --dev
+	@$(MAKE) --no-print-directory lint
+	@$(ENV_PYTHON) -m pytest $(ARGS)
+
+# Where ruff cannot be had (a prepared machine without network), the tests still run; CI insists.
+lint:
+	@if $(ENV_PYTHON) -m ruff --version >/dev/null 2>&1; then \
+	  $(ENV_PYTHON) -m ruff check . && $(ENV_PYTHON) -m ruff format --check .; \
+	elif [ -n "$$CI" ]; then echo "lint: ruff is missing"; exit 1; \
+	else echo "lint: skipped, ruff is not installed"; fi
+
+format:
+	@$(ENV_PYTHON) -m ruff check --fix . && $(ENV_PYTHON) -m ruff format .
+
+# Only the extension, in place, for whatever PYTHON is.
+build:
+	@$(PYTHON) setup.py -q build_ext --inplace
+
+# Only the kernels, as a library that never saw torch.
+kernels:
+	@cmake -S . -B build/cmake -DCMAKE_BUILD_TYPE=Release >/dev/null && env -u MAKELEVEL -u MAKEFLAGS cmake --build build/cmake --parallel
+
+clean:
+	rm -rf build dist *.egg-info river_ext/_C*.so

@@ -1,0 +1,186 @@
+"""Whole decoding steps on the CPU, batch 1, in the shape of Llama-3.2-1B with random weights.
+
+Rows: full bf16, full W4, fixed exit depths, and transformers on the same tensors (eager; with --compile
+also under torch.compile). A fixed depth d is threshold -2 with min_layers d. GB/s counts the bytes of
+weights that a token reads; `allowed` is what the bytes alone would give over full bf16. Random weights make
+random text, and time does not depend on it.
+"""
+
+import time
+
+import torch
+from common import machine, parser, read_bandwidth, save
+
+from river_ext import ops, w4
+from river_ext.config import ModelConfig
+from river_ext.generate import generate
+from river_ext.network import Network
+from river_ext.request import Options
+from river_ext.weights import DecoderBlockWeights, ExitLayerWeights, ModelWeights
+
+LLAMA_1B = ModelConfig(
+    model_type="llama", vocab_size=128256, hidden_size=2048, intermediate_size=8192, num_hidden_layers=16,
+    num_attention_heads=32, num_key_value_heads=8, head_dim=64, rotary_dim=64, rms_norm_eps=1e-5,
+    max_position_embeddings=8192, rope_theta=500000.0, rope_scaling=None, tie_word_embeddings=True,
+    attention_bias=False, dtype=torch.bfloat16, bos_token_id=None, eos_token_ids=(),
+)  # fmt: skip
+
+
+def main() -> None:
+    p = parser(__doc__.splitlines()[0])
+    p.add_argument("--depths", type=int, nargs="+", default=[1, 2, 4, 8])
+    p.add_argument("--prompt-tokens", type=int, default=32)
+    p.add_argument("--new-tokens", type=int, default=33)
+    p.add_argument("--repeats", type=int, default=3)
+    p.add_argument("--compile", action="store_true", help="also transformers under torch.compile (minutes)")
+    args = p.parse_args()
+    torch.set_num_threads(args.threads)
+    torch.manual_seed(0)
+    config = LLAMA_1B
+    weights, river = random_weights(config), random_river(config)
+    network = Network(config, weights, river)
+    prompt = torch.randint(0, config.vocab_size, (args.prompt_tokens,)).tolist()
+
+    runs = {
+        "full bf16": (Options(mode="full"), config.num_hidden_layers),
+        "full W4": (Options(mode="full_w4"), 0),
+    }
+    runs |= {f"exit depth {d}": (Options(threshold=-2.0, min_layers=d), d) for d in args.depths}
+    seconds = {name: [] for name in runs}
+    peers = transformers_models(config, weights, args.compile)
+    seconds |= {name: [] for name in peers}
+    bandwidths = []
+    for _ in range(args.repeats):  # interleaved, so that a slow minute of the machine hits all alike
+        bandwidths.append(read_bandwidth(0.5, 3))
+        for name, (options, depth) in runs.items():
+            options = Options(**(vars(options) | {"max_new_tokens": args.new_tokens, "stop_tokens": ()}))
+            output = generate(network, None, prompt, options)
+            assert set(output.exit_depths[1:]) == {depth}
+            seconds[name].append(output.stats.decode_seconds / (args.new_tokens - 1))
+        for name, model in peers.items():
+            seconds[name].append(transformers_seconds(model, prompt, args.new_tokens))
+    report(config, weights, river, runs, seconds, max(bandwidths), args)
+
+
+def report(config, weights, river, runs, seconds, bandwidth, args) -> None:
+    block, exit_layer = size_of(weights.layers[0]), size_of(river[0])
+    head = weights.lm_head.numel() * 2
+    layers = config.num_hidden_layers
+    full = sorted(seconds["full bf16"])[len(seconds["full bf16"]) // 2]
+    print(f"{machine()['processor']}, {args.threads} threads, read bandwidth {bandwidth:.1f} GB/s")
+    print(f"{'':<24}{'ms':>8}{'tok/s':>8}{'GB/s':>7}{'%':>5}{'x full':>8}{'allowed':>9}")
+    lines = []
+    for name, times in seconds.items():
+        median = sorted(times)[len(times) // 2]
+        depth = runs[name][1] if name in runs else layers
+        size = depth * block + (layers - depth) * exit_layer + head
+        line = {
+            "run": name, "ms": 1e3 * median, "tokens_per_second": 1 / median, "bytes": size,
+            "gb_s": size / median / 1e9, "percent_of_read": 100 * size / median / 1e9 / bandwidth,
+            "x_full_bf16": full / median, "allowed": (layers * block + head) / size,
+            "ms_all": [1e3 * t for t in times],
+        }  # fmt: skip
+        lines.append(line)
+        print(
+            f"{name:<24}{line['ms']:8.1f}{line['tokens_per_second']:8.2f}{line['gb_s']:7.1f}"
+            f"{line['percent_of_read']:5.0f}{line['x_full_bf16']:8.2f}{line['allowed']:9.2f}"
+        )
+    settings = {"prompt_tokens": args.prompt_tokens, "new_tokens": args.new_tokens, "repeats": args.repeats}
+    result = {
+        "machine": machine(),
+        "shape": "Llama-3.2-1B",
+        "read_gb_s": bandwidth,
+        **settings,
+        "decode": lines,
+    }
+    print(save("decode", args.out, result))
+
+
+def random(*size: int) -> torch.Tensor:
+    return torch.randn(*size, dtype=torch.bfloat16) * size[-1] ** -0.5
+
+
+def random_weights(config: ModelConfig) -> ModelWeights:
+    shapes = w4.BlockShape.of(config).projections()
+    layers = [
+        DecoderBlockWeights(
+            input_layernorm=torch.ones(config.hidden_size, dtype=torch.bfloat16),
+            post_attention_layernorm=torch.ones(config.hidden_size, dtype=torch.bfloat16),
+            **{name: random(*shape) for name, shape in shapes.items()},
+        )
+        for _ in range(config.num_hidden_layers)
+    ]
+    embed = random(config.vocab_size, config.hidden_size)
+    return ModelWeights(embed, layers, torch.ones(config.hidden_size, dtype=torch.bfloat16), embed)
+
+
+def random_river(config: ModelConfig) -> list[ExitLayerWeights]:
+    """Random nibbles with plausible scales: quantising real weights would take minutes and change no time."""
+
+    def packed(rows: int, columns: int) -> torch.Tensor:
+        tiles = torch.randint(0, 256, ops.packed_shape(rows, columns), dtype=torch.uint8)
+        metadata = torch.tensor([0.2 * columns**-0.5, 7.5]).repeat(ops.TILE_ROWS).half()
+        tiles[..., 512:] = metadata.view(torch.uint8)
+        return tiles
+
+    shapes = w4.BlockShape.of(config).packed()
+    return [
+        ExitLayerWeights(**{name: packed(*shape) for name, shape in shapes.items()})
+        for _ in range(config.num_hidden_layers)
+    ]
+
+
+def size_of(weights) -> int:
+    return sum(t.numel() * t.element_size() for t in vars(weights).values() if t is not None)
+
+
+def transformers_models(config: ModelConfig, weights: ModelWeights, compiled: bool) -> dict:
+    """Llama of transformers around the same tensors; {} where it is not installed."""
+    try:
+        from transformers import LlamaConfig, LlamaForCausalLM
+    except ImportError:
+        print("transformers is not installed: no comparison")
+        return {}
+    names = (
+        "vocab_size hidden_size intermediate_size num_hidden_layers num_attention_heads num_key_value_heads "
+        "head_dim rms_norm_eps max_position_embeddings tie_word_embeddings"
+    )
+    with torch.device("meta"):
+        model = LlamaForCausalLM(LlamaConfig(**{name: getattr(config, name) for name in names.split()}))
+    state = {"model.embed_tokens.weight": weights.embed_tokens, "model.norm.weight": weights.norm}
+    state["lm_head.weight"] = weights.lm_head
+    for index, layer in enumerate(weights.layers):
+        for name, tensor in vars(layer).items():
+            if tensor is not None:
+                part = (
+                    ""
+                    if "norm" in name
+                    else "mlp."
+                    if name in ("gate_proj", "up_proj", "down_proj")
+                    else "self_attn."
+                )
+                state[f"model.layers.{index}.{part}{name}.weight"] = tensor
+    model.load_state_dict(state, assign=True)
+    rotary = type(model.model.rotary_emb)(model.config)  # its buffers are not in a state dict
+    model.model.rotary_emb = rotary
+    model = model.eval()
+    models = {"transformers eager": model}
+    if compiled:
+        models["transformers compiled"] = torch.compile(model, dynamic=True)
+    return models
+
+
+@torch.inference_mode()
+def transformers_seconds(model, prompt: list[int], new_tokens: int) -> float:
+    output = model(torch.tensor([prompt]), use_cache=True)
+    token = output.logits[:, -1:].argmax(-1)
+    output = model(token, past_key_values=output.past_key_values, use_cache=True)  # warm
+    start = time.perf_counter()
+    for _ in range(new_tokens - 2):
+        token = output.logits[:, -1:].argmax(-1)
+        output = model(token, past_key_values=output.past_key_values, use_cache=True)
+    return (time.perf_counter() - start) / (new_tokens - 2)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,85 @@
+"""Tiny checkpoints, written where a test asks for them."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+torch.set_num_threads(1)
+
+TINY_CONFIG = {
+    "model_type": "llama",
+    "vocab_size": 96,
+    "hidden_size": 64,
+    "intermediate_size": 112,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "rms_norm_eps": 1e-5,
+    "max_position_embeddings": 256,
+    "rope_theta": 10000.0,
+    "tie_word_embeddings": False,
+    "torch_dtype": "float32",
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+}
+
+
+def write_tiny_checkpoint(directory: Path, seed: int = 0, **changes) -> Path:
+    """A random checkpoint: model.safetensors, and config.json of TINY_CONFIG with changes (None: no key)."""
+    from river_ext.checkpoint import tensor_shapes
+    from river_ext.config import read_config
+
+    directory = Path(directory)
+    directory.mkdir(parents=True, exist_ok=True)
+    values = {key: value for key, value in (TINY_CONFIG | changes).items() if value is not None}
+    (directory / "config.json").write_text(json.dumps(values))
+    config = read_config(directory)
+    generator = torch.Generator().manual_seed(seed)
+    tensors = {
+        name: ((1.0 if len(shape) == 1 else 0.0) + 0.15 * torch.randn(shape, generator=generator)).to(
+            config.dtype
+        )
+        for name, shape in tensor_shapes(config).items()
+    }
+    save_file(tensors, directory / "model.safetensors")
+    return directory
+
+
+def write_hf_checkpoint(directory: Path, model_type: str = "llama", seed: int = 0, **changes) -> Path:
+    """A random model saved by transformers itself. Weights are wide enough for text that does not repeat."""
+    transformers = pytest.importorskip("transformers")
+    torch.manual_seed(seed)
+    sizes = {
+        key: value
+        for key, value in TINY_CONFIG.items()
+        if key not in ("model_type", "torch_dtype", "rope_theta")
+    }
+    config = transformers.AutoConfig.for_model(model_type, **(sizes | changes))
+    model = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if name.endswith("norm.weight"):
+                parameter.copy_(1 + 0.2 * torch.randn_like(parameter))
+            elif name.endswith("bias"):
+                parameter.copy_(0.3 * torch.randn_like(parameter))
+            elif name.endswith("embed_tokens.weight"):  # small, or a tied head would repeat the last token
+                parameter.copy_(0.2 * torch.randn_like(parameter))
+            else:  # outputs of a projection of unit inputs have about unit size
+                parameter.copy_(1.5 * torch.randn_like(parameter) / parameter.shape[1] ** 0.5)
+    model.save_pretrained(directory)
+    return Path(directory)
+
+
+@pytest.fixture
+def tiny_checkpoint(tmp_path):
+    """Factory: tiny_checkpoint(**config changes) -> directory of a random checkpoint."""
+    return lambda name="checkpoint", **options: write_tiny_checkpoint(tmp_path / name, **options)
+
+
+@pytest.fixture
+def hf_checkpoint(tmp_path):
+    """Factory: hf_checkpoint(model_type, **config changes) -> directory of a checkpoint by transformers."""
+    return lambda model_type="llama", **options: write_hf_checkpoint(tmp_path / "hf", model_type, **options)

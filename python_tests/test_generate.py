@@ -1,0 +1,357 @@
+"""The generation loop, streaming, teacher forcing, and every refusal."""
+
+import math
+
+import pytest
+import torch
+from tiny_model import demo_model, random_model, random_prompt
+
+import river_ext
+from river_ext.errors import RiverError
+from river_ext.generate import GenerationOutput
+from river_ext.text import Text
+
+LAYERS = 4
+QUESTION = "Question: Ana has 21 coins and buys 12 more at the fair. How many coins does Ana have?\nAnswer:"
+PROMPTS = [random_prompt(n, n) for n in (1, 6, 11, 3)]
+
+
+# --- what comes out -------------------------------------------------------------------------------------
+
+
+def test_output():
+    out = demo_model().generate(QUESTION, max_new_tokens=48, threshold=0.5, return_logits=True)
+    n = len(out.tokens)
+    assert isinstance(out, GenerationOutput)
+    assert out.text.endswith("#### 33") or "#### 33" in out.text
+    assert out.finish_reason == "stop"
+    assert out.tokens[-1] == 0, "the stop token is kept among the tokens, not in the text"
+    assert "<s>" not in out.text
+    assert len(out.exit_depths) == len(out.similarities) == n
+    assert [len(s) for s in out.similarities] == out.exit_depths
+    assert out.logits.shape == (n, 512) and out.logits.dtype == torch.float32
+    assert out.stats.prompt_tokens == len(demo_model().text.encode(QUESTION))
+    assert out.stats.new_tokens == n
+    assert out.stats.mean_exit_depth == pytest.approx(sum(out.exit_depths) / n)
+    assert out.stats.tokens_per_second == pytest.approx((n - 1) / out.stats.decode_seconds)
+    assert out.stats.prefill_seconds > 0
+
+
+def test_one_prompt_one_output_a_list_a_list():
+    model, options = demo_model(), {"max_new_tokens": 4}
+    ids = model.text.encode(QUESTION)
+    alone = model.generate(QUESTION, **options)
+    assert model.generate(ids, **options).tokens == alone.tokens
+    assert model.generate(tuple(ids), **options).tokens == alone.tokens
+    assert model.generate(torch.tensor(ids), **options).tokens == alone.tokens
+    outputs = model.generate([QUESTION, ids], **options)
+    assert [out.tokens for out in outputs] == [alone.tokens] * 2
+    assert [out.text for out in model.generate([ids], **options)] == [alone.text]
+
+
+def test_logits_outlive_the_call_as_ordinary_tensors():
+    logits = random_model().generate(PROMPTS[0], max_new_tokens=3, return_logits=True).logits
+    logits += 1
+    assert random_model().generate(PROMPTS[0], max_new_tokens=3).logits is None
+
+
+@pytest.mark.parametrize(
+    "options", [{}, {"mode": "full_w4"}, {"temperature": 1.0, "top_k": 9}, {"prefill": "min"}]
+)
+def test_deterministic(options):
+    first, second = (
+        random_model().generate(PROMPTS, max_new_tokens=10, threshold=0.8, return_logits=True, **options)
+        for _ in range(2)
+    )
+    for a, b in zip(first, second, strict=True):
+        assert (a.tokens, a.exit_depths, a.similarities) == (b.tokens, b.exit_depths, b.similarities)
+        assert torch.equal(a.logits, b.logits)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize(
+    "options", [{"threshold": math.inf}, {"mode": "full_w4"}, {"threshold": -2, "min_layers": 2}]
+)
+def test_a_batch_equals_single_runs_bit_for_bit(dtype, options):
+    """At depths that do not depend on the others: no row can exit, or every row does."""
+    options = {"max_new_tokens": 10, "return_logits": True, **options}
+    model = random_model(dtype=dtype)
+    for prompt, out in zip(PROMPTS, model.generate(PROMPTS, **options), strict=True):
+        alone = model.generate(prompt, **options)
+        assert out.tokens == alone.tokens
+        assert out.similarities == alone.similarities
+        assert torch.equal(out.logits, alone.logits)
+
+
+def test_eight_prompts_some_of_which_finish_early():
+    prompts = [random_prompt(n + 1, n) for n in range(8)]
+    options = {"max_new_tokens": 20, "mode": "full", "stop_tokens": list(range(0, 80, 7))}
+    outputs = random_model().generate(prompts, **options)
+    assert len({len(out.tokens) for out in outputs}) > 2
+    for prompt, out in zip(prompts, outputs, strict=True):
+        assert out.tokens == random_model().generate(prompt, **options).tokens
+
+
+def test_modes():
+    model, ids = random_model(), PROMPTS[1]
+    full_w4 = model.generate(ids, max_new_tokens=6, mode="full_w4")
+    assert full_w4.exit_depths == [0] * 6
+    assert full_w4.similarities == [[]] * 6
+    by_depth = model.generate(ids, max_new_tokens=1, prefill="depth:0")
+    assert by_depth.exit_depths == [0]
+    assert by_depth.tokens == full_w4.tokens[:1]
+    assert model.generate(ids, max_new_tokens=6, mode="full").exit_depths == [LAYERS] * 6
+
+
+def test_threshold_matters_to_the_tokens():
+    """The river is an approximation: on random weights shallow exits give other tokens than full depth."""
+    model = random_model()
+    full = model.generate(PROMPTS[2], max_new_tokens=30, mode="full")
+    early = model.generate(PROMPTS[2], max_new_tokens=30, threshold=-2)
+    assert full.tokens[0] == early.tokens[0], "from the same full prefill"
+    assert full.tokens != early.tokens
+
+
+# --- where it ends --------------------------------------------------------------------------------------
+
+
+def test_stop_tokens():
+    full = random_model().generate(PROMPTS[1], max_new_tokens=12, mode="full")
+    assert full.finish_reason == "length", "this model has no end-of-sequence token"
+    stop = full.tokens[4]
+    n = full.tokens.index(stop) + 1
+    for stop_tokens in (stop, [stop], (79, stop), {stop}):
+        out = random_model().generate(PROMPTS[1], max_new_tokens=12, mode="full", stop_tokens=stop_tokens)
+        assert (out.tokens, out.finish_reason) == (full.tokens[:n], "stop")
+    with_eos = random_model(eos_token_ids=(stop,))
+    assert with_eos.generate(PROMPTS[1], max_new_tokens=12, mode="full").tokens == full.tokens[:n]
+    out = with_eos.generate(PROMPTS[1], max_new_tokens=12, mode="full", stop_tokens=())
+    assert out.tokens == full.tokens
+
+
+def test_a_stop_token_as_the_last_one_allowed_is_a_stop():
+    full = random_model().generate(PROMPTS[1], max_new_tokens=3, mode="full")
+    n = full.tokens.index(full.tokens[-1]) + 1
+    out = random_model().generate(PROMPTS[1], max_new_tokens=n, mode="full", stop_tokens=full.tokens[-1])
+    assert out.finish_reason == "stop"
+
+
+@pytest.mark.parametrize(
+    ("stop", "text"),
+    [
+        (" #", " 21 + 12 = 33."),
+        ("= 3", " 21 + 12 "),
+        (["####", "12 ="], " 21 + "),
+        ("2", " "),
+        ("absent", None),
+    ],
+)
+def test_stop_strings(stop, text):
+    options = {"max_new_tokens": 48, "mode": "full"}
+    whole = demo_model().generate(QUESTION, **options)
+    out = demo_model().generate(QUESTION, stop=stop, **options)
+    assert out.text == (whole.text if text is None else text)
+    assert out.finish_reason == "stop"
+    assert out.tokens == whole.tokens[: len(out.tokens)]
+    if text is not None:
+        assert out.tokens != whole.tokens
+
+
+def test_a_stop_string_ends_only_its_own_row():
+    prompts = [QUESTION, QUESTION.replace("21", "45")]
+    whole = demo_model().generate(prompts, max_new_tokens=48, mode="full")
+    outputs = demo_model().generate(prompts, max_new_tokens=48, mode="full", stop="21")
+    assert outputs[0].text == whole[0].text[: whole[0].text.index("21")]
+    assert outputs[1].text == whole[1].text
+
+
+def test_without_a_tokenizer_there_is_no_text():
+    out = random_model().generate(PROMPTS[1], max_new_tokens=3)
+    assert out.text == ""
+    assert [piece.text for piece in random_model().stream(PROMPTS[1], max_new_tokens=3)] == [""] * 3
+
+
+# --- streaming ------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"mode": "full"},
+        {"stop": "= 3"},
+        {"stop": ["#### 33\n\n", "zz"]},
+        {"max_new_tokens": 5},
+        {"max_new_tokens": 1},
+        {"temperature": 2.0, "seed": 3},
+        {"temperature": 2.0, "top_p": 0.95, "seed": 4},
+    ],
+)
+def test_stream_gives_what_generate_gives(options):
+    options = {"max_new_tokens": 40, **options}
+    out = demo_model().generate(QUESTION, **options)
+    stream = demo_model().stream(QUESTION, **options)
+    pieces = list(stream)
+    assert "".join(piece.text for piece in pieces) == out.text == stream.output.text
+    assert stream.output.finish_reason == out.finish_reason
+    assert stream.output.similarities == out.similarities
+    assert [piece.token for piece in pieces] == out.tokens
+    assert [piece.exit_depth for piece in pieces] == out.exit_depths
+
+
+def test_stream_is_a_stream(monkeypatch):
+    """A piece arrives before the next token is computed."""
+    from river_ext import generate
+
+    steps = []
+    monkeypatch.setattr(generate, "decode_step", lambda *a: steps.append(1) or decode_step(*a))
+    from river_ext.step import decode_step
+
+    stream = random_model().stream(PROMPTS[1], max_new_tokens=5)
+    assert (stream.output.tokens, stream.output.finish_reason) == ([], None)
+    for count, piece in enumerate(stream):
+        assert len(steps) == count
+        assert stream.output.tokens[-1] == piece.token
+
+
+def test_stream_refuses_at_once():
+    with pytest.raises(RiverError, match="max_new_tokens"):
+        random_model().stream(PROMPTS[1], max_new_tokens=0)
+    with pytest.raises(RiverError, match="one prompt"):
+        random_model().stream(PROMPTS)
+    with pytest.raises(TypeError, match="max_tokens"):
+        random_model().stream(PROMPTS[1], max_tokens=3)
+
+
+# --- teacher forcing ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{"threshold": 0.8}, {"threshold": -2, "min_layers": 3}, {"mode": "full"}, {"mode": "full_w4"},
+     {"threshold": 0.8, "prefill": "last"}],
+)  # fmt: skip
+def test_score_of_its_own_tokens_equals_generate(options):
+    model, prompt = random_model(), PROMPTS[2]
+    out = model.generate(prompt, max_new_tokens=12, return_logits=True, **options)
+    logits, exit_depths = model.score([*prompt, *out.tokens], prompt_length=len(prompt), **options)
+    assert torch.equal(logits, out.logits)
+    assert exit_depths == out.exit_depths
+
+
+def test_score_of_other_tokens():
+    model, tokens = random_model(), random_prompt(20)
+    logits, exit_depths = model.score(tokens, prompt_length=5, mode="full")
+    assert logits.shape == (15, 80)
+    assert exit_depths == [LAYERS] * 15
+    longer, _ = model.score(tokens, prompt_length=12, mode="full")
+    assert torch.allclose(longer, logits[7:], rtol=0, atol=1e-4)
+    river, depths = model.score(tokens, prompt_length=5, threshold=-2)
+    assert torch.equal(river[0], logits[0])
+    assert depths == [LAYERS] + [1] * 14
+    assert not torch.equal(river[1:], logits[1:])
+
+
+def test_score_takes_as_many_tokens_as_the_model_has_positions():
+    tokens = random_prompt(64)
+    assert len(random_model().score(tokens, prompt_length=60).exit_depths) == 4
+    with pytest.raises(RiverError, match="65 tokens"):
+        random_model().score([*tokens, 1], prompt_length=60)
+    for prompt_length in (0, 64):
+        with pytest.raises(RiverError, match="prompt_length"):
+            random_model().score(tokens, prompt_length=prompt_length)
+
+
+# --- bad input ------------------------------------------------------------------------------------------
+
+REFUSED = {
+    "empty list": ([], {}, "prompt is empty"),
+    "empty prompt in a batch": ([[1], []], {}, "prompt is empty"),
+    "empty array": (torch.tensor([]), {}, "prompt is empty"),
+    "id too large": ([1, 80], {}, "prompt holds 80; accepted: token ids from 0 to 79"),
+    "negative id": ([1, -1], {}, "prompt holds -1"),
+    "float id": ([1.5], {}, "prompt holds 1.5"),
+    "bool id": ([True], {}, "prompt holds True"),
+    "two dimensions": (torch.ones(2, 2, dtype=torch.long), {}, r"prompt holds \[1, 1\]"),
+    "no prompt": (None, {}, "prompt is a NoneType"),
+    "bytes": (b"abc", {}, "prompt is a bytes"),
+    "batch of bytes": ([b"abc"], {}, "prompt is a bytes"),
+    "text without a tokenizer": ("hello", {}, "needs a tokenizer"),
+    "nine prompts": ([[1]] * 9, {}, "9 prompts; accepted: 1 to 8"),
+    "too long": ([1] * 50, {"max_new_tokens": 15}, "65 positions; the model has 64"),
+    "one too long": ([[1], [1] * 50], {"max_new_tokens": 15}, "65 positions; the model has 64"),
+    "no new tokens": ([1], {"max_new_tokens": 0}, "max_new_tokens=0"),
+    "float count": ([1], {"max_new_tokens": 2.0}, "max_new_tokens=2.0"),
+    "nan threshold": ([1], {"threshold": math.nan}, "threshold=nan"),
+    "nan threshold of one": ([[1], [2]], {"threshold": [0.5, math.nan]}, "threshold=nan"),
+    "text threshold": ([1], {"threshold": "0.5"}, "threshold='0.5'"),
+    "thresholds": ([[1], [2]], {"threshold": [0.5] * 3}, "threshold has 3 values for 2 prompts"),
+    "min_layers 0": ([1], {"min_layers": 0}, "min_layers=0; accepted: an integer from 1 to 4"),
+    "min_layers 5": ([1], {"min_layers": 5}, "min_layers=5; accepted: an integer from 1 to 4"),
+    "min_layers list": ([1], {"min_layers": [1, 2]}, "min_layers has 2 values for 1 prompts"),
+    "policy": ([1], {"batch_policy": "row"}, "batch_policy='row'; accepted: 'min'"),
+    "prefill": ([1], {"prefill": "half"}, "prefill='half'; accepted"),
+    "prefill depth": ([1], {"prefill": "depth:5"}, "prefill='depth:5'; accepted.*0 to 4"),
+    "mode": ([1], {"mode": "lossless"}, "mode='lossless'; accepted: 'river', 'full', 'full_w4'"),
+    "mode of a strange type": ([1], {"mode": ["river"]}, "mode=\\['river'\\]; accepted"),
+    "mode and prefill": ([1], {"mode": "full", "prefill": "min"}, "prefill='min' needs mode='river'"),
+    "kv_strategy": ([1], {"kv_strategy": "mask"}, "kv_strategy='mask'; accepted: 'share'"),
+    "temperature": ([1], {"temperature": -0.1}, "temperature=-0.1"),
+    "nan temperature": ([1], {"temperature": math.nan}, "temperature=nan"),
+    "infinite temperature": ([1], {"temperature": math.inf}, "temperature=inf"),
+    "top_p 0": ([1], {"top_p": 0.0}, "top_p=0.0"),
+    "top_p 2": ([1], {"top_p": 2}, "top_p=2"),
+    "top_k": ([1], {"top_k": -1}, "top_k=-1"),
+    "seed": ([1], {"seed": 2**63}, "seed=9223372036854775808"),
+    "seeds": ([1], {"seed": [1, 2]}, "seed has 2 values for 1 prompts"),
+    "stop without a tokenizer": ([1], {"stop": "x"}, "need a tokenizer"),
+    "empty stop": ([1], {"stop": ""}, "stop=''"),
+    "stop of numbers": ([1], {"stop": [1]}, r"stop=\[1\]"),
+    "stop token": ([1], {"stop_tokens": [80]}, "stop_tokens holds 80"),
+}
+
+
+@pytest.mark.parametrize(("prompt", "options", "message"), REFUSED.values(), ids=REFUSED)
+def test_refused_in_one_line(monkeypatch, prompt, options, message):
+    from river_ext import generate
+
+    monkeypatch.setattr(generate, "KVCache", lambda *a: pytest.fail("refused too late"))
+    with pytest.raises(RiverError, match=message) as caught:
+        random_model().generate(prompt, **{"max_new_tokens": 4, **options})
+    assert "\n" not in str(caught.value)
+    assert len(str(caught.value)) < 200
+
+
+def test_refused_with_a_tokenizer():
+    for prompt in ("", [""], ["x", ""]):
+        with pytest.raises(RiverError, match="prompt is empty"):
+            demo_model().generate(prompt)
+    with pytest.raises(RiverError, match="not UTF-8"):
+        demo_model().generate("a\udcff")
+    with pytest.raises(RiverError, match="the model has 512"):
+        demo_model().generate(QUESTION, max_new_tokens=500)
+
+
+def test_a_tokenizer_larger_than_the_vocabulary():
+    model = random_model(tokenizer=demo_model().tokenizer)
+    with pytest.raises(RiverError, match="prompt holds [0-9]+; accepted: token ids from 0 to 79"):
+        model.generate("Question:")
+
+
+def test_the_longest_request_fits():
+    out = random_model().generate([1] * 50, max_new_tokens=14)
+    assert len(out.tokens) == 14
+
+
+def test_river_error_is_a_value_error():
+    assert issubclass(river_ext.RiverError, ValueError)
+
+
+def test_an_unfinished_character_reaches_the_text():
+    """Byte tokens that end inside a character, by both ways to the text."""
+    text = demo_model().text
+    assert isinstance(text, Text)
+    options = {"max_new_tokens": 30, "temperature": 50.0, "seed": 1}
+    out = demo_model().generate(QUESTION, **options)
+    assert out.text == text.decode(out.tokens)
+    assert "".join(p.text for p in demo_model().stream(QUESTION, **options)) == out.text

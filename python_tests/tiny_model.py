@@ -1,0 +1,88 @@
+"""Small models for the engine's tests: random ones built in memory, and the bundled demo model."""
+
+from functools import cache
+
+import torch
+
+import river_ext
+from river_ext import river
+from river_ext.config import ModelConfig
+from river_ext.model import Model
+from river_ext.weights import DecoderBlockWeights, ModelWeights
+
+CONFIG = {
+    "model_type": "llama",
+    "vocab_size": 80,
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 16,
+    "rotary_dim": 16,
+    "rms_norm_eps": 1e-5,
+    "max_position_embeddings": 64,
+    "rope_theta": 10000.0,
+    "rope_scaling": None,
+    "tie_word_embeddings": False,
+    "attention_bias": False,
+    "dtype": torch.float32,
+    "bos_token_id": None,
+    "eos_token_ids": (),
+    "sliding_window": None,
+}
+
+
+@cache
+def random_model(
+    seed: int = 0, dtype=torch.float32, biases: bool = False, qk_norm: bool = False, tokenizer=None, **changes
+) -> Model:
+    """A random model whose greedy text does not repeat itself and whose similarities vary by token."""
+    if scaling := changes.get("rope_scaling"):
+        changes["rope_scaling"] = dict(scaling)
+    config = ModelConfig(**(CONFIG | changes | {"dtype": dtype}))
+    generator = torch.Generator().manual_seed(seed)
+
+    def normal(*shape, scale=1.0, mean=0.0):
+        return (mean + scale * torch.randn(shape, generator=generator)).to(dtype)
+
+    hidden, inner = config.hidden_size, config.intermediate_size
+    q, kv = config.num_attention_heads * config.head_dim, config.num_key_value_heads * config.head_dim
+
+    def block():
+        weights = DecoderBlockWeights(
+            input_layernorm=normal(hidden, scale=0.1, mean=1.0),
+            q_proj=normal(q, hidden, scale=2 * hidden**-0.5),
+            k_proj=normal(kv, hidden, scale=2 * hidden**-0.5),
+            v_proj=normal(kv, hidden, scale=hidden**-0.5),
+            o_proj=normal(hidden, q, scale=q**-0.5),
+            post_attention_layernorm=normal(hidden, scale=0.1, mean=1.0),
+            gate_proj=normal(inner, hidden, scale=hidden**-0.5),
+            up_proj=normal(inner, hidden, scale=hidden**-0.5),
+            down_proj=normal(hidden, inner, scale=2 * inner**-0.5),
+        )
+        if biases:
+            weights.q_bias, weights.k_bias, weights.v_bias = normal(q), normal(kv), normal(kv)
+            weights.o_bias = normal(hidden, scale=0.1)
+        if qk_norm:
+            weights.q_norm = normal(config.head_dim, scale=0.1, mean=1.0)
+            weights.k_norm = normal(config.head_dim, scale=0.1, mean=1.0)
+        return weights
+
+    weights = ModelWeights(
+        embed_tokens=normal(config.vocab_size, hidden),
+        layers=[block() for _ in range(config.num_hidden_layers)],
+        norm=normal(hidden, scale=0.1, mean=1.0),
+        lm_head=normal(config.vocab_size, hidden, scale=3 * hidden**-0.5),
+    )
+    return Model(config, weights, river.build_river(config, weights, progress=False), tokenizer)
+
+
+def random_prompt(length: int, seed: int = 0, vocab_size: int = CONFIG["vocab_size"]) -> list[int]:
+    generator = torch.Generator().manual_seed(1000 + seed)
+    return torch.randint(vocab_size, (length,), generator=generator).tolist()
+
+
+@cache
+def demo_model() -> Model:
+    return river_ext.load()

@@ -1,0 +1,1 @@
+"""The bundled demo model and the generator of its training and test text."""

@@ -1,0 +1,152 @@
+"""The model that a user holds: load it, generate with it, save its river."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from tokenizers import Tokenizer
+
+from . import river as river_files
+from .checkpoint import load_checkpoint, parse_device
+from .config import ModelConfig
+from .errors import RiverError
+from .generate import Score, Stream, generate, score
+from .network import Network
+from .request import Options
+from .sequence import GenerationOutput
+from .text import Text
+from .weights import ExitLayerWeights, ModelWeights
+
+DEMO = Path(__file__).parent / "demo"
+
+
+def load(
+    path: str | Path | None = None,
+    device: str | torch.device = "auto",
+    dtype: str | torch.dtype = "auto",
+    river: str | Path | None = None,
+) -> "Model":
+    """Loads a Hugging Face checkpoint directory and its exit river.
+
+    Args:
+        path: None loads the bundled demo model.
+        device: "cpu", "cuda", or "auto": a GPU if there is one and this build has kernels for it.
+        dtype: "bfloat16", "float16", on the CPU also "float32"; "auto" takes the checkpoint's.
+        river: a directory that `Model.save_river` wrote for this checkpoint; None quantises the backbone now.
+    """
+    device = choose_device(device)
+    checkpoint = load_checkpoint(DEMO if path is None else path, dtype=dtype, device=device)
+    config, weights = checkpoint.config, checkpoint.weights
+    if river is None:
+        exit_layers = river_files.build_river(config, weights)
+    else:
+        exit_layers = river_files.load_river(river, config, checkpoint.fingerprint, device)
+    return Model(
+        config, weights, exit_layers, checkpoint.tokenizer, checkpoint.directory, checkpoint.fingerprint
+    )
+
+
+def choose_device(device: str | torch.device) -> torch.device:
+    has_cuda_ops = torch._C._dispatch_has_kernel_for_dispatch_key("river::decoder_block", "CUDA")
+    if device == "auto":
+        return torch.device("cuda" if has_cuda_ops and torch.cuda.is_available() else "cpu")
+    device = parse_device(device)
+    if device.type == "cuda" and not has_cuda_ops:
+        raise RiverError(f"device={str(device)!r}: this build has no CUDA kernels; accepted: 'cpu' or 'auto'")
+    return device
+
+
+class Model:
+    """Backbone, exit river and tokenizer. `load` makes one from a checkpoint."""
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        weights: ModelWeights,
+        river: list[ExitLayerWeights],
+        tokenizer: Tokenizer | None = None,
+        directory: Path | None = None,
+        fingerprint: str = "",
+    ):
+        self.config, self.weights, self.river = config, weights, river
+        self.directory, self.fingerprint = directory, fingerprint
+        self.network = Network(config, weights, river)
+        self.text = Text(tokenizer, config, directory) if tokenizer else None
+        self.tokenizer = tokenizer
+
+    def generate(
+        self,
+        prompt: str | Sequence,
+        *,
+        max_new_tokens: int = 256,
+        threshold: float | Sequence[float] = 0.5,
+        min_layers: int | Sequence[int] = 1,
+        batch_policy: str = "min",
+        prefill: str = "full",
+        mode: str = "river",
+        kv_strategy: str = "share",
+        temperature: float = 0.0,
+        top_k: int = 0,
+        top_p: float = 1.0,
+        seed: int | Sequence[int] = 0,
+        stop: str | Sequence[str] = (),
+        stop_tokens: int | Sequence[int] | None = None,
+        return_logits: bool = False,
+    ) -> GenerationOutput | list[GenerationOutput]:
+        """Continues one prompt, or up to 8 together.
+
+        Args:
+            prompt: text, a list of token ids, or a list of either; a list of prompts gives a list of outputs.
+            max_new_tokens: prompt and new tokens must fit the model's positions.
+            threshold: exit when the similarity is above it (strictly); inf never exits, -2 always. One number
+                for all prompts or a list with one for each; so too min_layers and seed.
+            min_layers: backbone layers, 1 or more, that a token runs before it may exit.
+            batch_policy: "min": the rows of a batch exit together, when every one of them may.
+            prefill: the prompt's exit depth: "full", "depth:k", or by the rule on the lowest similarity of
+                all prompt tokens ("min") or on that of the last one ("last").
+            mode: "river"; "full", the backbone alone (threshold inf); "full_w4", the river alone (depth 0).
+            kv_strategy: "share": exit layers write to the cache places of the layers that they replace.
+            temperature: 0 is greedy.
+            top_k: draw among the k likeliest tokens; 0 is all.
+            top_p: draw among the likeliest tokens that together have this probability; 1 is all.
+            seed: the same seed and prompt give the same tokens, whatever else is in the batch.
+            stop: strings that end the text, and are not part of it.
+            stop_tokens: ids that end the generation; None takes the checkpoint's end-of-sequence ids.
+            return_logits: keep the fp32 logits of every new token.
+        """
+        options = Options(
+            max_new_tokens, threshold, min_layers, batch_policy, prefill, mode, kv_strategy,
+            temperature, top_k, top_p, seed, stop, stop_tokens, return_logits,
+        )  # fmt: skip
+        return generate(self.network, self.text, prompt, options)
+
+    def stream(self, prompt: str | Sequence[int], **options) -> Stream:
+        """`generate` for one prompt, with the same options, piece by piece: (text, token, exit_depth).
+
+        The texts joined are the text that `generate` gives, and the stream's `output` is what it returns. A
+        character that spans several tokens comes with its last one; what may be the beginning of a stop
+        string is held back until it is certain.
+        """
+        return Stream(self.network, self.text, prompt, Options(**options))
+
+    def score(
+        self,
+        tokens: Sequence[int],
+        *,
+        prompt_length: int,
+        threshold: float = 0.5,
+        min_layers: int = 1,
+        prefill: str = "full",
+        mode: str = "river",
+    ) -> Score:
+        """Logits and exit depths for given tokens, by the same prefill and decoding steps as `generate`.
+
+        Row i of the logits is the prediction of tokens[prompt_length + i] from all tokens before it; the
+        first prompt_length tokens are prefilled.
+        """
+        options = Options(threshold=threshold, min_layers=min_layers, prefill=prefill, mode=mode)
+        return score(self.network, tokens, prompt_length, options)
+
+    def save_river(self, path: str | Path) -> None:
+        """Writes the river, to be loaded with `load(..., river=path)`."""
+        river_files.save_river(path, self.river, self.config, self.fingerprint)
