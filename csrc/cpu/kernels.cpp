@@ -33,7 +33,7 @@ void load_head(DType dtype, const void* x, int64_t offset, int head_dim, float* 
 // k, v: one KV head of one slot, [max_len, head_dim]. query: [group, padded head_dim], already scaled.
 // Two passes over the split: scores of all positions, then the weighted values.
 void attend(DType dtype, const float* query, int group, int head_dim, const void* k, const void* v,
-            const int32_t* positions, int count, river::cpu::AttentionState* out) {
+            const int32_t* positions, int count, river::cpu::AttentionState* out, int64_t stride) {
   static_assert(river::cpu::kSplit % 16 == 0);
   const int padded = (int)river::round_up(head_dim, 16);
   alignas(64) float head[river::kMaxHeadDim], weight[river::kMaxGroup][river::cpu::kSplit];
@@ -55,26 +55,28 @@ void attend(DType dtype, const float* query, int group, int head_dim, const void
       store(weight[g] + p, e);
       sum += e;
     }
-    out[g].max = max;
-    out[g].sum = reduce(sum);
-    memset(out[g].value, 0, padded * sizeof(float));
+    out[g * stride].max = max;
+    out[g * stride].sum = reduce(sum);
+    memset(out[g * stride].value, 0, padded * sizeof(float));
   }
   for (int p = 0; p < count; p++) {
     load_head(dtype, v, (int64_t)positions[p] * head_dim, head_dim, head);
-    for (int g = 0; g < group; g++)
+    for (int g = 0; g < group; g++) {
+      float* value = out[g * stride].value;
       for (int i = 0; i < padded; i += 16)
-        store(out[g].value + i, load<f32x16>(out[g].value + i) + load<f32x16>(head + i) * weight[g][p]);
+        store(value + i, load<f32x16>(value + i) + load<f32x16>(head + i) * weight[g][p]);
+    }
   }
 }
 
-void merge(const river::cpu::AttentionState* splits, int count, int64_t stride, int head_dim, float* out) {
+void merge(const river::cpu::AttentionState* splits, int count, int head_dim, float* out) {
   const int padded = (int)river::round_up(head_dim, 16);
   float max = -__builtin_inff(), sum = 0;
   for (int s = 0; s < count; s++)
-    if (splits[s * stride].sum > 0 && splits[s * stride].max > max) max = splits[s * stride].max;
+    if (splits[s].sum > 0 && splits[s].max > max) max = splits[s].max;
   memset(out, 0, padded * sizeof(float));
   for (int s = 0; s < count; s++) {
-    const auto& split = splits[s * stride];
+    const auto& split = splits[s];
     if (split.sum == 0) continue;  // saw nothing; NaN scores give a NaN sum and go on
     const float factor = vexp(splat(split.max - max))[0];
     sum += split.sum * factor;

@@ -15,9 +15,10 @@ struct Operand {
   float* sums;         // [T, padded / 64], sums per W4 group of the values; packed only
 };
 
-struct AttentionState {  // of one query head over one split of the context
+// Softmax state of one query head over one split of the context: max, sum of weights, weighted values
+struct AttentionState {
   float max, sum;
-  float value[kMaxHeadDim];
+  float* value;  // [head_dim rounded up to 16]
 };
 
 using StripOut = float[kMaxRows][kTileRows];  // fp32 results of 16 output rows
@@ -35,11 +36,11 @@ struct Kernels {
   void (*w4_strip)(DType dtype, const uint8_t* tiles, const Operand& x, StripOut& out);
   // out = silu(gate) * up for 16 channels, fp32
   void (*swiglu)(const float* gate, const float* up, float* out);
-  // Query heads of one KV head over `count` positions of the cache
+  // Query heads of one KV head over `count` positions of the cache; out[g * stride] is the state of head g
   void (*attend)(DType dtype, const float* query, int group, int head_dim, const void* k, const void* v,
-                 const int32_t* positions, int count, AttentionState* out);
+                 const int32_t* positions, int count, AttentionState* out, int64_t stride);
   // out [head_dim] = the softmax average over `count` splits, merged in order; zero if none saw a position
-  void (*merge)(const AttentionState* splits, int count, int64_t stride, int head_dim, float* out);
+  void (*merge)(const AttentionState* splits, int count, int head_dim, float* out);
   float (*similarity)(DType dtype, const void* x, const void* y, int n);
   void (*to_float)(DType dtype, const void* x, float* y, int64_t n);
   void (*from_float)(DType dtype, const float* x, void* y, int64_t n);

@@ -131,11 +131,13 @@ void launch_decode_attention(const AttentionArgs& a, const Parallel& parallel) {
   int64_t splits = 1;
   for (int row = 0; row < a.rows; row++)
     if (a.slots[row] >= 0) splits = std::max<int64_t>(splits, a.positions[row] / kSplit + 1);
-  auto states = scratch<AttentionState>(a.rows * a.num_heads * splits);  // [T, heads, splits]
+  const int64_t count_states = a.rows * a.num_heads * splits;
+  auto states = scratch<AttentionState>(count_states);  // [T, heads, splits]
+  auto values = scratch<float>(count_states * padded);
+  for (int64_t i = 0; i < count_states; i++) states[i] = {0, 0, &values[i * padded]};
   const int64_t pieces = a.rows * a.num_kv_heads * splits;
   const int64_t piece_bytes = 2 * std::min<int64_t>(kSplit, a.max_len) * a.head_dim * size_of(a.dtype);
   parallel(pieces, ceil_div(kPieceBytes, piece_bytes), [&](int64_t begin, int64_t end) {
-    AttentionState found[kMaxGroup];
     float query[kMaxGroup * kMaxHeadDim];
     int32_t positions[kSplit];
     for (int64_t piece = begin; piece < end; piece++) {
@@ -143,10 +145,7 @@ void launch_decode_attention(const AttentionArgs& a, const Parallel& parallel) {
       const Context context(a, (int)(piece / splits / a.num_kv_heads), (int)(piece / splits % a.num_kv_heads));
       const int64_t head = (int64_t)context.row * a.num_heads + context.kv_head * group;
       const int count = a.slots[context.row] < 0 ? 0 : context.positions(split, positions);
-      if (count == 0) {
-        for (int g = 0; g < group; g++) states[(head + g) * splits + split].sum = 0;
-        continue;
-      }
+      if (count == 0) continue;
       for (int g = 0; g < group; g++) {
         float* q = query + g * padded;
         memset(q, 0, padded * sizeof(float));
@@ -155,13 +154,12 @@ void launch_decode_attention(const AttentionArgs& a, const Parallel& parallel) {
       }
       const int64_t offset = context.base() * a.max_len * a.head_dim;
       kernels().attend(a.dtype, query, group, a.head_dim, at(a.k_cache, a.dtype, offset),
-                       at(a.v_cache, a.dtype, offset), positions, count, found);
-      for (int g = 0; g < group; g++) states[(head + g) * splits + split] = found[g];
+                       at(a.v_cache, a.dtype, offset), positions, count, &states[head * splits + split], splits);
     }
   });
   float merged[kMaxHeadDim];
   for (int64_t head = 0; head < (int64_t)a.rows * a.num_heads; head++) {
-    kernels().merge(&states[head * splits], (int)splits, 1, a.head_dim, merged);
+    kernels().merge(&states[head * splits], (int)splits, a.head_dim, merged);
     kernels().from_float(a.dtype, merged, at(a.out, a.dtype, head * a.head_dim), a.head_dim);
   }
 }

@@ -32,13 +32,24 @@ inline void store(void* p, V v) {
 
 inline f32x16 splat(float x) { return x - f32x16{}; }
 
-inline float reduce(f32x16 v) {  // a fixed tree over the lanes
+// The sum of the lanes by a fixed tree: halves, quarters, eighths
+#if defined(__has_builtin) && __has_builtin(__builtin_shufflevector)
+inline float reduce(f32x16 v) {
+  const auto eight = __builtin_shufflevector(v, v, 0, 1, 2, 3, 4, 5, 6, 7) +
+                     __builtin_shufflevector(v, v, 8, 9, 10, 11, 12, 13, 14, 15);
+  const auto four = __builtin_shufflevector(eight, eight, 0, 1, 2, 3) +
+                    __builtin_shufflevector(eight, eight, 4, 5, 6, 7);
+  return (four[0] + four[2]) + (four[1] + four[3]);
+}
+#else
+inline float reduce(f32x16 v) {
   float lane[16];
   store(lane, v);
   for (int width = 8; width > 0; width /= 2)
     for (int i = 0; i < width; i++) lane[i] += lane[i + width];
   return lane[0];
 }
+#endif
 
 inline u16x16 narrow(u32x16 v) { return __builtin_convertvector(v, u16x16); }
 inline u32x16 widen(u16x16 v) { return __builtin_convertvector(v, u32x16); }
