@@ -136,10 +136,12 @@ def test_a_finished_request_holds_nothing_back():
 
 
 def test_demo_model_exits_early_and_deeper_with_a_higher_threshold():
+    model = demo_model()
     prompt = "Question: Ana has 21 coins and buys 12 more at the fair. How many coins does Ana have?\nAnswer:"
+    tokens = [*model.text.encode(prompt), *model.text.encode(" 21 + 12 = 33. #### 33")]
     depths = [
-        demo_model().generate(prompt, max_new_tokens=24, threshold=t).stats.mean_exit_depth
+        sum(model.score(tokens, prompt_length=len(tokens) - 20, threshold=t).exit_depths[1:]) / 19
         for t in (-2.0, 0.5, 0.99, 1.0)
     ]
     assert depths == sorted(depths)
-    assert depths[0] < depths[1] < 8 < depths[-1] == 16
+    assert depths[0] == 1 and depths[1] < depths[3] == model.config.num_hidden_layers

@@ -20,17 +20,17 @@ PROMPTS = [random_prompt(n, n) for n in (1, 6, 11, 3)]
 
 
 def test_output():
-    out = demo_model().generate(QUESTION, max_new_tokens=48, threshold=0.5, return_logits=True)
+    model = demo_model()
+    out = model.generate(QUESTION, max_new_tokens=48, threshold=0.5, return_logits=True)
     n = len(out.tokens)
     assert isinstance(out, GenerationOutput)
-    assert out.text.endswith("#### 33") or "#### 33" in out.text
-    assert out.finish_reason == "stop"
-    assert out.tokens[-1] == 0, "the stop token is kept among the tokens, not in the text"
+    assert out.finish_reason == ("stop" if out.tokens[-1] in model.config.eos_token_ids else "length")
+    assert out.text == model.text.decode(out.tokens)
     assert "<s>" not in out.text
     assert len(out.exit_depths) == len(out.similarities) == n
     assert [len(s) for s in out.similarities] == out.exit_depths
-    assert out.logits.shape == (n, 512) and out.logits.dtype == torch.float32
-    assert out.stats.prompt_tokens == len(demo_model().text.encode(QUESTION))
+    assert out.logits.shape == (n, model.config.vocab_size) and out.logits.dtype == torch.float32
+    assert out.stats.prompt_tokens == len(model.text.encode(QUESTION))
     assert out.stats.new_tokens == n
     assert out.stats.mean_exit_depth == pytest.approx(sum(out.exit_depths) / n)
     assert out.stats.tokens_per_second == pytest.approx((n - 1) / out.stats.decode_seconds)
@@ -136,33 +136,43 @@ def test_a_stop_token_as_the_last_one_allowed_is_a_stop():
     assert out.finish_reason == "stop"
 
 
-@pytest.mark.parametrize(
-    ("stop", "text"),
-    [
-        (" #", " 21 + 12 = 33."),
-        ("= 3", " 21 + 12 "),
-        (["####", "12 ="], " 21 + "),
-        ("2", " "),
-        ("absent", None),
-    ],
-)
-def test_stop_strings(stop, text):
-    options = {"max_new_tokens": 48, "mode": "full"}
+# where stop strings are taken from the text that the model writes without them
+STOPS = {
+    "a character": lambda text: text[3],
+    "across tokens": lambda text: text[3:9],
+    "the beginning": lambda text: text[:4],
+    "the end": lambda text: text[-3:],
+    "the first of two": lambda text: [text[8:14], text[4:7]],
+    "absent": lambda text: "\N{SNOWMAN}",
+    "absent at last": lambda text: text[-3:] + "!",
+}
+
+
+@pytest.mark.parametrize("choose", STOPS.values(), ids=STOPS)
+def test_stop_strings(choose):
+    options = {"max_new_tokens": 24, "mode": "full", "stop_tokens": ()}
     whole = demo_model().generate(QUESTION, **options)
+    stop = choose(whole.text)
+    places = [whole.text.find(s) for s in ([stop] if isinstance(stop, str) else stop)]
+    places = [place for place in places if place >= 0]
     out = demo_model().generate(QUESTION, stop=stop, **options)
-    assert out.text == (whole.text if text is None else text)
-    assert out.finish_reason == "stop"
+    assert out.text == whole.text[: min(places, default=None)]
+    assert out.finish_reason == ("stop" if places else "length")
     assert out.tokens == whole.tokens[: len(out.tokens)]
-    if text is not None:
-        assert out.tokens != whole.tokens
+    assert out.text in demo_model().text.decode(out.tokens), "the tokens go on to the end of the stop string"
+    if not places:
+        assert out.tokens == whole.tokens
 
 
 def test_a_stop_string_ends_only_its_own_row():
-    prompts = [QUESTION, QUESTION.replace("21", "45")]
-    whole = demo_model().generate(prompts, max_new_tokens=48, mode="full")
-    outputs = demo_model().generate(prompts, max_new_tokens=48, mode="full", stop="21")
-    assert outputs[0].text == whole[0].text[: whole[0].text.index("21")]
+    prompts = [QUESTION, "def add(x):"]
+    options = {"max_new_tokens": 24, "mode": "full", "stop_tokens": ()}
+    whole = demo_model().generate(prompts, **options)
+    stop = next(w for w in (whole[0].text[i : i + 4] for i in range(20)) if w not in whole[1].text)
+    outputs = demo_model().generate(prompts, stop=stop, **options)
+    assert outputs[0].text == whole[0].text[: whole[0].text.index(stop)]
     assert outputs[1].text == whole[1].text
+    assert (outputs[0].finish_reason, outputs[1].finish_reason) == ("stop", "length")
 
 
 def test_without_a_tokenizer_there_is_no_text():
@@ -179,8 +189,9 @@ def test_without_a_tokenizer_there_is_no_text():
     [
         {},
         {"mode": "full"},
-        {"stop": "= 3"},
-        {"stop": ["#### 33\n\n", "zz"]},
+        {"stop": "1"},
+        {"stop": [" ", "2 "]},
+        {"stop": ["\n\n\n", "zz"], "stop_tokens": ()},
         {"max_new_tokens": 5},
         {"max_new_tokens": 1},
         {"temperature": 2.0, "seed": 3},
@@ -285,6 +296,7 @@ REFUSED = {
     "nan threshold": ([1], {"threshold": math.nan}, "threshold=nan"),
     "nan threshold of one": ([[1], [2]], {"threshold": [0.5, math.nan]}, "threshold=nan"),
     "text threshold": ([1], {"threshold": "0.5"}, "threshold='0.5'"),
+    "huge threshold": ([1], {"threshold": 10**400}, "threshold=1000"),
     "thresholds": ([[1], [2]], {"threshold": [0.5] * 3}, "threshold has 3 values for 2 prompts"),
     "min_layers 0": ([1], {"min_layers": 0}, "min_layers=0; accepted: an integer from 1 to 4"),
     "min_layers 5": ([1], {"min_layers": 5}, "min_layers=5; accepted: an integer from 1 to 4"),
@@ -328,8 +340,8 @@ def test_refused_with_a_tokenizer():
             demo_model().generate(prompt)
     with pytest.raises(RiverError, match="not UTF-8"):
         demo_model().generate("a\udcff")
-    with pytest.raises(RiverError, match="the model has 512"):
-        demo_model().generate(QUESTION, max_new_tokens=500)
+    with pytest.raises(RiverError, match="positions; the model has"):
+        demo_model().generate(QUESTION, max_new_tokens=demo_model().config.max_length - 2)
 
 
 def test_a_tokenizer_larger_than_the_vocabulary():

@@ -135,6 +135,17 @@ def test_same_seed_and_prompt_give_the_same_tokens_in_any_batch(options):
     assert [out.tokens for out in one_seed] == [alone[0]] * 3
 
 
+@pytest.mark.parametrize("options", [{}, {"top_k": 40}])
+def test_noise_belongs_to_the_position_of_the_token_drawn(options):
+    """Prefill and every step: the token at position p is drawn with the noise of p."""
+    prompt, sampling = random_prompt(5), Sampling(0.9, **options)
+    out = random_model().generate(
+        prompt, max_new_tokens=12, temperature=0.9, seed=11, threshold=0.8, return_logits=True, **options
+    )
+    drawn = [draw(logits, sampling, 11, len(prompt) + i) for i, logits in enumerate(out.logits)]
+    assert out.tokens == torch.stack(drawn).tolist()
+
+
 def test_logits_are_those_before_the_filter():
     options = {"max_new_tokens": 3, "return_logits": True, "temperature": 1.0}
     plain = random_model().generate(random_prompt(4), **options)

@@ -71,7 +71,7 @@ def test_invalid_bytes_do_not_swallow_what_follows():
 
 def test_any_tokens_stream_to_their_text():
     text = demo_model().text
-    tokens = [(i * i * 31 + 7 * i) % 512 for i in range(300)]
+    tokens = [(i * i * 31 + 7 * i) % demo_model().config.vocab_size for i in range(300)]
     assert "".join(pieces(text, tokens)[0]) == text.decode(tokens)
 
 
@@ -115,6 +115,12 @@ def test_stop_strings_cut_the_text(stop, expected, stopped):
     text = text_of(byte_tokenizer())
     out, was_stopped = pieces(text, text.encode("one two three"), stop=stop)
     assert ("".join(out), was_stopped) == (expected, stopped)
+
+
+def test_of_two_stop_strings_in_one_token_the_first_one_cuts():
+    text = text_of(sentencepiece_like())
+    for stop in (("lo", "el"), ("el", "lo")):
+        assert pieces(text, [1, 2], stop=stop) == (["H"], True)
 
 
 def test_a_possible_stop_string_is_held_back():

@@ -62,6 +62,9 @@ def _never_fail_to_print() -> None:
 
 
 class _Parser(argparse.ArgumentParser):
+    def __init__(self, **options):
+        super().__init__(allow_abbrev=False, **options)
+
     def error(self, message: str):
         raise RiverError(f"{message} (see {self.prog} --help)")
 
@@ -163,15 +166,13 @@ def _generate(arguments) -> None:
             _print_json({**_model_facts(model), "options": options, "outputs": _outputs(prompts, outputs)})
             return
         _print_texts(prompts, outputs)
-        depths = [depth for output in outputs for depth in output.exit_depths]
-        _note(_summary(model, depths))
+        _note(_summary(model, outputs))
     else:
-        depths = []
-        for piece in model.stream(prompts[0], **options):
+        stream = model.stream(prompts[0], **options)
+        for piece in stream:
             print(_printable(piece.text), end="", flush=True)
-            depths.append(piece.exit_depth)
         print()
-        _note(_summary(model, depths))
+        _note(_summary(model, [stream.output]))
 
 
 def _prompts(arguments) -> list[str]:
@@ -195,7 +196,7 @@ def _check_request(arguments, prompts: list[str], options: dict) -> None:
     """Refuses what can be refused before the weights are loaded."""
     from .config import read_config
     from .model import DEMO
-    from .request import Options, plan, strings
+    from .request import Options, integer, plan, strings
 
     for prompt in prompts:
         if not prompt:
@@ -206,7 +207,8 @@ def _check_request(arguments, prompts: list[str], options: dict) -> None:
     if _compares(arguments) and options.get("mode", "river") != "river":
         raise RiverError(f"mode={options['mode']!r}; accepted: 'river', the comparison runs the others too")
     config = read_config(arguments.model or DEMO)
-    plan(config, None, [[0]] * len(prompts), replace(Options(**options), stop=()))
+    integer("max_new_tokens", options.get("max_new_tokens", 1), 1, config.max_length - 1)
+    plan(config, None, [[0]] * len(prompts), replace(Options(**options), max_new_tokens=1, stop=()))
 
 
 def _compares(arguments) -> bool:
@@ -232,7 +234,8 @@ def _print_texts(prompts: Sequence[str], outputs: Sequence) -> None:
         print(_printable(output.text))
 
 
-def _summary(model, depths: Sequence[int]) -> str:
+def _summary(model, outputs: Sequence) -> str:
+    depths = [depth for output in outputs for depth in output.exit_depths]
     mean = sum(depths) / len(depths)
     return (
         f"{len(depths)} new tokens, mean exit depth {mean:.2f} of {model.config.num_hidden_layers} layers; "
@@ -308,8 +311,8 @@ def _print_demo_item(item, text: str) -> None:
     from rich.text import Text
 
     right = item.is_right(text)
-    mark = Text("  right" if right else "  wrong", style="bold green" if right else "bold red")
-    line = Text(item.prompt, style="dim") + Text(_printable(text).rstrip(), style="bold") + mark
+    mark = ("  right", "bold green") if right else ("  wrong", "bold red")
+    line = Text.assemble((item.prompt, "dim"), _printable(text).rstrip(), mark)
     _console().print(line, soft_wrap=not sys.stdout.isatty())
     print()
 
@@ -666,7 +669,10 @@ def _progress_bar(label: str, total: int) -> Iterator[Callable[[], None]]:
 
     columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()
     console = Console(stderr=True)
-    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as progress:
+    progress = Progress(
+        *columns, console=console, transient=True, refresh_per_second=2, disable=not console.is_terminal
+    )
+    with progress:
         task = progress.add_task(label, total=total)
         yield lambda: progress.advance(task)
 

@@ -18,8 +18,8 @@ from torch import Tensor
 
 from . import ops
 from .config import ModelConfig
-from .generate import GenerationOutput
 from .model import Model
+from .sequence import GenerationOutput
 from .w4 import BlockShape, split_gate_up, split_qkv
 from .weights import ExitLayerWeights, ModelWeights
 

@@ -80,7 +80,9 @@ class MatmulPrompt:
 class ManyRows:
     """One layer for any number of rows of one slot: the block of reference.py."""
 
-    def __init__(self, config: ModelConfig, layer: Layer, matrices: Matrices, rope: Rope, k: Tensor, v: Tensor):
+    def __init__(
+        self, config: ModelConfig, layer: Layer, matrices: Matrices, rope: Rope, k: Tensor, v: Tensor
+    ):
         self.config, self.block, self.options, self.matrices = config, layer.block, layer.options, matrices
         self.cos, self.sin = rope
         self.k, self.v = k, v  # [kv_heads, max_len, head_dim]

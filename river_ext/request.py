@@ -143,9 +143,13 @@ def per_request(name: str, value, rows: int, check, *limits) -> list:
 
 
 def number(name: str, value) -> float:
-    if not isinstance(value, Real) or isinstance(value, bool) or math.isnan(value):
+    try:
+        result = float(value) if isinstance(value, Real) and not isinstance(value, bool) else math.nan
+    except OverflowError:
+        result = math.nan
+    if math.isnan(result):
         raise RiverError(f"{name}={short(value)}; accepted: a number, not NaN")
-    return float(value)
+    return result
 
 
 def integer(name: str, value, low: int, high: int | None = None) -> int:

@@ -99,9 +99,7 @@ def decode_step(
     return StepOutput(tokens, logits, [depth] * len(by_row), by_row)
 
 
-def run_backbone(
-    network: Network, cache: KVCache, rows: Rows, hidden: Tensor
-) -> tuple[Tensor, list[Tensor]]:
+def run_backbone(network: Network, cache: KVCache, rows: Rows, hidden: Tensor) -> tuple[Tensor, list[Tensor]]:
     """Decoder blocks until the rule lets the rows exit: hidden, and the similarities at each layer run."""
     rope, similarities = network.rope(cache.max_len), []
     for index in range(rows.rule.limit):

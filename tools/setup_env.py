@@ -22,7 +22,6 @@ STAMP = VENV / "river_setup.txt"
 TORCH = "torch>=2.11,<2.14"
 CPU_TORCH = "torch==2.13.0+cpu"  # the local version that torch's CPU builds carry
 PIP = [str(PYTHON), "-m", "pip", "install", "-qq", "--disable-pip-version-check"]
-HQQ = "hqq"  # test-only, without its dependencies: they bring a training stack
 
 sys.path.insert(0, str(ROOT / "build_backend"))
 
@@ -151,14 +150,10 @@ for line in metadata.requires("river_ext"):
 
 def install_dev(strict):
     """What tests can do without, except where `strict`: CI must not pass because something was missing."""
-    wanted = lacking_requirements("dev")
-    if not run([PYTHON, "-c", f"import importlib.metadata as m; m.version({HQQ!r})"], quiet=True):
-        wanted.append(HQQ)
     refused = []
-    for name in wanted:
+    for name in lacking_requirements("dev"):
         say(f"installing {name}")
-        options = ["--no-deps"] if name == HQQ else []
-        if not run([*PIP, "--retries", "1", *options, name], quiet=not strict):
+        if not run([*PIP, "--retries", "1", name], quiet=not strict):
             refused.append(name)
     if refused and (strict or "pytest" in refused):
         fail(f"could not install {', '.join(refused)}")

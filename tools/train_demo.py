@@ -345,12 +345,11 @@ def replace(path, write):
     os.replace(temporary, path)
 
 
-def export(model, tokenizer, out):
+def export(model, out):
     """Write the Hugging Face directory; safe to stop at any time."""
     weights = {k: v.detach().to("cpu", torch.bfloat16).contiguous() for k, v in model.state_dict().items()}
     replace(out / "model.safetensors", lambda path: save_file(weights, path, metadata={"format": "pt"}))
     replace(out / "config.json", lambda path: path.write_text(json.dumps(model.cfg, indent=2) + "\n"))
-    replace(out / "tokenizer.json", lambda path: tokenizer.save(str(path)))
 
 
 def sum_gradients(model, loss):
@@ -371,7 +370,13 @@ def train(rank, args):
         meeting = f"file://{args.meeting}"
         dist.init_process_group("gloo", init_method=meeting, rank=rank, world_size=args.processes)
     torch.manual_seed(args.seed)
-    tokenizer = train_tokenizer(args.seed, CONFIG["vocab_size"])
+    tokenizer_file = args.out / "tokenizer.json"
+    if tokenizer_file.exists():
+        tokenizer = Tokenizer.from_file(str(tokenizer_file))
+    else:
+        tokenizer = train_tokenizer(args.seed, CONFIG["vocab_size"])
+        if rank == 0:
+            replace(tokenizer_file, lambda path: tokenizer.save(str(path)))
     model = Llama(CONFIG).to(args.device)
     opts, first, seconds = optimizers(model, args), 0, 0.0
     if args.init:
@@ -385,7 +390,7 @@ def train(rank, args):
         first, seconds = state["step"], state["seconds"]
         print(f"resumed at step {first}", flush=True)
     if args.export:
-        return export(model, tokenizer, args.out)
+        return export(model, args.out)
     forward = torch.compile(model) if args.compile else model
     problems = generator.held_out_problems(100, seed=1)
     functions = generator.held_out_functions(50, seed=1)
@@ -437,7 +442,7 @@ def train(rank, args):
     if rank:
         return
     save(args.steps)
-    export(model, tokenizer, args.out)
+    export(model, args.out)
     report(args.steps)
 
 

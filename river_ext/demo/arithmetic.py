@@ -5,7 +5,7 @@ import random
 import re
 from dataclasses import dataclass
 
-LIMIT = 999  # the largest number
+LIMIT = 500  # the largest number
 
 
 @dataclass(frozen=True)
@@ -149,10 +149,10 @@ EVENTS = [
 def _numbers(rng):
     """One random value for each letter of the templates."""
     ranges = {
-        "A": (100, 900),
-        "B": (100, 500),
-        **dict.fromkeys("abc", (11, 99)),
-        **dict.fromkeys("def", (2, 9)),
+        "A": (100, 400),
+        "B": (100, 250),
+        **dict.fromkeys("abc", (11, 50)),
+        **dict.fromkeys("def", (2, 8)),
     }
     return {letter: rng.randint(*r) for letter, r in ranges.items()}
 
@@ -194,7 +194,7 @@ def _from_template(rng, words):
 def _story(rng, words):
     """(text, worked lines, key) of a chain of two to four events after a first amount."""
     while True:
-        start = total = rng.randint(20, 500)
+        start = total = rng.randint(20, 300)
         sentences, lines, key = [f"{words['n']} has {start} {words['t']}."], [], "story"
         for _ in range(rng.randint(2, 4)):
             (text, change), v = rng.choice(EVENTS), _numbers(rng)
