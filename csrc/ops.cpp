@@ -14,6 +14,7 @@
 #include <stdexcept>
 #include <string>
 #include <tuple>
+#include <utility>
 #include <vector>
 
 #include "river.h"
@@ -111,7 +112,7 @@ class Check {  // of one op's arguments
 
   // Sizes that fit the int fields of the Args and every product of two of them an int64
   int size(const char* name, int64_t value) const {
-    require(value >= 1 && value < (int64_t(1) << 30), name, " is ", value, ", expected 1 to 2^30");
+    require(value >= 1 && value < (int64_t(1) << 30), name, " is ", value, ", expected 1 to 2^30 - 1");
     return (int)value;
   }
 
@@ -149,6 +150,8 @@ struct Cache {
     check.require(heads >= 1 && heads % kv_heads == 0 && heads / kv_heads <= river::kMaxGroup,
                   "num_attention_heads is ", heads, ", expected a multiple of num_key_value_heads = ", kv_heads,
                   ", at most ", river::kMaxGroup, " times as many");
+    check.size("num_attention_heads * head_dim", (int64_t)heads * head_dim);
+    check.require(k.const_data_ptr() != v.const_data_ptr(), "k_cache and v_cache are the same memory");
     check.tensor("slots", slots_, ScalarType::Int, {rows});
     check.tensor("positions", positions, ScalarType::Int, {rows});
     check.optional("kv_valid", kv_valid, ScalarType::Bool, {slots, max_len});
@@ -164,17 +167,17 @@ struct Cache {
 int64_t window(const Check& check, std::optional<int64_t> sliding_window) {
   check.require(!sliding_window || *sliding_window >= 1, "sliding_window is ", sliding_window.value_or(0),
                 ", expected at least 1");
-  return sliding_window.value_or(0);
+  return std::min(sliding_window.value_or(0), int64_t(1) << 31);  // no position is larger
 }
 
 float scale_of(const Check& check, std::optional<double> softmax_scale, int head_dim) {
   const double scale = softmax_scale.value_or(1 / std::sqrt((double)head_dim));
-  check.require(std::isfinite(scale), "softmax_scale is ", scale, ", expected a finite number");
+  check.require(std::isfinite((float)scale), "softmax_scale is ", scale, ", expected a finite number");
   return (float)scale;
 }
 
 void finite_eps(const Check& check, double eps) {
-  check.require(std::isfinite(eps) && eps >= 0, "rms_norm_eps is ", eps, ", expected a finite number >= 0");
+  check.require(std::isfinite((float)eps) && eps >= 0, "rms_norm_eps is ", eps, ", expected a finite number >= 0");
 }
 
 // ---- the blocks -----------------------------------------------------------------------------------
@@ -215,13 +218,12 @@ void fill_block(const Check& check, const BlockTensors& t, river::BlockArgs& arg
       check.require(slot[i] < 0 || slot[i] != slot[j] || position[i] != position[j], "rows ", j, " and ", i,
                     " are both at slot ", slot[i], ", position ", position[i], ", expected each place once");
   check.tensor("cos", t.cos, ScalarType::Float, {kAny, kAny});
-  args.rotary_dim = (int)(2 * t.cos.size(1));
-  check.require(t.cos.size(0) >= args.max_len && args.rotary_dim <= args.head_dim, "cos has shape ",
+  check.require(t.cos.size(0) >= args.max_len && t.cos.size(1) <= args.head_dim / 2, "cos has shape ",
                 text(t.cos.sizes()), ", expected at least ", args.max_len, " rows (max_len) of at most ",
                 args.head_dim / 2, " columns (head_dim / 2)");
   check.tensor("sin", t.sin, ScalarType::Float, {t.cos.size(0), t.cos.size(1)});
+  args.rotary_dim = (int)(2 * t.cos.size(1));
   const int64_t q_size = (int64_t)args.num_heads * args.head_dim, kv_size = (int64_t)args.num_kv_heads * args.head_dim;
-  check.size("num_attention_heads * head_dim", q_size);
   args.q_bias = check.optional("q_bias", t.q_bias, type, {q_size});
   args.k_bias = check.optional("k_bias", t.k_bias, type, {kv_size});
   args.v_bias = check.optional("v_bias", t.v_bias, type, {kv_size});
@@ -319,7 +321,7 @@ std::tuple<Tensor, Tensor> exit_layer(
   check.tensor("o_proj", o_proj, byte, {tiles_of(args.hidden_size), column_tiles_of(q_size), river::kTileBytes});
   check.tensor("gate_up_proj", gate_up_proj, byte, {kAny, hidden_tiles, river::kTileBytes});
   args.gate_up_tiles = check.size("row tiles of gate_up_proj", gate_up_proj.size(0));
-  const int64_t inner = args.gate_up_tiles * (int64_t)river::kTileRows / 2;
+  const int64_t inner = check.size("channels of gate_up_proj", args.gate_up_tiles * (int64_t)river::kTileRows / 2);
   check.tensor("down_proj", down_proj, byte, {tiles_of(args.hidden_size), column_tiles_of(inner), river::kTileBytes});
   args.qkv_proj = data<uint8_t>(qkv_proj);
   args.o_proj = data<uint8_t>(o_proj);
@@ -454,6 +456,10 @@ Tensor pack_w4(const Tensor& q, const Tensor& scale, const Tensor& zero) {
   const auto* values = data<uint8_t>(q);
   for (int64_t i = 0; i < (int64_t)n * k; i++)
     check.require(values[i] <= 15, "q[", i / k, ", ", i % k, "] is ", (int)values[i], ", expected 0 to 15");
+  for (const auto& [name, t] : {std::pair("scale", &scale), std::pair("zero", &zero)})
+    for (int64_t i = 0; i < n * groups; i++)
+      check.require((data<uint16_t>(*t)[i] & 0x7c00) != 0x7c00, name, "[", i / groups, ", ", i % groups,
+                    "] is not finite");
   Tensor packed = empty({tiles_of(n), tiles, river::kTileBytes}, ScalarType::Byte, q);
   cpu::launch_pack_w4({.out_features = n, .in_features = k, .group_tiles = (int)group_tiles, .dtype = {},
                        .packed = static_cast<uint8_t*>(packed.mutable_data_ptr()),
@@ -477,12 +483,13 @@ std::tuple<Tensor, Tensor, Tensor> unpack_w4(const Tensor& packed, int64_t out_f
   check_packed(check, packed, out_features, in_features);
   check.require(group_size >= river::kTileCols && group_size % river::kTileCols == 0, "group_size is ", group_size,
                 ", expected a multiple of ", river::kTileCols);
+  group_size = std::min(group_size, river::round_up(in_features, river::kTileCols));
   const int64_t groups = river::ceil_div(in_features, group_size);
   Tensor q = empty({out_features, in_features}, ScalarType::Byte, packed);
   Tensor scale = empty({out_features, groups}, ScalarType::Half, packed);
   Tensor zero = empty({out_features, groups}, ScalarType::Half, packed);
   cpu::launch_unpack_w4({.out_features = (int)out_features, .in_features = (int)in_features,
-                         .group_tiles = (int)std::min(group_size / river::kTileCols, int64_t(1) << 30), .dtype = {},
+                         .group_tiles = (int)(group_size / river::kTileCols), .dtype = {},
                          .packed = const_cast<uint8_t*>(data<uint8_t>(packed)),
                          .q = static_cast<uint8_t*>(q.mutable_data_ptr()),
                          .scale = static_cast<uint16_t*>(scale.mutable_data_ptr()),
@@ -555,6 +562,7 @@ PYBIND11_MODULE(_C, m) {
     info["version"] = RIVER_VERSION;
     info["cuda"] = (bool)RIVER_WITH_CUDA;
     info["cuda_archs"] = RIVER_CUDA_ARCHS;
+    info["cuda_note"] = RIVER_CUDA_NOTE;
     info["cpu_isa"] = cpu::isa();
     return info;
   });
@@ -565,5 +573,5 @@ PYBIND11_MODULE(_C, m) {
   }, "Instruction sets this machine can run, best first");
   m.def("set_cpu_isa", [](const std::string& name) {
     if (!cpu::set_isa(name.c_str())) throw py::value_error("cpu isa '" + name + "' is not supported on this machine");
-  }, "Chooses the instruction set of the CPU kernels (tests and measurements)");
+  }, "Chooses the instruction set of the CPU kernels, for tests and measurements; not while an op runs");
 }

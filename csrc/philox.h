@@ -31,6 +31,9 @@ RIVER_BOTH inline PhiloxWords philox(uint64_t seed, uint32_t c0, uint32_t c1, ui
   return {{c0, c1, c2, c3}};
 }
 
+// Division by less would overflow what the noise is added to: so small a temperature is greedy all the same
+constexpr float kMinTemperature = 1e-30f;
+
 // u = (23 bits + 0.5) / 2^23 is exact in fp32 and lies strictly between 0 and 1
 RIVER_BOTH inline float gumbel(uint64_t seed, int32_t position, int64_t token, uint32_t purpose = 0) {
   const PhiloxWords words = philox(seed, (uint32_t)(token / 4), (uint32_t)position, purpose, 0);

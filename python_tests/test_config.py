@@ -165,7 +165,7 @@ def test_sliding_window(tmp_path):
         ({"num_attention_heads": 5, "num_key_value_heads": 5}, ("head_dim", "missing")),
         ({"num_attention_heads": 64, "num_key_value_heads": 2}, ("head_dim", "even", "1")),
         ({"head_dim": 15}, ("head_dim", "15", "even")),
-        ({"head_dim": 100000}, ("head_dim", "512")),
+        ({"head_dim": 100000}, ("head_dim", "256")),
         ({"rms_norm_eps": -1e-5}, ("rms_norm_eps",)),
         ({"rms_norm_eps": "1e-5"}, ("rms_norm_eps", "number")),
         ({"rms_norm_eps": float("nan")}, ("rms_norm_eps", "NaN")),

@@ -93,3 +93,12 @@ def test_bad_arguments():
     ]:
         with pytest.raises(RuntimeError, match=message):
             ops.decode_attention(*arguments)
+
+
+def test_minus_infinity_in_a_whole_split():
+    query, caches = inputs(torch.float32, 1, heads=1, kv_heads=1)
+    query[:] = 1
+    caches[0][0, :, :256] = float("-inf")
+    out = ops.decode_attention(query, *caches, int32([0]), int32([299]))
+    expected = reference.decode_attention(query, *caches, int32([0]), int32([299]))
+    assert_close(out, expected, torch.float32, "out")

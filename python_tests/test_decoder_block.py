@@ -197,3 +197,11 @@ def test_mismatched_weights():
     block.packed.down_proj = torch.zeros(8, 2, 576, dtype=torch.uint8)
     with pytest.raises(RuntimeError, match=r"down_proj has shape \[8, 2, 576\], expected \[8, 3, 576\]"):
         block.run(ops, "exit_layer", hidden, block.caches(), *place)
+
+
+def test_large_negative_gates_close(isa):
+    block = Block(SHAPES["gqa"], torch.float32)
+    block.dense["gate_proj"].fill_(-1e34)
+    arguments = block.random(1, 128).abs(), block.caches(), int32([0]), int32([3])
+    expected = block.run(reference, "decoder_block", *arguments)[0]
+    assert_close(block.run(ops, "decoder_block", *arguments)[0], expected, torch.float32, "hidden")

@@ -128,3 +128,11 @@ def test_bad_arguments():
             ops.lm_head(hidden, norm, weight, 1e-5, **options)
     with pytest.raises(RuntimeError, match=r"weight has shape \[515, 64\], expected \[\*, 128\]"):
         ops.lm_head(hidden, norm, weight[:, :64].contiguous(), 1e-5)
+
+
+def test_a_tiny_temperature_is_greedy():
+    hidden, norm, weight = inputs(torch.float32)
+    greedy = ops.lm_head(hidden, norm, weight, 1e-5)[0]
+    for temperature in (1e-30, 1e-38, 1e-45):
+        options = sampling(8, temperature, [0] * 8, [0] * 8)
+        assert torch.equal(ops.lm_head(hidden, norm, weight, 1e-5, **options)[0], greedy)

@@ -84,3 +84,30 @@ def test_every_op_has_a_wrapper_and_a_reference():
     assert registered == set(SAMPLES)
     for name in registered:
         assert callable(getattr(ops, name)) and callable(getattr(reference, name))
+
+
+def test_a_tensor_without_data_is_refused():
+    """With one argument on another device torch takes the fake kernel, which must not invent a result."""
+    for name, arguments in SAMPLES.items():
+        tensors = [i for i, a in enumerate(arguments) if isinstance(a, torch.Tensor)]
+        for index in tensors if len(tensors) > 1 else []:
+            changed = list(arguments)
+            changed[index] = changed[index].to("meta")
+            with pytest.raises(RuntimeError, match="expected one device|another device|not on the CPU"):
+                getattr(torch.ops.river, name)(*changed)
+
+
+def test_extreme_numbers_are_refused():
+    block = Block(SHAPES["gqa"], torch.float32)
+    place = torch.zeros(1, 128), block.caches(), int32([0]), int32([0])
+    with pytest.raises(RuntimeError, match="softmax_scale is 1e\\+300, expected a finite number"):
+        block.run(ops, "decoder_block", *place, softmax_scale=1e300)
+    packed = torch.zeros(1, 2, 576, dtype=torch.uint8)
+    assert ops.unpack_w4(packed, 16, 128, 2**63 - 64)[1].shape == (16, 1)
+    cache = torch.zeros(1, 2, 4, 32)
+    with pytest.raises(RuntimeError, match="k_cache and v_cache are the same memory"):
+        ops.decode_attention(torch.zeros(1, 4, 32), cache, cache, int32([0]), int32([0]))
+    q, scale, zero = block.quantised(16, 64)
+    scale[3, 0] = float("inf")
+    with pytest.raises(RuntimeError, match=r"scale\[3, 0\] is not finite"):
+        ops.pack_w4(q, scale, zero)

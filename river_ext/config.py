@@ -18,7 +18,7 @@ DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch
 ROPE_TYPES = ("default", "linear", "dynamic", "llama3")
 MAX_JSON_BYTES = 64 << 20
 MAX_POSITIONS = 1 << 24
-MAX_HEAD_DIM = 512
+MAX_HEAD_DIM = 256
 
 
 @dataclass(frozen=True)

@@ -23,7 +23,7 @@ from .sequence import GenerationOutput
 from .w4 import BlockShape, split_gate_up, split_qkv
 from .weights import ExitLayerWeights, ModelWeights
 
-DEMO_THRESHOLDS = (0.5, 0.7, 0.8, 0.9, 0.95)
+DEMO_THRESHOLDS = (0.5, 0.9, 0.98, 0.99, 0.995)  # from the river's speed to near full depth
 DEMO_NEW_TOKENS = 128  # the longest of the demo's answers has 90 tokens
 PROBLEMS, FUNCTIONS = "problems", "functions"  # the demo's tasks
 DTYPE_NAMES = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
@@ -87,13 +87,14 @@ class Row:
     tokens_per_second: float | None  # decoded tokens per decoding second: the median over the batches
 
     def as_dict(self) -> dict:
-        """For JSON: shares with their values, infinities as text."""
-        shares = ("equal_sequences", "equal_tokens", "equal_exited_tokens")
-        return (
-            {name: value for name, value in vars(self).items() if name not in shares}
-            | {name: value.as_dict() for name in shares if (value := getattr(self, name))}
-            | {"accuracy": {task: share.as_dict() for task, share in self.accuracy.items()}}
-        )
+        """For JSON: shares with their values."""
+        shares = {
+            name: share and share.as_dict()
+            for name, share in vars(self).items()
+            if name in ("equal_sequences", "equal_tokens", "equal_exited_tokens")
+        }
+        accuracy = {task: share.as_dict() for task, share in self.accuracy.items()}
+        return vars(self) | shares | {"accuracy": accuracy}
 
 
 def full_name(model: Model) -> str:

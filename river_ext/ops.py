@@ -4,6 +4,7 @@ Every function here calls the registered op of the same name (csrc/ops.cpp) and 
 of the same name and arguments in `reference.py`. All tensors are contiguous and on one device; T is
 the number of rows (tokens in flight), 1 <= T <= 8. The model dtype is bfloat16 or float16 (CPU: also
 float32). A bad argument raises RuntimeError with one line that names the value and what is accepted.
+The ops are for inference: they have no autograd.
 """
 
 import torch
@@ -223,49 +224,67 @@ def packed_shape(out_features: int, in_features: int) -> tuple[int, int, int]:
     return (-(-out_features // TILE_ROWS), -(-in_features // TILE_COLS), TILE_BYTES)
 
 
-@torch.library.register_fake("river::decoder_block")
+def _fake(name: str):
+    """Registers the fake kernel of an op. Torch also takes it when one argument alone has no data, so it insists
+    that all tensors are on one device: else the op would return memory that nobody wrote.
+    """
+
+    def register(fake):
+        @torch.library.register_fake(f"river::{name}")
+        def checked(first, *args):
+            for other in args:
+                if isinstance(other, Tensor) and other.device != first.device:
+                    raise RuntimeError(
+                        f"river::{name}: tensors on {first.device} and {other.device}, expected one device"
+                    )
+            return fake(first, *args)
+
+    return register
+
+
+@_fake("decoder_block")
 def _(hidden, *args):
     return torch.empty_like(hidden), hidden.new_empty(hidden.shape[0], dtype=torch.float32)
 
 
-@torch.library.register_fake("river::exit_layer")
+@_fake("exit_layer")
 def _(hidden, *args):
     return torch.empty_like(hidden), hidden.new_empty(hidden.shape[0], dtype=torch.float32)
 
 
-@torch.library.register_fake("river::state_similarity")
+@_fake("state_similarity")
 def _(x, y):
     return x.new_empty(x.shape[0], dtype=torch.float32)
 
 
-@torch.library.register_fake("river::decode_attention")
+@_fake("decode_attention")
 def _(query, *args):
     return torch.empty_like(query)
 
 
-@torch.library.register_fake("river::lm_head")
+@_fake("lm_head")
 def _(hidden, norm, weight, rms_norm_eps, return_logits=True, *args):
     rows = hidden.shape[0]
     logits = hidden.new_empty(rows if return_logits else 0, weight.shape[0], dtype=torch.float32)
     return hidden.new_empty(rows, dtype=torch.int64), logits
 
 
-@torch.library.register_fake("river::linear")
+@_fake("linear")
 def _(x, weight, bias=None):
     return x.new_empty(x.shape[0], weight.shape[0])
 
 
-@torch.library.register_fake("river::linear_w4")
+@_fake("linear_w4")
 def _(x, weight, out_features, bias=None):
     return x.new_empty(x.shape[0], out_features)
 
 
-@torch.library.register_fake("river::pack_w4")
+@_fake("pack_w4")
 def _(q, scale, zero):
     return q.new_empty(packed_shape(*q.shape))
 
 
-@torch.library.register_fake("river::unpack_w4")
+@_fake("unpack_w4")
 def _(packed, out_features, in_features, group_size=64):
     groups = -(-in_features // group_size)
     return (
@@ -275,6 +294,6 @@ def _(packed, out_features, in_features, group_size=64):
     )
 
 
-@torch.library.register_fake("river::dequantize_w4")
+@_fake("dequantize_w4")
 def _(packed, out_features, in_features, dtype):
     return packed.new_empty(out_features, in_features, dtype=dtype)

@@ -20,8 +20,8 @@ void rms_norm(DType dtype, const void* x, const void* weight, float eps, int n, 
 }
 
 void swiglu(const float* gate, const float* up, float* out) {
-  const f32x16 g = load<f32x16>(gate);
-  store(out, g / (1.f + vexp(-g)) * load<f32x16>(up));
+  const f32x16 g = load<f32x16>(gate), e = vexp((f32x16)((u32x16)g | 0x80000000u));  // of -|g|: no overflow
+  store(out, g * (g >= 0.f ? splat(1) : e) / (1.f + e) * load<f32x16>(up));
 }
 
 // Head vectors live in fp32 buffers of whole lanes, zero past head_dim.
@@ -49,6 +49,7 @@ void attend(DType dtype, const float* query, int group, int head_dim, const void
     float max = weight[g][0];
     for (int p = 1; p < count; p++) max = weight[g][p] > max ? weight[g][p] : max;
     for (int p = count; p % 16 != 0; p++) weight[g][p] = -__builtin_inff();
+    if (max == -__builtin_inff()) max = 0;  // all weights are then 0, and merge skips the split
     f32x16 sum{};
     for (int p = 0; p < count; p += 16) {
       const f32x16 e = vexp(load<f32x16>(weight[g] + p) - max);

@@ -131,11 +131,11 @@ void launch_decode_attention(const AttentionArgs& a, const Parallel& parallel) {
   int64_t splits = 1;
   for (int row = 0; row < a.rows; row++)
     if (a.slots[row] >= 0) splits = std::max<int64_t>(splits, a.positions[row] / kSplit + 1);
-  const int64_t count_states = a.rows * a.num_heads * splits;
+  const int64_t count_states = (int64_t)a.rows * a.num_heads * splits;
   auto states = scratch<AttentionState>(count_states);  // [T, heads, splits]
   auto values = scratch<float>(count_states * padded);
   for (int64_t i = 0; i < count_states; i++) states[i] = {0, 0, &values[i * padded]};
-  const int64_t pieces = a.rows * a.num_kv_heads * splits;
+  const int64_t pieces = (int64_t)a.rows * a.num_kv_heads * splits;
   const int64_t piece_bytes = 2 * std::min<int64_t>(kSplit, a.max_len) * a.head_dim * size_of(a.dtype);
   parallel(pieces, ceil_div(kPieceBytes, piece_bytes), [&](int64_t begin, int64_t end) {
     float query[kMaxGroup * kMaxHeadDim];
@@ -438,7 +438,7 @@ void launch_lm_head(const LmHeadArgs& a, const Parallel& parallel) {
         for (int i = 0; i < count; i++) {
           if (std::isnan(logits[t][i])) continue;
           const float noise = sampled ? gumbel((uint64_t)a.seeds[t], a.positions[t], first + i) : 0.f;
-          local[t].offer(sampled ? logits[t][i] / a.temperature[t] + noise : logits[t][i], first + i);
+          local[t].offer(sampled ? logits[t][i] / std::max(a.temperature[t], kMinTemperature) + noise : logits[t][i], first + i);
         }
       }
     }
