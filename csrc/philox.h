@@ -37,7 +37,9 @@ constexpr float kMinTemperature = 1e-30f;
 // u = (23 bits + 0.5) / 2^23 is exact in fp32 and lies strictly between 0 and 1
 RIVER_BOTH inline float gumbel(uint64_t seed, int32_t position, int64_t token, uint32_t purpose = 0) {
   const PhiloxWords words = philox(seed, (uint32_t)(token / 4), (uint32_t)position, purpose, 0);
-  const float u = ((float)(words.word[token % 4] >> 9) + 0.5f) * 0x1p-23f;
+  const uint32_t first = token % 2 ? words.word[1] : words.word[0], second = token % 2 ? words.word[3] : words.word[2];
+  const uint32_t word = token % 4 < 2 ? first : second;  // no index: the words stay in registers
+  const float u = ((float)(word >> 9) + 0.5f) * 0x1p-23f;
   return -logf(-logf(u));
 }
 

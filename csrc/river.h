@@ -5,6 +5,8 @@
 
 #include <cstdint>
 
+struct CUstream_st;  // a cudaStream_t points to one
+
 namespace river {
 
 constexpr int kMaxRows = 8;       // rows (tokens in flight) of one step
@@ -135,4 +137,40 @@ const char* const* supported_isas();  // those this machine can run, best first,
 bool set_isa(const char* name);    // false: not supported here
 
 }  // namespace cpu
+
+namespace cuda {
+
+using Stream = CUstream_st*;  // cudaStream_t
+
+// What a launch may use beside its arguments. One workspace may serve all launches of a stream.
+struct Workspace {
+  float* partials;     // fp32 sums of split weights
+  uint32_t* counters;  // zero before the first launch, 8-byte aligned; every launch leaves zeros
+  void* scratch;       // what the kernels of one op hand to each other, 256-byte aligned
+  int blocks;          // blocks to launch, one per SM; results do not depend on it
+  bool plain;          // no bulk copies, no dependent launches: the control in measurements
+};
+
+struct WorkspaceSize {
+  int64_t partials, counters;  // elements
+  int64_t scratch;             // bytes
+};
+
+WorkspaceSize decoder_block_workspace(const DecoderBlockArgs& args);
+WorkspaceSize exit_layer_workspace(const ExitLayerArgs& args);
+WorkspaceSize decode_attention_workspace(const AttentionArgs& args);
+WorkspaceSize lm_head_workspace(const LmHeadArgs& args);
+WorkspaceSize linear_workspace(const LinearArgs& args);
+
+void launch_decoder_block(const DecoderBlockArgs& args, const Workspace& workspace, Stream stream);
+void launch_exit_layer(const ExitLayerArgs& args, const Workspace& workspace, Stream stream);
+void launch_decode_attention(const AttentionArgs& args, const Workspace& workspace, Stream stream);
+void launch_lm_head(const LmHeadArgs& args, const Workspace& workspace, Stream stream);
+void launch_linear(const LinearArgs& args, const Workspace& workspace, Stream stream);
+void launch_state_similarity(const StateSimilarityArgs& args, Stream stream);
+void launch_pack_w4(const W4Args& args, Stream stream);
+void launch_unpack_w4(const W4Args& args, Stream stream);
+void launch_dequantize_w4(const W4Args& args, Stream stream);
+
+}  // namespace cuda
 }  // namespace river

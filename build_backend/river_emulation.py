@@ -1,0 +1,86 @@
+"""Builds the kernels for the emulated GPU (csrc/emulation/) into build/emulation/<variant>/, for the tests.
+
+The same loop as the extension's, so only what changed is compiled again; not part of the package.
+"""
+
+import importlib.util
+import os
+import shlex
+import subprocess
+import sys
+import sysconfig
+from pathlib import Path
+
+import river_native
+
+# Kernels must not depend on contraction (nvcc's differs); a fiber switch is not a thing aliasing rules foresee.
+FLAGS = "-std=c++20 -g1 -fPIC -fvisibility=hidden -ffp-contract=off -fno-strict-aliasing -Wall -Wextra".split()
+FLAGS += ["-Wno-unknown-pragmas", "-Wno-unused-function", "-DRIVER_EMULATION"]
+VARIANTS = {
+    "plain": ["-O2"],
+    "sanitized": ["-O1", "-fsanitize=address,undefined", "-fno-sanitize-recover=undefined"],
+}
+
+
+def find_pybind11(torch):
+    """Its own package where there is one, else the copy that torch brings along."""
+    spec = importlib.util.find_spec("pybind11")
+    return Path(spec.origin).parent / "include" if spec else torch.path / "include"
+
+
+def build(root, variant="plain", say=lambda text: print(text, flush=True)):
+    """Compiles the variant where needed and returns the module's path. Raises river_native.BuildError."""
+    csrc, folder = root / "csrc", root / "build" / "emulation"
+    cxx = [*river_native.find_cxx(), *FLAGS]
+    includes = [find_pybind11(river_native.find_torch()), river_native.find_python_headers()]
+    units = []
+    for source in sorted([*csrc.glob("emulation/*"), *csrc.glob("*.cu")]):
+        if source.suffix not in (".cpp", ".cu"):
+            continue
+        name = "_".join(source.relative_to(csrc).parts) + ".o"
+        if source.name == "module.cpp":  # slow to compile, nothing to find there: once, for all variants
+            flags, target = ["-O0", *(f"-isystem{path}" for path in includes)], folder / name
+        else:
+            flags, target = VARIANTS[variant], folder / variant / name
+        units.append(river_native.Unit(source, target, [*cxx, *flags, "-x", "c++", "-c", str(source)]))
+    module = folder / variant / f"river_emulation{sysconfig.get_config_var('EXT_SUFFIX')}"
+    stale = [unit for unit in units if not river_native.up_to_date(unit)]
+    objects = [str(unit.object) for unit in units]
+    link = [*cxx, *VARIANTS[variant], "-shared", *objects]
+    stamp = module.with_suffix(".stamp")
+    if stale or not module.exists() or not stamp.exists() or stamp.read_text() != shlex.join(link):
+        river_native.compile_all(stale, say)
+        temporary = module.with_suffix(".tmp")
+        done = subprocess.run([*link, "-o", str(temporary)], capture_output=True, text=True)
+        if done.returncode:
+            raise river_native.BuildError(f"linking the emulation failed\n{shlex.join(link)}\n{done.stderr}")
+        os.replace(temporary, module)
+        stamp.write_text(shlex.join(link))
+    return module
+
+
+def load(module):
+    spec = importlib.util.spec_from_file_location("river_emulation", module)
+    loaded = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(loaded)
+    return loaded
+
+
+def sanitizer_environment():
+    """What a Python process needs to load the sanitized variant: the runtimes come first, and Python may leak."""
+    runtimes = [
+        subprocess.run(
+            [*river_native.find_cxx(), f"-print-file-name={name}"], capture_output=True, text=True, check=True
+        ).stdout.strip()
+        for name in ("libasan.so", "libstdc++.so")
+    ]
+    return {"LD_PRELOAD": " ".join(runtimes), "ASAN_OPTIONS": "detect_leaks=0"}
+
+
+if __name__ == "__main__":
+    root = Path(__file__).resolve().parent.parent
+    try:
+        for name in sys.argv[1:] or VARIANTS:
+            print(build(root, name))
+    except river_native.BuildError as error:
+        sys.exit(f"emulation: {error}")

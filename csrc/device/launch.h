@@ -1,0 +1,97 @@
+// How every kernel is launched: one function, never <<<>>>. It carries the launch attributes, turns errors into one
+// sentence with the kernel's name, and has a twin under RIVER_EMULATION that runs the same call on a CPU.
+#pragma once
+
+#include <cstddef>
+#include <stdexcept>
+#include <string>
+#include <utility>
+
+#ifdef RIVER_EMULATION
+#include "../emulation/launch.h"
+#else
+
+#include <cuda_runtime.h>
+
+namespace river::device {
+
+struct LaunchOptions {
+  const char* name;          // for error messages
+  bool pdl = false;          // may start before the kernels ahead of it end; it must execute dependency_wait()
+  bool cooperative = false;  // all blocks resident at once
+};
+
+inline void check(cudaError_t error, const char* name, const std::string& details = "") {
+  if (error == cudaSuccess) return;
+  cudaGetLastError();  // clears it: the next launch is not to blame
+  throw std::runtime_error(std::string("kernel ") + name + ": " + cudaGetErrorString(error) + details);
+}
+
+struct DeviceFacts {  // of the current device
+  int sm_count;
+  int shared_memory_per_block;  // bytes, the opt-in limit
+  int arch;                     // 80, 86, 89, 90, ...
+};
+
+inline const DeviceFacts& device_facts() {
+  constexpr int kMaxDevices = 64;
+  static DeviceFacts facts[kMaxDevices] = {};
+  int device = 0;
+  check(cudaGetDevice(&device), "device_facts");
+  if (device >= kMaxDevices) throw std::runtime_error("device_facts: too many devices");
+  DeviceFacts& f = facts[device];
+  if (f.sm_count == 0) {
+    DeviceFacts found{};
+    auto ask = [&](cudaDeviceAttr attribute) {
+      int value = 0;
+      check(cudaDeviceGetAttribute(&value, attribute, device), "device_facts");
+      return value;
+    };
+    found.shared_memory_per_block = ask(cudaDevAttrMaxSharedMemoryPerBlockOptin);
+    found.arch = 10 * ask(cudaDevAttrComputeCapabilityMajor) + ask(cudaDevAttrComputeCapabilityMinor);
+    found.sm_count = ask(cudaDevAttrMultiProcessorCount);
+    f = found;
+  }
+  return f;
+}
+
+template <class... Parameters, class... Arguments>
+void launch(void (*kernel)(Parameters...), dim3 grid, dim3 block, size_t shared_bytes, cudaStream_t stream,
+            const LaunchOptions& options, Arguments&&... arguments) {
+  const auto sizes = [&] {
+    auto text = [](dim3 d) {
+      return std::to_string(d.x) + " x " + std::to_string(d.y) + " x " + std::to_string(d.z);
+    };
+    return " (grid " + text(grid) + ", block " + text(block) + ", " + std::to_string(shared_bytes) +
+           " bytes of shared memory)";
+  };
+  auto attempt = [&](cudaError_t error) {
+    if (error != cudaSuccess) check(error, options.name, sizes());
+  };
+  if (shared_bytes > 48 * 1024) {
+    attempt(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(shared_bytes)));
+    // two consecutive kernels share an SM only if the carve-out leaves room for both
+    attempt(cudaFuncSetAttribute(kernel, cudaFuncAttributePreferredSharedMemoryCarveout, cudaSharedmemCarveoutMaxShared));
+  }
+  cudaLaunchAttribute attributes[2];
+  unsigned count = 0;
+  if (options.pdl && device_facts().arch >= 90) {
+    attributes[count].id = cudaLaunchAttributeProgrammaticStreamSerialization;
+    attributes[count++].val.programmaticStreamSerializationAllowed = 1;
+  }
+  if (options.cooperative) {
+    attributes[count].id = cudaLaunchAttributeCooperative;
+    attributes[count++].val.cooperative = 1;
+  }
+  cudaLaunchConfig_t config = {};
+  config.gridDim = grid;
+  config.blockDim = block;
+  config.dynamicSmemBytes = shared_bytes;
+  config.stream = stream;
+  config.attrs = attributes;
+  config.numAttrs = count;
+  attempt(cudaLaunchKernelEx(&config, kernel, std::forward<Arguments>(arguments)...));
+}
+
+}  // namespace river::device
+#endif  // RIVER_EMULATION

@@ -1,0 +1,405 @@
+// A weight, dense or W4, streamed through shared memory past the activations of T = 1..8 rows:
+// out[t][n] = W[n] . x[t], 16 output rows (a strip) at a time.
+//
+// A block has kReaders warps that multiply and one warp that copies. Blocks are dealt (strip, split) units: a split
+// is a range of K, chosen by the weight's shape alone, and a block keeps to one split so that its activations stay in
+// shared memory. A stage of the ring holds some 64-column tiles of a strip, dealt to the readers in turn; each reader
+// keeps its own fp32 sums, which are added in warp order at the strip's end. Nothing depends on T or on the grid.
+//
+// mma.m16n8k16 takes the weights as operand A (16 rows) and the activations as B (8 columns), at one cost for all T.
+// k is permuted, which a dot product does not mind: lane l = 4 g + t holds columns 16 t .. 16 t + 15 of rows g and
+// g + 8 of a tile, and the same 16 activations of row g of x.
+#pragma once
+
+#include <algorithm>
+
+#include "arch.cuh"
+#include "launch.h"
+#include "types.cuh"
+
+namespace river::device {
+
+using cuda::Workspace;
+
+constexpr int kReaders = 8;
+constexpr int kStreamThreads = (kReaders + 1) * kWarp;
+constexpr int kReaderThreads = kReaders * kWarp;
+constexpr int kReaderBarrier = 1;     // named barrier of the reader warps
+constexpr int kSplitColumns = 4096;   // activations of one block: 8 rows x 4096 x 2 B = 64 KB
+
+// One weight and how it is cut. Depends on the shape only.
+struct StreamShape {
+  int out_features, in_features;
+  int strips, tiles;        // of 16 rows; of 64 columns
+  int splits, split_tiles;  // ranges of K
+
+  static constexpr int kDesignBlocks = 132;  // what the cut is good for; any grid is right
+
+  __host__ __device__ StreamShape(int out_features, int in_features)
+      : out_features(out_features), in_features(in_features), strips((out_features + kTileRows - 1) / kTileRows),
+        tiles((in_features + kTileCols - 1) / kTileCols), splits((in_features + kSplitColumns - 1) / kSplitColumns) {
+    // 192 units on 132 blocks keep 73 % busy: split K until the last wave is full enough, ranges of 512 columns at least
+    auto busy = [&](int s) {
+      const int units = strips * s, waves = (units + kDesignBlocks - 1) / kDesignBlocks;
+      return 100 * units >= 85 * waves * kDesignBlocks;
+    };
+    while (!busy(splits) && 2 * splits * 8 <= tiles) splits *= 2;
+    split_tiles = (tiles + splits - 1) / splits;
+    splits = (tiles + split_tiles - 1) / split_tiles;
+  }
+};
+
+// ---- where weights come from ------------------------------------------------------------------------
+
+// Dense sources name the 16 rows of a strip one by one (null: a row of padding), so that the rows of several matrices
+// can stand in a strip as in the packed orders of river_ext/w4.py.
+template <class T>
+struct MatrixRows {
+  const T* weight;  // [rows, columns]
+  int rows, columns;
+  RIVER_DEVICE const T* row(int strip, int r) const {
+    const int n = strip * kTileRows + r;
+    return n < rows ? weight + int64_t(n) * columns : nullptr;
+  }
+};
+
+struct PackedTiles {
+  const uint8_t* tiles;  // [strips, tiles, 576]
+};
+
+// ---- the two formats ------------------------------------------------------------------------------
+
+// Row-major weights in checkpoint order. A stage is 16 rows of 512 columns, each padded by 16 bytes so that the
+// eight lanes of a quarter-warp, two rows of four, read different banks.
+template <class T>
+struct DenseFormat {
+  static constexpr bool kSums = false;  // needs no sums of activations
+  static constexpr int kStageTiles = 8;
+  static constexpr int kRowBytes = kStageTiles * kTileCols * 2 + 16;
+  static constexpr int kStageBytes = kTileRows * kRowBytes;
+
+  template <class Barrier, class Rows>
+  static RIVER_DEVICE void copy(Barrier& full, unsigned char* stage, const Rows& source, const StreamShape& shape,
+                                int strip, int tile, int count, CopyHint hint) {
+    const int first = tile * kTileCols, columns = min(count * kTileCols, shape.in_features - first);
+    int rows = 0;
+    for (int r = 0; r < kTileRows; r++) rows += source.row(strip, r) != nullptr;
+    full.arrive_expect(rows * columns * 2);
+    for (int r = 0; r < kTileRows; r++)
+      if (const T* row = source.row(strip, r)) full.copy(stage + r * kRowBytes, row + first, columns * 2, hint);
+    full.arrive_copies();
+  }
+
+  // sum += tile `index` of the stage times x; columns: valid columns from the start of the tile
+  static RIVER_DEVICE void multiply(float (&sum)[4], const unsigned char* stage, int index, int columns,
+                                    const uint32_t (&x)[8], float, float) {
+    const int g = lane_id() / 4, t = lane_id() % 4;
+    const unsigned char* row = stage + g * kRowBytes + index * kTileCols * 2 + t * 32;
+    for (int half = 0; half < 2; half++) {
+      uint4 top{}, bottom{};
+      if (16 * t + 8 * half < columns) {  // past the end the stage holds anything, and 0 * NaN is NaN
+        top = *reinterpret_cast<const uint4*>(row + 16 * half);
+        bottom = *reinterpret_cast<const uint4*>(row + 8 * kRowBytes + 16 * half);
+      }
+      mma_m16n8k16<T>(sum, {top.x, bottom.x, top.y, bottom.y}, {x[4 * half], x[4 * half + 1]});
+      mma_m16n8k16<T>(sum, {top.z, bottom.z, top.w, bottom.w}, {x[4 * half + 2], x[4 * half + 3]});
+    }
+  }
+};
+
+// Packed tiles (layout: river_ext/w4.py). Nibbles become exact 16-bit numbers under a magic exponent; that constant,
+// zero and scale act in fp32 on a tile's sums, with the sums of the very activations that were multiplied.
+template <class T>
+struct W4Format {
+  static constexpr bool kSums = true;
+  static constexpr int kStageTiles = 16;
+  static constexpr int kStageBytes = kStageTiles * kTileBytes;
+
+  template <class Barrier>
+  static RIVER_DEVICE void copy(Barrier& full, unsigned char* stage, const PackedTiles& source,
+                                const StreamShape& shape, int strip, int tile, int count, CopyHint hint) {
+    full.arrive_expect(count * kTileBytes);
+    full.copy(stage, source.tiles + (int64_t(strip) * shape.tiles + tile) * kTileBytes, count * kTileBytes, hint);
+    full.arrive_copies();
+  }
+
+  static RIVER_DEVICE void multiply(float (&sum)[4], const unsigned char* stage, int index, int,
+                                    const uint32_t (&x)[8], float sum0, float sum1) {
+    const unsigned char* tile = stage + index * kTileBytes;
+    const int g = lane_id() / 4;
+    const uint4 words = *reinterpret_cast<const uint4*>(tile + 16 * lane_id());
+    const uint32_t word[4] = {words.x, words.y, words.z, words.w};
+    float part[4] = {};
+    for (int j = 0; j < 4; j++)
+      mma_m16n8k16<T>(part, {nibble_pair<T>(word[j], 0), nibble_pair<T>(word[j], 2), nibble_pair<T>(word[j], 1),
+                             nibble_pair<T>(word[j], 3)},
+                      {x[2 * j], x[2 * j + 1]});
+    const auto* metadata = reinterpret_cast<const uint32_t*>(tile + 512);
+    const float2 top = to_float2<fp16>(metadata[g]), bottom = to_float2<fp16>(metadata[g + 8]);  // scale, zero
+    sum[0] += top.x * (part[0] - kNibbleOffset<T> * sum0 - top.y * sum0);
+    sum[1] += top.x * (part[1] - kNibbleOffset<T> * sum1 - top.y * sum1);
+    sum[2] += bottom.x * (part[2] - kNibbleOffset<T> * sum0 - bottom.y * sum0);
+    sum[3] += bottom.x * (part[3] - kNibbleOffset<T> * sum1 - bottom.y * sum1);
+  }
+};
+
+// ---- activations in shared memory -------------------------------------------------------------------
+
+// x of one split, [rows][stride] in the model dtype, zero past K; for W4 also the sums of each tile, [tiles][8].
+template <class T>
+struct StreamActivations {
+  T* values;
+  float* sums;
+  int rows, tiles, stride;  // stride in elements: rows start 16 bytes apart modulo 128, so no bank conflicts
+
+  static __host__ __device__ int stride_of(int tiles) { return tiles * kTileCols + 8; }
+  static __host__ __device__ int bytes(int rows, int tiles, bool with_sums) {
+    return rows * stride_of(tiles) * 2 + (with_sums ? tiles * kMaxRows * 4 : 0);
+  }
+
+  RIVER_DEVICE StreamActivations(unsigned char* memory, int rows, int tiles)
+      : values(reinterpret_cast<T*>(memory)),
+        sums(reinterpret_cast<float*>(memory + rows * stride_of(tiles) * 2)), rows(rows), tiles(tiles),
+        stride(stride_of(tiles)) {}
+
+  // By the readers: 8 columns at a time from load(row, column) -> 16 bytes; zero past `columns`, a multiple of 8.
+  template <class Load>
+  RIVER_DEVICE void fill(int columns, Load load) {
+    for (int i = threadIdx.x; i < rows * tiles * 8; i += kReaderThreads) {
+      const int row = i / (tiles * 8), column = i % (tiles * 8) * 8;
+      *reinterpret_cast<uint4*>(values + row * stride + column) = column < columns ? load(row, column) : uint4{};
+    }
+    barrier_sync(kReaderBarrier, kReaderThreads);
+  }
+
+  RIVER_DEVICE void add_up() {
+    for (int i = threadIdx.x; i < tiles * kMaxRows; i += kReaderThreads) {
+      const int tile = i / kMaxRows, row = i % kMaxRows;
+      float sum = 0;
+      for (int c = 0; row < rows && c < kTileCols; c++) sum += to_float(values[row * stride + tile * kTileCols + c]);
+      sums[i] = sum;
+    }
+    barrier_sync(kReaderBarrier, kReaderThreads);
+  }
+
+  // The 16 activations of this lane: columns 16 t .. of row g of x
+  RIVER_DEVICE void fragment(int tile, uint32_t (&x)[8]) const {
+    const int g = lane_id() / 4, t = lane_id() % 4;
+    uint4 first{}, second{};
+    if (g < rows) {
+      const auto* p = reinterpret_cast<const uint4*>(values + g * stride + tile * kTileCols + t * 16);
+      first = p[0];
+      second = p[1];
+    }
+    x[0] = first.x, x[1] = first.y, x[2] = first.z, x[3] = first.w;
+    x[4] = second.x, x[5] = second.y, x[6] = second.z, x[7] = second.w;
+  }
+};
+
+// ---- the ring ---------------------------------------------------------------------------------------
+
+constexpr int kMaxStages = 24;
+
+// Both sides walk the stages of all strips of the block in the same order.
+struct Cursor {
+  int stages, slot = 0;
+  uint32_t phase = 0;
+  RIVER_DEVICE explicit Cursor(int stages) : stages(stages) {}
+  RIVER_DEVICE void next() {
+    if (++slot == stages) slot = 0, phase ^= 1;
+  }
+};
+
+template <bool kBulk>
+struct Ring {
+  StageBarrier<kBulk> full[kMaxStages], empty[kMaxStages];
+
+  RIVER_DEVICE void init(int stages) {
+    if (threadIdx.x == 0) {
+      for (int i = 0; i < stages; i++) {
+        full[i].init_full();
+        empty[i].init_empty(kReaders);
+      }
+      mbarrier_init_fence();
+    }
+    __syncthreads();
+  }
+};
+
+// Which strips a block takes, and where its split lies
+struct BlockWork {
+  int split, first_strip, strip_step, first_tile, tiles;
+
+  RIVER_DEVICE BlockWork(const StreamShape& shape) {
+    const int blocks = gridDim.x / shape.splits;  // per split; the launcher makes the grid a multiple
+    split = blockIdx.x % shape.splits;
+    first_strip = blockIdx.x / shape.splits;
+    strip_step = blocks;
+    first_tile = split * shape.split_tiles;
+    tiles = min(shape.split_tiles, shape.tiles - first_tile);
+  }
+};
+
+// The copying warp: all stages of all strips of the block. Weights never change, so it needs to wait for nobody.
+template <class Format, bool kBulk, class Source>
+RIVER_DEVICE void copy_weights(Ring<kBulk>& ring, Cursor cursor, unsigned char* stages, const Source& source,
+                               const StreamShape& shape, const BlockWork& work) {
+  const CopyHint hint = evict_first();
+  for (int strip = work.first_strip; strip < shape.strips; strip += work.strip_step)
+    for (int tile = 0; tile < work.tiles; tile += Format::kStageTiles, cursor.next()) {
+      ring.empty[cursor.slot].wait(cursor.phase ^ 1);
+      Format::copy(ring.full[cursor.slot], stages + cursor.slot * Format::kStageBytes, source, shape, strip,
+                   work.first_tile + tile, min(Format::kStageTiles, work.tiles - tile), hint);
+    }
+}
+
+// One reader's sums over the next strip of the block: d0, d1 are row g of x rows 2t, 2t + 1; d2, d3 row g + 8.
+template <class T, class Format, bool kBulk>
+RIVER_DEVICE void multiply_strip(float (&sum)[4], Ring<kBulk>& ring, Cursor& cursor, const unsigned char* stages,
+                                 const StreamActivations<T>& x, const StreamShape& shape, const BlockWork& work) {
+  for (int tile = 0; tile < work.tiles; tile += Format::kStageTiles, cursor.next()) {
+    const int slot = cursor.slot, count = min(Format::kStageTiles, work.tiles - tile);
+    ring.full[slot].wait(cursor.phase);
+    for (int index = warp_id(); index < count; index += kReaders) {
+      uint32_t values[8];
+      x.fragment(tile + index, values);
+      float sum0 = 0, sum1 = 0;
+      if (Format::kSums) {
+        const float* sums = x.sums + (tile + index) * kMaxRows + 2 * (lane_id() % 4);
+        sum0 = sums[0], sum1 = sums[1];
+      }
+      const int columns = shape.in_features - (work.first_tile + tile + index) * kTileCols;
+      Format::multiply(sum, stages + slot * Format::kStageBytes, index, columns, values, sum0, sum1);
+    }
+    __syncwarp();
+    if (lane_id() == 0) ring.empty[slot].arrive();
+  }
+}
+
+// The readers' sums of a strip, [2][kReaders][16 rows][8 x rows]: two buffers, so that one barrier per strip is enough.
+struct StripSums {
+  float value[2][kReaders][kTileRows][kMaxRows];
+
+  RIVER_DEVICE void put(int buffer, const float (&sum)[4]) {
+    const int g = lane_id() / 4, t = lane_id() % 4;
+    auto& mine = value[buffer][warp_id()];
+    mine[g][2 * t] = sum[0];
+    mine[g][2 * t + 1] = sum[1];
+    mine[g + 8][2 * t] = sum[2];
+    mine[g + 8][2 * t + 1] = sum[3];
+    barrier_sync(kReaderBarrier, kReaderThreads);
+  }
+  // In warp order
+  RIVER_DEVICE float total(int buffer, int row, int t) const {
+    float sum = 0;
+    for (int warp = 0; warp < kReaders; warp++) sum += value[buffer][warp][row][t];
+    return sum;
+  }
+};
+
+// ---- the kernel of every phase that streams a weight ------------------------------------------------
+
+// Two blocks per SM: half of 228 KB less 1 KB each for the system
+constexpr int kBlockBytes = 113 << 10;
+
+// The finished sums of a strip: of the readers of this block, or of the splits, in the order of K
+struct StripTotals {
+  const StripSums* sums;
+  int buffer;
+  const float* partials;  // [splits][16][8]; null: not split
+  int splits;
+
+  RIVER_DEVICE float operator()(int row, int t) const {
+    if (!partials) return sums->total(buffer, row, t);
+    float sum = 0;
+    for (int split = 0; split < splits; split++)
+      sum += load_shared_between_blocks(partials + (split * kTileRows + row) * kMaxRows + t);
+    return sum;
+  }
+};
+
+// True for the readers of the last of `count` blocks to come here; the counter wraps to zero. All readers call it.
+RIVER_DEVICE bool readers_arrive_last(uint32_t* counter, int count) {
+  RIVER_SHARED(int, last, [1]);
+  __threadfence();
+  barrier_sync(kReaderBarrier, kReaderThreads);
+  if (threadIdx.x == 0) {
+    last[0] = atomicInc(counter, count - 1) == static_cast<unsigned>(count - 1);
+    __threadfence();
+  }
+  barrier_sync(kReaderBarrier, kReaderThreads);
+  const bool result = last[0];
+  barrier_sync(kReaderBarrier, kReaderThreads);
+  return result;
+}
+
+// A Phase has: source(), the weight; load(x, work, shape), which fills the activations once the predecessors are
+// done; finish(strip, totals, state), which all readers call with the finished sums of a strip; end(state), once per
+// block. State lives in a reader's registers over all strips of its block.
+struct StatelessPhase {
+  struct State {};
+  RIVER_DEVICE void end(State&) const {}
+};
+
+// Budget: 288 threads, 112 registers, mma
+template <class T, class Format, bool kBulk, class Phase>
+__global__ void __launch_bounds__(kStreamThreads, 2) stream_kernel(Phase phase, StreamShape shape, int rows,
+                                                                   int stages, Workspace workspace) {
+  RIVER_DYNAMIC_SHARED(memory);
+  RIVER_SHARED(Ring<kBulk>, ring, [1]);
+  RIVER_SHARED(StripSums, sums, [1]);
+  const BlockWork work(shape);
+  dependency_trigger();
+  ring[0].init(stages);
+  Cursor cursor(stages);
+  if (warp_id() == kReaders) {
+    copy_weights<Format>(ring[0], cursor, memory, phase.source(), shape, work);
+    dependency_wait();
+    return;
+  }
+  StreamActivations<T> x(memory + stages * Format::kStageBytes, rows, shape.split_tiles);
+  dependency_wait();
+  phase.load(x, work, shape);
+  if (Format::kSums) x.add_up();
+  typename Phase::State state{};
+  int buffer = 0;
+  for (int strip = work.first_strip; strip < shape.strips; strip += work.strip_step, buffer ^= 1) {
+    float sum[4] = {};
+    multiply_strip<T, Format>(sum, ring[0], cursor, memory, x, shape, work);
+    sums[0].put(buffer, sum);
+    StripTotals totals{&sums[0], buffer, nullptr, shape.splits};
+    if (shape.splits > 1) {
+      float* partials = workspace.partials + int64_t(strip) * shape.splits * kTileRows * kMaxRows;
+      const int row = threadIdx.x / kMaxRows, t = threadIdx.x % kMaxRows;
+      if (row < kTileRows) partials[(work.split * kTileRows + row) * kMaxRows + t] = totals(row, t);
+      if (!readers_arrive_last(workspace.counters + strip, shape.splits)) continue;
+      totals.partials = partials;
+    }
+    phase.finish(strip, totals, state);
+  }
+  phase.end(state);
+}
+
+// The ring takes what the activations leave of a block's share of shared memory.
+template <class T, class Format, class Phase>
+void launch_stream(const Phase& phase, const StreamShape& shape, int rows, const Workspace& workspace,
+                   cudaStream_t stream, const char* name) {
+  const int fixed = sizeof(StripSums) + sizeof(Ring<true>) + 1024;
+  const int activations = StreamActivations<T>::bytes(rows, shape.split_tiles, Format::kSums);
+  const int room = std::min(kBlockBytes, device_facts().shared_memory_per_block) - fixed - activations;
+  const int stages = std::max(1, std::min(kMaxStages, room / Format::kStageBytes));
+  const int blocks = std::max(1, std::min(workspace.blocks / shape.splits, shape.strips)) * shape.splits;
+  auto run = [&](auto kernel, bool pdl) {
+    launch(kernel, blocks, kStreamThreads, stages * Format::kStageBytes + activations, stream, {name, pdl}, phase, shape,
+           rows, stages, workspace);
+  };
+  if (workspace.plain || device_facts().arch < 90) run(stream_kernel<T, Format, false, Phase>, false);
+  else run(stream_kernel<T, Format, true, Phase>, true);
+}
+
+// fp32 partial sums that a shape needs
+inline int64_t partials_of(const StreamShape& shape) {
+  return shape.splits > 1 ? int64_t(shape.strips) * shape.splits * kTileRows * kMaxRows : 0;
+}
+
+}  // namespace river::device

@@ -1,0 +1,144 @@
+"""The ops of `ops.py`, same arguments and returns, by the CUDA kernels on the emulated GPU.
+
+Every call runs under all schedules of `emulated.SCHEDULES` and checks that they agree in every bit.
+"""
+
+import torch
+from emulated import emulate
+
+from river_ext.ops import TILE_COLS, packed_shape
+
+
+def linear(x, weight, bias=None):
+    return _linear(x, weight, weight.shape[0], bias, packed=False)
+
+
+def linear_w4(x, weight, out_features, bias=None):
+    return _linear(x, weight, out_features, bias, packed=True)
+
+
+def _linear(x, weight, out_features, bias, packed):
+    rows, in_features = x.shape
+    return emulate(
+        "linear", {"out": ((rows, out_features), x.dtype)}, dtype=x.dtype, packed=packed, rows=rows,
+        in_features=in_features, out_features=out_features, x=x, weight=weight, bias=bias,
+    )["out"]  # fmt: skip
+
+
+def lm_head(
+    hidden, norm, weight, rms_norm_eps, *, return_logits=True, temperature=None, seeds=None, positions=None
+):
+    (rows, hidden_size), vocab_size = hidden.shape, weight.shape[0]
+    outputs = {"tokens": ((rows,), torch.int64)}
+    fields = {"logits": None}
+    if return_logits:
+        outputs["logits"], fields = ((rows, vocab_size), torch.float32), {}
+    got = emulate(
+        "lm_head", outputs, dtype=hidden.dtype, rows=rows, hidden_size=hidden_size, vocab_size=vocab_size,
+        rms_norm_eps=rms_norm_eps, hidden=hidden, norm=norm, weight=weight, temperature=temperature,
+        seeds=seeds, positions=positions, **fields,
+    )  # fmt: skip
+    return got["tokens"], got.get("logits", torch.empty(0, vocab_size))
+
+
+def state_similarity(x, y):
+    rows, hidden_size = x.shape
+    outputs = {"out": ((rows,), torch.float32)}
+    return emulate(
+        "state_similarity", outputs, dtype=x.dtype, rows=rows, hidden_size=hidden_size, x=x, y=y
+    )["out"]
+
+
+def decode_attention(
+    query, k_cache, v_cache, slots, positions, *, softmax_scale=None, sliding_window=None, kv_valid=None
+):
+    return emulate(
+        "decode_attention", {"out": (query.shape, query.dtype)}, query=query, k_cache=k_cache, v_cache=v_cache,
+        **_attention(query, query.shape[1], k_cache, slots, positions, softmax_scale, sliding_window, kv_valid),
+    )["out"]  # fmt: skip
+
+
+def _attention(x, num_heads, k_cache, slots, positions, softmax_scale, sliding_window, kv_valid):
+    num_slots, num_kv_heads, max_len, head_dim = k_cache.shape
+    return dict(
+        dtype=x.dtype, rows=x.shape[0], num_heads=num_heads, num_kv_heads=num_kv_heads, head_dim=head_dim,
+        num_slots=num_slots, max_len=max_len, slots=slots, positions=positions, kv_valid=kv_valid,
+        softmax_scale=head_dim**-0.5 if softmax_scale is None else softmax_scale,
+        sliding_window=sliding_window or 0,
+    )  # fmt: skip
+
+
+def decoder_block(
+    hidden, input_layernorm, q_proj, k_proj, v_proj, o_proj, post_attention_layernorm, gate_proj, up_proj,
+    down_proj, *common, **options,
+):  # fmt: skip
+    return _block(
+        "decoder_block", hidden, input_layernorm, post_attention_layernorm, *common, **options,
+        weights=dict(q_proj=q_proj, k_proj=k_proj, v_proj=v_proj, o_proj=o_proj, gate_proj=gate_proj,
+                     up_proj=up_proj, down_proj=down_proj, intermediate_size=gate_proj.shape[0]),
+    )  # fmt: skip
+
+
+def exit_layer(
+    hidden, input_layernorm, qkv_proj, o_proj, post_attention_layernorm, gate_up_proj, down_proj, *common,
+    **options,
+):  # fmt: skip
+    return _block(
+        "exit_layer", hidden, input_layernorm, post_attention_layernorm, *common, **options,
+        weights=dict(qkv_proj=qkv_proj, o_proj=o_proj, gate_up_proj=gate_up_proj, down_proj=down_proj,
+                     gate_up_tiles=gate_up_proj.shape[0]),
+    )  # fmt: skip
+
+
+def _block(
+    op, hidden, input_layernorm, post_attention_layernorm, k_cache, v_cache, slots, positions, cos, sin,
+    num_attention_heads, rms_norm_eps, *, weights, q_bias=None, k_bias=None, v_bias=None, o_bias=None,
+    q_norm=None, k_norm=None, query_scale=None, softmax_scale=None, sliding_window=None, kv_valid=None,
+):  # fmt: skip
+    outputs = {
+        "out": (hidden.shape, hidden.dtype),
+        "similarity": (hidden.shape[:1], torch.float32),
+        "k_cache": k_cache,
+        "v_cache": v_cache,
+    }
+    attention = _attention(
+        hidden, num_attention_heads, k_cache, slots, positions, softmax_scale, sliding_window, kv_valid
+    )
+    got = emulate(
+        op, outputs, **attention, **weights, hidden_size=hidden.shape[1], rotary_dim=2 * cos.shape[1],
+        rms_norm_eps=rms_norm_eps, hidden=hidden, input_layernorm=input_layernorm,
+        post_attention_layernorm=post_attention_layernorm, q_bias=q_bias, k_bias=k_bias, v_bias=v_bias,
+        o_bias=o_bias, q_norm=q_norm, k_norm=k_norm, cos=cos, sin=sin, query_scale=query_scale,
+    )  # fmt: skip
+    k_cache.copy_(got["k_cache"])
+    v_cache.copy_(got["v_cache"])
+    return got["out"], got["similarity"]
+
+
+def pack_w4(q, scale, zero):
+    (out_features, in_features), groups = q.shape, scale.shape[1]
+    outputs = {"packed": (packed_shape(out_features, in_features), torch.uint8)}
+    group_tiles = -(-_tiles(in_features) // groups)
+    return _w4("pack_w4", outputs, out_features, in_features, group_tiles, q=q, scale=scale, zero=zero)["packed"]
+
+
+def unpack_w4(packed, out_features, in_features, group_size=64):
+    pairs = ((out_features, -(-in_features // group_size)), torch.float16)
+    outputs = {"q": ((out_features, in_features), torch.uint8), "scale": pairs, "zero": pairs}
+    got = _w4("unpack_w4", outputs, out_features, in_features, group_size // TILE_COLS, packed=packed)
+    return got["q"], got["scale"], got["zero"]
+
+
+def dequantize_w4(packed, out_features, in_features, dtype):
+    outputs = {"dense": ((out_features, in_features), dtype)}
+    return _w4("dequantize_w4", outputs, out_features, in_features, 1, packed=packed, dtype=dtype)["dense"]
+
+
+def _w4(op, outputs, out_features, in_features, group_tiles, dtype=torch.float32, **given):
+    absent = {"packed", "q", "scale", "zero", "dense"} - outputs.keys() - given.keys()
+    sizes = dict(out_features=out_features, in_features=in_features, group_tiles=group_tiles, dtype=dtype)
+    return emulate(op, outputs, **sizes, **given, **dict.fromkeys(absent))
+
+
+def _tiles(columns):
+    return -(-columns // TILE_COLS)
