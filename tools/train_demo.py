@@ -43,7 +43,7 @@ CONFIG = {
     "hidden_act": "silu",
     "max_position_embeddings": 512,
     "rms_norm_eps": 1e-05,
-    "rope_theta": 10000.0,
+    "rope_parameters": {"rope_theta": 10000.0, "rope_type": "default"},
     "attention_bias": False,
     "mlp_bias": False,
     "tie_word_embeddings": True,
@@ -51,7 +51,7 @@ CONFIG = {
     "eos_token_id": 0,
     "pad_token_id": 1,
     "initializer_range": 0.03,
-    "torch_dtype": "bfloat16",
+    "dtype": "bfloat16",
 }
 
 
@@ -60,7 +60,7 @@ CONFIG = {
 
 def rope_table(cfg, device):
     """(cos, sin), each [max positions, head_dim]."""
-    dim, theta = cfg["head_dim"], cfg.get("rope_theta") or cfg["rope_parameters"]["rope_theta"]
+    dim, theta = cfg["head_dim"], cfg["rope_parameters"]["rope_theta"]
     freq = theta ** (-torch.arange(0, dim, 2, device=device).float() / dim)
     angle = torch.outer(torch.arange(cfg["max_position_embeddings"], device=device).float(), freq).repeat(
         1, 2
@@ -338,6 +338,27 @@ def rate(step, args):
     return max(0.0, min(1.0, (step + 1) / args.warmup, (args.steps - step) / args.decay))
 
 
+@torch.no_grad()
+def add_outliers(model, octaves, share=16, seed=0):
+    """Give one input channel in `share` of every layer's projections `octaves` larger weights, in place.
+
+    The norm before them gets the inverse, a power of two, so that the model computes bit for bit the same.
+    Groups with such channels lose more to 4 bits, as in large models, where channels differ by nature.
+    """
+    rng = torch.Generator().manual_seed(seed)
+    for layer in model.model.layers:
+        a, m = layer.self_attn, layer.mlp
+        for norm, after in (
+            (layer.input_layernorm, (a.q_proj, a.k_proj, a.v_proj)),
+            (layer.post_attention_layernorm, (m.gate_proj, m.up_proj)),
+        ):
+            width = len(norm.weight)
+            channels = torch.randperm(width, generator=rng)[: width // share].to(norm.weight.device)
+            norm.weight[channels] *= 2.0**-octaves
+            for projection in after:
+                projection.weight[:, channels] *= 2.0**octaves
+
+
 def replace(path, write):
     """Call `write(temporary path)` and rename the result to `path`."""
     temporary = path.with_name(path.name + ".new")
@@ -345,11 +366,12 @@ def replace(path, write):
     os.replace(temporary, path)
 
 
-def export(model, out):
-    """Write the Hugging Face directory; safe to stop at any time."""
+def export(model, args):
+    """Write weights and config.json of the Hugging Face directory; safe to stop at any time."""
+    add_outliers(model, args.outliers)
     weights = {k: v.detach().to("cpu", torch.bfloat16).contiguous() for k, v in model.state_dict().items()}
-    replace(out / "model.safetensors", lambda path: save_file(weights, path, metadata={"format": "pt"}))
-    replace(out / "config.json", lambda path: path.write_text(json.dumps(model.cfg, indent=2) + "\n"))
+    replace(args.out / "model.safetensors", lambda path: save_file(weights, path, metadata={"format": "pt"}))
+    replace(args.out / "config.json", lambda path: path.write_text(json.dumps(model.cfg, indent=2) + "\n"))
 
 
 def sum_gradients(model, loss):
@@ -390,7 +412,7 @@ def train(rank, args):
         first, seconds = state["step"], state["seconds"]
         print(f"resumed at step {first}", flush=True)
     if args.export:
-        return export(model, args.out)
+        return None if rank else export(model, args)
     forward = torch.compile(model) if args.compile else model
     problems = generator.held_out_problems(100, seed=1)
     functions = generator.held_out_functions(50, seed=1)
@@ -442,7 +464,7 @@ def train(rank, args):
     if rank:
         return
     save(args.steps)
-    export(model, args.out)
+    export(model, args)
     report(args.steps)
 
 
@@ -455,21 +477,22 @@ def parse():
     p.add_argument("--init", type=Path, help="directory with weights to start from")
     p.add_argument("--seed", type=int, default=0)
     p.add_argument("--steps", type=int, default=3000)
-    p.add_argument("--decay", type=int, default=800, help="the last steps, over which the rate falls to zero")
-    p.add_argument("--warmup", type=int, default=100)
+    p.add_argument("--decay", type=int, default=1000, help="the last steps, where the rate falls to zero")
+    p.add_argument("--warmup", type=int, default=50)
     p.add_argument("--rows", type=int, default=32)
     p.add_argument("--length", type=int, default=192)
     p.add_argument("--functions", type=float, default=0.2, help="share of documents that are functions")
-    p.add_argument("--prompt-weight", type=float, default=0.1, help="weight of the loss on prompt tokens")
+    p.add_argument("--prompt-weight", type=float, default=0.0, help="weight of the loss on prompt tokens")
     p.add_argument("--optimizer", choices=("muon", "adamw"), default="muon")
-    p.add_argument("--lr", type=float, default=4e-3, help="peak rate of the layers' matrices")
-    p.add_argument("--lr-rest", type=float, default=3e-3, help="peak rate of embedding and norms (with muon)")
+    p.add_argument("--lr", type=float, default=3e-3, help="peak rate of the layers' matrices")
+    p.add_argument("--lr-rest", type=float, default=2e-3, help="peak rate of embedding and norms (with muon)")
     p.add_argument("--weight-decay", type=float, default=0.02)
     p.add_argument("--compile", action="store_true", help="torch.compile the model")
     p.add_argument("--log-every", type=int, default=25)
     p.add_argument("--eval-every", type=int, default=200)
     p.add_argument("--save-seconds", type=float, default=90)
     p.add_argument("--export", action="store_true", help="write the model as in trainer.pt, without training")
+    p.add_argument("--outliers", type=int, default=0, help="when writing the model: see add_outliers")
     p.add_argument("--evaluate", action="store_true", help="score the model in --out at full depth and in W4")
     p.add_argument("--problems", type=int, default=300, help="with --evaluate; a third as many functions")
     p.add_argument("--eval-seed", type=int, default=0)

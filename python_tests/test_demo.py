@@ -1,0 +1,17 @@
+"""The bundled model solves held-out items; test_cache.py looks at how close its river stays to its backbone."""
+
+import river_ext
+from river_ext.demo import generator
+
+
+def test_it_solves_held_out_problems_and_functions():
+    model = river_ext.load()
+    problems = generator.held_out_problems(16, seed=7)
+    functions = generator.held_out_functions(8, seed=7)
+    texts = []
+    for items in (problems[:8], problems[8:], functions):
+        prompts = [item.prompt for item in items]
+        texts += [o.text for o in model.generate(prompts, mode="full", max_new_tokens=120)]
+    solved = sum(map(generator.score_problem, texts[:16], problems))
+    written = sum(map(generator.score_function, texts[16:], functions))
+    assert solved >= 12 and written >= 5, f"{solved} of 16 problems, {written} of 8 functions"
