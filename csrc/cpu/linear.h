@@ -85,7 +85,7 @@ inline void dense_rows_bf16(const uint16_t* weight, const Operand& x, int t0, in
     __m512i w[R];
     for (int r = 0; r < R; r++) {
       const uint16_t* row = weight + (int64_t)(r0 + r) * x.cols + k;
-      if (T == 1) __builtin_prefetch(row + (int64_t)R * x.cols, 0, 2);  // the next block of rows, into L2
+      if (t0 == 0) __builtin_prefetch(row + (int64_t)R * x.cols, 0, 2);  // the next block of rows, into L2
       w[r] = _mm512_maskz_loadu_epi16(mask, row);
     }
     for (int t = 0; t < T; t++) {
@@ -191,7 +191,6 @@ struct Bf16Nibbles {
 
   template <int T>
   inline void dot(const uint8_t* words, const Operand& x, int t0, int64_t column, f32x16 (&lo)[T], f32x16 (&hi)[T]) const {
-    if (T == 1) __builtin_prefetch(words + kReadAhead);
     const __m512i w = _mm512_loadu_si512(words);  // vpermw looks at 5 bits, the table repeats after 4
     const __m512i lo0 = _mm512_permutexvar_epi16(w, table);
     const __m512i lo1 = _mm512_permutexvar_epi16((__m512i)((u32x16)w >> 4), table);
@@ -239,6 +238,8 @@ inline void w4_vectors(const Nibbles& nibbles, const uint8_t* strip, const Opera
       const uint8_t* data = strip + (int64_t)tile * river::kTileBytes;
       f32x16 scales, offsets;
       tile_metadata(data, Nibbles::kOffset, scales, offsets);
+      if (T <= 2 && g0 == 0)
+        for (int line = 0; line < river::kTileBytes; line += 64) __builtin_prefetch(data + kReadAhead + line);
       float scale[16];
       store(scale, scales);
       if (g0 == 0)
