@@ -2,7 +2,8 @@
 
 One line per result: us | GB/s of weights | % of the measured read bandwidth | x torch's dense bf16 linear |
 x torch's own int4 linear (W4 only; group 64, the kernel behind torch's CPU int4 quantisation).
-Weights cycle over at least 1 GB, so that no cache holds them.
+Weights cycle over at least 1 GB, so that no cache holds them. The bandwidth is measured before and after each
+shape and the larger one counts: on a shared machine it moves within minutes.
 """
 
 import torch
@@ -20,24 +21,15 @@ def main() -> None:
     p.add_argument("--repeats", type=int, default=5)
     args = p.parse_args()
     torch.set_num_threads(args.threads)
-    bandwidth = read_bandwidth()
-    print(f"{machine()['processor']}, {args.threads} threads, read bandwidth {bandwidth:.1f} GB/s")
+    print(f"{machine()['processor']}, {args.threads} threads")
     print(f"{'linear':<12}{'T':>2} {'format':<6}{'us':>9}{'GB/s':>7}{'%':>5}{'x dense':>9}{'x int4':>8}")
     results = []
     for name in args.shapes:
-        results += measure(name, args.rows, args.repeats, bandwidth)
-    bandwidth_after = read_bandwidth()
-    print(f"read bandwidth afterwards: {bandwidth_after:.1f} GB/s")
-    result = {
-        "machine": machine(),
-        "read_gb_s": bandwidth,
-        "read_gb_s_after": bandwidth_after,
-        "linear": results,
-    }
-    print(save("linear", args.out, result))
+        results += measure(name, args.rows, args.repeats)
+    print(save("linear", args.out, {"machine": machine(), "linear": results}))
 
 
-def measure(name: str, rows: list[int], repeats: int, bandwidth: float) -> list[dict]:
+def measure(name: str, rows: list[int], repeats: int) -> list[dict]:
     n, k = LAYER_SHAPES[name]
     calls = {
         "dense": (dense_weights(n, k), ops.linear),
@@ -47,19 +39,18 @@ def measure(name: str, rows: list[int], repeats: int, bandwidth: float) -> list[
         "torch": (calls["dense"][0], torch.nn.functional.linear),
         "torch int4": (int4_weights(n, k), int4_linear),
     }
+    before = read_bandwidth(0.5, 3)
+    times = {t: time_all(calls | peers, torch.randn(t, k).bfloat16(), repeats) for t in rows}
+    bandwidth = max(before, read_bandwidth(0.5, 3))
+    print(f"{name}: {n} x {k}, read bandwidth {bandwidth:.1f} GB/s")
     lines = []
-    for t in rows:
-        x = torch.randn(t, k).bfloat16()
-        us = {
-            label: 1e6 * seconds_per_call(lambda w, op=op, x=x: op(x, w), weights, repeats)
-            for label, (weights, op) in (calls | peers).items()
-        }
+    for t, us in times.items():
         for label in calls:
-            size = bytes_of(calls[label][0][0])
-            rate = size / us[label] / 1e3
+            rate = bytes_of(calls[label][0][0]) / us[label] / 1e3
             line = {
                 "shape": name, "out_features": n, "in_features": k, "rows": t, "format": label,
-                "us": us[label], "gb_s": rate, "percent_of_read": 100 * rate / bandwidth,
+                "us": us[label], "gb_s": rate, "read_gb_s": bandwidth,
+                "percent_of_read": 100 * rate / bandwidth,
                 "x_torch_dense": us["torch"] / us[label],
                 "x_torch_int4": us["torch int4"] / us[label] if label == "w4" else None,
             }  # fmt: skip
@@ -71,6 +62,14 @@ def measure(name: str, rows: list[int], repeats: int, bandwidth: float) -> list[
                 flush=True,
             )
     return lines
+
+
+def time_all(calls: dict, x: torch.Tensor, repeats: int) -> dict[str, float]:
+    """Microseconds of each (weights, op)."""
+    return {
+        label: 1e6 * seconds_per_call(lambda w, op=op: op(x, w), weights, repeats)
+        for label, (weights, op) in calls.items()
+    }
 
 
 def copies(size: int) -> range:
