@@ -4,7 +4,7 @@
 PYTHON ?= python3
 ENV_PYTHON := .venv/bin/python
 
-.PHONY: demo test lint format build kernels clean
+.PHONY: demo test lint format build kernels gate clean
 
 demo:
 	@$(PYTHON) tools/setup_env.py
@@ -32,6 +32,10 @@ build:
 # Only the kernels, as a library that never saw torch.
 kernels:
 	@cmake -S . -B build/cmake -DCMAKE_BUILD_TYPE=Release >/dev/null && env -u MAKELEVEL -u MAKEFLAGS cmake --build build/cmake --parallel
+
+# Registers, spills and shared memory of every CUDA kernel on every architecture, against their budgets.
+gate:
+	@$(PYTHON) tools/compile_gate.py
 
 clean:
 	rm -rf build dist *.egg-info river_ext/_C*.so

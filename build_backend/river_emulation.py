@@ -13,9 +13,9 @@ from pathlib import Path
 
 import river_native
 
-# Kernels must not depend on contraction (nvcc's differs); a fiber switch is not a thing aliasing rules foresee.
-FLAGS = "-std=c++20 -g1 -fPIC -fvisibility=hidden -ffp-contract=off -fno-strict-aliasing -Wall -Wextra".split()
-FLAGS += ["-Wno-unknown-pragmas", "-Wno-unused-function", "-DRIVER_EMULATION"]
+# Contraction is off, as nvcc contracts in other places: what needs certain bits says so by intrinsics.
+FLAGS = ["-std=c++20", "-g1", "-fPIC", "-fvisibility=hidden", "-ffp-contract=off", "-fno-strict-aliasing"]
+FLAGS += ["-Wall", "-Wextra", "-Wno-unknown-pragmas", "-Wno-unused-function", "-DRIVER_EMULATION"]
 VARIANTS = {
     "plain": ["-O2"],
     "sanitized": ["-O1", "-fsanitize=address,undefined", "-fno-sanitize-recover=undefined"],
@@ -67,7 +67,7 @@ def load(module):
 
 
 def sanitizer_environment():
-    """What a Python process needs to load the sanitized variant: the runtimes come first, and Python may leak."""
+    """What a Python process needs to load the sanitized variant: runtimes come first, Python may leak."""
     runtimes = [
         subprocess.run(
             [*river_native.find_cxx(), f"-print-file-name={name}"], capture_output=True, text=True, check=True

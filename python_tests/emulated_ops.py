@@ -44,18 +44,21 @@ def lm_head(
 def state_similarity(x, y):
     rows, hidden_size = x.shape
     outputs = {"out": ((rows,), torch.float32)}
-    return emulate(
-        "state_similarity", outputs, dtype=x.dtype, rows=rows, hidden_size=hidden_size, x=x, y=y
-    )["out"]
+    return emulate("state_similarity", outputs, dtype=x.dtype, rows=rows, hidden_size=hidden_size, x=x, y=y)[
+        "out"
+    ]
 
 
 def decode_attention(
     query, k_cache, v_cache, slots, positions, *, softmax_scale=None, sliding_window=None, kv_valid=None
 ):
-    return emulate(
-        "decode_attention", {"out": (query.shape, query.dtype)}, query=query, k_cache=k_cache, v_cache=v_cache,
-        **_attention(query, query.shape[1], k_cache, slots, positions, softmax_scale, sliding_window, kv_valid),
-    )["out"]  # fmt: skip
+    common = _attention(
+        query, query.shape[1], k_cache, slots, positions, softmax_scale, sliding_window, kv_valid
+    )
+    outputs = {"out": (query.shape, query.dtype)}
+    return emulate("decode_attention", outputs, query=query, k_cache=k_cache, v_cache=v_cache, **common)[
+        "out"
+    ]
 
 
 def _attention(x, num_heads, k_cache, slots, positions, softmax_scale, sliding_window, kv_valid):
@@ -101,11 +104,11 @@ def _block(
         "k_cache": k_cache,
         "v_cache": v_cache,
     }
-    attention = _attention(
+    common = _attention(
         hidden, num_attention_heads, k_cache, slots, positions, softmax_scale, sliding_window, kv_valid
     )
     got = emulate(
-        op, outputs, **attention, **weights, hidden_size=hidden.shape[1], rotary_dim=2 * cos.shape[1],
+        op, outputs, **common, **weights, hidden_size=hidden.shape[1], rotary_dim=2 * cos.shape[1],
         rms_norm_eps=rms_norm_eps, hidden=hidden, input_layernorm=input_layernorm,
         post_attention_layernorm=post_attention_layernorm, q_bias=q_bias, k_bias=k_bias, v_bias=v_bias,
         o_bias=o_bias, q_norm=q_norm, k_norm=k_norm, cos=cos, sin=sin, query_scale=query_scale,
@@ -119,7 +122,9 @@ def pack_w4(q, scale, zero):
     (out_features, in_features), groups = q.shape, scale.shape[1]
     outputs = {"packed": (packed_shape(out_features, in_features), torch.uint8)}
     group_tiles = -(-_tiles(in_features) // groups)
-    return _w4("pack_w4", outputs, out_features, in_features, group_tiles, q=q, scale=scale, zero=zero)["packed"]
+    return _w4("pack_w4", outputs, out_features, in_features, group_tiles, q=q, scale=scale, zero=zero)[
+        "packed"
+    ]
 
 
 def unpack_w4(packed, out_features, in_features, group_size=64):

@@ -1,4 +1,4 @@
-"""The bundled model solves held-out items; test_cache.py looks at how close its river stays to its backbone."""
+"""The bundled model solves held-out items; how close its river stays to the backbone: test_cache.py."""
 
 import river_ext
 from river_ext.demo import generator

@@ -225,8 +225,10 @@ def packed_shape(out_features: int, in_features: int) -> tuple[int, int, int]:
 
 
 def _fake(name: str):
-    """Registers the fake kernel of an op. Torch also takes it when one argument alone has no data, so it insists
-    that all tensors are on one device: else the op would return memory that nobody wrote.
+    """Registers the fake kernel of an op.
+
+    Torch also takes it when one argument alone has no data, so it insists that all tensors are on one device:
+    else the op would return memory that nobody wrote.
     """
 
     def register(fake):

@@ -2,13 +2,13 @@
 
     python tools/compile_gate.py [--archs 80,90a] [file.cu ...]
 
-No kernel may spill registers or use local memory, and each must contain the dependency wait (sm_90), as a kernel
-without one races with its predecessor. A comment above a kernel sets a budget:
+No kernel may spill registers or use local memory, and each must contain the dependency wait (sm_90), as a
+kernel without one races with its predecessor. A comment above a kernel sets a budget:
 
     // Budget: 288 threads, 112 registers, mma
 
-checks the registers per thread, that two such blocks fit an SM (32768 registers each), and that the tensor cores are
-used. Needs nvcc, no GPU; without nvcc it says so and passes. Nothing is compiled twice (build/gate).
+checks the registers per thread, that two such blocks fit an SM (32768 registers each), and that the tensor
+cores are used. Needs nvcc, no GPU; without nvcc it says so and passes. Nothing is compiled twice.
 """
 
 import argparse
@@ -25,6 +25,7 @@ sys.path.insert(0, str(ROOT / "build_backend"))
 
 import river_native  # noqa: E402
 
+BUILD = ROOT / "build" / "gate"
 ARCHS = "80,86,89,90a"
 REGISTERS_PER_BLOCK = 32768  # half of an SM's, so that two consecutive kernels are resident together
 
@@ -52,24 +53,36 @@ class Kernel:
 def budgets(sources):
     """{kernel: Budget} from the comments above kernels, in the sources and the headers that they share."""
     found = {}
-    pattern = r"// Budget: (\d+) threads, (\d+) registers(, mma)?\n(?:(?!__global__)[^\n]*\n)?__global__[^(]*?"
+    pattern = (
+        r"// Budget: (\d+) threads, (\d+) registers(, mma)?\n(?:(?!__global__)[^\n]*\n)?__global__[^(]*?"
+    )
     pattern += r"(?:__launch_bounds__\([^)]*\)\s*)?(\w+)\("
     for path in [*sources, *sorted((ROOT / "csrc" / "device").glob("*.cuh"))]:
         text = path.read_text()
         matches = re.findall(pattern, text)
         if len(matches) != text.count("// Budget:"):
-            sys.exit(f"gate: {path.name}: a budget is not followed by its kernel, or not in the form of {__file__}")
+            sys.exit(
+                f"gate: {path.name}: a budget is not followed by its kernel, or not in the form of {__file__}"
+            )
         for threads, registers, mma, name in matches:
             found[name] = Budget(int(threads), int(registers), bool(mma))
     return found
 
 
 def plan(nvcc, sources, archs):
-    flags = ["-O3", "-Xptxas=-v", "-ccbin", river_native.find_cxx()[-1], "-Xcompiler=-Wall", "--keep", "-cubin"]
+    flags = [
+        "-O3",
+        "-Xptxas=-v",
+        "-ccbin",
+        river_native.find_cxx()[-1],
+        "-Xcompiler=-Wall",
+        "--keep",
+        "-cubin",
+    ]
     units = {}
     for source in sources:
         for arch in archs:
-            folder = ROOT / "build" / "gate" / f"sm_{arch}"
+            folder = BUILD / f"sm_{arch}"
             folder.mkdir(parents=True, exist_ok=True)
             command = [nvcc, f"-arch=sm_{arch}", *flags, "--keep-dir", str(folder), str(source)]
             units[source, arch] = river_native.Unit(source, folder / f"{source.stem}.cubin", command)
@@ -83,7 +96,9 @@ def read(unit):
     for line in unit.object.with_suffix(".log").read_text().splitlines():
         if match := re.search(r"Compiling entry function '(\w+)'", line):
             kernel = kernels.setdefault(match[1], Kernel(match[1]))
-        elif match := re.search(r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads", line):
+        elif match := re.search(
+            r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads", line
+        ):
             if kernel:
                 kernel.stack, kernel.spills = int(match[1]), int(match[2]) + int(match[3])
         elif kernel and (match := re.search(r"Used (\d+) registers", line)):
@@ -104,7 +119,9 @@ def readable(names):
     done = subprocess.run(["c++filt"], input="\n".join(names), capture_output=True, text=True, check=True)
     plain = {}
     for mangled, name in zip(names, done.stdout.splitlines(), strict=True):
-        name = re.sub(r"\(anonymous namespace\)::|\b_GLOBAL__N__\w+::|river::|cuda::|device::|^void ", "", name)
+        name = re.sub(
+            r"\(anonymous namespace\)::|\b_GLOBAL__N__\w+::|river::|cuda::|device::|^void ", "", name
+        )
         plain[mangled] = re.sub(r"\((?!anonymous)[^()]*(?:\([^()]*\)[^()]*)*\)$", "", name)
     return plain
 
@@ -124,11 +141,11 @@ def complaints(kernel, name, arch, budget):
             yield "does not use the tensor cores"
 
 
-def main():
+def main(arguments=None):
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("sources", nargs="*", type=Path, help="default: csrc/*.cu")
     parser.add_argument("--archs", default=ARCHS, help=f"default: {ARCHS}")
-    options = parser.parse_args()
+    options = parser.parse_args(arguments)
     sources = [path.resolve() for path in options.sources] or sorted((ROOT / "csrc").glob("*.cu"))
     archs = options.archs.split(",")
     nvcc = river_native.find_nvcc()
@@ -137,9 +154,7 @@ def main():
         return 0
     limits = budgets(sources)
     units = plan(nvcc, sources, archs)
-    stale = [unit for unit in units.values() if not river_native.up_to_date(unit)]
-    for arch in archs:  # by architecture: nvcc's kept files of two sources do not collide
-        river_native.compile_all([unit for (_, a), unit in units.items() if a == arch and unit in stale], print)
+    river_native.compile_all([u for u in units.values() if not river_native.up_to_date(u)], print)
 
     table = {}  # (source, mangled name without its per-file hash) -> {arch: kernel}
     for (source, arch), unit in units.items():

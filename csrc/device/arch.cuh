@@ -169,7 +169,8 @@ RIVER_DEVICE void mbarrier_arrive_expect(uint64_t* barrier, uint32_t bytes) {
 
 RIVER_DEVICE void bulk_copy(void* to, const void* from, uint32_t bytes, uint64_t* barrier, CopyHint hint) {
 #if RIVER_SM90
-  asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes.L2::cache_hint [%0], [%1], %2, [%3], %4;"
+  asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes.L2::cache_hint "
+               "[%0], [%1], %2, [%3], %4;"
                ::"r"(shared_address(to)), "l"(from), "r"(bytes), "r"(shared_address(barrier)), "l"(hint) : "memory");
 #endif
 }

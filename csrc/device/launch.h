@@ -69,9 +69,12 @@ void launch(void (*kernel)(Parameters...), dim3 grid, dim3 block, size_t shared_
     if (error != cudaSuccess) check(error, options.name, sizes());
   };
   if (shared_bytes > 48 * 1024) {
-    attempt(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(shared_bytes)));
+    const auto set = [&](cudaFuncAttribute attribute, int value) {
+      attempt(cudaFuncSetAttribute(kernel, attribute, value));
+    };
+    set(cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(shared_bytes));
     // two consecutive kernels share an SM only if the carve-out leaves room for both
-    attempt(cudaFuncSetAttribute(kernel, cudaFuncAttributePreferredSharedMemoryCarveout, cudaSharedmemCarveoutMaxShared));
+    set(cudaFuncAttributePreferredSharedMemoryCarveout, cudaSharedmemCarveoutMaxShared);
   }
   cudaLaunchAttribute attributes[2];
   unsigned count = 0;

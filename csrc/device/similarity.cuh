@@ -1,5 +1,5 @@
-// State transition similarity: the pieces that every kernel uses which computes a cosine, so that all get the same bits.
-// A vector's sums run over strips of 16 values: within a strip a fixed tree, then strip after strip in order.
+// State transition similarity: the pieces of every kernel that computes a cosine, so that all get the same bits. A
+// vector's sums run over strips of 16 values: within a strip a fixed tree, then strip after strip in order.
 #pragma once
 
 #include "types.cuh"

@@ -12,10 +12,11 @@
 #define RIVER_SM90 1
 
 // Both name memory of the running block; each place in the source is its own variable.
-#define RIVER_SHARED(type, name, extents)      \
-  static const char name##_site = 0;           \
-  using name##_type = type extents;            \
-  name##_type& name = *reinterpret_cast<name##_type*>(::river::emulation::shared_memory(&name##_site, sizeof(name##_type)))
+#define RIVER_SHARED(type, name, extents)                 \
+  static const char name##_site = 0;                      \
+  using name##_type = type extents;                       \
+  name##_type& name = *reinterpret_cast<name##_type*>(    \
+      ::river::emulation::shared_memory(&name##_site, sizeof(name##_type)))
 #define RIVER_DYNAMIC_SHARED(name) unsigned char* name = ::river::emulation::dynamic_shared_memory()
 
 namespace river::device {
@@ -72,7 +73,9 @@ inline void spin_hint() { emulation::spin(); }
 inline void barrier_sync(int id, int threads, int line = __builtin_LINE()) {
   emulation::sync_block(id, threads, "barrier_sync", line, false);
 }
-inline void barrier_arrive(int id, int threads, int line = __builtin_LINE()) { emulation::arrive_block(id, threads, line); }
+inline void barrier_arrive(int id, int threads, int line = __builtin_LINE()) {
+  emulation::arrive_block(id, threads, line);
+}
 
 inline void mbarrier_init(uint64_t* barrier, int count) { emulation::mbarrier_init(barrier, count); }
 inline void mbarrier_init_fence() {}

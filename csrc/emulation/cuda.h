@@ -99,7 +99,9 @@ T atomicOr(T* p, U v) { return river_exchange(p, static_cast<T>(*p | static_cast
 template <class T, class U>
 T atomicExch(T* p, U v) { return river_exchange(p, static_cast<T>(v)); }
 template <class T, class U, class V>
-T atomicCAS(T* p, U expected, V v) { return river_exchange(p, *p == static_cast<T>(expected) ? static_cast<T>(v) : *p); }
+T atomicCAS(T* p, U expected, V v) {
+  return river_exchange(p, *p == static_cast<T>(expected) ? static_cast<T>(v) : *p);
+}
 inline unsigned atomicInc(unsigned* p, unsigned limit) { return river_exchange(p, *p >= limit ? 0 : *p + 1); }
 
 inline void __threadfence() {}
@@ -139,8 +141,8 @@ T __shfl_sync(uint32_t mask, T value, int lane, int width = 32, int line = __bui
 }
 template <class T>
 T __shfl_xor_sync(uint32_t mask, T value, int lanes, int width = 32, int line = __builtin_LINE()) {
-  const int source = river_lane() ^ lanes;
-  return river_shuffle("__shfl_xor_sync", line, mask, value, source / width > river_lane() / width ? river_lane() : source);
+  const int lane = river_lane(), source = lane ^ lanes;
+  return river_shuffle("__shfl_xor_sync", line, mask, value, source / width > lane / width ? lane : source);
 }
 template <class T>
 T __shfl_down_sync(uint32_t mask, T value, int by, int width = 32, int line = __builtin_LINE()) {
@@ -164,5 +166,9 @@ inline uint32_t __ballot_sync(uint32_t mask, int value, int line = __builtin_LIN
   river::emulation::leave(c);
   return votes;
 }
-inline int __any_sync(uint32_t mask, int value, int line = __builtin_LINE()) { return __ballot_sync(mask, value, line) != 0; }
-inline int __all_sync(uint32_t mask, int value, int line = __builtin_LINE()) { return __ballot_sync(mask, !value, line) == 0; }
+inline int __any_sync(uint32_t mask, int value, int line = __builtin_LINE()) {
+  return __ballot_sync(mask, value, line) != 0;
+}
+inline int __all_sync(uint32_t mask, int value, int line = __builtin_LINE()) {
+  return __ballot_sync(mask, !value, line) == 0;
+}

@@ -221,6 +221,7 @@ PYBIND11_MODULE(river_emulation, m) {
     selftest(launch_ring, bug.c_str(), bulk, reinterpret_cast<float*>(out), reinterpret_cast<float*>(scratch));
   });
   m.def("mma", [](const std::string& dtype, uintptr_t a, uintptr_t b, uintptr_t d) {
-    run([&] { launch_mma(dtype_of(dtype), reinterpret_cast<void*>(a), reinterpret_cast<void*>(b), reinterpret_cast<float*>(d)); });
+    const auto *pa = reinterpret_cast<void*>(a), *pb = reinterpret_cast<void*>(b);
+    run([&] { launch_mma(dtype_of(dtype), pa, pb, reinterpret_cast<float*>(d)); });
   });
 }

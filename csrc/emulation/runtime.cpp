@@ -2,6 +2,9 @@
 // by the last arrival. When nothing can run, copies in flight land; when none is left either, that is a deadlock.
 #include "runtime.h"
 
+#include <signal.h>
+#include <unistd.h>
+
 #include <algorithm>
 #include <cstdlib>
 #include <cstring>
@@ -62,6 +65,31 @@ void wait_at(const char* name, int line) {
   current->line = line;
   current->block->grid->idle_spins = 0;
   Fiber::suspend();
+}
+
+// A wild or misaligned access ends the process: says where, then leaves it to whoever handled the signal before.
+struct sigaction handled_before[NSIG];
+
+void report_signal(int signal) {
+  if (current) {
+    const std::string where = "emulation: kernel " + std::string(current->block->grid->launch.name) + ", block " +
+                              text(current->block->index) + ", thread " + text(current->index) +
+                              ": wild or misaligned access (or a stack overflow); the sanitized build says more\n";
+    [[maybe_unused]] const auto written = write(STDERR_FILENO, where.data(), where.size());
+  }
+  sigaction(signal, &handled_before[signal], nullptr);
+}
+
+void watch_signals() {
+  static bool done = kCanary == 0;  // AddressSanitizer reports by itself
+  if (std::exchange(done, true)) return;
+  static char stack[64 << 10];      // the fiber's own may be what overflowed
+  const stack_t alternate{stack, 0, sizeof(stack)};
+  sigaltstack(&alternate, nullptr);
+  struct sigaction action {};
+  action.sa_handler = report_signal;
+  action.sa_flags = SA_ONSTACK;
+  for (int signal : {SIGSEGV, SIGBUS}) sigaction(signal, &action, &handled_before[signal]);
 }
 
 void thread_main(void*) {
@@ -171,7 +199,8 @@ std::string describe(const Block& block) {
   for (const auto& t : block.threads) {
     std::string what = "runs";
     if (t->fiber.finished()) what = "returned";
-    else if (t->waits_at) what = "at " + std::string(t->waits_at) + (t->line ? " (line " + std::to_string(t->line) + ")" : "");
+    else if (t->waits_at) what = "at " + std::string(t->waits_at);
+    if (t->waits_at && t->line) what += " (line " + std::to_string(t->line) + ")";
     groups[what].push_back(t->linear);
   }
   std::string out = "block " + text(block.index) + ":";
@@ -241,7 +270,8 @@ void check_launch(const Launch& l) {
   const auto threads = static_cast<uint64_t>(l.block.x) * l.block.y * l.block.z;
   const auto blocks = static_cast<uint64_t>(l.grid.x) * l.grid.y * l.grid.z;
   if (threads < 1 || threads > 1024) fail_launch(l, "block of " + std::to_string(threads) + " threads");
-  if (blocks < 1 || l.grid.y > 65535 || l.grid.z > 65535) fail_launch(l, "grid of " + text({l.grid.x, l.grid.y, l.grid.z}));
+  if (blocks < 1 || l.grid.y > 65535 || l.grid.z > 65535)
+    fail_launch(l, "grid of " + text({l.grid.x, l.grid.y, l.grid.z}));
   if (l.shared_bytes > static_cast<size_t>(device().shared_memory_per_block()))
     fail_launch(l, std::to_string(l.shared_bytes) + " bytes of dynamic shared memory");
 }
@@ -286,6 +316,7 @@ bool sanitized() { return kCanary == 0; }
 
 void enqueue(Launch launch) {
   if (current) throw Failure("emulation: a launch from device code");
+  watch_signals();
   check_launch(launch);
   auto grid = std::make_unique<Grid>();
   grid->launch = std::move(launch);

@@ -141,7 +141,8 @@ bool sanitized();             // AddressSanitizer watches the ends of all memory
 void spin();
 int sync_block(int id, int threads, const char* name, int line, bool value);  // returns whether any value was true
 void arrive_block(int id, int threads, int line);
-Collective& join(uint32_t mask, const char* name, int line, const void* mine, size_t bytes, void (*combine)(Collective&));
+Collective& join(uint32_t mask, const char* name, int line, const void* mine, size_t bytes,
+                 void (*combine)(Collective&));
 void leave(Collective& collective);
 void wait_for_dependency();
 unsigned char* shared_memory(const void* site, size_t bytes);  // of this block, filled with NaN at first use

@@ -106,6 +106,21 @@ __global__ void missing_dependency_wait(const float* doubled, float* out) {
   out[global_index()] = value / 2;
 }
 
+// Broken: believes that a kernel two launches back is surely done.
+template <bool kBroken>
+__global__ void early_read_of_older_kernel(const float* doubled, float* out) {
+  dependency_trigger();
+  float value = kBroken ? doubled[global_index()] : 0;
+  dependency_wait();
+  if (!kBroken) value = doubled[global_index()];
+  out[global_index()] = value / 2;
+}
+
+__global__ void do_nothing() {
+  dependency_trigger();
+  dependency_wait();
+}
+
 template <bool kBroken>
 __global__ void no_dependency_wait(float* out) {
   if (!kBroken) dependency_wait();
@@ -212,6 +227,11 @@ bool run_planted(const char* name, float* out, float* scratch) {
     for (int i = 0; i < kBlocks * kThreads; i++) out[i] = i;
     launch(double_the_input, kBlocks, kThreads, 0, nullptr, pdl, out, scratch);
     launch(missing_dependency_wait<kBroken>, kBlocks, kThreads, 0, nullptr, pdl, scratch, out);
+  } else if (is("early_read_of_older_kernel")) {
+    for (int i = 0; i < kBlocks * kThreads; i++) out[i] = i;
+    launch(double_the_input, kBlocks, kThreads, 0, nullptr, pdl, out, scratch);
+    launch(do_nothing, kBlocks, kThreads, 0, nullptr, pdl);
+    launch(early_read_of_older_kernel<kBroken>, kBlocks, kThreads, 0, nullptr, pdl, scratch, out);
   } else {
     return false;
   }

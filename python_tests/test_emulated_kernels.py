@@ -1,0 +1,116 @@
+"""The CUDA kernels of every op on the emulated GPU against the reference, every buffer compared.
+
+Each call runs under all schedules of emulated.py (orders, copy timings, SM counts, bulk copies and cp.async)
+and must give the same bits. CUDA kernels take head_dim, num_attention_heads * head_dim and
+intermediate_size in multiples of 8.
+"""
+
+import emulated_ops
+import pytest
+import torch
+from blocks import SHAPES, Block, Shape, assert_close, int32
+
+from river_ext import ops, reference
+
+DTYPES = [torch.bfloat16, torch.float16]
+LAYERS = ["decoder_block", "exit_layer"]
+KERNEL_SHAPES = {name: shape for name, shape in SHAPES.items() if shape.head_dim % 8 == 0} | {
+    "pads everywhere": Shape(64, 3, 1, head_dim=24, intermediate_size=88, rotary_dim=24, bias=True),
+    "heads across strips": Shape(
+        192, 3, 1, head_dim=40, intermediate_size=88, rotary_dim=24, bias=True, qk_norm=True
+    ),
+}
+
+
+def check(block, layer, slots, positions, **options):
+    hidden, caches = block.random(len(slots), block.shape.hidden_size), block.caches()
+    expected_caches = [c.clone() for c in caches]
+    place = int32(slots), int32(positions)
+    out, similarity = block.run(emulated_ops, layer, hidden, caches, *place, **options)
+    expected, expected_similarity = block.run(reference, layer, hidden, expected_caches, *place, **options)
+    assert_close(out, expected, block.dtype, "hidden")
+    assert (similarity - expected_similarity).abs().max() <= 0.01
+    for name, actual, wanted in zip("kv", caches, expected_caches, strict=True):
+        assert_close(actual, wanted, block.dtype, f"{name}_cache")
+    return out, similarity, *caches
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("shape", KERNEL_SHAPES.values(), ids=KERNEL_SHAPES.keys())
+@pytest.mark.parametrize("layer", LAYERS)
+def test_layer(layer, shape, dtype):
+    block, last = Block(shape, dtype), shape.max_len - 1
+    check(block, layer, [3], [last])
+    check(block, layer, [8, 1, 1, -1, 0, 1, 4, 5], [0, 6, 5, 3, last, 7, 17, 1])
+
+
+@pytest.mark.parametrize("layer", LAYERS)
+def test_layer_options(layer):
+    block = Block(SHAPES["gqa"], torch.bfloat16)
+    valid = torch.rand(block.shape.slots, block.shape.max_len, generator=block.generator) < 0.5
+    for options in ({"sliding_window": 5}, {"kv_valid": valid}, {"softmax_scale": 0.3}):
+        check(block, layer, [0, 1, 2], [0, 40, 47], **options)
+
+
+@pytest.mark.parametrize("layer", LAYERS)
+def test_a_row_does_not_depend_on_the_others(layer):
+    block = Block(SHAPES["odd sizes"], torch.bfloat16)
+    hidden, caches = block.random(8, block.shape.hidden_size), block.caches()
+    places = int32(list(range(8))), int32([0, 7, 15, 16, 31, 32, 46, 47])
+    together = block.run(emulated_ops, layer, hidden, [c.clone() for c in caches], *places)
+    for rows in (slice(2, 3), slice(5, 8)):
+        own = [c.clone() for c in caches]
+        part = block.run(emulated_ops, layer, hidden[rows], own, *(p[rows].contiguous() for p in places))
+        assert all(torch.equal(a, b[rows]) for a, b in zip(part, together, strict=True))
+
+
+@pytest.mark.parametrize("length", [1, 63, 64, 65, 256, 257, 1024])
+def test_attention_lengths(length):
+    g = torch.Generator().manual_seed(length)
+    query = torch.randn(2, 6, 64, generator=g).bfloat16()
+    caches = [torch.randn(2, 2, length, 64, generator=g).bfloat16() for _ in range(2)]
+    place = int32([1, 0]), int32([length - 1, length // 2])
+    out = emulated_ops.decode_attention(query, *caches, *place)
+    assert_close(out, reference.decode_attention(query, *caches, *place), torch.bfloat16, "out")
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("rows", range(1, 9))
+def test_linear(rows, dtype):
+    g = torch.Generator().manual_seed(rows)
+    for n, k in ((33, 72), (160, 192), (48, 1024), (40, 8192)):
+        x, bias = (torch.randn(*size, generator=g).to(dtype) for size in ((rows, k), (n,)))
+        weight = (torch.randn(n, k, generator=g) * k**-0.5).to(dtype)
+        assert_close(emulated_ops.linear(x, weight, bias), reference.linear(x, weight, bias), dtype, "linear")
+        q = torch.randint(0, 16, (n, k), dtype=torch.uint8, generator=g)
+        scale, zero = (torch.rand(n, -(-k // 64), generator=g).half() * s for s in (0.1, 15))
+        packed = ops.pack_w4(q, scale, zero)
+        out = emulated_ops.linear_w4(x, packed, n, bias)
+        assert_close(out, reference.linear_w4(x, packed, n, bias), dtype, "linear_w4")
+
+
+@pytest.mark.parametrize("vocab", [1, 16, 515])
+@pytest.mark.parametrize("rows", [1, 3, 8])
+def test_lm_head(rows, vocab):
+    g = torch.Generator().manual_seed(vocab)
+    hidden, norm = torch.randn(rows, 128, generator=g).bfloat16(), torch.rand(128, generator=g).bfloat16()
+    weight = (torch.randn(vocab, 128, generator=g) * 0.3).bfloat16()
+    draw = {
+        "temperature": torch.full((rows,), 0.8),
+        "seeds": torch.arange(rows) - 1,
+        "positions": int32(list(range(rows))),
+    }
+    for options in ({}, draw, {"return_logits": False}):
+        tokens, logits = emulated_ops.lm_head(hidden, norm, weight, 1e-5, **options)
+        expected, expected_logits = reference.lm_head(hidden, norm, weight, 1e-5, **options)
+        assert torch.equal(tokens, expected)
+        if len(expected_logits):
+            assert_close(logits, expected_logits, torch.float32, "logits")
+
+
+def test_lm_head_ties_go_to_the_lowest_id():
+    hidden, norm = torch.ones(2, 64).bfloat16(), torch.ones(64).bfloat16()
+    weight = torch.zeros(300, 64).bfloat16()
+    assert emulated_ops.lm_head(hidden, norm, weight, 1e-5)[0].tolist() == [0, 0]
+    weight[[77, 200, 299]] = 1
+    assert emulated_ops.lm_head(hidden, norm, weight, 1e-5)[0].tolist() == [77, 77]
