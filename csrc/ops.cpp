@@ -562,7 +562,7 @@ PYBIND11_MODULE(_C, m) {
     info["version"] = RIVER_VERSION;
     info["cuda"] = (bool)RIVER_WITH_CUDA;
     info["cuda_archs"] = RIVER_CUDA_ARCHS;
-    info["cuda_note"] = RIVER_CUDA_NOTE;
+    info["cuda_note"] = std::string(RIVER_CUDA_NOTE) + (RIVER_WITH_CUDA ? "; not registered as ops yet" : "");
     info["cpu_isa"] = cpu::isa();
     return info;
   });
