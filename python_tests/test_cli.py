@@ -12,6 +12,7 @@ from conftest import write_tiny_checkpoint
 from tiny_model import demo_model
 
 from river_ext import __version__, cli
+from river_ext.cli import shared, terminal
 from river_ext.model import DEMO
 
 PROMPT = "Question: Ana has 21 coins and buys 12 more at the fair. How many coins does Ana have?\nAnswer:"
@@ -21,13 +22,13 @@ SHORT = ["--max-new-tokens", "6"]
 @pytest.fixture(autouse=True)
 def one_demo_model(monkeypatch):
     """Commands that want the plain demo model share one."""
-    load = cli._load
+    load = shared.load
 
     def loaded(arguments):
         plain = (arguments.model, arguments.river, arguments.device, arguments.dtype)
         return demo_model() if plain == (None, None, "auto", "auto") else load(arguments)
 
-    monkeypatch.setattr(cli, "_load", loaded)
+    monkeypatch.setattr(shared, "load", loaded)
 
 
 @pytest.fixture
@@ -180,9 +181,9 @@ def test_a_prompt_from_standard_input():
 
 
 def test_a_terminal_is_not_steered(monkeypatch):
-    assert cli._printable("a\x1b[2Jb") == "a\x1b[2Jb"
+    assert terminal.printable("a\x1b[2Jb") == "a\x1b[2Jb"
     monkeypatch.setattr(sys.stdout, "isatty", lambda: True, raising=False)
-    assert cli._printable("a\x1b[2Jb\n\té\u200d") == "a\ufffd[2Jb\n\té\u200d"
+    assert terminal.printable("a\x1b[2Jb\n\té\u200d") == "a\ufffd[2Jb\n\té\u200d"
 
 
 # --- info -----------------------------------------------------------------------------------------------
@@ -401,7 +402,7 @@ def test_files_that_cannot_be_read(refused, tmp_path):
 
 
 def test_bad_requests_are_refused_before_the_weights_are_read(refused, monkeypatch):
-    monkeypatch.setattr(cli, "_load", lambda arguments: pytest.fail("too late"))
+    monkeypatch.setattr(shared, "load", lambda arguments: pytest.fail("too late"))
     refused("generate", "--demo", "hi", "--top-p", "2")
     refused("eval", "--demo", "--thresholds", "x")
 
@@ -410,7 +411,7 @@ def test_interrupt(river, monkeypatch):
     def interrupted(arguments):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(cli, "_load", interrupted)
+    monkeypatch.setattr(shared, "load", interrupted)
     code, out, err = river("generate", "--demo", "hi")
     assert (code, out) == (130, "") and "interrupted" in err
 
@@ -421,7 +422,7 @@ def test_bugs_keep_their_traceback(monkeypatch):
         def broken(arguments, bug=bug):
             raise bug
 
-        monkeypatch.setattr(cli, "_load", broken)
+        monkeypatch.setattr(shared, "load", broken)
         with pytest.raises(type(bug)):
             cli.main(["generate", "--demo", "hi"])
 

@@ -1,0 +1,53 @@
+"""`river convert`: builds the 4-bit river of a model and saves it."""
+
+import os
+import time
+from pathlib import Path
+
+from ..errors import RiverError
+from .terminal import print_json, size_text
+
+
+def run_convert(arguments) -> None:
+    from ..checkpoint import load_checkpoint
+    from ..evaluate import quantisation_errors
+    from ..model import DEMO, choose_device
+    from ..river import build_river, save_river
+
+    output = Path(arguments.output)
+    _check_output(output, arguments.force)
+    checkpoint = load_checkpoint(arguments.model or DEMO, arguments.dtype, choose_device(arguments.device))
+    config, weights = checkpoint.config, checkpoint.weights
+    start = time.perf_counter()
+    river = build_river(config, weights, arguments.group_size, progress=not arguments.json)
+    seconds = time.perf_counter() - start
+    errors = quantisation_errors(config, weights, river)
+    save_river(output, river, config, checkpoint.fingerprint)
+    size = sum(file.stat().st_size for file in output.iterdir())
+    if arguments.json:
+        print_json(
+            {
+                "output": str(output),
+                "model": str(checkpoint.directory),
+                "fingerprint": checkpoint.fingerprint,
+                "group_size": river.group_size,
+                "quantiser": river.quantiser,
+                "seconds": seconds,
+                "bytes": size,
+                "relative_squared_error": errors,
+            }
+        )
+        return
+    print(f"{output}: {len(river)} exit layers, {size_text(size)}, quantised in {seconds:.1f} s")
+    print("mean squared error, in parts of the weights' mean square:")
+    for name, error in errors.items():
+        print(f"  {name:10}  {error:.5f}")
+
+
+def _check_output(output: Path, force: bool) -> None:
+    """Refuses an output before the work: save_river would do so after it."""
+    if os.path.lexists(output) and not force and not (output.is_dir() and not any(output.iterdir())):
+        raise RiverError(f"{output}: exists; accepted: a new directory, or --force to replace a saved river")
+    parent = next(parent for parent in output.absolute().parents if parent.exists())
+    if not parent.is_dir() or not os.access(parent, os.W_OK):
+        raise RiverError(f"{output}: cannot be written, {parent} is no directory that can be written to")

@@ -1,0 +1,66 @@
+"""`river eval`: quality and speed against full depth, on the bundled held-out items."""
+
+import time
+from collections.abc import Sequence
+
+from ..errors import RiverError
+from . import shared
+from .shared import machine, model_facts, model_line
+from .terminal import print_json, print_table, progress_bar
+
+
+def run_eval(arguments) -> None:
+    from ..config import read_config
+    from ..evaluate import DEMO_NEW_TOKENS, demo_items, evaluate, result_table, settings_of
+    from ..model import DEMO
+    from ..request import integer
+
+    if not arguments.demo:
+        raise RiverError(
+            "what to evaluate on; accepted: --demo (with --model DIR: another model on its tasks)"
+        )
+    problems = integer("--problems", arguments.problems, 0, 10_000)
+    functions = integer("--functions", arguments.functions, 0, 10_000)
+    if problems + functions == 0:
+        raise RiverError("--problems 0 --functions 0; accepted: at least one of them above 0")
+    thresholds = _thresholds(arguments.thresholds)
+    read_config(arguments.model or DEMO)
+    model = shared.load(arguments)
+    items = demo_items(problems, functions, arguments.seed)
+    settings = settings_of(model, thresholds)
+    start = time.perf_counter()
+    with progress_bar("evaluating", len(items)) as advance:
+        rows = evaluate(
+            model,
+            [[item] for item in items],
+            settings,
+            max_new_tokens=DEMO_NEW_TOKENS,
+            on_batch=lambda batch, outputs: advance(),
+        )
+    seconds = time.perf_counter() - start
+    if arguments.json:
+        print_json({**model_facts(model), "problems": problems, "functions": functions,
+                     "seed": arguments.seed, "batch": 1, "max_new_tokens": DEMO_NEW_TOKENS,
+                     "seconds": seconds, "rows": [row.as_dict() for row in rows]})  # fmt: skip
+        return
+    print(f"{model_line(model)}\n{problems} problems, {functions} functions (seed {arguments.seed})\n")
+    print_table(result_table(rows))
+    full = rows[0].name
+    print(
+        f"\nGreedy, one prompt at a time on {machine(model)}, {seconds:.0f} s in all.\n"
+        "problems, functions: right ones, with the standard error. same output: token sequences that equal\n"
+        f"{full}'s. KL: mean KL({full} || row) of the next token, along {full}'s sequences.\n"
+        "exit depth: mean over the new tokens. tokens/s: decoding alone, the median of the prompts."
+    )
+
+
+def _thresholds(text: str | None) -> Sequence[float]:
+    from ..evaluate import DEMO_THRESHOLDS
+    from ..request import number
+
+    if text is None:
+        return DEMO_THRESHOLDS
+    try:
+        return [number("--thresholds", float(part)) for part in text.split(",")]
+    except ValueError:
+        raise RiverError(f"--thresholds {text!r}; accepted: numbers, not NaN, with commas between") from None

@@ -1,0 +1,109 @@
+"""`river info`: facts of this installation, and of a model whose weights are not read."""
+
+import math
+from dataclasses import asdict
+
+from .. import __version__
+from ..errors import RiverError
+from .shared import dtype_name, threads
+from .terminal import print_json, printable, size_text
+
+
+def run_info(arguments) -> None:
+    import torch
+
+    from .. import ops
+
+    build = ops._C.build_info()
+    gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
+    facts = {
+        "version": __version__,
+        "build": build,
+        "torch": torch.__version__,
+        "threads": torch.get_num_threads(),
+        "gpus": gpus,
+    }
+    torch_cuda = f"has CUDA {torch.version.cuda}" if torch.version.cuda else "is a CPU build"
+    reason = build.get("cuda_note") or f"built without them; torch {torch_cuda}"
+    lines = {
+        "river_ext": __version__ + ("" if build["version"] == __version__ else f", ops {build['version']}"),
+        "CUDA kernels": f"for {build['cuda_archs']}" if build["cuda"] else f"none ({reason})",
+        "CPU kernels": f"{build['cpu_isa']}, {threads()}",
+        "torch": torch.__version__,
+        "GPU": ", ".join(gpus) or "none",
+    }
+    if arguments.demo or arguments.model is not None:
+        model_facts, model_lines = _checkpoint_facts(arguments)
+        facts["model"] = model_facts
+        lines |= model_lines
+    elif arguments.river is not None:
+        raise RiverError("--river needs --model DIR or --demo, the model that it belongs to")
+    if arguments.json:
+        print_json(facts)
+        return
+    width = max(map(len, lines)) + 2
+    for name, value in lines.items():
+        print(f"{name:{width}}{printable(str(value))}")
+
+
+def _checkpoint_facts(arguments) -> tuple[dict, dict]:
+    """The facts of a model for JSON and as lines; its weights are mapped, not read."""
+    from ..checkpoint import load_checkpoint
+    from ..model import DEMO
+    from ..ops import packed_shape
+    from ..river import load_river, read_facts
+    from ..w4 import BlockShape
+
+    checkpoint = load_checkpoint(arguments.model or DEMO, check_finite=False)
+    config, weights, shape = checkpoint.config, checkpoint.weights, BlockShape.of(checkpoint.config)
+    around = [weights.embed_tokens, weights.norm]
+    if weights.lm_head is not weights.embed_tokens:
+        around.append(weights.lm_head)
+    sizes = {
+        "backbone": sum(t.nbytes for block in weights.layers for t in vars(block).values() if t is not None),
+        "embedding_and_head": sum(t.nbytes for t in around),
+        "river": len(weights.layers)
+        * sum(math.prod(packed_shape(*size)) for size in shape.packed().values()),
+    }
+    layers, kv_heads = config.num_hidden_layers, config.num_key_value_heads
+    kv_bytes = 2 * layers * kv_heads * config.head_dim * config.dtype.itemsize
+    padding = {name: list(pad) for name, pad in shape.padding().items()}
+    facts = {
+        "directory": str(checkpoint.directory),
+        "fingerprint": checkpoint.fingerprint,
+        "config": asdict(config) | {"dtype": dtype_name(config)},
+        "max_length": config.max_length,
+        "tokenizer": checkpoint.tokenizer is not None,
+        "bytes": sizes,
+        "kv_bytes_per_token": kv_bytes,
+        "padding": padding,
+    }
+    heads = f"{config.num_attention_heads} query and {kv_heads} KV heads of {config.head_dim}"
+    rope = (config.rope_scaling or {}).get("rope_type", "default")
+    tied = "tied" if config.tie_word_embeddings else "own"
+    lines = {
+        "model": str(checkpoint.directory),
+        "fingerprint": checkpoint.fingerprint,
+        "architecture": f"{config.model_type}, {layers} layers, hidden {config.hidden_size}, {heads}, "
+        f"inner {config.intermediate_size}",
+        "vocabulary": f"{config.vocab_size}, {tied} head, "
+        + ("tokenizer.json" if checkpoint.tokenizer else "no tokenizer.json: token ids only"),
+        "positions": f"{config.max_length}, rope {rope}, theta {config.rope_theta:g}",
+        "weights": f"{dtype_name(config)}: backbone {size_text(sizes['backbone'])}, "
+        f"embedding and head {size_text(sizes['embedding_and_head'])}",
+        "river": f"{size_text(sizes['river'])}, "
+        f"{sizes['river'] / sizes['backbone']:.0%} of the backbone's layers",
+        "river's padding": ", ".join(
+            f"{name} {rows} rows and {columns} columns"
+            for name, (rows, columns) in padding.items()
+            if rows or columns
+        )
+        or "none",
+        "KV cache": f"{size_text(kv_bytes)} a token",
+    }
+    if arguments.river is not None:
+        load_river(arguments.river, config, checkpoint.fingerprint)  # refuses one of another model
+        saved = read_facts(arguments.river)
+        facts["river"] = {"directory": str(arguments.river)} | saved
+        lines["saved river"] = f"{arguments.river}: {saved['quantiser']}, groups of {saved['group_size']}"
+    return facts, lines
