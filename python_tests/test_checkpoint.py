@@ -359,7 +359,7 @@ def test_index_that_does_not_fit_the_shards(tiny_checkpoint):
 @pytest.mark.parametrize(
     "name",
     [
-        "../outside.safetensors", "/tmp/outside.safetensors", "sub/../../outside.safetensors", "..", ".", "",
+        "../outside.safetensors", "/outside.safetensors", "sub/../../outside.safetensors", "..", ".", "",
         "sub/model.safetensors", "..\\outside.safetensors", "a\0.safetensors", 7, None, ["x"], "model.bin",
     ],
 )  # fmt: skip
