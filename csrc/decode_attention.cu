@@ -45,7 +45,7 @@ __global__ void __launch_bounds__(kThreads, 4) decode_attention_kernel(Attention
   const bool in_head = dim < a.head_dim;
   dependency_trigger();
   dependency_wait();
-  const int slot = a.slots[row], position = a.positions[row];
+  const int position = a.positions[row], slot = slot_in_cache(a, row);
   T* out = static_cast<T*>(a.out) + (int64_t(row) * a.num_heads + kv_head * group) * a.head_dim;
   if (slot < 0) {
     if (split == 0)
@@ -169,7 +169,7 @@ void launch_decode_attention(const AttentionArgs& a, const Workspace& workspace,
     const AttentionKernelArgs<T> args{a, static_cast<float*>(workspace.scratch), workspace.counters};
     const dim3 grid(splits_of(a.max_len), a.num_kv_heads, a.rows);
     auto run = [&](auto kernel) {
-      launch(kernel, grid, kThreads, 0, stream, {"decode_attention", !workspace.plain}, args);
+      launch(kernel, grid, kThreads, 0, stream, {"decode_attention", workspace.overlap != Overlap::kNone}, args);
     };
     if (a.head_dim <= 64) run(decode_attention_kernel<T, 8>);
     else if (a.head_dim <= 128) run(decode_attention_kernel<T, 16>);

@@ -38,14 +38,13 @@ void launch_linear(const LinearArgs& a, const Workspace& workspace, Stream strea
   with_16bit_dtype(a.dtype, [&](auto type) {
     using T = typename decltype(type)::type;
     const StreamShape shape(a.out_features, a.in_features);
-    auto run = [&](auto format, auto source, const char* name) {
-      using Format = typename decltype(format)::type;
+    auto run = [&](auto path, auto source, const char* name) {
       const LinearPhase<T, decltype(source)> phase{{}, source,  static_cast<const T*>(a.x), static_cast<const T*>(a.bias),
                                                    static_cast<T*>(a.out), a.rows, a.out_features};
-      launch_stream<T, Format>(phase, shape, a.rows, workspace, stream, name);
+      launch_stream<T>(phase, path, shape, a.rows, workspace, stream, name);
     };
-    if (a.packed) run(Type<W4Format<T>>{}, PackedTiles{static_cast<const uint8_t*>(a.weight)}, "linear_w4");
-    else run(Type<DenseFormat<T>>{}, MatrixRows<T>{static_cast<const T*>(a.weight), a.out_features, a.in_features},
+    if (a.packed) run(PackedPath{}, PackedTiles{static_cast<const uint8_t*>(a.weight)}, "linear_w4");
+    else run(DensePath{}, MatrixRows<T>{static_cast<const T*>(a.weight), a.out_features, a.in_features},
              "linear");
   });
 }

@@ -71,7 +71,7 @@ void launch_lm_head(const LmHeadArgs& a, const Workspace& workspace, Stream stre
     auto* keys = reinterpret_cast<unsigned long long*>(workspace.counters + (shape.strips + 2) / 2 * 2);
     const LmHeadPhase<T> phase{{static_cast<const T*>(a.weight), a.vocab_size, a.hidden_size}, a, keys,
                                workspace.counters + shape.strips};
-    launch_stream<T, DenseFormat<T>>(phase, shape, a.rows, workspace, stream, "lm_head");
+    launch_stream<T>(phase, DensePath{}, shape, a.rows, workspace, stream, "lm_head");
   });
 }
 

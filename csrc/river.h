@@ -70,6 +70,44 @@ struct ExitLayerArgs : BlockArgs {       // packed weights: [out / 16, in / 64, 
   const uint8_t *qkv_proj, *o_proj, *gate_up_proj, *down_proj;
 };
 
+// What the device needs to choose the path of layer `index`: exit layer if `limit` or the exit rule says so, or if the
+// layer before ran as one; decoder block otherwise. Rows with slot -1 have no say.
+struct ExitDecision {
+  int index;
+  const void* previous;      // [T, hidden], the input of layer index - 1, whose output is the input here; null: index 0
+  const float* thresholds;   // [T]
+  const int32_t* min_layers; // [T]
+  const int32_t* limit;      // [1], backbone layers that a token may run
+  int32_t* exited;           // [layers]: entry index - 1 is read, entry index written: 1 = exit layer, 0 = decoder block
+  float* similarities;       // [layers, T]: row index - 1 is written if that layer ran as a decoder block
+};
+
+// One depth of the network, by the path that the device chooses. Both members hold the same BlockArgs.
+struct DualLayerArgs {
+  DecoderBlockArgs block;
+  ExitLayerArgs exit_layer;
+  ExitDecision decision;
+};
+
+// The end of a step whose tokens are drawn: what the next one starts from, and a record for the host.
+struct AdvanceArgs {
+  DType dtype;
+  int rows, hidden_size, vocab_size, layers, num_stop_tokens, num_records;
+  const void *before, *after;   // [T, hidden], input and output of the last layer
+  const int64_t* tokens;        // [T], drawn
+  const void* embed_tokens;     // [vocab, hidden]
+  const int64_t* stop_tokens;   // [num_stop_tokens]
+  void* hidden;                 // [T, hidden]: the embedding of an active row's token
+  int32_t *slots, *positions;   // [T]: -1 after a row's last token; one further
+  int32_t* draw_positions;      // [T]: positions + 1
+  int32_t* remaining;           // [T], tokens that a row may still draw
+  int32_t* exited;              // [layers]: zeros after
+  float* similarities;          // [layers, T]
+  int32_t* step;                // [1], steps taken
+  int32_t* records;             // [num_records, 2 + T + layers * T]: stamp = number of the step from 1, written last;
+                                // exit depth; tokens, -1 = inactive; similarities as fp32
+};
+
 struct StateSimilarityArgs {
   DType dtype;
   int rows, hidden_size;
@@ -125,6 +163,8 @@ struct Parallel {
 void launch_decoder_block(const DecoderBlockArgs& args, const Parallel& parallel);
 void launch_exit_layer(const ExitLayerArgs& args, const Parallel& parallel);
 void launch_decode_attention(const AttentionArgs& args, const Parallel& parallel);
+void launch_dual_layer(const DualLayerArgs& args, const Parallel& parallel);
+void launch_advance(const AdvanceArgs& args, const Parallel& parallel);
 void launch_state_similarity(const StateSimilarityArgs& args, const Parallel& parallel);
 void launch_lm_head(const LmHeadArgs& args, const Parallel& parallel);
 void launch_linear(const LinearArgs& args, const Parallel& parallel);
@@ -142,13 +182,20 @@ namespace cuda {
 
 using Stream = CUstream_st*;  // cudaStream_t
 
+// How much of a kernel may happen before the kernels ahead of it end. Results do not depend on it.
+enum class Overlap {
+  kNone,      // nothing; and no bulk copies: what older chips run, and the control in measurements
+  kLaunch,    // its launch
+  kPrefetch,  // its launch, and filling the ring with its weights
+};
+
 // What a launch may use beside its arguments. One workspace may serve all launches of a stream.
 struct Workspace {
   float* partials;     // fp32 sums of split weights
   uint32_t* counters;  // zero before the first launch, 8-byte aligned; every launch leaves zeros
   void* scratch;       // what the kernels of one op hand to each other, 256-byte aligned
   int blocks;          // blocks to launch, one per SM; results do not depend on it
-  bool plain;          // no bulk copies, no dependent launches: the control in measurements
+  Overlap overlap;
 };
 
 struct WorkspaceSize {
@@ -158,16 +205,19 @@ struct WorkspaceSize {
 
 WorkspaceSize decoder_block_workspace(const DecoderBlockArgs& args);
 WorkspaceSize exit_layer_workspace(const ExitLayerArgs& args);
+WorkspaceSize dual_layer_workspace(const DualLayerArgs& args);
 WorkspaceSize decode_attention_workspace(const AttentionArgs& args);
 WorkspaceSize lm_head_workspace(const LmHeadArgs& args);
 WorkspaceSize linear_workspace(const LinearArgs& args);
 
 void launch_decoder_block(const DecoderBlockArgs& args, const Workspace& workspace, Stream stream);
 void launch_exit_layer(const ExitLayerArgs& args, const Workspace& workspace, Stream stream);
+void launch_dual_layer(const DualLayerArgs& args, const Workspace& workspace, Stream stream);
 void launch_decode_attention(const AttentionArgs& args, const Workspace& workspace, Stream stream);
 void launch_lm_head(const LmHeadArgs& args, const Workspace& workspace, Stream stream);
 void launch_linear(const LinearArgs& args, const Workspace& workspace, Stream stream);
-void launch_state_similarity(const StateSimilarityArgs& args, Stream stream);
+void launch_state_similarity(const StateSimilarityArgs& args, const Workspace& workspace, Stream stream);
+void launch_advance(const AdvanceArgs& args, const Workspace& workspace, Stream stream);
 void launch_pack_w4(const W4Args& args, Stream stream);
 void launch_unpack_w4(const W4Args& args, Stream stream);
 void launch_dequantize_w4(const W4Args& args, Stream stream);

@@ -110,8 +110,22 @@ class Block:
             weights += [d["gate_proj"], d["up_proj"], d["down_proj"]]
         else:
             weights = [norm1, p.qkv_proj, p.o_proj, norm2, p.gate_up_proj, p.down_proj]
-        return getattr(module, layer)(
-            hidden, *weights, *caches, slots, positions, *self.tables, self.shape.num_attention_heads, 1e-5,
+        return self._call(getattr(module, layer), [hidden, *weights], caches, slots, positions, options)
+
+    def run_dual(self, module, decision, hidden, caches, slots, positions, **options):
+        """dual_layer; decision: index, previous, thresholds, min_layers, limit, exited, similarities."""
+        index, previous, *rule = decision
+        norm1, norm2 = self.norms
+        d, p = self.dense, self.packed
+        weights = [norm1, d["q_proj"], d["k_proj"], d["v_proj"], d["o_proj"], norm2]
+        weights += [d["gate_proj"], d["up_proj"], d["down_proj"]]
+        weights += [p.qkv_proj, p.o_proj, p.gate_up_proj, p.down_proj]
+        args = [index, hidden, previous, *rule, *weights]
+        return self._call(module.dual_layer, args, caches, slots, positions, options)
+
+    def _call(self, op, args, caches, slots, positions, options):
+        return op(
+            *args, *caches, slots, positions, *self.tables, self.shape.num_attention_heads, 1e-5,
             **(self.options | options),
         )  # fmt: skip
 

@@ -93,17 +93,53 @@ def exit_layer(
     )  # fmt: skip
 
 
-def _block(
-    op, hidden, input_layernorm, post_attention_layernorm, k_cache, v_cache, slots, positions, cos, sin,
-    num_attention_heads, rms_norm_eps, *, weights, q_bias=None, k_bias=None, v_bias=None, o_bias=None,
+def dual_layer(
+    index, hidden, previous, thresholds, min_layers, limit, exited, similarities, input_layernorm,
+    q_proj, k_proj, v_proj, o_proj, post_attention_layernorm, gate_proj, up_proj, down_proj,
+    qkv_tiles, o_tiles, gate_up_tiles, down_tiles, *common, **options,
+):  # fmt: skip
+    weights = dict(q_proj=q_proj, k_proj=k_proj, v_proj=v_proj, o_proj=o_proj, gate_proj=gate_proj,
+                   up_proj=up_proj, down_proj=down_proj, intermediate_size=gate_proj.shape[0],
+                   qkv_tiles=qkv_tiles, o_tiles=o_tiles, gate_up_tiles=gate_up_tiles,
+                   down_tiles=down_tiles)  # fmt: skip
+    rule = dict(index=index, previous=previous, thresholds=thresholds, min_layers=min_layers, limit=limit)
+    got = _run_block(
+        "dual_layer", {"exited": exited, "similarities": similarities}, hidden, input_layernorm,
+        post_attention_layernorm, *common, **options, weights=weights | rule | {"similarity": None},
+    )  # fmt: skip
+    exited.copy_(got["exited"])
+    similarities.copy_(got["similarities"])
+    return got["out"]
+
+
+def advance(
+    before, after, tokens, embed_tokens, stop_tokens, hidden, slots, positions, draw_positions, remaining,
+    exited, similarities, step, records,
+):  # fmt: skip
+    written = dict(hidden=hidden, slots=slots, positions=positions, draw_positions=draw_positions,
+                   remaining=remaining, exited=exited, similarities=similarities, step=step,
+                   records=records)  # fmt: skip
+    got = emulate(
+        "advance", written, dtype=hidden.dtype, rows=len(tokens), hidden_size=hidden.shape[1],
+        vocab_size=len(embed_tokens), layers=len(exited), num_stop_tokens=len(stop_tokens),
+        num_records=len(records), before=before, after=after, tokens=tokens, embed_tokens=embed_tokens,
+        stop_tokens=stop_tokens,
+    )  # fmt: skip
+    for name, tensor in written.items():
+        tensor.copy_(got[name])
+
+
+def _block(op, hidden, *args, **options):
+    got = _run_block(op, {"similarity": (hidden.shape[:1], torch.float32)}, hidden, *args, **options)
+    return got["out"], got["similarity"]
+
+
+def _run_block(
+    op, outputs, hidden, input_layernorm, post_attention_layernorm, k_cache, v_cache, slots, positions, cos,
+    sin, num_attention_heads, rms_norm_eps, *, weights, q_bias=None, k_bias=None, v_bias=None, o_bias=None,
     q_norm=None, k_norm=None, query_scale=None, softmax_scale=None, sliding_window=None, kv_valid=None,
 ):  # fmt: skip
-    outputs = {
-        "out": (hidden.shape, hidden.dtype),
-        "similarity": (hidden.shape[:1], torch.float32),
-        "k_cache": k_cache,
-        "v_cache": v_cache,
-    }
+    outputs = outputs | {"out": (hidden.shape, hidden.dtype), "k_cache": k_cache, "v_cache": v_cache}
     common = _attention(
         hidden, num_attention_heads, k_cache, slots, positions, softmax_scale, sliding_window, kv_valid
     )
@@ -115,7 +151,7 @@ def _block(
     )  # fmt: skip
     k_cache.copy_(got["k_cache"])
     v_cache.copy_(got["v_cache"])
-    return got["out"], got["similarity"]
+    return got
 
 
 def pack_w4(q, scale, zero):

@@ -64,6 +64,134 @@ def test_a_row_does_not_depend_on_the_others(layer):
         assert all(torch.equal(a, b[rows]) for a, b in zip(part, together, strict=True))
 
 
+@pytest.mark.parametrize("layer", LAYERS)
+def test_a_place_outside_of_the_cache_is_an_inactive_row(layer):
+    """On a GPU nobody can refuse it in time."""
+    block = Block(SHAPES["gqa"], torch.bfloat16)
+    slots, length = block.shape.slots, block.shape.max_len
+    places = int32([slots, 2, -7, 1, 2**31 - 1]), int32([0, length, 3, -1, 2**31 - 1])
+    hidden, caches = block.random(5, block.shape.hidden_size), block.caches()
+    before = [c.clone() for c in caches]
+    out, similarity = block.run(emulated_ops, layer, hidden, caches, *places)
+    assert torch.equal(out, hidden) and (similarity > 0.999).all()
+    assert all(torch.equal(a, b) for a, b in zip(caches, before, strict=True))
+
+
+class Decision:
+    """What dual_layer decides from, at layer 2 of 4. hidden lies about 45 degrees from previous."""
+
+    def __init__(self, block, rows, thresholds=0.0, min_layers=1, limit=4, before=0, own=0, index=2):
+        self.previous = block.random(rows, block.shape.hidden_size)
+        self.hidden = self.previous + block.random(rows, block.shape.hidden_size)
+        self.exited = int32([0, before, own, 0])
+        self.similarities = torch.full((4, rows), -7.0)
+        self.rule = [
+            torch.full((rows,), thresholds) if isinstance(thresholds, float) else torch.tensor(thresholds),
+            torch.full((rows,), min_layers, dtype=torch.int32),
+            int32([limit]),
+        ]
+        self.index = index
+
+    def args(self):
+        return [self.index, self.previous if self.index else None, *self.rule, self.exited, self.similarities]
+
+
+DECISIONS = {  # name: (arguments of Decision, exits)
+    "similar enough": ({"thresholds": 0.2}, True),
+    "not similar enough": ({"thresholds": 0.95}, False),
+    "not similar enough, wrong guess": ({"thresholds": 0.95, "own": 1}, False),
+    "too early": ({"thresholds": -2.0, "min_layers": 3}, False),
+    "never": ({"thresholds": float("inf")}, False),
+    "has left before": ({"thresholds": float("inf"), "before": 1}, True),
+    "limit": ({"thresholds": float("inf"), "limit": 2}, True),
+    "first layer": ({"index": 0, "own": 1}, False),
+    "first layer of the pure river": ({"index": 0, "limit": 0}, True),
+}
+
+
+@pytest.mark.parametrize("case", DECISIONS)
+@pytest.mark.parametrize("shape", ["odd sizes", "multi-query, qk norm, query scale"])
+def test_dual_layer_runs_the_layer_that_it_decides_on(shape, case):
+    """The same bits as that layer alone gives, whatever was guessed while its predecessors ran."""
+    options, exits = DECISIONS[case]
+    block = Block(KERNEL_SHAPES[shape], torch.bfloat16)
+    for slots, positions in (([3], [5]), ([8, 1, 1, -1, 0], [0, 6, 5, 3, 47])):
+        decision = Decision(block, len(slots), **options)
+        places, caches = (int32(slots), int32(positions)), block.caches()
+        expected_caches = [c.clone() for c in caches]
+        out = block.run_dual(emulated_ops, decision.args(), decision.hidden, caches, *places)
+        layer = LAYERS[exits]
+        expected, _ = block.run(emulated_ops, layer, decision.hidden, expected_caches, *places)
+        assert decision.exited[decision.index] == exits
+        for what, actual, wanted in zip("okv", [out, *caches], [expected, *expected_caches], strict=True):
+            assert torch.equal(actual, wanted), what
+        similarity = emulated_ops.state_similarity(decision.previous, decision.hidden)
+        judged = decision.index > 0 and not options.get("before")
+        for row, slot in enumerate(slots):
+            if judged and slot >= 0:
+                assert decision.similarities[decision.index - 1, row] == similarity[row]
+            elif not judged:
+                assert (decision.similarities == -7).all()
+
+
+def test_dual_layer_agrees_with_the_reference():
+    block = Block(SHAPES["gqa"], torch.float16)
+    for thresholds in ([0.2, 0.2, 0.2], [0.2, 0.99, 0.2], [0.2, 0.2, 0.99]):
+        for slots in ([0, 1, 2], [0, -1, 2], [0, 1, -1], [-1, -1, -1]):
+            ours = Decision(block, 3, thresholds)
+            theirs = Decision(block, 3, thresholds)
+            theirs.previous, theirs.hidden = ours.previous, ours.hidden
+            caches = block.caches()
+            expected_caches = [c.clone() for c in caches]
+            place = int32(slots), int32([4, 5, 6])
+            out = block.run_dual(emulated_ops, ours.args(), ours.hidden, caches, *place)
+            expected = block.run_dual(reference, theirs.args(), ours.hidden, expected_caches, *place)
+            assert torch.equal(ours.exited, theirs.exited), (thresholds, slots)
+            assert_close(out, expected, torch.float16, "hidden")
+            for actual, wanted in zip(caches, expected_caches, strict=True):
+                assert_close(actual, wanted, torch.float16, "cache")
+            active = [row for row, slot in enumerate(slots) if slot >= 0]
+            assert_close(
+                ours.similarities[1, active], theirs.similarities[1, active], torch.float32, "s"
+            ) if active else None
+
+
+@pytest.mark.parametrize("rows", [1, 3, 8])
+def test_advance(rows):
+    g, layers, vocab, hidden_size = torch.Generator().manual_seed(rows), 5, 40, 192
+    embed = torch.randn(vocab, hidden_size, generator=g).bfloat16()
+    for number, exit_at in enumerate([5, 0, 2, 4]):
+        before, after, hidden = (torch.randn(rows, hidden_size, generator=g).bfloat16() for _ in range(3))
+        arguments = {
+            "slots": int32([row if row % 3 != 1 else -1 for row in range(rows)]),
+            "positions": int32(list(range(10, 10 + rows))),
+            "draw_positions": int32(list(range(11, 11 + rows))),
+            "remaining": int32([1 + (row + number) % 3 for row in range(rows)]),
+            "exited": int32([int(index >= exit_at) for index in range(layers)]),
+            "similarities": torch.rand(layers, rows, generator=g),
+            "step": int32([number]),
+            "records": torch.full((3, 2 + rows + layers * rows), -9, dtype=torch.int32),
+        }
+        tokens = torch.randint(0, vocab, (rows,), generator=g)
+        stop_tokens = torch.tensor([int(tokens[0]), -1] if number % 2 else [], dtype=torch.int64)
+        results = []
+        for module in (emulated_ops, reference):
+            written = {"hidden": hidden.clone()} | {name: t.clone() for name, t in arguments.items()}
+            module.advance(before, after, tokens, embed, stop_tokens, *written.values())
+            results.append(written)
+        ours, theirs = results
+        for name in ("similarities", "records"):  # a cosine may differ in its last bits
+            actual, wanted = ours.pop(name), theirs.pop(name)
+            if name == "records":
+                head = 2 + rows
+                assert torch.equal(actual[:, :head], wanted[:, :head])
+                entry = number % 3
+                actual, wanted = (r[entry, head:].clone().view(torch.float32) for r in (actual, wanted))
+            assert_close(actual, wanted, torch.float32, name)
+        for name in ours:
+            assert torch.equal(ours[name], theirs[name]), name
+
+
 @pytest.mark.parametrize("length", [1, 63, 64, 65, 256, 257, 1024])
 def test_attention_lengths(length):
     g = torch.Generator().manual_seed(length)

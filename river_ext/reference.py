@@ -125,6 +125,53 @@ def exit_layer(
     )  # fmt: skip
 
 
+def dual_layer(
+    index, hidden, previous, thresholds, min_layers, limit, exited, similarities,
+    input_layernorm, q_proj, k_proj, v_proj, o_proj, post_attention_layernorm, gate_proj, up_proj, down_proj,
+    qkv_tiles, o_tiles, gate_up_tiles, down_tiles, k_cache, v_cache, slots, positions, cos, sin,
+    num_attention_heads, rms_norm_eps, **options,
+):  # fmt: skip
+    active = slots >= 0
+    exits = index >= limit.item()
+    if index > 0 and exited[index - 1]:
+        exits = True
+    elif index > 0:
+        similarity = state_similarity(previous, hidden)
+        similarities[index - 1, active] = similarity[active]
+        wishes = (similarity > thresholds) & (index >= min_layers)
+        exits = exits or bool(wishes[active].all())
+    exited[index] = exits
+    place = (k_cache, v_cache, slots, positions, cos, sin, num_attention_heads, rms_norm_eps)
+    if exits:
+        weights = (qkv_tiles, o_tiles, post_attention_layernorm, gate_up_tiles, down_tiles)
+        return exit_layer(hidden, input_layernorm, *weights, *place, **options)[0]
+    weights = (q_proj, k_proj, v_proj, o_proj, post_attention_layernorm, gate_proj, up_proj, down_proj)
+    return decoder_block(hidden, input_layernorm, *weights, *place, **options)[0]
+
+
+def advance(
+    before, after, tokens, embed_tokens, stop_tokens, hidden, slots, positions, draw_positions, remaining,
+    exited, similarities, step, records,
+):  # fmt: skip
+    rows, layers, number = len(tokens), len(exited), step.item()
+    active = slots >= 0
+    if exited[-1] == 0:
+        similarities[-1, active] = state_similarity(before, after)[active]
+    record = records[number % len(records)]
+    record[1] = next((index for index, exit in enumerate(exited.tolist()) if exit), layers)
+    record[2 : 2 + rows] = torch.where(active, tokens, -1)
+    record[2 + rows :] = similarities.flatten().view(torch.int32)
+    known = active & (tokens >= 0) & (tokens < len(embed_tokens))
+    hidden[known] = embed_tokens[tokens[known]]
+    positions += active
+    draw_positions[active] = positions[active] + 1
+    remaining -= active.int()
+    slots[active & ((remaining <= 0) | torch.isin(tokens, stop_tokens))] = -1
+    exited.zero_()
+    step += 1
+    record[0] = number + 1  # last of all: the host polls it
+
+
 def state_similarity(x: Tensor, y: Tensor) -> Tensor:
     x, y = _prescaled(x), _prescaled(y)
     dot, a, b = (_ordered_sum(p) for p in (x * y, x * x, y * y))

@@ -5,6 +5,19 @@
 
 namespace river::device {
 
+// Where the rows are in the cache
+struct Places {
+  const int32_t *slots, *positions;  // [T]
+  int num_slots, max_len;
+};
+
+// The slot of row t, -1 if it is inactive. A place outside of the cache makes it so too: the host cannot see it in time.
+template <class Args>
+RIVER_DEVICE int slot_in_cache(const Args& a, int t) {
+  const int slot = a.slots[t], position = a.positions[t];
+  return slot >= 0 && slot < a.num_slots && position >= 0 && position < a.max_len ? slot : -1;
+}
+
 // 16 bytes of activations: written by the kernel before, so from L2
 RIVER_DEVICE uint4 load_activations(const void* p) {
   const float4 v = load_shared_between_blocks(static_cast<const float4*>(p));

@@ -96,7 +96,7 @@ struct QkvPhase : StatelessPhase {
         raw(first, t, lo);
         raw(second, t, hi);
       } else {
-        if (kind < 2 && first.head >= 0 && a.slots[t] >= 0 && first.dim < a.rotary_dim) rotate(first.dim, t, lo, hi);
+        if (kind < 2 && first.head >= 0 && slot_in_cache(a, t) >= 0 && first.dim < a.rotary_dim) rotate(first.dim, t, lo, hi);
         store(first, t, lo);
         store(second, t, hi);
       }
@@ -132,7 +132,7 @@ struct QkvPhase : StatelessPhase {
   }
 
   RIVER_DEVICE void store(const QkvRow& at, int t, float value) const {
-    const int slot = a.slots[t];
+    const int slot = slot_in_cache(a, t);
     if (at.head < 0 || slot < 0) return;
     if (at.kind == 0) {
       if (a.query_scale) value *= a.query_scale[a.positions[t]];
@@ -147,7 +147,7 @@ struct QkvPhase : StatelessPhase {
   // Norm and rotation of one head, one warp per row
   RIVER_DEVICE void finish_head(int kind, int head) const {
     const int t = warp_id(), half = a.rotary_dim / 2;
-    if (t >= a.rows || a.slots[t] < 0) return;
+    if (t >= a.rows || slot_in_cache(a, t) < 0) return;
     const float* values = raw_head(kind, head, t);
     const T* norm = static_cast<const T*>(kind == 0 ? a.q_norm : a.k_norm);
     float squares = 0;
@@ -175,7 +175,7 @@ struct ResidualPhase : StatelessPhase {
   Source weight;
   const T *x, *residual, *bias;  // [T, in], [T, hidden], [hidden] or null
   T* out;                        // [T, hidden]; an inactive row keeps its residual
-  const int32_t* slots;
+  Places places;
   int rows, hidden_size;
 
   RIVER_DEVICE const Source& source() const { return weight; }
@@ -188,7 +188,7 @@ struct ResidualPhase : StatelessPhase {
     const int64_t place = int64_t(t) * hidden_size + n;
     const float before = to_float(residual[place]);
     const float sum = totals(row, t) + (bias ? to_float(bias[n]) : 0.f);
-    out[place] = from_float<T>(slots[t] < 0 ? before : before + sum);
+    out[place] = from_float<T>(slot_in_cache(places, t) < 0 ? before : before + sum);
   }
 };
 
@@ -221,6 +221,10 @@ inline AttentionArgs attention_of(const BlockArgs& a, const void* query, void* o
           a.sliding_window, query, a.k_cache,   a.v_cache,      a.slots,    a.positions, a.kv_valid, out};
 }
 
+inline StateSimilarityArgs similarity_of(const BlockArgs& a) {
+  return {a.dtype, a.rows, a.hidden_size, a.hidden, a.out, a.similarity};
+}
+
 // Parts of the scratch memory of one layer, each 256-byte aligned
 struct BlockScratch {
   int64_t query, attended, middle, swiglu, raw_heads, attention, total;  // byte offsets
@@ -242,10 +246,9 @@ struct BlockScratch {
   }
 };
 
-// `Weights` supplies Format, inner() and the four sources
+// `Weights` supplies inner(), the four weights, and two paths: of the first kernel, and of the others.
 template <class T, class Weights>
 void launch_layer(const BlockArgs& a, const Weights& weights, const Workspace& workspace, cudaStream_t stream) {
-  using Format = typename Weights::Format;
   const int inner = weights.inner(), q_size = a.num_heads * a.head_dim, hidden = a.hidden_size;
   const BlockScratch scratch(a, inner);
   auto* memory = static_cast<unsigned char*>(workspace.scratch);
@@ -253,31 +256,31 @@ void launch_layer(const BlockArgs& a, const Weights& weights, const Workspace& w
     *middle = reinterpret_cast<T*>(memory + scratch.middle), *swiglu = reinterpret_cast<T*>(memory + scratch.swiglu);
   const QkvOrder order(a);
   const StreamShape qkv_shape(order.strips() * kTileRows, hidden);
+  const Places places{a.slots, a.positions, a.num_slots, a.max_len};
 
   const auto qkv = weights.qkv(order);
-  launch_stream<T, Format>(
+  launch_stream<T>(
       QkvPhase<T, std::decay_t<decltype(qkv)>>{{}, qkv, a, order, query, reinterpret_cast<float*>(memory + scratch.raw_heads),
                                                workspace.counters + qkv_shape.strips},
-      qkv_shape, a.rows, workspace, stream, "qkv");
+      weights.first_path(), qkv_shape, a.rows, workspace, stream, "qkv");
   Workspace attention_workspace = workspace;
   attention_workspace.scratch = memory + scratch.attention;
   cuda::launch_decode_attention(attention_of(a, query, attended), attention_workspace, stream);
   const auto o = weights.o();
-  launch_stream<T, Format>(
+  launch_stream<T>(
       ResidualPhase<T, std::decay_t<decltype(o)>>{{}, o, attended, static_cast<const T*>(a.hidden),
-                                                  static_cast<const T*>(a.o_bias), middle, a.slots, a.rows, hidden},
-      StreamShape(hidden, q_size), a.rows, workspace, stream, "o_proj");
+                                                  static_cast<const T*>(a.o_bias), middle, places, a.rows, hidden},
+      weights.path(), StreamShape(hidden, q_size), a.rows, workspace, stream, "o_proj");
   const auto gate_up = weights.gate_up();
-  launch_stream<T, Format>(
+  launch_stream<T>(
       GateUpPhase<T, std::decay_t<decltype(gate_up)>>{{}, gate_up, middle, static_cast<const T*>(a.post_attention_layernorm),
                                                       a.rms_norm_eps, swiglu, a.rows, inner},
-      StreamShape((inner + 7) / 8 * kTileRows, hidden), a.rows, workspace, stream, "gate_up");
+      weights.path(), StreamShape((inner + 7) / 8 * kTileRows, hidden), a.rows, workspace, stream, "gate_up");
   const auto down = weights.down();
-  launch_stream<T, Format>(
-      ResidualPhase<T, std::decay_t<decltype(down)>>{{}, down, swiglu, middle, nullptr, static_cast<T*>(a.out), a.slots,
+  launch_stream<T>(
+      ResidualPhase<T, std::decay_t<decltype(down)>>{{}, down, swiglu, middle, nullptr, static_cast<T*>(a.out), places,
                                                      a.rows, hidden},
-      StreamShape(hidden, inner), a.rows, workspace, stream, "down_proj");
-  cuda::launch_state_similarity({a.dtype, a.rows, hidden, a.hidden, a.out, a.similarity}, stream);
+      weights.path(), StreamShape(hidden, inner), a.rows, workspace, stream, "down_proj");
 }
 
 // What a layer needs of a Workspace

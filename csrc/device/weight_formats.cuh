@@ -49,13 +49,20 @@ struct PackedTiles {
   const uint8_t* tiles;  // [strips, tiles, 576]
 };
 
+// The same weight in both formats, strip for strip
+template <class Rows>
+struct DualWeight {
+  Rows dense;
+  PackedTiles packed;
+};
+
 // ---- the two formats ------------------------------------------------------------------------------
 
 // Row-major weights in checkpoint order. A stage is 16 rows of 512 columns, each padded by 16 bytes so that the
 // eight lanes of a quarter-warp, two rows of four, read different banks.
 template <class T>
 struct DenseFormat {
-  static constexpr bool kSums = false;  // needs no sums of activations
+  static constexpr bool kPacked = false;
   static constexpr int kStageTiles = 8;
   static constexpr int kRowBytes = kStageTiles * kTileCols * 2 + 16;
   static constexpr int kStageBytes = kTileRows * kRowBytes;
@@ -93,7 +100,7 @@ struct DenseFormat {
 // zero and scale act in fp32 on a tile's sums, with the sums of the very activations that were multiplied.
 template <class T>
 struct W4Format {
-  static constexpr bool kSums = true;
+  static constexpr bool kPacked = true;
   static constexpr int kStageTiles = 16;
   static constexpr int kStageBytes = kStageTiles * kTileBytes;
 
@@ -124,5 +131,38 @@ struct W4Format {
     sum[3] += bottom.x * (part[3] - kNibbleOffset<T> * sum1 - bottom.y * sum1);
   }
 };
+
+// ---- the format of a launch -------------------------------------------------------------------------
+
+// A Path says which format a kernel streams. Fixed for all launches ...
+struct DensePath {
+  static constexpr bool kDense = true, kPacked = false;
+};
+struct PackedPath {
+  static constexpr bool kDense = false, kPacked = true;
+};
+// ... or, with both true, known on the device only (exit_path.cuh). Then it has
+//   bool guess() const;   a hint that may be asked before the kernels ahead have ended: which weights to prefetch
+//   bool decide() const;  by all readers, after the wait: true = packed
+
+template <class Path>
+constexpr bool kDecides = Path::kDense && Path::kPacked;
+
+// f(Type<Format>) for the format that streams
+template <class T, class Path, class F>
+RIVER_DEVICE void with_format(bool packed, F f) {
+  if constexpr (!Path::kPacked) f(Type<DenseFormat<T>>{});
+  else if constexpr (!Path::kDense) f(Type<W4Format<T>>{});
+  else if (packed) f(Type<W4Format<T>>{});
+  else f(Type<DenseFormat<T>>{});
+}
+
+template <class Format, class Source>
+RIVER_DEVICE const Source& source_of(const Source& source) { return source; }
+template <class Format, class Rows>
+RIVER_DEVICE const auto& source_of(const DualWeight<Rows>& weight) {
+  if constexpr (Format::kPacked) return weight.packed;
+  else return weight.dense;
+}
 
 }  // namespace river::device

@@ -20,12 +20,14 @@
 
 namespace river::device {
 
+using cuda::Overlap;
 using cuda::Workspace;
 
 constexpr int kReaders = 8;
 constexpr int kStreamThreads = (kReaders + 1) * kWarp;
 constexpr int kReaderThreads = kReaders * kWarp;
-constexpr int kReaderBarrier = 1;     // named barrier of the reader warps
+constexpr int kReaderBarrier = 1;     // named barriers: of the reader warps,
+constexpr int kDecisionBarrier = 2;   // and of all, once a block knows its path
 
 // ---- activations in shared memory -------------------------------------------------------------------
 
@@ -124,17 +126,61 @@ struct BlockWork {
   }
 };
 
-// The copying warp: all stages of all strips of the block. Weights never change, so it needs to wait for nobody.
+// Where the copying warp stands: the next stage of the ring, and the part of the weight that it takes
+struct CopyPlace {
+  Cursor cursor;
+  int strip, tile = 0;
+  RIVER_DEVICE CopyPlace(int stages, const BlockWork& work) : cursor(stages), strip(work.first_strip) {}
+};
+
+// The copying warp: at most `limit` stages; returns how many. Weights never change, so it waits for the readers only.
 template <class Format, bool kBulk, class Source>
-RIVER_DEVICE void copy_weights(Ring<kBulk>& ring, Cursor cursor, unsigned char* stages, const Source& source,
-                               const StreamShape& shape, const BlockWork& work) {
+RIVER_DEVICE int copy_weights(Ring<kBulk>& ring, CopyPlace& place, int limit, unsigned char* stages,
+                              const Source& source, const StreamShape& shape, const BlockWork& work) {
   const CopyHint hint = evict_first();
-  for (int strip = work.first_strip; strip < shape.strips; strip += work.strip_step)
-    for (int tile = 0; tile < work.tiles; tile += Format::kStageTiles, cursor.next()) {
-      ring.empty[cursor.slot].wait(cursor.phase ^ 1);
-      Format::copy(ring.full[cursor.slot], stages + cursor.slot * Format::kStageBytes, source, shape, strip,
-                   work.first_tile + tile, min(Format::kStageTiles, work.tiles - tile), hint);
-    }
+  int copied = 0;
+  for (; copied < limit && place.strip < shape.strips; copied++, place.cursor.next()) {
+    const int slot = place.cursor.slot, count = min(Format::kStageTiles, work.tiles - place.tile);
+    ring.empty[slot].wait(place.cursor.phase ^ 1);
+    Format::copy(ring.full[slot], stages + slot * Format::kStageBytes, source, shape, place.strip,
+                 work.first_tile + place.tile, count, hint);
+    place.tile += count;
+    if (place.tile == work.tiles) place.tile = 0, place.strip += work.strip_step;
+  }
+  return copied;
+}
+
+constexpr int kAll = 1 << 30;
+
+// How a launch cuts the memory before the activations: stages of either format
+struct RingSizes {
+  int dense_stages, packed_stages, bytes;
+  RIVER_DEVICE int stages(bool packed) const { return packed ? packed_stages : dense_stages; }
+};
+
+// The copying warp of a kernel whose path is open: fills the ring on a guess, and starts again if the guess was wrong.
+template <class T, class Path, bool kBulk, class Weight>
+RIVER_DEVICE void copy_decided_weights(Ring<kBulk> (&rings)[2], const RingSizes& sizes, unsigned char* stages,
+                                       const Path& path, const int& decision, const Weight& weight,
+                                       const StreamShape& shape, const BlockWork& work) {
+  bool packed = path.guess();
+  CopyPlace place(sizes.stages(packed), work);
+  const auto copy = [&](int limit) {
+    int copied = 0;
+    with_format<T, Path>(packed, [&](auto type) {
+      using Format = typename decltype(type)::type;
+      copied = copy_weights<Format>(rings[packed], place, limit, stages, source_of<Format>(weight), shape, work);
+    });
+    return copied;
+  };
+  const int guessed = copy(sizes.stages(packed));
+  barrier_sync(kDecisionBarrier, kStreamThreads);
+  if (packed != static_cast<bool>(decision)) {
+    for (int i = 0; i < guessed; i++) rings[packed].full[i].wait(0);  // landed: the memory is free, nobody reads it
+    packed = !packed;
+    place = CopyPlace(sizes.stages(packed), work);
+  }
+  copy(kAll);
 }
 
 // One reader's sums over the next strip of the block: d0, d1 are row g of x rows 2t, 2t + 1; d2, d3 row g + 8.
@@ -148,7 +194,7 @@ RIVER_DEVICE void multiply_strip(float (&sum)[4], Ring<kBulk>& ring, Cursor& cur
       uint32_t values[8];
       x.fragment(tile + index, values);
       float sum0 = 0, sum1 = 0;
-      if (Format::kSums) {
+      if (Format::kPacked) {
         const float* sums = x.sums + (tile + index) * kMaxRows + 2 * (lane_id() % 4);
         sum0 = sums[0], sum1 = sums[1];
       }
@@ -226,30 +272,49 @@ struct StatelessPhase {
 };
 
 // Budget: 288 threads, 112 registers, mma
-template <class T, class Format, bool kBulk, class Phase>
-__global__ void __launch_bounds__(kStreamThreads, 2) stream_kernel(Phase phase, StreamShape shape, int rows,
-                                                                   int stages, Workspace workspace) {
+template <class T, class Path, bool kBulk, class Phase>
+__global__ void __launch_bounds__(kStreamThreads, 2) stream_kernel(Phase phase, Path path, StreamShape shape, int rows,
+                                                                   RingSizes sizes, bool prefetch, Workspace workspace) {
   RIVER_DYNAMIC_SHARED(memory);
-  RIVER_SHARED(Ring<kBulk>, ring, [1]);
+  RIVER_SHARED(Ring<kBulk>, rings, [2]);  // dense, packed
   RIVER_SHARED(StripSums, sums, [1]);
+  RIVER_SHARED(int, decision, [1]);
   const BlockWork work(shape);
   dependency_trigger();
-  ring[0].init(stages);
-  Cursor cursor(stages);
+  if (Path::kDense) rings[0].init(sizes.dense_stages);
+  if (Path::kPacked) rings[1].init(sizes.packed_stages);
   if (warp_id() == kReaders) {
-    copy_weights<Format>(ring[0], cursor, memory, phase.source(), shape, work);
+    if (!prefetch) dependency_wait();
+    if constexpr (kDecides<Path>) {
+      copy_decided_weights<T>(rings, sizes, memory, path, decision[0], phase.source(), shape, work);
+    } else {
+      CopyPlace place(sizes.stages(Path::kPacked), work);
+      with_format<T, Path>(Path::kPacked, [&](auto type) {
+        using Format = typename decltype(type)::type;
+        copy_weights<Format>(rings[Path::kPacked], place, kAll, memory, phase.source(), shape, work);
+      });
+    }
     dependency_wait();
     return;
   }
-  StreamActivations<T> x(memory + stages * Format::kStageBytes, rows, shape.split_tiles);
+  StreamActivations<T> x(memory + sizes.bytes, rows, shape.split_tiles);
   dependency_wait();
+  bool packed = Path::kPacked;
+  if constexpr (kDecides<Path>) {
+    packed = path.decide();
+    if (threadIdx.x == 0) decision[0] = packed;
+    barrier_sync(kDecisionBarrier, kStreamThreads);
+  }
   phase.load(x, work, shape);
-  if (Format::kSums) x.add_up();
+  if (packed) x.add_up();
+  Cursor cursor(sizes.stages(packed));
   typename Phase::State state{};
   int buffer = 0;
   for (int strip = work.first_strip; strip < shape.strips; strip += work.strip_step, buffer ^= 1) {
     float sum[4] = {};
-    multiply_strip<T, Format>(sum, ring[0], cursor, memory, x, shape, work);
+    with_format<T, Path>(packed, [&](auto type) {
+      multiply_strip<T, typename decltype(type)::type>(sum, rings[packed], cursor, memory, x, shape, work);
+    });
     sums[0].put(buffer, sum);
     StripTotals totals{&sums[0], buffer, nullptr, shape.splits};
     if (shape.splits > 1) {
@@ -265,20 +330,27 @@ __global__ void __launch_bounds__(kStreamThreads, 2) stream_kernel(Phase phase, 
 }
 
 // The ring takes what the activations leave of a block's share of shared memory.
-template <class T, class Format, class Phase>
-void launch_stream(const Phase& phase, const StreamShape& shape, int rows, const Workspace& workspace,
+template <class T, class Path, class Phase>
+void launch_stream(const Phase& phase, const Path& path, const StreamShape& shape, int rows, const Workspace& workspace,
                    cudaStream_t stream, const char* name) {
-  const int fixed = sizeof(StripSums) + sizeof(Ring<true>) + 1024;
-  const int activations = StreamActivations<T>::bytes(rows, shape.split_tiles, Format::kSums);
+  const int fixed = sizeof(StripSums) + 2 * sizeof(Ring<true>) + 1024;
+  const int activations = StreamActivations<T>::bytes(rows, shape.split_tiles, Path::kPacked);
   const int room = std::min(kBlockBytes, device_facts().shared_memory_per_block) - fixed - activations;
-  const int stages = std::max(1, std::min(kMaxStages, room / Format::kStageBytes));
-  const int blocks = std::max(1, std::min(workspace.blocks / shape.splits, shape.strips)) * shape.splits;
-  auto run = [&](auto kernel, bool pdl) {
-    launch(kernel, blocks, kStreamThreads, stages * Format::kStageBytes + activations, stream, {name, pdl}, phase, shape,
-           rows, stages, workspace);
+  const auto stages = [&](bool used, int stage_bytes) {
+    return used ? std::max(1, std::min(kMaxStages, room / stage_bytes)) : 0;
   };
-  if (workspace.plain || device_facts().arch < 90) run(stream_kernel<T, Format, false, Phase>, false);
-  else run(stream_kernel<T, Format, true, Phase>, true);
+  constexpr int kDenseBytes = DenseFormat<T>::kStageBytes, kPackedBytes = W4Format<T>::kStageBytes;
+  RingSizes sizes{stages(Path::kDense, kDenseBytes), stages(Path::kPacked, kPackedBytes), 0};
+  sizes.bytes = std::max(sizes.dense_stages * kDenseBytes, sizes.packed_stages * kPackedBytes);
+  const int blocks = std::max(1, std::min(workspace.blocks / shape.splits, shape.strips)) * shape.splits;
+  const bool overlap = workspace.overlap != Overlap::kNone && device_facts().arch >= 90;
+  const bool prefetch = workspace.overlap == Overlap::kPrefetch;
+  auto run = [&](auto kernel) {
+    launch(kernel, blocks, kStreamThreads, sizes.bytes + activations, stream, {name, overlap}, phase, path, shape, rows,
+           sizes, prefetch, workspace);
+  };
+  if (overlap) run(stream_kernel<T, Path, true, Phase>);
+  else run(stream_kernel<T, Path, false, Phase>);
 }
 
 // fp32 partial sums that a shape needs

@@ -4,8 +4,6 @@
 
 #include <utility>
 
-#include <utility>
-
 #include "cuda.h"
 
 #define RIVER_DEVICE inline
@@ -67,6 +65,8 @@ inline float4 load_shared_between_blocks(const float4* p) { return *p; }
 inline uint32_t load_acquire(const uint32_t* p) { return *p; }
 inline uint32_t load_relaxed(const uint32_t* p) { return *p; }
 inline void store_release(uint32_t* p, uint32_t v) { *p = v; }
+inline void store_release_system(uint32_t* p, uint32_t v) { *p = v; }
+inline void system_fence() {}
 inline void add_release(uint32_t* p, uint32_t v) { *p += v; }
 inline void spin_hint() { emulation::spin(); }
 

@@ -100,17 +100,21 @@ void run_in_workspace(const Args& args, cuda::WorkspaceSize (*size_of)(const Arg
   const Memory counters("the counters", size.counters * sizeof(uint32_t), 0);
   const Memory scratch("the scratch memory", size.scratch, 0xff);
   const cuda::Workspace workspace{partials.as<float>(), counters.as<uint32_t>(), scratch.as<void>(),
-                                  device().sm_count, device().plain};
+                                  device().sm_count, device().overlap};
   run([&] { launch(args, workspace, nullptr); });
   partials.check(false);
   counters.check(true);
   scratch.check(false);
 }
 
+// For launches that need no memory of a workspace
+template <class Args>
+cuda::WorkspaceSize no_workspace(const Args&) { return {}; }
+
 void state_similarity(const py::kwargs& values) {
   river::StateSimilarityArgs a{};
   Fields{values}("dtype", a.dtype)("rows", a.rows)("hidden_size", a.hidden_size)("x", a.x)("y", a.y)("out", a.out);
-  run([&] { cuda::launch_state_similarity(a, nullptr); });
+  run_in_workspace(a, no_workspace<river::StateSimilarityArgs>, cuda::launch_state_similarity);
 }
 
 template <void (*kLaunch)(const river::W4Args&, cuda::Stream)>
@@ -156,13 +160,16 @@ Fields& block_fields(Fields& fields, river::BlockArgs& a) {
       "k_cache", a.k_cache)("v_cache", a.v_cache)("out", a.out)("similarity", a.similarity);
 }
 
+Fields& block_weights(Fields& fields, river::DecoderBlockArgs& a) {
+  return fields("intermediate_size", a.intermediate_size)("q_proj", a.q_proj)("k_proj", a.k_proj)("v_proj", a.v_proj)(
+      "o_proj", a.o_proj)("gate_proj", a.gate_proj)("up_proj", a.up_proj)("down_proj", a.down_proj);
+}
+
 void decoder_block(const py::kwargs& values) {
   river::DecoderBlockArgs a{};
   {
     Fields fields{values};
-    block_fields(fields, a)("intermediate_size", a.intermediate_size)("q_proj", a.q_proj)("k_proj", a.k_proj)(
-        "v_proj", a.v_proj)("o_proj", a.o_proj)("gate_proj", a.gate_proj)("up_proj", a.up_proj)(
-        "down_proj", a.down_proj);
+    block_weights(block_fields(fields, a), a);
   }
   run_in_workspace(a, cuda::decoder_block_workspace, cuda::launch_decoder_block);
 }
@@ -177,11 +184,44 @@ void exit_layer(const py::kwargs& values) {
   run_in_workspace(a, cuda::exit_layer_workspace, cuda::launch_exit_layer);
 }
 
+void dual_layer(const py::kwargs& values) {
+  river::DualLayerArgs a{};
+  river::ExitDecision& d = a.decision;
+  {
+    Fields fields{values};
+    block_weights(block_fields(fields, a.block), a.block)("qkv_tiles", a.exit_layer.qkv_proj)(
+        "o_tiles", a.exit_layer.o_proj)("gate_up_tiles", a.exit_layer.gate_up_proj)("down_tiles", a.exit_layer.down_proj)(
+        "index", d.index)("previous", d.previous)("thresholds", d.thresholds)("min_layers", d.min_layers)(
+        "limit", d.limit)("exited", d.exited)("similarities", d.similarities);
+  }
+  static_cast<river::BlockArgs&>(a.exit_layer) = a.block;
+  a.exit_layer.gate_up_tiles = (a.block.intermediate_size + 7) / 8;
+  run_in_workspace(a, cuda::dual_layer_workspace, cuda::launch_dual_layer);
+}
+
+void advance(const py::kwargs& values) {
+  river::AdvanceArgs a{};
+  Fields{values}("dtype", a.dtype)("rows", a.rows)("hidden_size", a.hidden_size)("vocab_size", a.vocab_size)(
+      "layers", a.layers)("num_stop_tokens", a.num_stop_tokens)("num_records", a.num_records)("before", a.before)(
+      "after", a.after)("tokens", a.tokens)("embed_tokens", a.embed_tokens)("stop_tokens", a.stop_tokens)(
+      "hidden", a.hidden)("slots", a.slots)("positions", a.positions)("draw_positions", a.draw_positions)(
+      "remaining", a.remaining)("exited", a.exited)("similarities", a.similarities)("step", a.step)(
+      "records", a.records);
+  run_in_workspace(a, no_workspace<river::AdvanceArgs>, cuda::launch_advance);
+}
+
 Choice choice_of(const std::string& name) {
   if (name == "first") return Choice::kFirst;
   if (name == "last") return Choice::kLast;
   if (name == "random") return Choice::kRandom;
   throw py::value_error("no such choice: " + name + " (first, last, random)");
+}
+
+cuda::Overlap overlap_of(const std::string& name) {
+  if (name == "none") return cuda::Overlap::kNone;
+  if (name == "launch") return cuda::Overlap::kLaunch;
+  if (name == "prefetch") return cuda::Overlap::kPrefetch;
+  throw py::value_error("no such overlap: " + name + " (none, launch, prefetch)");
 }
 
 template <class... A>
@@ -201,11 +241,14 @@ PYBIND11_MODULE(river_emulation, m) {
       },
       py::kw_only(), py::arg("order"), py::arg("copies"), py::arg("early_dependents"), py::arg("seed"));
   m.def(
-      "set_device", [](int sm_count, int arch, bool plain) { device() = {sm_count, arch, plain}; }, py::kw_only(),
-      py::arg("sm_count"), py::arg("arch"), py::arg("plain"));
+      "set_device",
+      [](int sm_count, int arch, const std::string& overlap) { device() = {sm_count, arch, overlap_of(overlap)}; },
+      py::kw_only(), py::arg("sm_count"), py::arg("arch"), py::arg("overlap"));
 
   m.def("decoder_block", &decoder_block);
   m.def("exit_layer", &exit_layer);
+  m.def("dual_layer", &dual_layer);
+  m.def("advance", &advance);
   m.def("decode_attention", &decode_attention);
   m.def("lm_head", &lm_head);
   m.def("linear", &linear);

@@ -10,6 +10,7 @@
 #include <string>
 #include <vector>
 
+#include "../river.h"
 #include "fiber.h"
 
 struct dim3 {
@@ -34,7 +35,7 @@ struct Schedule {
 struct Device {
   int sm_count = 4;
   int arch = 90;
-  bool plain = false;  // launchers are to use neither bulk copies nor dependent launches
+  cuda::Overlap overlap = cuda::Overlap::kPrefetch;  // what launchers are to use
   int shared_memory_per_block() const { return (arch == 90 ? 227 : arch == 80 ? 163 : 99) * 1024; }
 };
 

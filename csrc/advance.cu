@@ -1,0 +1,85 @@
+// advance: the end of a step, by one block: the record for the host, and what the next step starts from.
+#include "device/activations.cuh"
+#include "device/launch.h"
+#include "device/similarity.cuh"
+
+namespace river::cuda {
+namespace {
+
+using namespace device;
+
+constexpr int kThreads = kMaxRows * kWarp;  // a warp per row
+
+// The similarity of the last layer, which no other kernel looks at
+template <class T>
+RIVER_DEVICE void finish_similarities(const AdvanceArgs& a) {
+  const int row = warp_id();
+  if (row >= a.rows || a.slots[row] < 0 || a.exited[a.layers - 1]) return;
+  const int64_t place = int64_t(row) * a.hidden_size;
+  const float similarity =
+      warp_cosine(static_cast<const T*>(a.before) + place, static_cast<const T*>(a.after) + place, a.hidden_size);
+  if (lane_id() == 0) a.similarities[int64_t(a.layers - 1) * a.rows + row] = similarity;
+}
+
+// All but the stamp
+RIVER_DEVICE void write_record(const AdvanceArgs& a, int32_t* record) {
+  if (threadIdx.x == 0) {
+    int depth = 0;
+    while (depth < a.layers && !a.exited[depth]) depth++;
+    record[1] = depth;
+  }
+  for (int t = threadIdx.x; t < a.rows; t += kThreads) record[2 + t] = a.slots[t] < 0 ? -1 : int32_t(a.tokens[t]);
+  for (int i = threadIdx.x; i < a.layers * a.rows; i += kThreads)
+    record[2 + a.rows + i] = static_cast<int32_t>(__float_as_uint(a.similarities[i]));
+}
+
+template <class T>
+RIVER_DEVICE void embed(const AdvanceArgs& a) {
+  const int pieces = a.hidden_size / 8;  // of 16 bytes
+  for (int i = threadIdx.x; i < a.rows * pieces; i += kThreads) {
+    const int row = i / pieces;
+    const int64_t token = a.tokens[row];
+    if (a.slots[row] < 0 || token < 0 || token >= a.vocab_size) continue;
+    static_cast<uint4*>(a.hidden)[i] = static_cast<const uint4*>(a.embed_tokens)[token * pieces + i % pieces];
+  }
+}
+
+RIVER_DEVICE void move_on(const AdvanceArgs& a, int t) {
+  if (a.slots[t] < 0) return;
+  bool last = --a.remaining[t] <= 0;
+  for (int i = 0; i < a.num_stop_tokens; i++) last |= a.tokens[t] == a.stop_tokens[i];
+  a.draw_positions[t] = ++a.positions[t] + 1;
+  if (last) a.slots[t] = -1;
+}
+
+// Budget: 256 threads, 96 registers
+template <class T>
+__global__ void __launch_bounds__(kThreads) advance_kernel(AdvanceArgs a) {
+  dependency_trigger();
+  dependency_wait();
+  const int step = a.step[0];
+  int32_t* record = a.records + int64_t(step % a.num_records) * (2 + a.rows + a.layers * a.rows);
+  finish_similarities<T>(a);
+  __syncthreads();
+  write_record(a, record);
+  embed<T>(a);
+  system_fence();
+  __syncthreads();  // all have read the slots and the path, and their part of the record is out
+  for (int i = threadIdx.x; i < a.layers; i += kThreads) a.exited[i] = 0;
+  if (int(threadIdx.x) < a.rows) move_on(a, threadIdx.x);
+  if (threadIdx.x == 0) {
+    a.step[0] = step + 1;
+    store_release_system(reinterpret_cast<uint32_t*>(record), step + 1);
+  }
+}
+
+}  // namespace
+
+void launch_advance(const AdvanceArgs& a, const Workspace& workspace, Stream stream) {
+  with_16bit_dtype(a.dtype, [&](auto type) {
+    using T = typename decltype(type)::type;
+    launch(advance_kernel<T>, 1, kThreads, 0, stream, {"advance", workspace.overlap != Overlap::kNone}, a);
+  });
+}
+
+}  // namespace river::cuda

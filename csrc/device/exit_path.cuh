@@ -1,0 +1,64 @@
+// The path of a layer, decided on the device: decoder block or exit layer (ExitDecision in river.h). The layer's first
+// kernel, which reads the hidden vector for its norm anyway, also computes the cosine that decides; every block does so
+// in the same order, so all come to the same end. The layer's other kernels read what the first one wrote down.
+#pragma once
+
+#include "activations.cuh"
+#include "similarity.cuh"
+
+namespace river::device {
+
+RIVER_DEVICE bool load_flag(const int32_t* p) { return load_relaxed(reinterpret_cast<const uint32_t*>(p)) != 0; }
+
+// Of the kernels after the first
+struct DecidedPath {
+  static constexpr bool kDense = true, kPacked = true;
+  const int32_t* exited;  // [layers]
+  int index;
+
+  // The layer's own entry may not be written yet. It is zero between steps, and a token that has left stays outside.
+  RIVER_DEVICE bool guess() const { return load_flag(exited + index) || (index > 0 && load_flag(exited + index - 1)); }
+  RIVER_DEVICE bool decide() const { return load_flag(exited + index); }
+};
+
+// Of the first kernel
+template <class T>
+struct DecidingPath {
+  static constexpr bool kDense = true, kPacked = true;
+  ExitDecision d;
+  const T* hidden;  // [T, hidden]
+  Places places;
+  int rows, hidden_size;
+
+  RIVER_DEVICE bool guess() const { return d.index > 0 ? load_flag(d.exited + d.index - 1) : d.limit[0] <= 0; }
+
+  RIVER_DEVICE bool decide() const {
+    bool exits = d.index >= d.limit[0];
+    if (d.index > 0) exits = load_flag(d.exited + d.index - 1) || all_rows_exit() || exits;
+    if (blockIdx.x == 0 && threadIdx.x == 0) d.exited[d.index] = exits;
+    return exits;
+  }
+
+ private:
+  // One warp per row; also writes down the similarities of the layer before
+  RIVER_DEVICE bool all_rows_exit() const {
+    RIVER_SHARED(int, exits, [kMaxRows]);
+    const int row = warp_id();
+    if (row < rows) {
+      bool wish = true;
+      if (slot_in_cache(places, row) >= 0) {
+        const int64_t place = int64_t(row) * hidden_size;
+        const float similarity = warp_cosine(static_cast<const T*>(d.previous) + place, hidden + place, hidden_size);
+        wish = similarity > d.thresholds[row] && d.index >= d.min_layers[row];
+        if (blockIdx.x == 0 && lane_id() == 0) d.similarities[int64_t(d.index - 1) * rows + row] = similarity;
+      }
+      if (lane_id() == 0) exits[row] = wish;
+    }
+    barrier_sync(kReaderBarrier, kReaderThreads);
+    bool all = true;
+    for (int i = 0; i < rows; i++) all = all && exits[i];
+    return all;
+  }
+};
+
+}  // namespace river::device
