@@ -1,11 +1,17 @@
-// river_emulation: the CUDA launchers on the emulated GPU, for the tests. A launcher takes the fields of its Args as
-// keyword arguments: numbers, addresses (0: null), and dtypes by name. It returns when the kernels have run.
+// river_emulation: the CUDA launchers on the emulated GPU, for the tests. A launcher takes the fields of its Args by
+// name: numbers, addresses (0: null), and dtypes by name. run() queues any number of them and returns when all have run.
 #include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
 
+#include <algorithm>
 #include <cstdlib>
 #include <cstring>
+#include <functional>
+#include <map>
 #include <new>
 #include <string>
+#include <utility>
+#include <vector>
 
 #include "../river.h"
 #include "runtime.h"
@@ -91,62 +97,75 @@ void run(F launch) {
   }
 }
 
-// With the workspace that the op asks for
+// A launcher with its arguments
+struct Call {
+  cuda::WorkspaceSize size{};
+  std::function<void(const cuda::Workspace&)> launch;
+};
+
 template <class Args>
-void run_in_workspace(const Args& args, cuda::WorkspaceSize (*size_of)(const Args&),
-                      void (*launch)(const Args&, const cuda::Workspace&, cuda::Stream)) {
-  const cuda::WorkspaceSize size = size_of(args);
+Call call(const Args& args, cuda::WorkspaceSize size,
+          void (*launch)(const Args&, const cuda::Workspace&, cuda::Stream)) {
+  return {size, [args, launch](const cuda::Workspace& workspace) { launch(args, workspace, nullptr); }};
+}
+
+// Queues the calls, as a stream would, and runs them all, in one workspace.
+void run_calls(const std::vector<Call>& calls) {
+  cuda::WorkspaceSize size{};
+  for (const Call& call : calls) {
+    size.partials = std::max(size.partials, call.size.partials);
+    size.counters = std::max(size.counters, call.size.counters);
+    size.scratch = std::max(size.scratch, call.size.scratch);
+  }
   const Memory partials("the partial sums", size.partials * sizeof(float), 0xff);
   const Memory counters("the counters", size.counters * sizeof(uint32_t), 0);
   const Memory scratch("the scratch memory", size.scratch, 0xff);
   const cuda::Workspace workspace{partials.as<float>(), counters.as<uint32_t>(), scratch.as<void>(),
                                   device().sm_count, device().overlap};
-  run([&] { launch(args, workspace, nullptr); });
+  run([&] {
+    for (const Call& call : calls) call.launch(workspace);
+  });
   partials.check(false);
   counters.check(true);
   scratch.check(false);
 }
 
-// For launches that need no memory of a workspace
-template <class Args>
-cuda::WorkspaceSize no_workspace(const Args&) { return {}; }
-
-void state_similarity(const py::kwargs& values) {
+Call state_similarity(const py::kwargs& values) {
   river::StateSimilarityArgs a{};
   Fields{values}("dtype", a.dtype)("rows", a.rows)("hidden_size", a.hidden_size)("x", a.x)("y", a.y)("out", a.out);
-  run_in_workspace(a, no_workspace<river::StateSimilarityArgs>, cuda::launch_state_similarity);
+  return call(a, {}, cuda::launch_state_similarity);
 }
 
 template <void (*kLaunch)(const river::W4Args&, cuda::Stream)>
-void w4_format(const py::kwargs& values) {
+Call w4_format(const py::kwargs& values) {
   river::W4Args a{};
   Fields{values}("out_features", a.out_features)("in_features", a.in_features)("group_tiles", a.group_tiles)(
       "dtype", a.dtype)("packed", a.packed)("q", a.q)("scale", a.scale)("zero", a.zero)("dense", a.dense);
-  run([&] { kLaunch(a, nullptr); });
+  return {{}, [a](const cuda::Workspace&) { kLaunch(a, nullptr); }};
 }
 
-void linear(const py::kwargs& values) {
+Call linear(const py::kwargs& values) {
   river::LinearArgs a{};
   Fields{values}("dtype", a.dtype)("packed", a.packed)("rows", a.rows)("in_features", a.in_features)(
       "out_features", a.out_features)("x", a.x)("weight", a.weight)("bias", a.bias)("out", a.out);
-  run_in_workspace(a, cuda::linear_workspace, cuda::launch_linear);
+  return call(a, cuda::linear_workspace(a), cuda::launch_linear);
 }
 
-void lm_head(const py::kwargs& values) {
+Call lm_head(const py::kwargs& values) {
   river::LmHeadArgs a{};
   Fields{values}("dtype", a.dtype)("rows", a.rows)("hidden_size", a.hidden_size)("vocab_size", a.vocab_size)(
       "rms_norm_eps", a.rms_norm_eps)("hidden", a.hidden)("norm", a.norm)("weight", a.weight)(
       "temperature", a.temperature)("seeds", a.seeds)("positions", a.positions)("tokens", a.tokens)("logits", a.logits);
-  run_in_workspace(a, cuda::lm_head_workspace, cuda::launch_lm_head);
+  return call(a, cuda::lm_head_workspace(a), cuda::launch_lm_head);
 }
 
-void decode_attention(const py::kwargs& values) {
+Call decode_attention(const py::kwargs& values) {
   river::AttentionArgs a{};
   Fields{values}("dtype", a.dtype)("rows", a.rows)("num_heads", a.num_heads)("num_kv_heads", a.num_kv_heads)(
       "head_dim", a.head_dim)("num_slots", a.num_slots)("max_len", a.max_len)("softmax_scale", a.softmax_scale)(
       "sliding_window", a.sliding_window)("query", a.query)("k_cache", a.k_cache)("v_cache", a.v_cache)(
       "slots", a.slots)("positions", a.positions)("kv_valid", a.kv_valid)("out", a.out);
-  run_in_workspace(a, cuda::decode_attention_workspace, cuda::launch_decode_attention);
+  return call(a, cuda::decode_attention_workspace(a), cuda::launch_decode_attention);
 }
 
 Fields& block_fields(Fields& fields, river::BlockArgs& a) {
@@ -165,26 +184,26 @@ Fields& block_weights(Fields& fields, river::DecoderBlockArgs& a) {
       "o_proj", a.o_proj)("gate_proj", a.gate_proj)("up_proj", a.up_proj)("down_proj", a.down_proj);
 }
 
-void decoder_block(const py::kwargs& values) {
+Call decoder_block(const py::kwargs& values) {
   river::DecoderBlockArgs a{};
   {
     Fields fields{values};
     block_weights(block_fields(fields, a), a);
   }
-  run_in_workspace(a, cuda::decoder_block_workspace, cuda::launch_decoder_block);
+  return call(a, cuda::decoder_block_workspace(a), cuda::launch_decoder_block);
 }
 
-void exit_layer(const py::kwargs& values) {
+Call exit_layer(const py::kwargs& values) {
   river::ExitLayerArgs a{};
   {
     Fields fields{values};
     block_fields(fields, a)("gate_up_tiles", a.gate_up_tiles)("qkv_proj", a.qkv_proj)("o_proj", a.o_proj)(
         "gate_up_proj", a.gate_up_proj)("down_proj", a.down_proj);
   }
-  run_in_workspace(a, cuda::exit_layer_workspace, cuda::launch_exit_layer);
+  return call(a, cuda::exit_layer_workspace(a), cuda::launch_exit_layer);
 }
 
-void dual_layer(const py::kwargs& values) {
+Call dual_layer(const py::kwargs& values) {
   river::DualLayerArgs a{};
   river::ExitDecision& d = a.decision;
   {
@@ -196,10 +215,10 @@ void dual_layer(const py::kwargs& values) {
   }
   static_cast<river::BlockArgs&>(a.exit_layer) = a.block;
   a.exit_layer.gate_up_tiles = (a.block.intermediate_size + 7) / 8;
-  run_in_workspace(a, cuda::dual_layer_workspace, cuda::launch_dual_layer);
+  return call(a, cuda::dual_layer_workspace(a), cuda::launch_dual_layer);
 }
 
-void advance(const py::kwargs& values) {
+Call advance(const py::kwargs& values) {
   river::AdvanceArgs a{};
   Fields{values}("dtype", a.dtype)("rows", a.rows)("hidden_size", a.hidden_size)("vocab_size", a.vocab_size)(
       "layers", a.layers)("num_stop_tokens", a.num_stop_tokens)("num_records", a.num_records)("before", a.before)(
@@ -207,7 +226,7 @@ void advance(const py::kwargs& values) {
       "hidden", a.hidden)("slots", a.slots)("positions", a.positions)("draw_positions", a.draw_positions)(
       "remaining", a.remaining)("exited", a.exited)("similarities", a.similarities)("step", a.step)(
       "records", a.records);
-  run_in_workspace(a, no_workspace<river::AdvanceArgs>, cuda::launch_advance);
+  return call(a, {}, cuda::launch_advance);
 }
 
 Choice choice_of(const std::string& name) {
@@ -245,17 +264,25 @@ PYBIND11_MODULE(river_emulation, m) {
       [](int sm_count, int arch, const std::string& overlap) { device() = {sm_count, arch, overlap_of(overlap)}; },
       py::kw_only(), py::arg("sm_count"), py::arg("arch"), py::arg("overlap"));
 
-  m.def("decoder_block", &decoder_block);
-  m.def("exit_layer", &exit_layer);
-  m.def("dual_layer", &dual_layer);
-  m.def("advance", &advance);
-  m.def("decode_attention", &decode_attention);
-  m.def("lm_head", &lm_head);
-  m.def("linear", &linear);
-  m.def("state_similarity", &state_similarity);
-  m.def("pack_w4", &w4_format<cuda::launch_pack_w4>);
-  m.def("unpack_w4", &w4_format<cuda::launch_unpack_w4>);
-  m.def("dequantize_w4", &w4_format<cuda::launch_dequantize_w4>);
+  using Op = Call (*)(const py::kwargs&);
+  static const std::map<std::string, Op> kOps{
+      {"decoder_block", decoder_block},
+      {"exit_layer", exit_layer},
+      {"dual_layer", dual_layer},
+      {"advance", advance},
+      {"decode_attention", decode_attention},
+      {"lm_head", lm_head},
+      {"linear", linear},
+      {"state_similarity", state_similarity},
+      {"pack_w4", w4_format<cuda::launch_pack_w4>},
+      {"unpack_w4", w4_format<cuda::launch_unpack_w4>},
+      {"dequantize_w4", w4_format<cuda::launch_dequantize_w4>},
+  };
+  m.def("run", [](const std::vector<std::pair<std::string, py::dict>>& ops) {
+    std::vector<Call> calls;
+    for (const auto& [name, fields] : ops) calls.push_back(kOps.at(name)(py::kwargs(fields)));
+    run_calls(calls);
+  }, "Queues ops, (name, fields of its Args) each, and runs them all");
 
   m.def("planted", [](const std::string& name, bool broken, uintptr_t out, uintptr_t scratch) {
     selftest(launch_planted, name.c_str(), broken, reinterpret_cast<float*>(out), reinterpret_cast<float*>(scratch));

@@ -1,0 +1,105 @@
+"""Whole steps of the CUDA kernels, queued without a word from the host, against the reference step by step.
+
+Every kernel of three steps, one workspace, dependent launches: what runs before the kernels ahead are done must
+not matter, so all schedules give the same bits.
+"""
+
+import emulated_ops
+import pytest
+import torch
+from blocks import Block, Shape, assert_close, int32
+from emulated import SCHEDULES, Recorder
+
+from river_ext import reference
+
+LAYERS, VOCAB, STEPS = 4, 60, 3
+
+
+class Steps:
+    """A random network and the state of its rows, as river_ext/graph.py arranges them."""
+
+    def __init__(self, shape, slots, thresholds, limit=LAYERS, min_layers=1, remaining=9):
+        self.blocks = [Block(shape, torch.bfloat16, seed=seed) for seed in range(LAYERS)]
+        g = torch.Generator().manual_seed(7)
+        rows, size = len(slots), shape.hidden_size
+        self.embed = torch.randn(VOCAB, size, generator=g).bfloat16()
+        self.norm = torch.rand(size, generator=g).bfloat16()
+        self.head = torch.randn(VOCAB, size, generator=g).bfloat16()
+        self.caches = [block.caches() for block in self.blocks]
+        self.rule = [torch.tensor(thresholds), int32([min_layers] * rows), int32([limit])]
+        self.slots, self.positions = int32(slots), int32([3 + 5 * row for row in range(rows)])
+        self.draw_positions, self.remaining = self.positions + 1, int32([remaining] * (rows - 1) + [2])
+        self.hidden = self.embed[[5 + row for row in range(rows)]].clone()
+        self.exited, self.similarities = int32([0] * LAYERS), torch.zeros(LAYERS, rows)
+        self.step = int32([0])
+        self.records = torch.zeros(STEPS, 2 + rows + LAYERS * rows, dtype=torch.int32)
+        self.sampled = {
+            "temperature": torch.tensor([0.0 if row % 2 else 0.9 for row in range(rows)]),
+            "seeds": torch.arange(rows),
+            "positions": self.draw_positions,
+        }
+
+    def take(self, module):
+        previous, hidden = None, self.hidden
+        for index, (block, caches) in enumerate(zip(self.blocks, self.caches, strict=True)):
+            decision = (index, previous, *self.rule, self.exited, self.similarities)
+            following = block.run_dual(module, decision, hidden, caches, self.slots, self.positions)
+            previous, hidden = hidden, following
+        tokens, _ = module.lm_head(hidden, self.norm, self.head, 1e-5, return_logits=False, **self.sampled)
+        module.advance(
+            previous, hidden, tokens, self.embed, torch.tensor([-1]), self.hidden, self.slots, self.positions,
+            self.draw_positions, self.remaining, self.exited, self.similarities, self.step, self.records,
+        )  # fmt: skip
+
+    def state(self):
+        caches = {
+            f"{name}{layer}": cache
+            for layer, pair in enumerate(self.caches)
+            for name, cache in zip("kv", pair, strict=True)
+        }
+        names = ("hidden", "slots", "positions", "draw_positions", "remaining", "exited", "step", "records")
+        return caches | {name: getattr(self, name) for name in names}
+
+
+CASES = {
+    "each token its depth": {"thresholds": 0.86},
+    "a stricter row": {"thresholds": 0.75, "last": 0.9},
+    "full depth": {"thresholds": float("inf")},
+    "pure river": {"thresholds": float("inf"), "limit": 0},
+    "limit": {"thresholds": float("inf"), "limit": 2},
+    "at once": {"thresholds": -2.0},
+    "after three": {"thresholds": -2.0, "min_layers": 3},
+}
+
+SHAPES = {"gqa": Shape(), "qk norm": Shape(qk_norm=True, hidden_size=192, intermediate_size=200)}
+
+
+@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("slots", [[4], [0, -1, 6]], ids=str)
+@pytest.mark.parametrize("shape", SHAPES)
+def test_steps(monkeypatch, shape, slots, case):
+    shape, options = SHAPES[shape], dict(CASES[case])
+    thresholds = [options.pop("thresholds")] * len(slots)
+    thresholds[-1] = options.pop("last", thresholds[-1])
+    expected = Steps(shape, slots, thresholds, **options)
+    for _ in range(STEPS):
+        expected.take(reference)
+    expected = expected.state()
+    first = None
+    for name, schedule in SCHEDULES.items():
+        steps, recorder = Steps(shape, slots, thresholds, **options), Recorder()
+        monkeypatch.setattr(emulated_ops, "emulate", recorder)
+        for _ in range(STEPS):
+            steps.take(emulated_ops)
+        recorder.run(schedule)
+        state = steps.state()
+        first = first or state
+        for what, tensor in state.items():
+            assert torch.equal(tensor, first[what]), f"{what} differs under {name}"
+    head = 2 + len(slots)
+    assert torch.equal(first["records"][:, :head], expected["records"][:, :head])
+    for what in ("slots", "positions", "draw_positions", "remaining", "exited", "step", "hidden"):
+        assert torch.equal(first[what], expected[what]), what
+    for what in first:
+        if what[0] in "kv":
+            assert_close(first[what], expected[what], torch.bfloat16, what)
