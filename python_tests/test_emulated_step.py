@@ -1,7 +1,7 @@
 """Whole steps of the CUDA kernels, queued without a word from the host, against the reference step by step.
 
-Every kernel of three steps, one workspace, dependent launches: what runs before the kernels ahead are done must
-not matter, so all schedules give the same bits.
+Every kernel of three steps, one workspace, dependent launches: what runs before the kernels ahead are done
+must not matter, so all schedules give the same bits.
 """
 
 import emulated_ops
