@@ -1,6 +1,12 @@
-"""Tiny checkpoints, written where a test asks for them."""
+"""Where tests run, and tiny checkpoints, written where a test asks for them.
 
+Tests of CUDA code take the fixture `kernels` or `device`. Their GPU half exists where a GPU is, or where
+RIVER_REQUIRE_CUDA=1 says that there must be one; elsewhere there is nothing to skip, and the header says so.
+"""
+
+import importlib
 import json
+import os
 from pathlib import Path
 
 import pytest
@@ -8,6 +14,46 @@ import torch
 from safetensors.torch import save_file
 
 torch.set_num_threads(1)
+
+CUDA_REQUIRED = os.environ.get("RIVER_REQUIRE_CUDA") == "1"
+
+
+def cuda_missing() -> str:
+    """Why nothing can run on a GPU, or ""."""
+    from river_ext import ops  # noqa: F401
+
+    if not torch.cuda.is_available():
+        return f"no GPU that torch {torch.__version__} can use"
+    if not torch._C._dispatch_has_kernel_for_dispatch_key("river::decoder_block", "CUDA"):
+        return "the extension was built without CUDA kernels"
+    return ""
+
+
+CUDA_MISSING = cuda_missing()
+GPU = ["cuda"] if CUDA_REQUIRED or not CUDA_MISSING else []
+
+
+def pytest_report_header():
+    return "GPU: " + (torch.cuda.get_device_name() if not CUDA_MISSING else f"no tests ({CUDA_MISSING})")
+
+
+def on_gpu_if(name: str) -> str:
+    if name == "cuda" and CUDA_MISSING:
+        pytest.fail(f"RIVER_REQUIRE_CUDA=1, but {CUDA_MISSING}", pytrace=False)
+    return name
+
+
+@pytest.fixture(params=["cpu", *GPU])
+def device(request):
+    """A device name."""
+    return on_gpu_if(request.param)
+
+
+@pytest.fixture(params=["emulated", *GPU])
+def kernels(request):
+    """The ops by the CUDA kernels, for tensors on the CPU: emulated_ops or gpu_ops."""
+    return importlib.import_module({"emulated": "emulated_ops", "cuda": "gpu_ops"}[on_gpu_if(request.param)])
+
 
 TINY_CONFIG = {
     "model_type": "llama",

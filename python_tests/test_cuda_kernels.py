@@ -1,11 +1,10 @@
-"""The CUDA kernels of every op on the emulated GPU against the reference, every buffer compared.
+"""The CUDA kernels of every op against the reference, every buffer compared, on the emulated GPU and a real one.
 
-Each call runs under all schedules of emulated.py (orders, copy timings, SM counts, bulk copies and cp.async)
-and must give the same bits. CUDA kernels take head_dim, num_attention_heads * head_dim and
-intermediate_size in multiples of 8.
+On the emulated GPU each call runs under all schedules of emulated.py (orders, copy timings, SM counts, bulk
+copies and cp.async) and must give the same bits. CUDA kernels take head_dim, num_attention_heads * head_dim
+and intermediate_size in multiples of 8.
 """
 
-import emulated_ops
 import pytest
 import torch
 from blocks import SHAPES, Block, Shape, assert_close, int32
@@ -22,11 +21,11 @@ KERNEL_SHAPES = {name: shape for name, shape in SHAPES.items() if shape.head_dim
 }
 
 
-def check(block, layer, slots, positions, **options):
+def check(kernels, block, layer, slots, positions, **options):
     hidden, caches = block.random(len(slots), block.shape.hidden_size), block.caches()
     expected_caches = [c.clone() for c in caches]
     place = int32(slots), int32(positions)
-    out, similarity = block.run(emulated_ops, layer, hidden, caches, *place, **options)
+    out, similarity = block.run(kernels, layer, hidden, caches, *place, **options)
     expected, expected_similarity = block.run(reference, layer, hidden, expected_caches, *place, **options)
     assert_close(out, expected, block.dtype, "hidden")
     assert (similarity - expected_similarity).abs().max() <= 0.01
@@ -38,41 +37,41 @@ def check(block, layer, slots, positions, **options):
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("shape", KERNEL_SHAPES.values(), ids=KERNEL_SHAPES.keys())
 @pytest.mark.parametrize("layer", LAYERS)
-def test_layer(layer, shape, dtype):
+def test_layer(kernels, layer, shape, dtype):
     block, last = Block(shape, dtype), shape.max_len - 1
-    check(block, layer, [3], [last])
-    check(block, layer, [8, 1, 1, -1, 0, 1, 4, 5], [0, 6, 5, 3, last, 7, 17, 1])
+    check(kernels, block, layer, [3], [last])
+    check(kernels, block, layer, [8, 1, 1, -1, 0, 1, 4, 5], [0, 6, 5, 3, last, 7, 17, 1])
 
 
 @pytest.mark.parametrize("layer", LAYERS)
-def test_layer_options(layer):
+def test_layer_options(kernels, layer):
     block = Block(SHAPES["gqa"], torch.bfloat16)
     valid = torch.rand(block.shape.slots, block.shape.max_len, generator=block.generator) < 0.5
     for options in ({"sliding_window": 5}, {"kv_valid": valid}, {"softmax_scale": 0.3}):
-        check(block, layer, [0, 1, 2], [0, 40, 47], **options)
+        check(kernels, block, layer, [0, 1, 2], [0, 40, 47], **options)
 
 
 @pytest.mark.parametrize("layer", LAYERS)
-def test_a_row_does_not_depend_on_the_others(layer):
+def test_a_row_does_not_depend_on_the_others(kernels, layer):
     block = Block(SHAPES["odd sizes"], torch.bfloat16)
     hidden, caches = block.random(8, block.shape.hidden_size), block.caches()
     places = int32(list(range(8))), int32([0, 7, 15, 16, 31, 32, 46, 47])
-    together = block.run(emulated_ops, layer, hidden, [c.clone() for c in caches], *places)
+    together = block.run(kernels, layer, hidden, [c.clone() for c in caches], *places)
     for rows in (slice(2, 3), slice(5, 8)):
         own = [c.clone() for c in caches]
-        part = block.run(emulated_ops, layer, hidden[rows], own, *(p[rows].contiguous() for p in places))
+        part = block.run(kernels, layer, hidden[rows], own, *(p[rows].contiguous() for p in places))
         assert all(torch.equal(a, b[rows]) for a, b in zip(part, together, strict=True))
 
 
 @pytest.mark.parametrize("layer", LAYERS)
-def test_a_place_outside_of_the_cache_is_an_inactive_row(layer):
+def test_a_place_outside_of_the_cache_is_an_inactive_row(kernels, layer):
     """On a GPU nobody can refuse it in time."""
     block = Block(SHAPES["gqa"], torch.bfloat16)
     slots, length = block.shape.slots, block.shape.max_len
     places = int32([slots, 2, -7, 1, 2**31 - 1]), int32([0, length, 3, -1, 2**31 - 1])
     hidden, caches = block.random(5, block.shape.hidden_size), block.caches()
     before = [c.clone() for c in caches]
-    out, similarity = block.run(emulated_ops, layer, hidden, caches, *places)
+    out, similarity = block.run(kernels, layer, hidden, caches, *places)
     assert torch.equal(out, hidden) and (similarity > 0.999).all()
     assert all(torch.equal(a, b) for a, b in zip(caches, before, strict=True))
 
@@ -111,7 +110,7 @@ DECISIONS = {  # name: (arguments of Decision, exits)
 
 @pytest.mark.parametrize("case", DECISIONS)
 @pytest.mark.parametrize("shape", ["odd sizes", "multi-query, qk norm, query scale"])
-def test_dual_layer_runs_the_layer_that_it_decides_on(shape, case):
+def test_dual_layer_runs_the_layer_that_it_decides_on(kernels, shape, case):
     """The same bits as that layer alone gives, whatever was guessed while its predecessors ran."""
     options, exits = DECISIONS[case]
     block = Block(KERNEL_SHAPES[shape], torch.bfloat16)
@@ -119,13 +118,13 @@ def test_dual_layer_runs_the_layer_that_it_decides_on(shape, case):
         decision = Decision(block, len(slots), **options)
         places, caches = (int32(slots), int32(positions)), block.caches()
         expected_caches = [c.clone() for c in caches]
-        out = block.run_dual(emulated_ops, decision.args(), decision.hidden, caches, *places)
+        out = block.run_dual(kernels, decision.args(), decision.hidden, caches, *places)
         layer = LAYERS[exits]
-        expected, _ = block.run(emulated_ops, layer, decision.hidden, expected_caches, *places)
+        expected, _ = block.run(kernels, layer, decision.hidden, expected_caches, *places)
         assert decision.exited[decision.index] == exits
         for what, actual, wanted in zip("okv", [out, *caches], [expected, *expected_caches], strict=True):
             assert torch.equal(actual, wanted), what
-        similarity = emulated_ops.state_similarity(decision.previous, decision.hidden)
+        similarity = kernels.state_similarity(decision.previous, decision.hidden)
         judged = decision.index > 0 and not options.get("before")
         for row, slot in enumerate(slots):
             if judged and slot >= 0:
@@ -134,7 +133,7 @@ def test_dual_layer_runs_the_layer_that_it_decides_on(shape, case):
                 assert (decision.similarities == -7).all()
 
 
-def test_dual_layer_agrees_with_the_reference():
+def test_dual_layer_agrees_with_the_reference(kernels):
     block = Block(SHAPES["gqa"], torch.float16)
     for thresholds in ([0.2, 0.2, 0.2], [0.2, 0.99, 0.2], [0.2, 0.2, 0.99]):
         for slots in ([0, 1, 2], [0, -1, 2], [0, 1, -1], [-1, -1, -1]):
@@ -144,7 +143,7 @@ def test_dual_layer_agrees_with_the_reference():
             caches = block.caches()
             expected_caches = [c.clone() for c in caches]
             place = int32(slots), int32([4, 5, 6])
-            out = block.run_dual(emulated_ops, ours.args(), ours.hidden, caches, *place)
+            out = block.run_dual(kernels, ours.args(), ours.hidden, caches, *place)
             expected = block.run_dual(reference, theirs.args(), ours.hidden, expected_caches, *place)
             assert torch.equal(ours.exited, theirs.exited), (thresholds, slots)
             assert_close(out, expected, torch.float16, "hidden")
@@ -157,7 +156,7 @@ def test_dual_layer_agrees_with_the_reference():
 
 
 @pytest.mark.parametrize("rows", [1, 3, 8])
-def test_advance(rows):
+def test_advance(kernels, rows):
     g, layers, vocab, hidden_size = torch.Generator().manual_seed(rows), 5, 40, 192
     embed = torch.randn(vocab, hidden_size, generator=g).bfloat16()
     for number, exit_at in enumerate([5, 0, 2, 4]):
@@ -175,7 +174,7 @@ def test_advance(rows):
         tokens = torch.randint(0, vocab, (rows,), generator=g)
         stop_tokens = torch.tensor([int(tokens[0]), -1] if number % 2 else [], dtype=torch.int64)
         results = []
-        for module in (emulated_ops, reference):
+        for module in (kernels, reference):
             written = {"hidden": hidden.clone()} | {name: t.clone() for name, t in arguments.items()}
             module.advance(before, after, tokens, embed, stop_tokens, *written.values())
             results.append(written)
@@ -193,33 +192,33 @@ def test_advance(rows):
 
 
 @pytest.mark.parametrize("length", [1, 63, 64, 65, 256, 257, 1024])
-def test_attention_lengths(length):
+def test_attention_lengths(kernels, length):
     g = torch.Generator().manual_seed(length)
     query = torch.randn(2, 6, 64, generator=g).bfloat16()
     caches = [torch.randn(2, 2, length, 64, generator=g).bfloat16() for _ in range(2)]
     place = int32([1, 0]), int32([length - 1, length // 2])
-    out = emulated_ops.decode_attention(query, *caches, *place)
+    out = kernels.decode_attention(query, *caches, *place)
     assert_close(out, reference.decode_attention(query, *caches, *place), torch.bfloat16, "out")
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("rows", range(1, 9))
-def test_linear(rows, dtype):
+def test_linear(kernels, rows, dtype):
     g = torch.Generator().manual_seed(rows)
     for n, k in ((33, 72), (160, 192), (48, 1024), (40, 8192)):
         x, bias = (torch.randn(*size, generator=g).to(dtype) for size in ((rows, k), (n,)))
         weight = (torch.randn(n, k, generator=g) * k**-0.5).to(dtype)
-        assert_close(emulated_ops.linear(x, weight, bias), reference.linear(x, weight, bias), dtype, "linear")
+        assert_close(kernels.linear(x, weight, bias), reference.linear(x, weight, bias), dtype, "linear")
         q = torch.randint(0, 16, (n, k), dtype=torch.uint8, generator=g)
         scale, zero = (torch.rand(n, -(-k // 64), generator=g).half() * s for s in (0.1, 15))
         packed = ops.pack_w4(q, scale, zero)
-        out = emulated_ops.linear_w4(x, packed, n, bias)
+        out = kernels.linear_w4(x, packed, n, bias)
         assert_close(out, reference.linear_w4(x, packed, n, bias), dtype, "linear_w4")
 
 
 @pytest.mark.parametrize("vocab", [1, 16, 515])
 @pytest.mark.parametrize("rows", [1, 3, 8])
-def test_lm_head(rows, vocab):
+def test_lm_head(kernels, rows, vocab):
     g = torch.Generator().manual_seed(vocab)
     hidden, norm = torch.randn(rows, 128, generator=g).bfloat16(), torch.rand(128, generator=g).bfloat16()
     weight = (torch.randn(vocab, 128, generator=g) * 0.3).bfloat16()
@@ -229,16 +228,16 @@ def test_lm_head(rows, vocab):
         "positions": int32(list(range(rows))),
     }
     for options in ({}, draw, {"return_logits": False}):
-        tokens, logits = emulated_ops.lm_head(hidden, norm, weight, 1e-5, **options)
+        tokens, logits = kernels.lm_head(hidden, norm, weight, 1e-5, **options)
         expected, expected_logits = reference.lm_head(hidden, norm, weight, 1e-5, **options)
         assert torch.equal(tokens, expected)
         if len(expected_logits):
             assert_close(logits, expected_logits, torch.float32, "logits")
 
 
-def test_lm_head_ties_go_to_the_lowest_id():
+def test_lm_head_ties_go_to_the_lowest_id(kernels):
     hidden, norm = torch.ones(2, 64).bfloat16(), torch.ones(64).bfloat16()
     weight = torch.zeros(300, 64).bfloat16()
-    assert emulated_ops.lm_head(hidden, norm, weight, 1e-5)[0].tolist() == [0, 0]
+    assert kernels.lm_head(hidden, norm, weight, 1e-5)[0].tolist() == [0, 0]
     weight[[77, 200, 299]] = 1
-    assert emulated_ops.lm_head(hidden, norm, weight, 1e-5)[0].tolist() == [77, 77]
+    assert kernels.lm_head(hidden, norm, weight, 1e-5)[0].tolist() == [77, 77]
