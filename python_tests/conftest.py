@@ -31,6 +31,7 @@ def cuda_missing() -> str:
 
 CUDA_MISSING = cuda_missing()
 GPU = ["cuda"] if CUDA_REQUIRED or not CUDA_MISSING else []
+collect_ignore = [] if GPU else ["test_gpu.py"]
 
 
 def pytest_report_header():

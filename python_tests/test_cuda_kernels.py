@@ -1,4 +1,4 @@
-"""The CUDA kernels of every op against the reference, every buffer compared, on the emulated GPU and a real one.
+"""The CUDA kernels of every op against the reference, every buffer compared: emulated, and on a real GPU.
 
 On the emulated GPU each call runs under all schedules of emulated.py (orders, copy timings, SM counts, bulk
 copies and cp.async) and must give the same bits. CUDA kernels take head_dim, num_attention_heads * head_dim
