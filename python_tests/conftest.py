@@ -40,7 +40,7 @@ def pytest_report_header():
 
 def on_gpu_if(name: str) -> str:
     if name == "cuda" and CUDA_MISSING:
-        pytest.fail(f"RIVER_REQUIRE_CUDA=1, but {CUDA_MISSING}", pytrace=False)
+        pytest.fail(f"needs a GPU: {CUDA_MISSING}", pytrace=False)
     return name
 
 

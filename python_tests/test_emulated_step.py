@@ -8,7 +8,7 @@ import emulated_ops
 import pytest
 import torch
 from blocks import Block, Shape, assert_close, int32
-from emulated import SCHEDULES, Recorder
+from emulated import SCHEDULES, VARIANT, Recorder
 
 from river_ext import reference
 
@@ -71,6 +71,8 @@ CASES = {
     "after three": {"thresholds": -2.0, "min_layers": 3},
 }
 
+if VARIANT == "sanitized":  # it looks for overruns, which no threshold hides
+    CASES = {name: CASES[name] for name in ("each token its depth", "limit")}
 SHAPES = {"gqa": Shape(), "qk norm": Shape(qk_norm=True, hidden_size=192, intermediate_size=200)}
 
 

@@ -151,10 +151,9 @@ def test_w4_format_of_rows_that_are_not_aligned():
     memory = torch.empty(16 * 64 + 1, dtype=torch.uint8)
     shifted = memory[1:].view(16, 64).copy_(q)
     packed = torch.empty(1, 1, 576, dtype=torch.uint8)
-    emulator.pack_w4(
-        dtype="float32", out_features=16, in_features=64, group_tiles=1, packed=packed.data_ptr(),
-        q=shifted.data_ptr(), scale=scale.data_ptr(), zero=zero.data_ptr(), dense=0,
-    )  # fmt: skip
+    fields = dict(dtype="float32", out_features=16, in_features=64, group_tiles=1, packed=packed.data_ptr(),
+                  q=shifted.data_ptr(), scale=scale.data_ptr(), zero=zero.data_ptr(), dense=0)  # fmt: skip
+    emulator.run([("pack_w4", fields)])
     assert torch.equal(packed, reference.pack_w4(q, scale, zero))
 
 
@@ -191,8 +190,9 @@ def test_sanitizer_finds_overruns(sanitized_module, name):
 
 
 def test_all_of_this_under_the_sanitizers(sanitized_module):
-    files = sorted(map(str, (ROOT / "python_tests").glob("test_emulat*.py")))
-    done = sanitized(
-        ["-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", *files], RIVER_EMULATION="sanitized"
-    )
+    tests = ROOT / "python_tests"
+    files = [*map(str, sorted(tests.glob("test_emulat*.py"))), str(tests / "test_cuda_kernels.py")]
+    no_gpu = {"CUDA_VISIBLE_DEVICES": "", "RIVER_REQUIRE_CUDA": ""}
+    command = ["-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", *files]
+    done = sanitized(command, RIVER_EMULATION="sanitized", **no_gpu)
     assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-4000:]
