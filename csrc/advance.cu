@@ -57,7 +57,7 @@ template <class T>
 __global__ void __launch_bounds__(kThreads) advance_kernel(AdvanceArgs a) {
   dependency_trigger();
   dependency_wait();
-  const int step = a.step[0];
+  const uint32_t step = a.step[0];
   int32_t* record = a.records + int64_t(step % a.num_records) * (2 + a.rows + a.layers * a.rows);
   finish_similarities<T>(a);
   __syncthreads();

@@ -4,7 +4,7 @@ import pytest
 import torch
 from tiny_model import demo_model, random_model, random_prompt
 
-from river_ext import generate, ops, step
+from river_ext import decoder, graph, ops, step
 from river_ext.cache import KVCache
 from river_ext.exit import ExitRule
 from river_ext.sampling import Sampling
@@ -30,8 +30,9 @@ class Ledger:
 
     def __init__(self, monkeypatch):
         self.caches = []
-        monkeypatch.setattr(generate, "KVCache", self.new_cache)
-        for name in ("decoder_block", "exit_layer"):
+        for module in (decoder, graph):
+            monkeypatch.setattr(module, "KVCache", self.new_cache)
+        for name in ("decoder_block", "exit_layer", "dual_layer"):
             monkeypatch.setattr(ops, name, self.watched(getattr(ops, name)))
 
     def new_cache(self, *args, **options):
@@ -72,11 +73,13 @@ OPTIONS = {
 }
 
 
+@pytest.mark.parametrize("control", ["auto", "host", "device"])
 @pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
-def test_every_place_is_written_exactly_once(monkeypatch, options):
-    ledger = Ledger(monkeypatch)
+def test_every_place_is_written_exactly_once(monkeypatch, options, control):
+    ledger, model = Ledger(monkeypatch), random_model()
+    model.network.idle_runners.clear()
     prompts = [random_prompt(5, 1), random_prompt(1, 2), random_prompt(9, 3)]
-    outputs = random_model().generate(prompts, max_new_tokens=7, **options)
+    outputs = model.generate(prompts, max_new_tokens=7, exit_control=control, **options)
     assert len(ledger.caches) == 1
     for slot, (prompt, output) in enumerate(zip(prompts, outputs, strict=True)):
         used = len(prompt) + len(output.tokens) - 1  # the last new token is not fed back

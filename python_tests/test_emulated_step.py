@@ -9,10 +9,12 @@ import pytest
 import torch
 from blocks import Block, Shape, assert_close, int32
 from emulated import SCHEDULES, VARIANT, Recorder
+from tiny_model import random_model, random_prompt
 
-from river_ext import reference
+from river_ext import ops, reference
 
 LAYERS, VOCAB, STEPS = 4, 60, 3
+PROMPTS = [random_prompt(n, n) for n in (3, 7)]
 
 
 class Steps:
@@ -105,3 +107,16 @@ def test_steps(monkeypatch, shape, slots, case):
     for what in first:
         if what[0] in "kv":
             assert_close(first[what], expected[what], torch.bfloat16, what)
+
+
+@pytest.mark.parametrize("control", ["host", "device"])
+def test_generation_by_the_cuda_kernels(monkeypatch, control):
+    """The whole engine on the emulated GPU: the tokens and depths that the CPU kernels give."""
+    model = random_model(dtype=torch.bfloat16)
+    options = {"threshold": 0.7, "max_new_tokens": 6, "exit_control": control}
+    expected = model.generate(PROMPTS, **options)
+    for name in ("decoder_block", "exit_layer", "dual_layer", "lm_head", "advance", "state_similarity"):
+        monkeypatch.setattr(ops, name, getattr(emulated_ops, name))
+    got = model.generate(PROMPTS, **options)
+    assert [(o.tokens, o.exit_depths) for o in got] == [(o.tokens, o.exit_depths) for o in expected]
+    assert len({depth for o in got for depth in o.exit_depths}) > 1

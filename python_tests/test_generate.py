@@ -212,10 +212,10 @@ def test_stream_gives_what_generate_gives(options):
 
 def test_stream_is_a_stream(monkeypatch):
     """A piece arrives before the next token is computed."""
-    from river_ext import generate
+    from river_ext import decoder
 
     steps = []
-    monkeypatch.setattr(generate, "decode_step", lambda *a: steps.append(1) or decode_step(*a))
+    monkeypatch.setattr(decoder, "decode_step", lambda *a: steps.append(1) or decode_step(*a))
     from river_ext.step import decode_step
 
     stream = random_model().stream(PROMPTS[1], max_new_tokens=5)
@@ -320,6 +320,27 @@ REFUSED = {
     "empty stop": ([1], {"stop": ""}, "stop=''"),
     "stop of numbers": ([1], {"stop": [1]}, r"stop=\[1\]"),
     "stop token": ([1], {"stop_tokens": [80]}, "stop_tokens holds 80"),
+    "exit control": (
+        [1],
+        {"exit_control": "cuda"},
+        "exit_control='cuda'; accepted: 'auto', 'host', 'device'",
+    ),
+    "exit control of a strange type": ([1], {"exit_control": None}, "exit_control=None; accepted"),
+    "device and logits": (
+        [1],
+        {"exit_control": "device", "return_logits": True},
+        "exit_control='device' with return_logits=True.*accepted: 'auto' or 'host'",
+    ),
+    "device and top_k": (
+        [1],
+        {"exit_control": "device", "temperature": 1, "top_k": 5},
+        "'device' with top_k=5.*accepted: 'auto'",
+    ),
+    "device and top_p": (
+        [1],
+        {"exit_control": "device", "temperature": 1, "top_p": 0.5},
+        "'device' with top_p=0.5.*accepted: 'a",
+    ),
 }
 
 
@@ -327,7 +348,7 @@ REFUSED = {
 def test_refused_in_one_line(monkeypatch, prompt, options, message):
     from river_ext import generate
 
-    monkeypatch.setattr(generate, "KVCache", lambda *a: pytest.fail("refused too late"))
+    monkeypatch.setattr(generate, "decoder_for", lambda *a: pytest.fail("refused too late"))
     with pytest.raises(RiverError, match=message) as caught:
         random_model().generate(prompt, **{"max_new_tokens": 4, **options})
     assert "\n" not in str(caught.value)

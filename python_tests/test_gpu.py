@@ -8,8 +8,13 @@ from conftest import on_gpu_if
 from tiny_model import demo_model, random_prompt
 
 import river_ext
-from river_ext import ops, reference
+from river_ext import decoder, generate, ops, reference
 
+TEXTS = [
+    "Question: Ana has 21 coins and buys 12 more at the fair. How many coins does Ana have?\nAnswer:",
+    "def add(x):",
+    "Question: Tom",
+]
 PROMPTS = [random_prompt(n, n, vocab_size=300) for n in (5, 40, 1, 12)]
 
 
@@ -121,15 +126,28 @@ def test_memory_that_the_host_polls_must_be_pinned():
         ops.advance(*arguments, records)
 
 
-@pytest.mark.parametrize("threshold", [float("inf"), 0.99, 0.9, -2.0])
-@pytest.mark.parametrize("temperature", [0.0, 0.8])
-def test_both_controls_give_the_same_tokens(model, threshold, temperature):
-    options = {"threshold": threshold, "temperature": temperature, "max_new_tokens": 24, "seed": 3}
-    for prompts in (PROMPTS[:1], PROMPTS):
-        host, device = (
-            facts(model.generate(prompts, exit_control=control, **options)) for control in ("host", "device")
-        )
-        assert host == device
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"threshold": 0.5}, {"threshold": 0.98}, {"mode": "full"}, {"mode": "full_w4"},
+        {"threshold": 0.9, "temperature": 0.7, "seed": 3}, {"threshold": 0.9, "min_layers": 3, "stop": "2"},
+    ],
+    ids=str,
+)  # fmt: skip
+@pytest.mark.parametrize("batch", [1, 3])
+def test_captured_steps_give_what_eager_ones_give(model, monkeypatch, options, batch):
+    """From a stream that is not the default one as well."""
+    prompts, options = TEXTS[:batch], {"max_new_tokens": 40, **options}
+    with monkeypatch.context() as patch:
+        patch.setattr(generate, "decoder_for", decoder.EagerDecoder)
+        eager = facts(model.generate(prompts, **options))
+    for control in ("host", "device") * 2:
+        assert facts(model.generate(prompts, exit_control=control, **options)) == eager
+        with torch.cuda.stream(torch.cuda.Stream()):
+            assert facts(model.generate(prompts, exit_control=control, **options)) == eager
+    logits = model.generate(prompts, exit_control="host", return_logits=True, **options)
+    assert facts(logits) == eager
+    assert all(len(output.logits) == len(output.tokens) for output in logits)
 
 
 def test_the_gpu_agrees_with_the_cpu(model):

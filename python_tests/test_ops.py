@@ -3,8 +3,14 @@
 import pytest
 import torch
 from blocks import SHAPES, Block, int32
+from test_advance import State
+from test_dual_layer import Decision, weights_of
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from river_ext import ops, reference
+from river_ext.cli import info
+
+HAS_CUDA = ops._C.build_info()["cuda"]
 
 
 def samples():
@@ -22,6 +28,11 @@ def samples():
             d["up_proj"], d["down_proj"], *tail, block.options["q_bias"],
         ),
         "exit_layer": (hidden, norm1, p.qkv_proj, p.o_proj, norm2, p.gate_up_proj, p.down_proj, *tail),
+        "dual_layer": (
+            1, hidden, block.random(2, s.hidden_size), *vars(Decision(2, 0.5)).values(), *weights_of(block),
+            *tail, block.options["q_bias"],
+        ),
+        "advance": tuple(vars(State()).values()),
         "decode_attention": (block.random(2, 4, 32), k, v, int32([0, 1]), int32([5, 7]), 0.2, 3, None),
         "state_similarity": (hidden, hidden.flip(0)),
         "lm_head": (hidden, norm1, block.random(50, 128), 1e-5, True),
@@ -41,15 +52,70 @@ def test_opcheck(name):
     torch.library.opcheck(getattr(torch.ops.river, name).default, SAMPLES[name])
 
 
+def on_copies(op, arguments):
+    """What op returns and leaves in its arguments, for copies of them."""
+    arguments = [a.clone() if isinstance(a, torch.Tensor) else a for a in arguments]
+    result = op(*arguments)
+    results = result if isinstance(result, tuple) else (result,)
+    return [a for a in (*results, *arguments) if isinstance(a, torch.Tensor)]
+
+
 @pytest.mark.parametrize("name", SAMPLES)
 def test_full_graph(name):
-    torch.compiler.reset()  # else the eleven graphs of this one lambda count as recompilations
+    torch.compiler.reset()  # else the graphs of this one lambda count as recompilations
     op = getattr(torch.ops.river, name)
-    arguments = [a.clone() if isinstance(a, torch.Tensor) else a for a in SAMPLES[name]]
-    expected = op(*[a.clone() if isinstance(a, torch.Tensor) else a for a in SAMPLES[name]])
-    got = torch.compile(lambda *a: op(*a), fullgraph=True, backend="aot_eager")(*arguments)
-    for a, b in zip(*((r if isinstance(r, tuple) else (r,)) for r in (got, expected)), strict=True):
-        assert torch.equal(a, b)
+    compiled = torch.compile(lambda *a: op(*a), fullgraph=True, backend="aot_eager")
+    for got, expected in zip(on_copies(compiled, SAMPLES[name]), on_copies(op, SAMPLES[name]), strict=True):
+        assert torch.equal(got.nan_to_num(), expected.nan_to_num())
+
+
+@pytest.mark.parametrize("name", SAMPLES)
+def test_cuda_tensors_trace_without_a_gpu(name):
+    """What torch.compile sees of a GPU: the fake kernels, with `records` in the memory of the host."""
+    with FakeTensorMode() as mode:
+        on_cpu = [mode.from_tensor(a) if isinstance(a, torch.Tensor) else a for a in SAMPLES[name]]
+        on_cuda = [torch.empty_like(a, device="cuda") if isinstance(a, torch.Tensor) else a for a in on_cpu]
+        if name == "advance":
+            on_cuda[-1] = on_cpu[-1]
+        result = getattr(torch.ops.river, name)(*on_cuda)
+        expected = getattr(torch.ops.river, name)(*on_cpu)
+    for got, like in zip(*(r if isinstance(r, tuple) else (r,) for r in (result, expected)), strict=True):
+        if like is not None:
+            assert got.device.type == "cuda" and (got.shape, got.dtype) == (like.shape, like.dtype)
+            assert got.is_contiguous()
+
+
+def test_records_on_the_gpu_are_refused():
+    with FakeTensorMode() as mode:
+        arguments = [torch.empty_like(mode.from_tensor(a), device="cuda") for a in SAMPLES["advance"]]
+        with pytest.raises(RuntimeError, match="river::advance: argument 13 is on cuda.*, expected cpu"):
+            torch.ops.river.advance(*arguments)
+
+
+@pytest.mark.parametrize("name", SAMPLES)
+def test_every_op_is_registered_for_the_devices_of_the_build(name):
+    for key, expected in ("CPU", True), ("CUDA", HAS_CUDA):
+        assert torch._C._dispatch_has_kernel_for_dispatch_key(f"river::{name}", key) == expected
+
+
+def test_what_info_says_of_a_gpu():
+    compiled = info._compiled({"cuda_archs": "8.0;8.6;9.0+PTX;10.0a"})
+    assert compiled == ["sm_80", "sm_86", "sm_90a", "compute_90", "sm_100a"]
+    for arch, code, ptx, text in [
+        ("sm_90", 90, 90, "machine code for sm_90a"),
+        ("sm_87", 86, 86, "machine code for sm_86"),
+        ("sm_120", 120, 90, "PTX for compute_90, compiled by the driver"),
+        ("sm_75", None, None, f"no kernels for sm_75: compiled for {', '.join(compiled)}"),
+    ]:
+        assert info._runs(arch, {"code": code, "ptx": ptx}, compiled) == text
+
+
+@pytest.mark.skipif(not HAS_CUDA, reason="a build without CUDA kernels has no such setting")
+def test_overlap():
+    with pytest.raises(ValueError, match="overlap is 'some', expected none, launch or prefetch"):
+        ops._C.set_overlap("some")
+    for name in ("none", "launch", "prefetch"):
+        ops._C.set_overlap(name)
 
 
 def test_inductor_compiles_around_a_mutating_op():
@@ -93,7 +159,7 @@ def test_a_tensor_without_data_is_refused():
         for index in tensors if len(tensors) > 1 else []:
             changed = list(arguments)
             changed[index] = changed[index].to("meta")
-            with pytest.raises(RuntimeError, match="expected one device|another device|not on the CPU"):
+            with pytest.raises(RuntimeError, match="expected one device|expected cpu"):
                 getattr(torch.ops.river, name)(*changed)
 
 

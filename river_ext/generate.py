@@ -2,12 +2,14 @@
 
 import time
 from collections.abc import Iterator
+from contextlib import closing
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from .cache import KVCache
+from .decoder import decoder_for
 from .errors import RiverError
 from .network import Network
 from .prefill import prefill
@@ -78,27 +80,28 @@ def run(network: Network, sequences: list[Sequence]) -> Iterator[Sequence]:
     plan = sequences[0].plan
     # the last new token is never fed back
     max_len = max(map(len, plan.prompts)) + plan.max_new_tokens - 1
-    cache = KVCache(network.config, len(sequences), max_len, network.dtype, network.device)
-    for sequence in sequences:
-        start = time.perf_counter()
-        prefill_one(network, cache, sequence)
-        sequence.prefill_seconds = time.perf_counter() - start
-        yield sequence
-    running = [sequence for sequence in sequences if not sequence.finish_reason]
-    rows = first_rows(network, cache, running)
-    while running:
-        start = time.perf_counter()
-        step = decode_step(network, cache, rows, plan.sampling, plan.return_logits)
-        for row, (sequence, token) in enumerate(zip(running, step.tokens.tolist(), strict=True)):
-            sequence.append(token, step, row)
-        rows = rows.advance(step.tokens)
-        stay = [row for row, sequence in enumerate(running) if not sequence.finish_reason]
-        seconds = time.perf_counter() - start
-        for sequence in running:
-            sequence.decode_seconds += seconds
+    with closing(decoder_for(network, plan, max_len)) as decoder:
+        for sequence in sequences:
+            start = time.perf_counter()
+            prefill_one(network, decoder.cache, sequence)
+            sequence.prefill_seconds = time.perf_counter() - start
             yield sequence
-        if len(stay) < len(running):
-            running, rows = [running[row] for row in stay], rows.keep(stay)
+        running = [sequence for sequence in sequences if not sequence.finish_reason]
+        if running:
+            decoder.start(first_rows(decoder.cache, running))
+        while running:
+            start = time.perf_counter()
+            step = decoder.step()
+            for row, (sequence, token) in enumerate(zip(running, step.tokens.tolist(), strict=True)):
+                sequence.append(token, step, row)
+            stay = [row for row, sequence in enumerate(running) if not sequence.finish_reason]
+            seconds = time.perf_counter() - start
+            for sequence in running:
+                sequence.decode_seconds += seconds
+                yield sequence
+            if 0 < len(stay) < len(running):
+                decoder.keep(stay)
+            running = [running[row] for row in stay]
 
 
 def prefill_one(network: Network, cache: KVCache, sequence: Sequence) -> None:
@@ -117,10 +120,8 @@ def prefill_one(network: Network, cache: KVCache, sequence: Sequence) -> None:
     sequence.append(step.tokens.item(), step, row=0)
 
 
-def first_rows(network: Network, cache: KVCache, running: list[Sequence]) -> Rows | None:
+def first_rows(cache: KVCache, running: list[Sequence]) -> Rows:
     """The first new token of every sequence that goes on, right behind its prompt."""
-    if not running:
-        return None
     plan, slots = running[0].plan, [sequence.slot for sequence in running]
     return Rows.of(
         tokens=[sequence.tokens[-1] for sequence in running],

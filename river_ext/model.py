@@ -92,6 +92,7 @@ class Model:
         stop: str | Sequence[str] = (),
         stop_tokens: int | Sequence[int] | None = None,
         return_logits: bool = False,
+        exit_control: str = "auto",
     ) -> GenerationOutput | list[GenerationOutput]:
         """Continues one prompt, or up to 8 together.
 
@@ -113,10 +114,14 @@ class Model:
             stop: strings that end the text, and are not part of it.
             stop_tokens: ids that end the generation; None takes the checkpoint's end-of-sequence ids.
             return_logits: keep the fp32 logits of every new token.
+            exit_control: where exits are decided, which changes no result: "host", after reading similarities
+                back, by CUDA graphs per layer and per exit depth; or on the "device", by one graph per step,
+                not together with return_logits, top_k or top_p. "auto" runs op by op on the CPU; on a GPU
+                "device" where it can, which is predicted to be the faster but not yet measured, else "host".
         """
         options = Options(
             max_new_tokens, threshold, min_layers, batch_policy, prefill, mode, kv_strategy,
-            temperature, top_k, top_p, seed, stop, stop_tokens, return_logits,
+            temperature, top_k, top_p, seed, stop, stop_tokens, return_logits, exit_control,
         )  # fmt: skip
         return generate(self.network, self.text, prompt, options)
 

@@ -1,5 +1,6 @@
 """The network: every weight of backbone and river, arranged once as the ops take them."""
 
+from collections import deque
 from dataclasses import MISSING, fields
 from typing import NamedTuple
 
@@ -14,6 +15,8 @@ from .rope import rope_tables
 from .weights import DecoderBlockWeights, ExitLayerWeights, ModelWeights
 
 Rope = tuple[Tensor, Tensor]  # cos and sin, fp32 [positions, rotary_dim / 2]
+# thresholds, min_layers, limit, exited and similarities of ops.dual_layer
+Decision = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]
 
 
 class Layer(NamedTuple):
@@ -23,7 +26,8 @@ class Layer(NamedTuple):
     exit_layer: ExitLayerWeights
     block_args: tuple[Tensor, ...]  # the weights of ops.decoder_block, in its order
     exit_args: tuple[Tensor, ...]  # the weights of ops.exit_layer, in its order
-    options: dict  # keyword arguments of both: biases, q/k norms, sliding window
+    dual_args: tuple[Tensor, ...]  # the weights of ops.dual_layer, in its order
+    options: dict  # keyword arguments of all three: biases, q/k norms, sliding window
 
 
 class Network:
@@ -40,12 +44,16 @@ class Network:
         self.layers = [_layer(config, *pair) for pair in zip(weights.layers, river, strict=True)]
         self.dtype, self.device = weights.embed_tokens.dtype, weights.embed_tokens.device
         self._rope = rope_tables(config, 0, device=self.device)
+        self.idle_runners = deque(maxlen=1)  # of graph.py, from the latest run
 
     def embed(self, tokens: Tensor) -> Tensor:
         return torch.nn.functional.embedding(tokens, self.embed_tokens)
 
     def rope(self, max_len: int) -> Rope:
-        """cos and sin for decoding: tables of at least max_len positions; their rows never change."""
+        """cos and sin for decoding: tables of at least max_len positions.
+
+        Their rows never change, and longer tables are new tensors: a graph keeps those it was captured with.
+        """
         if max_len > len(self._rope[0]):
             self._rope = rope_tables(self.config, 1 << (max_len - 1).bit_length(), device=self.device)
         return self._rope
@@ -77,6 +85,17 @@ class Network:
             config.num_attention_heads, config.rms_norm_eps, **layer.options,
         )  # fmt: skip
 
+    def dual_layer(
+        self, index: int, hidden: Tensor, previous: Tensor | None, decision: Decision,
+        cache: KVCache, slots: Tensor, positions: Tensor, rope: Rope,
+    ) -> Tensor:  # fmt: skip
+        """The same by the path that the device chooses; previous [T, hidden_size] went into the last."""
+        layer, config = self.layers[index], self.config
+        return ops.dual_layer(
+            index, hidden, previous, *decision, *layer.dual_args, *cache.layer(index), slots, positions,
+            *rope, config.num_attention_heads, config.rms_norm_eps, **layer.options,
+        )  # fmt: skip
+
 
 def _layer(config: ModelConfig, block: DecoderBlockWeights, exit_layer: ExitLayerWeights) -> Layer:
     tensors = {field.name: getattr(block, field.name) for field in fields(block)}
@@ -90,7 +109,8 @@ def _layer(config: ModelConfig, block: DecoderBlockWeights, exit_layer: ExitLaye
         exit_layer.gate_up_proj,
         exit_layer.down_proj,
     )
+    tiles = (exit_layer.qkv_proj, exit_layer.o_proj, exit_layer.gate_up_proj, exit_layer.down_proj)
     options = {name: tensor for name, tensor in tensors.items() if tensor is not None}
     if config.sliding_window is not None:
         options["sliding_window"] = config.sliding_window
-    return Layer(block, exit_layer, block_args, exit_args, options)
+    return Layer(block, exit_layer, block_args, exit_args, block_args + tiles, options)

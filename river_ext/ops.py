@@ -1,10 +1,16 @@
 """The torch ops, `torch.ops.river.*`, with their contracts and fake kernels.
 
-Every function here calls the registered op of the same name (csrc/ops.cpp) and has a plain fp32 twin
+Every function here calls the registered op of the same name (csrc/ops*.cpp) and has a plain fp32 twin
 of the same name and arguments in `reference.py`. All tensors are contiguous and on one device; T is
 the number of rows (tokens in flight), 1 <= T <= 8. The model dtype is bfloat16 or float16 (CPU: also
 float32). A bad argument raises RuntimeError with one line that names the value and what is accepted.
 The ops are for inference: they have no autograd.
+
+On CUDA the ops run on the current stream and never wait for it, so that CUDA graphs can hold them:
+run each op once on the stream before capturing it. They cannot look at what tensors hold, then: slots,
+positions, temperatures and 4-bit levels are checked on the CPU only, and on CUDA a row whose slot or
+position is out of range counts as inactive. head_dim, intermediate_size and in_features are multiples
+of 8 there, and tensors that are read 16 bytes at a time are aligned to 16 bytes, as torch allocates them.
 """
 
 import torch
@@ -130,6 +136,118 @@ def exit_layer(
     )  # fmt: skip
 
 
+def dual_layer(
+    index: int,
+    hidden: Tensor,
+    previous: Tensor | None,
+    thresholds: Tensor,
+    min_layers: Tensor,
+    limit: Tensor,
+    exited: Tensor,
+    similarities: Tensor,
+    input_layernorm: Tensor,
+    q_proj: Tensor,
+    k_proj: Tensor,
+    v_proj: Tensor,
+    o_proj: Tensor,
+    post_attention_layernorm: Tensor,
+    gate_proj: Tensor,
+    up_proj: Tensor,
+    down_proj: Tensor,
+    qkv_tiles: Tensor,
+    o_tiles: Tensor,
+    gate_up_tiles: Tensor,
+    down_tiles: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    slots: Tensor,
+    positions: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    num_attention_heads: int,
+    rms_norm_eps: float,
+    *,
+    q_bias: Tensor | None = None,
+    k_bias: Tensor | None = None,
+    v_bias: Tensor | None = None,
+    o_bias: Tensor | None = None,
+    q_norm: Tensor | None = None,
+    k_norm: Tensor | None = None,
+    query_scale: Tensor | None = None,
+    softmax_scale: float | None = None,
+    sliding_window: int | None = None,
+    kv_valid: Tensor | None = None,
+) -> Tensor:
+    """Runs T rows through layer `index`: its decoder block, or its exit layer once rows leave the backbone.
+
+    The device decides, so that no step waits for the host. The exit layer runs if `index >= limit`, if the
+    layer before ran as one, or if every active row wishes to exit: the similarity of the layer before is
+    strictly above its threshold, and `index >= min_layers` (without active rows all do).
+
+    Args:
+        index: the layer, 0 <= index < layers.
+        hidden: [T, hidden_size], the layer's input.
+        previous: [T, hidden_size], the input of layer index - 1, whose output is `hidden`; None for index 0.
+        thresholds: [T] fp32. min_layers: [T] int32. limit: [1] int32, layers that any row may run.
+        exited: [layers] int32. Entry index - 1 is read, entry index written: 1 = ran as exit layer, 0 = not.
+        similarities: [layers, T] fp32. Row index - 1 is written if that layer ran as a decoder block; its
+            entries of inactive rows may hold anything.
+        q_proj .. down_proj: the weights of `decoder_block`.
+        qkv_tiles .. down_tiles: the packed weights of `exit_layer`, there qkv_proj .. down_proj.
+
+    All other arguments are those of `decoder_block`. Returns hidden [T, hidden_size].
+    """
+    return _river.dual_layer(
+        index, hidden, previous, thresholds, min_layers, limit, exited, similarities,
+        input_layernorm, q_proj, k_proj, v_proj, o_proj, post_attention_layernorm, gate_proj, up_proj,
+        down_proj, qkv_tiles, o_tiles, gate_up_tiles, down_tiles, k_cache, v_cache, slots, positions,
+        cos, sin, num_attention_heads, rms_norm_eps, q_bias, k_bias, v_bias, o_bias, q_norm, k_norm,
+        query_scale, softmax_scale, sliding_window, kv_valid,
+    )  # fmt: skip
+
+
+def advance(
+    before: Tensor,
+    after: Tensor,
+    tokens: Tensor,
+    embed_tokens: Tensor,
+    stop_tokens: Tensor,
+    hidden: Tensor,
+    slots: Tensor,
+    positions: Tensor,
+    draw_positions: Tensor,
+    remaining: Tensor,
+    exited: Tensor,
+    similarities: Tensor,
+    step: Tensor,
+    records: Tensor,
+) -> None:
+    """Ends a step of `dual_layer`s: writes a record of it for the host, and what the next step starts from.
+
+    Args:
+        before, after: [T, hidden_size], input and output of the last layer; hidden_size is a multiple of 16.
+        tokens: [T] int64, drawn from `after`.
+        embed_tokens: [vocab_size, hidden_size].
+        stop_tokens: [any number] int64, tokens that end a row; unused entries are -1.
+        hidden: [T, hidden_size]; an active row gets its token's embedding, unless there is none.
+        slots, positions: [T] int32. An active row moves one position on; after its last token its slot
+            becomes -1.
+        draw_positions: [T] int32, becomes positions + 1 in active rows: where the next token is drawn.
+        remaining: [T] int32, tokens that a row may still draw; one less in active rows, and the end at 0.
+        exited: [layers] int32, what `dual_layer` wrote; becomes 0.
+        similarities: [layers, T] fp32; the last row is written if the last layer ran as a decoder block.
+        step: [1] int32, steps taken; one more.
+        records: [any number, 2 + T + layers * T] int32, on the CPU, and pinned where the others are on CUDA.
+            Entry step % records is written: the number of the step from 1; the exit depth; tokens, -1 in
+            inactive rows; the bits of similarities, of which those of exit layers and of inactive rows may
+            hold anything. The number is written last, so that the host may poll it.
+    """
+    _river.advance(
+        before, after, tokens, embed_tokens, stop_tokens, hidden, slots, positions, draw_positions, remaining,
+        exited, similarities, step, records,
+    )  # fmt: skip
+
+
 def state_similarity(x: Tensor, y: Tensor) -> Tensor:
     """Cosine of the rows of x and y, [T, hidden_size] each -> [T] fp32, clamped to [-1, 1].
 
@@ -224,22 +342,27 @@ def packed_shape(out_features: int, in_features: int) -> tuple[int, int, int]:
     return (-(-out_features // TILE_ROWS), -(-in_features // TILE_COLS), TILE_BYTES)
 
 
-def _fake(name: str):
+def _fake(name: str, on_host: tuple[int, ...] = ()):
     """Registers the fake kernel of an op.
 
     Torch also takes it when one argument alone has no data, so it insists that all tensors are on one device:
-    else the op would return memory that nobody wrote.
+    else the op would return memory that nobody wrote. The arguments at the places `on_host` are on the CPU
+    beside tensors of any device.
     """
 
     def register(fake):
         @torch.library.register_fake(f"river::{name}")
-        def checked(first, *args):
-            for other in args:
-                if isinstance(other, Tensor) and other.device != first.device:
+        def checked(*args):
+            first, *others = (a for i, a in enumerate(args) if isinstance(a, Tensor) and i not in on_host)
+            for other in others:
+                if other.device != first.device:
                     raise RuntimeError(
                         f"river::{name}: tensors on {first.device} and {other.device}, expected one device"
                     )
-            return fake(first, *args)
+            for i in on_host:
+                if args[i].device.type != "cpu":
+                    raise RuntimeError(f"river::{name}: argument {i} is on {args[i].device}, expected cpu")
+            return fake(*args)
 
     return register
 
@@ -252,6 +375,16 @@ def _(hidden, *args):
 @_fake("exit_layer")
 def _(hidden, *args):
     return torch.empty_like(hidden), hidden.new_empty(hidden.shape[0], dtype=torch.float32)
+
+
+@_fake("dual_layer")
+def _(index, hidden, *args):
+    return torch.empty_like(hidden)
+
+
+@_fake("advance", on_host=(13,))
+def _(*args):
+    return None
 
 
 @_fake("state_similarity")

@@ -15,6 +15,7 @@ from .text import Text
 
 MODES = ("river", "full", "full_w4")
 KV_STRATEGIES = ("share",)
+EXIT_CONTROLS = ("auto", "host", "device")
 
 
 @dataclass(frozen=True)
@@ -35,6 +36,7 @@ class Options:
     stop: str | Sequence[str] = ()
     stop_tokens: int | Sequence[int] | None = None
     return_logits: bool = False
+    exit_control: str = "auto"
 
 
 @dataclass(frozen=True)
@@ -50,6 +52,12 @@ class Plan:
     stop: tuple[str, ...]
     stop_tokens: frozenset[int]
     return_logits: bool
+    exit_control: str
+
+    @property
+    def needs_logits(self) -> bool:
+        """Whether the host sees the logits of every step."""
+        return self.return_logits or self.sampling.filters
 
 
 def is_batch(prompt) -> bool:
@@ -75,7 +83,7 @@ def plan(config: ModelConfig, text: Text | None, prompt, options: Options) -> Pl
         raise RiverError("stop strings need a tokenizer, and this checkpoint has no tokenizer.json")
     stop_tokens = config.eos_token_ids if options.stop_tokens is None else options.stop_tokens
     stop_tokens = [stop_tokens] if isinstance(stop_tokens, Integral) else stop_tokens
-    return Plan(
+    checked = Plan(
         prompts=prompts,
         seeds=per_request("seed", options.seed, len(prompts), integer, -(2**63), 2**63 - 1),
         rule=exit_rule(config, options, len(prompts)),
@@ -85,7 +93,21 @@ def plan(config: ModelConfig, text: Text | None, prompt, options: Options) -> Pl
         stop=stop,
         stop_tokens=frozenset(token_ids("stop_tokens", stop_tokens, config)),
         return_logits=bool(options.return_logits),
+        exit_control=options.exit_control,
     )
+    check_exit_control(checked)
+    return checked
+
+
+def check_exit_control(plan: Plan) -> None:
+    choice("exit_control", plan.exit_control, EXIT_CONTROLS)
+    if plan.exit_control == "device" and plan.needs_logits:
+        top_k, top_p = plan.sampling.top_k, plan.sampling.top_p
+        why = "return_logits=True" if plan.return_logits else f"top_k={top_k}" if top_k else f"top_p={top_p}"
+        raise RiverError(
+            f"exit_control='device' with {why}, which needs every step's logits on the host; "
+            "accepted: 'auto' or 'host'"
+        )
 
 
 def prompt_tokens(config: ModelConfig, text: Text | None, prompt) -> list[int]:

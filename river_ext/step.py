@@ -1,10 +1,9 @@
-"""One decoding step: up to eight rows through backbone, river and head.
+"""One decoding step, run eagerly, op by op: up to eight rows through backbone, river and head.
 
     embed -> decoder blocks 0..d-1, a decision after each -> exit layers d..L-1 -> norm, head, token
 
 The decision is one small read per layer, and only where the rule can be met at all; nothing else of a step
-comes back to the host before its end. A captured or device-controlled step takes the place of `decode_step`
-with the same arguments and the same result.
+comes back to the host before its end. graph.py has the same steps as captured graphs.
 """
 
 from collections.abc import Sequence

@@ -13,6 +13,7 @@
 #include <utility>
 #include <vector>
 
+#include "../read_ring.h"
 #include "../river.h"
 #include "runtime.h"
 #include "selftest.h"
@@ -134,6 +135,13 @@ Call state_similarity(const py::kwargs& values) {
   river::StateSimilarityArgs a{};
   Fields{values}("dtype", a.dtype)("rows", a.rows)("hidden_size", a.hidden_size)("x", a.x)("y", a.y)("out", a.out);
   return call(a, {}, cuda::launch_state_similarity);
+}
+
+Call read_ring(const py::kwargs& values) {
+  river::ReadRingArgs a{};
+  Fields{values}("bytes", a.bytes)("stage_bytes", a.stage_bytes)("copy_bytes", a.copy_bytes)("stages", a.stages)(
+      "blocks_per_sm", a.blocks_per_sm)("data", a.data)("checksums", a.checksums);
+  return call(a, {}, cuda::launch_read_ring);
 }
 
 template <void (*kLaunch)(const river::W4Args&, cuda::Stream)>
@@ -274,6 +282,7 @@ PYBIND11_MODULE(river_emulation, m) {
       {"lm_head", lm_head},
       {"linear", linear},
       {"state_similarity", state_similarity},
+      {"read_ring", read_ring},
       {"pack_w4", w4_format<cuda::launch_pack_w4>},
       {"unpack_w4", w4_format<cuda::launch_unpack_w4>},
       {"dequantize_w4", w4_format<cuda::launch_dequantize_w4>},

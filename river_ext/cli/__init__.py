@@ -95,6 +95,7 @@ def _parser() -> argparse.ArgumentParser:
     generate.add_argument("--top-p", type=float, metavar="P", help="draw among the likeliest; 1 is all")
     generate.add_argument("--seed", type=int, help="of sampling, and of the demo's prompts (0)")
     generate.add_argument("--stop", action="append", metavar="TEXT", help="end before this text")
+    generate.add_argument("--exit-control", help="where exits are decided: auto (default), host or device")
 
     info = command("info", run_info, "show this installation, and the facts of a model")
     _add_model(info, "the bundled model", device=False)

@@ -15,7 +15,7 @@ def run_info(arguments) -> None:
     from .. import ops
 
     build = ops._C.build_info()
-    gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
+    gpus = [_gpu_facts(index, build, ops._C) for index in range(torch.cuda.device_count())]
     facts = {
         "version": __version__,
         "build": build,
@@ -27,10 +27,10 @@ def run_info(arguments) -> None:
     reason = build.get("cuda_note") or f"built without them; torch {torch_cuda}"
     lines = {
         "river_ext": __version__ + ("" if build["version"] == __version__ else f", ops {build['version']}"),
-        "CUDA kernels": f"for {build['cuda_archs']}" if build["cuda"] else f"none ({reason})",
+        "CUDA kernels": f"for {', '.join(_compiled(build))}" if build["cuda"] else f"none ({reason})",
         "CPU kernels": f"{build['cpu_isa']}, {threads()}",
         "torch": torch.__version__,
-        "GPU": ", ".join(gpus) or "none",
+        "GPU": ", ".join(f"{gpu['name']} ({gpu['arch']}): {gpu['runs']}" for gpu in gpus) or "none",
     }
     if arguments.demo or arguments.model is not None:
         model_facts, model_lines = _checkpoint_facts(arguments)
@@ -44,6 +44,39 @@ def run_info(arguments) -> None:
     width = max(map(len, lines)) + 2
     for name, value in lines.items():
         print(f"{name:{width}}{printable(str(value))}")
+
+
+def _compiled(build: dict) -> list[str]:
+    """The architectures that the CUDA kernels were compiled for, in the compiler's names."""
+    names = []
+    for arch in build["cuda_archs"].split(";"):
+        number = arch.removesuffix("+PTX").replace(".", "")
+        names.append("sm_" + ("90a" if number == "90" else number))
+        if arch.endswith("+PTX"):
+            names.append("compute_" + number.rstrip("af"))
+    return names
+
+
+def _gpu_facts(index: int, build: dict, module) -> dict:
+    """A GPU, and which of the compiled kernels it will run."""
+    import torch
+
+    major, minor = torch.cuda.get_device_capability(index)
+    facts = {"name": torch.cuda.get_device_name(index), "arch": f"sm_{major}{minor}"}
+    if not build["cuda"]:
+        return facts | {"runs": "no kernels in this build"}
+    with torch.cuda.device(index):
+        image = module.cuda_image()
+    return facts | {"runs": _runs(facts["arch"], image, _compiled(build))}
+
+
+def _runs(arch: str, image: dict, compiled: list[str]) -> str:
+    if image["code"] is None:
+        return f"no kernels for {arch}: compiled for {', '.join(compiled)}"
+    ready = [name for name in compiled if name.rstrip("af") == f"sm_{image['code']}"]
+    return (
+        f"machine code for {ready[0]}" if ready else f"PTX for compute_{image['ptx']}, compiled by the driver"
+    )
 
 
 def _checkpoint_facts(arguments) -> tuple[dict, dict]:

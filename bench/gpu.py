@@ -1,0 +1,309 @@
+"""What the GPU benchmarks share: the device, cold timing in CUDA graphs, random data, and the results file.
+
+A time is that of one launch out of a graph of many. The launches rotate over copies of their weights that no
+cache holds together; the graph is replayed between events, in two series. A result is the median of all
+replays, and its spread what the medians of the two series differ by: smaller differences are noise.
+"""
+
+import argparse
+import contextlib
+import functools
+import gc
+import json
+import os
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from common import RESULTS
+
+from river_ext import ops
+
+WORKING_SET = 1.0e9  # bytes that launches rotate over, or 4 x L2 where that is more
+GRAPH_BYTES = 4.0e9  # read by one replay: about a millisecond, so that its start does not count
+MAX_LAUNCHES = 2048
+CLOCKS = "clocks.sm,clocks.mem,clocks.max.sm,clocks.max.mem,temperature.gpu,power.draw"
+
+
+# ---- command line and device ------------------------------------------------------------------------
+
+
+def parser(description: str) -> argparse.ArgumentParser:
+    p = argparse.ArgumentParser(description=description)
+    p.add_argument("--out", type=Path, default=RESULTS, help="folder of the JSON file (default: %(default)s)")
+    p.add_argument("--quick", action="store_true", help="fewer cases and repeats")
+    return p
+
+
+def refuse(reason: str) -> None:
+    print(f"{Path(sys.argv[0]).name}: {reason}", file=sys.stderr)
+    raise SystemExit(2)
+
+
+def require_cuda(warm: bool = True) -> None:
+    """Ends with one line where there is nothing to measure."""
+    if not torch.cuda.is_available():
+        refuse(f"no CUDA device is visible to torch {torch.__version__}; this benchmark measures one")
+    info = ops._C.build_info()
+    if not info["cuda"]:
+        refuse(f"river_ext has no CUDA kernels: {info['cuda_note']}")
+    torch.manual_seed(0)
+    if warm:
+        warm_up()
+
+
+def warm_up(seconds: float = 0.3) -> None:
+    """Brings the clocks up."""
+    x = torch.randn(4096, 4096, dtype=torch.bfloat16, device="cuda")
+    end = time.perf_counter() + seconds
+    while time.perf_counter() < end:
+        for _ in range(20):
+            x @ x
+        torch.cuda.synchronize()
+
+
+def sm_count() -> int:
+    return torch.cuda.get_device_properties(0).multi_processor_count
+
+
+def machine() -> dict:
+    """The device and everything that the numbers depend on; None: could not be read."""
+    properties = torch.cuda.get_device_properties(0)
+    info = ops._C.build_info()
+    return {
+        "device": properties.name,
+        "sm_count": properties.multi_processor_count,
+        "capability": f"{properties.major}.{properties.minor}",
+        "memory_gib": round(properties.total_memory / 2**30, 1),
+        "l2_mib": properties.L2_cache_size / 2**20,
+        "driver": smi("driver_version"),
+        "torch": torch.__version__,
+        "cuda": torch.version.cuda,
+        "python": ".".join(map(str, sys.version_info[:3])),
+        "river_ext": info["version"],
+        "cuda_archs": info["cuda_archs"],
+        "commit": commit(),
+    }
+
+
+def commit() -> str | None:
+    """RIVER_COMMIT, for a copy of the tree without its history, or what git says."""
+    if os.environ.get("RIVER_COMMIT"):
+        return os.environ["RIVER_COMMIT"]
+    command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty"]
+    return _output(command)
+
+
+def smi(fields: str) -> str | None:
+    """What nvidia-smi says of the current device."""
+    command = ["nvidia-smi", f"--query-gpu={fields}", "--format=csv,noheader,nounits"]
+    uuid = getattr(torch.cuda.get_device_properties(0), "uuid", None)
+    text = (_output([*command, "-i", f"GPU-{uuid}"]) if uuid else None) or _output(command)
+    return text.splitlines()[0].strip() if text else None
+
+
+def _output(command: list[str]) -> str | None:
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=20)
+        return done.stdout.strip() or None
+    except (OSError, subprocess.SubprocessError):
+        return None
+
+
+def clocks_under_load(graph: torch.cuda.CUDAGraph) -> dict | None:
+    """Clocks (MHz), temperature and power (W), read while the graph runs again and again."""
+    command = ["nvidia-smi", f"--query-gpu={CLOCKS}", "--format=csv,noheader,nounits"]
+    try:
+        process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
+    except OSError:
+        return None
+    end = time.perf_counter() + 10
+    while process.poll() is None and time.perf_counter() < end:
+        for _ in range(10):
+            graph.replay()
+        torch.cuda.synchronize()
+    if process.poll() != 0:
+        process.kill()
+        return None
+    return read_clocks(process.stdout.read())
+
+
+def read_clocks(text: str) -> dict | None:
+    """One line of nvidia-smi's answer; a value that it does not give is None."""
+    values = (text.strip().splitlines() or [""])[0].split(",")
+    names = CLOCKS.split(",")
+    if len(values) != len(names):
+        return None
+    return {name.replace(".", "_"): _number(value) for name, value in zip(names, values, strict=True)}
+
+
+def _number(text: str) -> float | None:
+    try:
+        return float(text)
+    except ValueError:
+        return None
+
+
+# ---- timing -----------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Time:
+    us: float  # of one launch, median
+    spread_percent: float  # between the medians of two series of the same
+    launches: int  # in a replay
+
+    def fields(self) -> dict:
+        return {"us": self.us, "spread_percent": self.spread_percent, "launches": self.launches}
+
+
+@functools.cache
+def capture_stream() -> torch.cuda.Stream:
+    """One for all captures: the ops keep a workspace per stream."""
+    return torch.cuda.Stream()
+
+
+def capture(run: Callable[[], None], keep_graph: bool = False) -> torch.cuda.CUDAGraph:
+    """Runs once to warm up, then captures, both on one stream of their own."""
+    stream = capture_stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    graph = torch.cuda.CUDAGraph(keep_graph=True) if keep_graph else torch.cuda.CUDAGraph()
+    with torch.cuda.stream(stream):
+        run()
+        torch.cuda.synchronize()
+        gc.disable()  # nothing may be freed while a capture is on
+        try:
+            graph.capture_begin()
+            try:
+                run()
+            finally:
+                graph.capture_end()
+        finally:
+            gc.enable()
+    torch.cuda.synchronize()
+    return graph
+
+
+def replay_us(graph: torch.cuda.CUDAGraph, repeats: int) -> list[float]:
+    """The time of each of several replays, back to back."""
+    events = [[torch.cuda.Event(enable_timing=True) for _ in range(2)] for _ in range(repeats)]
+    for start, end in events:
+        start.record()
+        graph.replay()
+        end.record()
+    torch.cuda.synchronize()
+    return [1e3 * start.elapsed_time(end) for start, end in events]
+
+
+def time_graph(
+    graph: torch.cuda.CUDAGraph, launches: int, repeats: int = 10, reset: Callable[[], None] = lambda: None
+) -> Time:
+    """The time of one of the launches; `reset` runs before each series."""
+    series = []
+    for count in (2, repeats, repeats):  # the first one warms up
+        reset()
+        series.append(replay_us(graph, count))
+    return time_of(*series[1:], launches)
+
+
+def time_of(first: list[float], second: list[float], launches: int) -> Time:
+    medians = [statistics.median(series) for series in (first, second)]
+    spread = 100 * abs(medians[0] - medians[1]) / min(medians)
+    return Time(statistics.median(first + second) / launches, spread, launches)
+
+
+def time_rotated(call: Callable, items: list, size: float, repeats: int = 10) -> Time:
+    """The time of call(item) in a graph that goes over the items, of `size` bytes each, several times."""
+    graph, launches = capture_rotated(call, items, size)
+    return time_graph(graph, launches, repeats)
+
+
+def capture_rotated(call: Callable, items: list, size: float) -> tuple[torch.cuda.CUDAGraph, int]:
+    passes = max(1, min(int(GRAPH_BYTES // (len(items) * size)), MAX_LAUNCHES // len(items)))
+
+    def run():
+        for _ in range(passes):
+            for item in items:
+                call(item)
+
+    return capture(run), passes * len(items)
+
+
+def copies(size: float) -> int:
+    """How many tensors of `size` bytes make a working set that is cold whenever its turn comes."""
+    l2 = torch.cuda.get_device_properties(0).L2_cache_size
+    return max(2, min(MAX_LAUNCHES, int(-(-max(WORKING_SET, 4 * l2) // size))))
+
+
+def rotation(tensor: torch.Tensor) -> list[torch.Tensor]:
+    """The tensor and copies of it elsewhere in memory."""
+    return [tensor] + [tensor.clone() for _ in range(copies(size_of(tensor)) - 1)]
+
+
+def size_of(*tensors: torch.Tensor) -> int:
+    return sum(t.numel() * t.element_size() for t in tensors)
+
+
+overlap_modes = ["prefetch"]  # the package's own, and what is set for now
+
+
+@contextlib.contextmanager
+def overlap(mode: str):
+    """How much of a kernel may happen before the kernels ahead of it end: none, launch or prefetch."""
+    overlap_modes.append(mode)
+    ops._C.set_overlap(mode)
+    try:
+        yield
+    finally:
+        overlap_modes.pop()
+        ops._C.set_overlap(overlap_modes[-1])
+
+
+# ---- data -------------------------------------------------------------------------------------------
+
+
+def dense_weight(out_features: int, in_features: int) -> torch.Tensor:
+    return torch.randn(out_features, in_features, dtype=torch.bfloat16) * in_features**-0.5
+
+
+def packed_weight(out_features: int, in_features: int) -> torch.Tensor:
+    """Random nibbles with plausible scales: outputs of unit inputs have about unit size."""
+    tiles = torch.randint(0, 256, ops.packed_shape(out_features, in_features), dtype=torch.uint8)
+    metadata = torch.tensor([0.2 * in_features**-0.5, 7.5]).repeat(ops.TILE_ROWS).half()
+    tiles[..., 512:] = metadata.view(torch.uint8)
+    return tiles
+
+
+def relative_error(out: torch.Tensor, expected: torch.Tensor) -> float:
+    """|out - expected| / |expected| in double precision; NaN stays NaN."""
+    return ((out.double() - expected.double()).norm() / expected.double().norm()).item()
+
+
+# ---- results ----------------------------------------------------------------------------------------
+
+
+def slug(device: str) -> str:
+    return "_".join("".join(c if c.isalnum() else " " for c in device).lower().split())
+
+
+def save(question: str, args: argparse.Namespace, result: dict, load=None) -> None:
+    """Adds the device, and its clocks while the graph `load` runs, and writes the file."""
+    facts = {"machine": machine(), "quick": args.quick, "clocks": load and clocks_under_load(load)}
+    print(write(question, args.out, facts | result))
+
+
+def write(question: str, folder: Path, result: dict) -> Path:
+    """QUESTION_<device>.json, by way of a temporary file: a stopped run leaves nothing half-written."""
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / f"{question}_{slug(result['machine']['device'])}.json"
+    temporary = path.with_suffix(".tmp")
+    # a NaN is no measurement, and no JSON either
+    text = json.dumps({"question": question} | result, indent=1, allow_nan=False)
+    temporary.write_text(text + "\n")
+    temporary.replace(path)
+    return path

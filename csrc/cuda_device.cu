@@ -1,0 +1,89 @@
+// What the ops ask of the CUDA runtime beside launching kernels. The emulated GPU has no ops, and does without.
+#ifndef RIVER_EMULATION
+
+#include <atomic>
+#include <mutex>
+
+#include "cuda_device.h"
+#include "device/arch.cuh"
+#include "device/launch.h"
+
+namespace river::cuda {
+namespace {
+
+void check(cudaError_t error, const char* question) {
+  if (error == cudaSuccess) return;
+  cudaGetLastError();  // clears it: the next call is not to blame
+  throw std::runtime_error(std::string("CUDA, ") + question + ": " + cudaGetErrorString(error));
+}
+
+// Never launched: the driver is asked what it would run. All kernels are compiled for the same architectures.
+__global__ void image_kernel() { device::dependency_wait(); }
+
+Image find_image() {
+  cudaFuncAttributes attributes{};
+  const cudaError_t error = cudaFuncGetAttributes(&attributes, image_kernel);
+  Image image{device::device_facts().arch, 0, 0};
+  switch (error) {
+    case cudaErrorNoKernelImageForDevice:
+    case cudaErrorInvalidDeviceFunction:
+    case cudaErrorInvalidKernelImage:
+    case cudaErrorInvalidPtx:
+    case cudaErrorUnsupportedPtxVersion:  // a driver older than the PTX
+    case cudaErrorJitCompilerNotFound:
+    case cudaErrorJitCompilationDisabled:
+      cudaGetLastError();  // clears it
+      return image;
+    default:
+      check(error, "which code the device runs");
+  }
+  image.code = attributes.binaryVersion;
+  image.ptx = attributes.ptxVersion;
+  return image;
+}
+
+}  // namespace
+
+const Image& image() {
+  constexpr int kMaxDevices = 64;
+  static Image images[kMaxDevices];
+  static std::once_flag found[kMaxDevices];
+  int device = 0;
+  check(cudaGetDevice(&device), "which device is current");
+  if (device >= kMaxDevices) throw std::runtime_error("CUDA: too many devices");
+  std::call_once(found[device], [&] { images[device] = find_image(); });
+  return images[device];
+}
+
+int sm_count() { return device::device_facts().sm_count; }
+
+bool is_capturing(Stream stream) {
+  cudaStreamCaptureStatus status = cudaStreamCaptureStatusNone;
+  check(cudaStreamIsCapturing(stream, &status), "whether the stream is being captured");
+  return status != cudaStreamCaptureStatusNone;
+}
+
+void clear(void* memory, int64_t bytes, Stream stream) {
+  check(cudaMemsetAsync(memory, 0, bytes, stream), "clearing memory");
+}
+
+bool is_pinned(const void* memory) {
+  cudaPointerAttributes attributes{};
+  if (cudaPointerGetAttributes(&attributes, memory) != cudaSuccess) {
+    cudaGetLastError();  // clears it
+    return false;
+  }
+  return attributes.type == cudaMemoryTypeHost && attributes.devicePointer == memory;
+}
+
+namespace {
+
+std::atomic<Overlap> overlap_setting{Overlap::kPrefetch};
+
+}  // namespace
+
+Overlap overlap() { return overlap_setting; }
+void set_overlap(Overlap value) { overlap_setting = value; }
+
+}  // namespace river::cuda
+#endif  // RIVER_EMULATION

@@ -1,0 +1,67 @@
+// The module river_ext._C: importing it registers the ops (ops*.cpp); what it holds itself are facts and settings.
+#include <pybind11/pybind11.h>
+
+#include <cstdint>
+#include <string>
+
+#include "cuda_device.h"
+#include "read_ring.h"
+#include "river.h"
+
+namespace py = pybind11;
+namespace cpu = river::cpu;
+namespace cuda = river::cuda;
+
+PYBIND11_MODULE(_C, m) {
+  m.doc() = "Registers torch.ops.river.* and holds facts about the build.";
+  m.attr("MAX_ROWS") = river::kMaxRows;
+  m.attr("TILE_ROWS") = river::kTileRows;
+  m.attr("TILE_COLS") = river::kTileCols;
+  m.attr("TILE_BYTES") = river::kTileBytes;
+  m.def("build_info", [] {
+    py::dict info;
+    info["version"] = RIVER_VERSION;
+    info["cuda"] = (bool)RIVER_WITH_CUDA;
+    info["cuda_archs"] = RIVER_CUDA_ARCHS;
+    info["cuda_note"] = RIVER_CUDA_NOTE;
+    info["cpu_isa"] = cpu::isa();
+    return info;
+  });
+  m.def("cpu_isas", [] {
+    py::list names;
+    for (const char* const* name = cpu::supported_isas(); *name; name++) names.append(*name);
+    return py::tuple(names);
+  }, "Instruction sets this machine can run, best first");
+  m.def("set_cpu_isa", [](const std::string& name) {
+    if (!cpu::set_isa(name.c_str())) throw py::value_error("cpu isa '" + name + "' is not supported on this machine");
+  }, "Chooses the instruction set of the CPU kernels, for tests and measurements; not while an op runs");
+#if RIVER_WITH_CUDA
+  m.def("cuda_image", [] {
+    const cuda::Image& image = cuda::image();
+    py::dict facts;
+    facts["device"] = image.device;
+    facts["code"] = image.code ? py::object(py::int_(image.code)) : py::none();
+    facts["ptx"] = image.code ? py::object(py::int_(image.ptx)) : py::none();
+    return facts;
+  }, "Of the current GPU: its architecture, that of the machine code it runs (None: this build has none for it), and "
+     "that of the PTX behind it");
+  m.def("set_overlap", [](const std::string& name) {
+    if (name == "none") cuda::set_overlap(cuda::Overlap::kNone);
+    else if (name == "launch") cuda::set_overlap(cuda::Overlap::kLaunch);
+    else if (name == "prefetch") cuda::set_overlap(cuda::Overlap::kPrefetch);
+    else throw py::value_error("overlap is '" + name + "', expected none, launch or prefetch");
+  }, "How much consecutive CUDA kernels overlap (prefetch by default), for measurements; results do not depend on it");
+  m.def("read_ring", [](uintptr_t data, int64_t bytes, int stage_bytes, int copy_bytes, int stages, int blocks_per_sm,
+                        uintptr_t checksums, uintptr_t stream) {
+    cuda::launch_read_ring(
+        {.bytes = bytes, .stage_bytes = stage_bytes, .copy_bytes = copy_bytes, .stages = stages,
+         .blocks_per_sm = blocks_per_sm, .data = reinterpret_cast<const uint8_t*>(data),
+         .checksums = reinterpret_cast<uint32_t*>(checksums)},
+        {.partials = nullptr, .counters = nullptr, .scratch = nullptr, .blocks = cuda::sm_count(),
+         .overlap = cuda::overlap()},
+        reinterpret_cast<cuda::Stream>(stream));
+  }, "Reads memory of the current GPU through the ring that streams weights, for measurements (csrc/read_ring.h)",
+        py::kw_only(), py::arg("data"), py::arg("bytes"), py::arg("stage_bytes"), py::arg("copy_bytes"),
+        py::arg("stages"), py::arg("blocks_per_sm"), py::arg("checksums"), py::arg("stream"));
+#endif
+}

@@ -1,0 +1,233 @@
+// Argument checks of the ops: device, dtype, shape, layout, range. And torch's stable ABI: one binary serves torch 2.11
+// and later.
+#pragma once
+
+#define TORCH_TARGET_VERSION (((0ULL + 2) << 56) | ((0ULL + 11) << 48))
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+#include <torch/headeronly/core/ScalarType.h>
+
+#include <algorithm>
+#include <cmath>
+#include <cstdint>
+#include <optional>
+#include <sstream>
+#include <stdexcept>
+#include <string>
+#include <vector>
+
+#include "river.h"
+
+namespace river::ops {
+
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+using OptionalTensor = std::optional<Tensor>;
+using Sizes = std::vector<int64_t>;
+
+inline const char* name_of(ScalarType type) {
+  switch (type) {
+    case ScalarType::Float: return "float32";
+    case ScalarType::BFloat16: return "bfloat16";
+    case ScalarType::Half: return "float16";
+    case ScalarType::Double: return "float64";
+    case ScalarType::Byte: return "uint8";
+    case ScalarType::Char: return "int8";
+    case ScalarType::Short: return "int16";
+    case ScalarType::Int: return "int32";
+    case ScalarType::Long: return "int64";
+    case ScalarType::Bool: return "bool";
+    default: return "another dtype";
+  }
+}
+
+inline std::string device_of(const Tensor& t) {
+  if (t.is_cpu()) return "cpu";
+  return t.is_cuda() ? "cuda:" + std::to_string(t.get_device_index()) : "another device";
+}
+
+constexpr int64_t kAny = -1;
+
+template <class Values>
+std::string text(const Values& values) {
+  std::ostringstream out;
+  out << "[";
+  for (size_t i = 0; i < values.size(); i++) {
+    if (i) out << ", ";
+    if (values[i] == kAny) out << "*";
+    else out << values[i];
+  }
+  out << "]";
+  return out.str();
+}
+
+template <class T = void>
+const T* data(const Tensor& t) {
+  return static_cast<const T*>(t.const_data_ptr());
+}
+
+template <class T = void>
+T* mutable_data(const Tensor& t) {
+  return static_cast<T*>(t.mutable_data_ptr());
+}
+
+inline Tensor empty(const Sizes& sizes, ScalarType type, const Tensor& like) {
+  return torch::stable::new_empty(like, sizes, type);
+}
+
+inline int64_t tiles_of(int64_t rows) { return ceil_div(rows, kTileRows); }
+inline int64_t column_tiles_of(int64_t columns) { return ceil_div(columns, kTileCols); }
+
+// Of one op's arguments. The first tensor says where the op runs; all others must be there too. Values in a GPU's
+// memory are not looked at: that would wait for it. Its kernels treat rows out of range as inactive.
+class Check {
+ public:
+  Check(const char* op, const char* first_name, const Tensor& first) : op_(op), first_name_(first_name) {
+    if (first.is_cpu()) return;
+    require(RIVER_WITH_CUDA, first_name, " is not on the CPU, and this build has no CUDA kernels");
+    require(first.is_cuda(), first_name, " is on another device, expected cpu or cuda");
+    gpu_ = first.get_device_index();
+  }
+
+  bool on_cuda() const { return gpu_ >= 0; }
+  int gpu() const { return gpu_; }
+
+  template <class... Parts>
+  void require(bool ok, const Parts&... parts) const {
+    if (ok) return;
+    std::ostringstream out;
+    out << "river::" << op_ << ": ";
+    (out << ... << parts);
+    throw std::runtime_error(out.str());
+  }
+
+  void tensor(const char* name, const Tensor& t, ScalarType type, const Sizes& sizes) const {
+    if (!is_here(t)) {
+      const std::string here = on_cuda() ? "cuda:" + std::to_string(gpu_) : "cpu";
+      require(false, name, " is on ", device_of(t), ", ", first_name_, " on ", here, ", expected one device");
+    }
+    content(name, t, type, sizes);
+  }
+
+  // Of a tensor whose device is the caller's business
+  void content(const char* name, const Tensor& t, ScalarType type, const Sizes& sizes) const {
+    require(t.scalar_type() == type, name, " is ", name_of(t.scalar_type()), ", expected ", name_of(type));
+    const auto have = t.sizes();
+    bool same = have.size() == sizes.size();
+    for (size_t i = 0; same && i < sizes.size(); i++) same = sizes[i] == kAny || have[i] == sizes[i];
+    require(same, name, " has shape ", text(have), ", expected ", text(sizes));
+    require(t.is_contiguous(), name, " is not contiguous");
+  }
+
+  // A tensor that the CUDA kernels read or write 16 bytes at a time
+  void vectors(const char* name, const Tensor& t, ScalarType type, const Sizes& sizes) const {
+    tensor(name, t, type, sizes);
+    if (!on_cuda()) return;
+    const auto remainder = reinterpret_cast<uintptr_t>(t.const_data_ptr()) % 16;
+    require(remainder == 0, name, " starts ", remainder, " bytes past a multiple of 16, expected its data aligned to ",
+            "16 bytes on CUDA");
+  }
+
+  // Null where absent
+  template <class T = void>
+  const T* optional(const char* name, const OptionalTensor& t, ScalarType type, const Sizes& sizes) const {
+    if (!t) return nullptr;
+    tensor(name, *t, type, sizes);
+    return data<T>(*t);
+  }
+
+  DType dense_dtype(const char* name, ScalarType type) const {
+    if (type == ScalarType::Float) return DType::kFloat32;
+    if (type == ScalarType::BFloat16) return DType::kBFloat16;
+    require(type == ScalarType::Half, name, " is ", name_of(type), ", expected bfloat16, float16 or float32");
+    return DType::kFloat16;
+  }
+
+  DType model_dtype(const char* name, ScalarType type) const {
+    require(!on_cuda() || type == ScalarType::BFloat16 || type == ScalarType::Half, name, " is ", name_of(type),
+            " on CUDA; accepted there: bfloat16 or float16");
+    return dense_dtype(name, type);
+  }
+
+  // The first dim of a [T, ...] tensor
+  int rows(const char* name, const Tensor& t, int dims) const {
+    require((int)t.dim() == dims, name, " has ", t.dim(), " dimensions, expected ", dims);
+    const int64_t rows = t.size(0);
+    require(rows >= 1 && rows <= kMaxRows, name, " has ", rows, " rows, expected 1 to ", kMaxRows);
+    return (int)rows;
+  }
+
+  // Sizes that fit the int fields of the Args and every product of two of them an int64
+  int size(const char* name, int64_t value) const {
+    require(value >= 1 && value < (int64_t(1) << 30), name, " is ", value, ", expected 1 to 2^30 - 1");
+    return (int)value;
+  }
+
+  // The same of rows that the CUDA kernels read 16 bytes at a time
+  int vector_size(const char* name, int64_t value) const {
+    require(!on_cuda() || value % 8 == 0, name, " is ", value, ", expected a multiple of 8 on CUDA");
+    return size(name, value);
+  }
+
+  void in_place(const char* name, int row, int64_t value, int64_t first, int64_t last) const {
+    require(value >= first && value <= last, name, "[", row, "] is ", value, ", expected ", first, " to ", last);
+  }
+
+ private:
+  bool is_here(const Tensor& t) const { return on_cuda() ? t.is_cuda() && t.get_device_index() == gpu_ : t.is_cpu(); }
+
+  const char *op_, *first_name_;
+  int gpu_ = -1;  // -1: the CPU
+};
+
+// What decode_attention and the blocks check alike: the caches, and every row's place in them.
+struct Cache {
+  int slots, kv_heads, max_len, head_dim;
+
+  Cache(const Check& check, ScalarType type, int rows, int heads, const Tensor& k, const Tensor& v,
+        const Tensor& slots_, const Tensor& positions, const OptionalTensor& kv_valid) {
+    check.vectors("k_cache", k, type, {kAny, kAny, kAny, kAny});
+    slots = check.size("slots of k_cache", k.size(0));
+    kv_heads = check.size("num_key_value_heads of k_cache", k.size(1));
+    max_len = check.size("max_len of k_cache", k.size(2));
+    head_dim = check.vector_size("head_dim of k_cache", k.size(3));
+    check.vectors("v_cache", v, type, {slots, kv_heads, max_len, head_dim});
+    check.require(head_dim % 2 == 0 && head_dim <= kMaxHeadDim, "head_dim is ", head_dim,
+                  ", expected an even number up to ", kMaxHeadDim);
+    check.require(heads >= 1 && heads % kv_heads == 0 && heads / kv_heads <= kMaxGroup, "num_attention_heads is ",
+                  heads, ", expected a multiple of num_key_value_heads = ", kv_heads, ", at most ", kMaxGroup,
+                  " times as many");
+    check.size("num_attention_heads * head_dim", (int64_t)heads * head_dim);
+    check.require(k.const_data_ptr() != v.const_data_ptr(), "k_cache and v_cache are the same memory");
+    check.tensor("slots", slots_, ScalarType::Int, {rows});
+    check.tensor("positions", positions, ScalarType::Int, {rows});
+    check.optional("kv_valid", kv_valid, ScalarType::Bool, {slots, max_len});
+    if (check.on_cuda()) return;
+    const auto* slot = data<int32_t>(slots_);
+    const auto* position = data<int32_t>(positions);
+    for (int row = 0; row < rows; row++) {
+      check.in_place("slots", row, slot[row], -1, slots - 1);
+      if (slot[row] >= 0) check.in_place("positions", row, position[row], 0, max_len - 1);
+    }
+  }
+};
+
+inline int64_t window(const Check& check, std::optional<int64_t> sliding_window) {
+  check.require(!sliding_window || *sliding_window >= 1, "sliding_window is ", sliding_window.value_or(0),
+                ", expected at least 1");
+  return std::min(sliding_window.value_or(0), int64_t(1) << 31);  // no position is larger
+}
+
+inline float scale_of(const Check& check, std::optional<double> softmax_scale, int head_dim) {
+  const double scale = softmax_scale.value_or(1 / std::sqrt((double)head_dim));
+  check.require(std::isfinite((float)scale), "softmax_scale is ", scale, ", expected a finite number");
+  return (float)scale;
+}
+
+inline float eps_of(const Check& check, double eps) {
+  check.require(std::isfinite((float)eps) && eps >= 0, "rms_norm_eps is ", eps, ", expected a finite number >= 0");
+  return (float)eps;
+}
+
+}  // namespace river::ops
