@@ -8,17 +8,18 @@ namespace {
 
 using namespace device;
 
-constexpr int kThreads = kMaxRows * kWarp;  // a warp per row
+constexpr int kThreads = kParts * kWarp;
 
 // The similarity of the last layer, which no other kernel looks at
 template <class T>
 RIVER_DEVICE void finish_similarities(const AdvanceArgs& a) {
-  const int row = warp_id();
-  if (row >= a.rows || a.slots[row] < 0 || a.exited[a.layers - 1]) return;
-  const int64_t place = int64_t(row) * a.hidden_size;
-  const float similarity =
-      warp_cosine(static_cast<const T*>(a.before) + place, static_cast<const T*>(a.after) + place, a.hidden_size);
-  if (lane_id() == 0) a.similarities[int64_t(a.layers - 1) * a.rows + row] = similarity;
+  RIVER_SHARED(float, similarities, [kMaxRows]);
+  RIVER_SHARED(RowSquares, squares, [1]);
+  if (a.exited[a.layers - 1]) return;
+  measure_rows(static_cast<const T*>(a.before), static_cast<const T*>(a.after), a.rows, a.hidden_size, similarities,
+               squares[0], [] { __syncthreads(); });
+  const int t = threadIdx.x;
+  if (t < a.rows && a.slots[t] >= 0) a.similarities[int64_t(a.layers - 1) * a.rows + t] = similarities[t];
 }
 
 // All but the stamp

@@ -16,7 +16,8 @@ struct LinearPhase : StatelessPhase {
   int rows, out_features;
 
   RIVER_DEVICE const Source& source() const { return weight; }
-  RIVER_DEVICE void load(StreamActivations<T>& activations, const BlockWork& work, const StreamShape& shape) const {
+  RIVER_DEVICE void load(StreamActivations<T>& activations, const BlockWork& work, const StreamShape& shape,
+                         RowSquares&, bool) const {
     load_rows(activations, x, work, shape);
   }
   RIVER_DEVICE void finish(int strip, const StripTotals& totals, State&) const {

@@ -34,16 +34,18 @@ __global__ void local_kernel(float* out, int i) {  // an array indexed at run ti
 }
 template __global__ void local_kernel<64>(float*, int);
 
-// Budget: 1024 threads, 16 registers, mma
+// Budget: 1024 threads, 16 registers, 1000 shared, mma
 __global__ void __launch_bounds__(1024)
 greedy_kernel(float* out, int stride) {
+  __shared__ float kept[1024];
   dependency_wait();
+  kept[threadIdx.x] = out[threadIdx.x];
   float values[24];
 #pragma unroll
   for (int j = 0; j < 24; j++) values[j] = out[j * stride + threadIdx.x];
   __syncthreads();
 #pragma unroll
-  for (int j = 0; j < 24; j++) out[(24 - j) * stride + threadIdx.x] = values[j];
+  for (int j = 0; j < 24; j++) out[(24 - j) * stride + threadIdx.x] = values[j] + kept[1023 - threadIdx.x];
 }
 """
 
@@ -69,6 +71,7 @@ def test_planted_faults_are_refused(gate, tmp_path):
         ("waitless_kernel", "no dependency_wait"),
         ("local_kernel<64>", "bytes of local memory"),
         ("greedy_kernel", "its budget is 16"),
+        ("greedy_kernel", "static shared memory, its budget is 1000"),
         ("greedy_kernel", "two blocks per SM allow 32768"),
         ("greedy_kernel", "does not use the tensor cores"),
     ]:

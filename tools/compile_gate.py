@@ -5,10 +5,11 @@
 No kernel may spill registers or use local memory, and each must contain the dependency wait (sm_90), as a
 kernel without one races with its predecessor. A comment above a kernel sets a budget:
 
-    // Budget: 288 threads, 112 registers, mma
+    // Budget: 288 threads, 112 registers, 11264 shared, mma
 
-checks the registers per thread, that two such blocks fit an SM (32768 registers each), and that the tensor
-cores are used. Needs nvcc, no GPU; without nvcc it says so and passes. Nothing is compiled twice.
+checks the registers per thread, that two such blocks fit an SM (32768 registers each), the bytes of static
+shared memory, and that the tensor cores are used; the last two may be left out. Needs nvcc, no GPU; without
+nvcc it says so and passes. Nothing is compiled twice.
 """
 
 import argparse
@@ -34,6 +35,7 @@ REGISTERS_PER_BLOCK = 32768  # half of an SM's, so that two consecutive kernels 
 class Budget:
     threads: int
     registers: int
+    shared: int | None
     mma: bool
 
 
@@ -53,10 +55,8 @@ class Kernel:
 def budgets(sources):
     """{kernel: Budget} from the comments above kernels, in the sources and the headers that they share."""
     found = {}
-    pattern = (
-        r"// Budget: (\d+) threads, (\d+) registers(, mma)?\n(?:(?!__global__)[^\n]*\n)?__global__[^(]*?"
-    )
-    pattern += r"(?:__launch_bounds__\([^)]*\)\s*)?(\w+)\("
+    pattern = r"// Budget: (\d+) threads, (\d+) registers(?:, (\d+) shared)?(, mma)?\n"
+    pattern += r"(?:(?!__global__)[^\n]*\n)?__global__[^(]*?(?:__launch_bounds__\([^)]*\)\s*)?(\w+)\("
     for path in [*sources, *sorted((ROOT / "csrc" / "device").glob("*.cuh"))]:
         text = path.read_text()
         matches = re.findall(pattern, text)
@@ -64,8 +64,8 @@ def budgets(sources):
             sys.exit(
                 f"gate: {path.name}: a budget is not followed by its kernel, or not in the form of {__file__}"
             )
-        for threads, registers, mma, name in matches:
-            found[name] = Budget(int(threads), int(registers), bool(mma))
+        for threads, registers, shared, mma, name in matches:
+            found[name] = Budget(int(threads), int(registers), int(shared) if shared else None, bool(mma))
     return found
 
 
@@ -137,6 +137,8 @@ def complaints(kernel, name, arch, budget):
         allocated = -(-kernel.registers // 8) * 8 * budget.threads  # registers come in units of 8
         if allocated > REGISTERS_PER_BLOCK:
             yield f"uses {allocated} registers per block, two blocks per SM allow {REGISTERS_PER_BLOCK}"
+        if budget.shared is not None and kernel.shared > budget.shared:
+            yield f"uses {kernel.shared} bytes of static shared memory, its budget is {budget.shared}"
         if budget.mma and not kernel.mma:
             yield "does not use the tensor cores"
 

@@ -48,28 +48,18 @@ RIVER_DEVICE void load_rows(StreamActivations<T>& x, const T* source, const Bloc
          [&](int row, int column) { return load_activations(source + int64_t(row) * shape.in_features + first + column); });
 }
 
-// RMSNorm of source [rows, hidden_size], rounded once. Every thread takes the same columns of every row, and the sums
-// of the warps are added in order, so a row's scale depends on nothing else.
+// RMSNorm of source [rows, hidden_size], rounded once; `squares` is filled here unless it is known already.
 template <class T>
 RIVER_DEVICE void load_normalised(StreamActivations<T>& x, const T* source, const T* weight, float eps,
-                                  const BlockWork& work, const StreamShape& shape) {
-  RIVER_SHARED(float, squares, [kMaxRows][kReaders]);
+                                  const BlockWork& work, const StreamShape& shape, RowSquares& squares, bool known) {
   const int hidden_size = shape.in_features, first = work.first_tile * kTileCols;
-  for (int row = 0; row < x.rows; row++) {
-    float sum = 0;
-    for (int i = 8 * threadIdx.x; i < hidden_size; i += 8 * kReaderThreads) {
-      float v[8];
-      unpack<T>(load_activations(source + int64_t(row) * hidden_size + i), v);
-      for (int j = 0; j < 8; j++) sum += v[j] * v[j];
-    }
-    for (int lanes = kWarp / 2; lanes > 0; lanes /= 2) sum += shuffle_xor(sum, lanes);
-    if (lane_id() == 0) squares[row][warp_id()] = sum;
+  if (!known) {
+    measure_squares(source, x.rows, hidden_size, squares);
+    barrier_sync(kReaderBarrier, kReaderThreads);
   }
-  barrier_sync(kReaderBarrier, kReaderThreads);
   x.fill(hidden_size - first, [&](int row, int column) {
-    float sum = 0, v[8], w[8];
-    for (int warp = 0; warp < kReaders; warp++) sum += squares[row][warp];
-    const float inverse = 1.f / sqrtf(sum / hidden_size + eps);
+    float v[8], w[8];
+    const float inverse = 1.f / sqrtf(squares.total(row) / hidden_size + eps);
     unpack<T>(load_activations(source + int64_t(row) * hidden_size + first + column), v);
     unpack<T>(load_activations(weight + first + column), w);
     for (int j = 0; j < 8; j++) v[j] = v[j] * inverse * w[j];

@@ -79,9 +79,10 @@ struct QkvPhase : StatelessPhase {
   uint32_t* counters;  // [heads + kv_heads], with q/k norms only
 
   RIVER_DEVICE const Source& source() const { return weight; }
-  RIVER_DEVICE void load(StreamActivations<T>& x, const BlockWork& work, const StreamShape& shape) const {
+  RIVER_DEVICE void load(StreamActivations<T>& x, const BlockWork& work, const StreamShape& shape,
+                         RowSquares& squares, bool known) const {
     load_normalised(x, static_cast<const T*>(a.hidden), static_cast<const T*>(a.input_layernorm), a.rms_norm_eps, work,
-                    shape);
+                    shape, squares, known);
   }
 
   RIVER_DEVICE void finish(int strip, const StripTotals& totals, State&) const {
@@ -179,7 +180,8 @@ struct ResidualPhase : StatelessPhase {
   int rows, hidden_size;
 
   RIVER_DEVICE const Source& source() const { return weight; }
-  RIVER_DEVICE void load(StreamActivations<T>& activations, const BlockWork& work, const StreamShape& shape) const {
+  RIVER_DEVICE void load(StreamActivations<T>& activations, const BlockWork& work, const StreamShape& shape,
+                         RowSquares&, bool) const {
     load_rows(activations, x, work, shape);
   }
   RIVER_DEVICE void finish(int strip, const StripTotals& totals, State&) const {
@@ -203,8 +205,9 @@ struct GateUpPhase : StatelessPhase {
   int rows, inner;
 
   RIVER_DEVICE const Source& source() const { return weight; }
-  RIVER_DEVICE void load(StreamActivations<T>& x, const BlockWork& work, const StreamShape& shape) const {
-    load_normalised(x, hidden, norm, rms_norm_eps, work, shape);
+  RIVER_DEVICE void load(StreamActivations<T>& x, const BlockWork& work, const StreamShape& shape,
+                         RowSquares& squares, bool known) const {
+    load_normalised(x, hidden, norm, rms_norm_eps, work, shape, squares, known);
   }
   RIVER_DEVICE void finish(int strip, const StripTotals& totals, State&) const {
     const int g = threadIdx.x / kMaxRows, t = threadIdx.x % kMaxRows, channel = strip * 8 + g;

@@ -4,7 +4,6 @@
 #pragma once
 
 #include "activations.cuh"
-#include "similarity.cuh"
 
 namespace river::device {
 
@@ -18,7 +17,7 @@ struct DecidedPath {
 
   // The layer's own entry may not be written yet. It is zero between steps, and a token that has left stays outside.
   RIVER_DEVICE bool guess() const { return load_flag(exited + index) || (index > 0 && load_flag(exited + index - 1)); }
-  RIVER_DEVICE bool decide() const { return load_flag(exited + index); }
+  RIVER_DEVICE bool decide(RowSquares&, bool&) const { return load_flag(exited + index); }
 };
 
 // Of the first kernel
@@ -32,31 +31,27 @@ struct DecidingPath {
 
   RIVER_DEVICE bool guess() const { return d.index > 0 ? load_flag(d.exited + d.index - 1) : d.limit[0] <= 0; }
 
-  RIVER_DEVICE bool decide() const {
+  RIVER_DEVICE bool decide(RowSquares& squares, bool& known) const {
     bool exits = d.index >= d.limit[0];
-    if (d.index > 0) exits = load_flag(d.exited + d.index - 1) || all_rows_exit() || exits;
+    if (d.index > 0) {
+      known = !load_flag(d.exited + d.index - 1);  // then the layer before was a decoder block, and has a similarity
+      exits = !known || all_rows_exit(squares) || exits;
+    }
     if (blockIdx.x == 0 && threadIdx.x == 0) d.exited[d.index] = exits;
     return exits;
   }
 
  private:
-  // One warp per row; also writes down the similarities of the layer before
-  RIVER_DEVICE bool all_rows_exit() const {
-    RIVER_SHARED(int, exits, [kMaxRows]);
-    const int row = warp_id();
-    if (row < rows) {
-      bool wish = true;
-      if (slot_in_cache(places, row) >= 0) {
-        const int64_t place = int64_t(row) * hidden_size;
-        const float similarity = warp_cosine(static_cast<const T*>(d.previous) + place, hidden + place, hidden_size);
-        wish = similarity > d.thresholds[row] && d.index >= d.min_layers[row];
-        if (blockIdx.x == 0 && lane_id() == 0) d.similarities[int64_t(d.index - 1) * rows + row] = similarity;
-      }
-      if (lane_id() == 0) exits[row] = wish;
-    }
-    barrier_sync(kReaderBarrier, kReaderThreads);
+  RIVER_DEVICE bool all_rows_exit(RowSquares& squares) const {
+    RIVER_SHARED(float, similarities, [kMaxRows]);
+    measure_rows(static_cast<const T*>(d.previous), hidden, rows, hidden_size, similarities, squares,
+                 [] { barrier_sync(kReaderBarrier, kReaderThreads); });
     bool all = true;
-    for (int i = 0; i < rows; i++) all = all && exits[i];
+    for (int row = 0; row < rows; row++) {
+      if (slot_in_cache(places, row) < 0) continue;
+      all = all && similarities[row] > d.thresholds[row] && d.index >= d.min_layers[row];
+      if (blockIdx.x == 0 && threadIdx.x == 0) d.similarities[int64_t(d.index - 1) * rows + row] = similarities[row];
+    }
     return all;
   }
 };

@@ -1,6 +1,7 @@
-// State transition similarity: what every kernel that needs a cosine calls, so that all get the same bits. A warp takes
-// a pair of vectors in strips of 16 values: within a strip a fixed tree; a lane adds its strips (lane, lane + 32, ...)
-// in order; then a tree over the lanes.
+// Sums over rows of hidden vectors, for RMSNorm and for the state transition similarity: every kernel that needs one
+// gets the same bits. A row is cut into strips of 16 values, strip i to lane i % 32 of part i / 32 % 8. Within a strip
+// a fixed tree; a lane adds its strips in order; then a tree over the lanes; then the parts in order. A part is one
+// warp's work, whatever the number of rows.
 #pragma once
 
 #include "types.cuh"
@@ -67,48 +68,134 @@ RIVER_DEVICE float strip_dot(const float (&u)[kStrip], const float (&v)[kStrip])
   return lane[0];
 }
 
-// The sums over x and y [hidden_size], scaled; and the largest magnitudes before scaling. The same in all lanes.
+constexpr int kParts = 8;
+
+// Sums of squares of rows, by part; in shared memory
+struct RowSquares {
+  float part[kMaxRows][kParts];
+  RIVER_DEVICE float total(int row) const {
+    float sum = 0;
+    for (int i = 0; i < kParts; i++) sum += part[row][i];
+    return sum;
+  }
+};
+
+RIVER_DEVICE float sum_over_lanes(float sum) {
+  for (int lanes = kWarp / 2; lanes > 0; lanes /= 2) sum = __fadd_rn(sum, shuffle_xor(sum, lanes));
+  return sum;
+}
+
+// f(part, row) for all parts of all rows, a warp each
+template <class F>
+RIVER_DEVICE void for_each_part(int rows, F f) {
+  for (int i = warp_id(); i < rows * kParts; i += kParts) f(i % kParts, i / kParts);
+}
+
+// f(first value) for the strips of this lane
+template <class F>
+RIVER_DEVICE void for_each_strip(int part, int hidden_size, F f) {
+  for (int i = (part * kWarp + lane_id()) * kStrip; i < hidden_size; i += kParts * kWarp * kStrip) f(i);
+}
+
+// By kParts warps: of y [rows, hidden_size]. The caller synchronises them afterwards.
 template <class T>
-RIVER_DEVICE Triple warp_triple(const T* x, const T* y, int hidden_size, Scaling sx, Scaling sy,
-                                uint32_t& largest_x, uint32_t& largest_y) {
-  Triple sum{};
-  largest_x = largest_y = 0;
-  for (int i = lane_id() * kStrip; i < hidden_size; i += kWarp * kStrip) {
+RIVER_DEVICE void measure_squares(const T* y, int rows, int hidden_size, RowSquares& squares) {
+  for_each_part(rows, [&](int part, int row) {
+    float sum = 0;
+    for_each_strip(part, hidden_size, [&](int i) {
+      float v[kStrip];
+      load_strip(y + int64_t(row) * hidden_size + i, v);
+      sum = __fadd_rn(sum, strip_dot(v, v));
+    });
+    sum = sum_over_lanes(sum);
+    if (lane_id() == 0) squares.part[row][part] = sum;
+  });
+}
+
+struct RowPart {
+  Triple sum;
+  uint32_t largest_x, largest_y;  // magnitudes before scaling, as bits
+};
+
+template <class T>
+RIVER_DEVICE RowPart measure_part(const T* x, const T* y, int part, int hidden_size, Scaling sx, Scaling sy) {
+  RowPart p{};
+  for_each_strip(part, hidden_size, [&](int i) {
     float u[kStrip], v[kStrip];
     load_strip(x + i, u);
     load_strip(y + i, v);
 #pragma unroll
     for (int j = 0; j < kStrip; j++) {
-      largest_x = max(largest_x, magnitude_bits(u[j]));
-      largest_y = max(largest_y, magnitude_bits(v[j]));
+      p.largest_x = max(p.largest_x, magnitude_bits(u[j]));
+      p.largest_y = max(p.largest_y, magnitude_bits(v[j]));
       u[j] = u[j] * sx.first * sx.second;
       v[j] = v[j] * sy.first * sy.second;
     }
-    sum.dot = __fadd_rn(sum.dot, strip_dot(u, v));
-    sum.a = __fadd_rn(sum.a, strip_dot(u, u));
-    sum.b = __fadd_rn(sum.b, strip_dot(v, v));
-  }
+    p.sum.dot = __fadd_rn(p.sum.dot, strip_dot(u, v));
+    p.sum.a = __fadd_rn(p.sum.a, strip_dot(u, u));
+    p.sum.b = __fadd_rn(p.sum.b, strip_dot(v, v));
+  });
+  p.sum = {sum_over_lanes(p.sum.dot), sum_over_lanes(p.sum.a), sum_over_lanes(p.sum.b)};
   for (int lanes = kWarp / 2; lanes > 0; lanes /= 2) {
-    sum.dot = __fadd_rn(sum.dot, shuffle_xor(sum.dot, lanes));
-    sum.a = __fadd_rn(sum.a, shuffle_xor(sum.a, lanes));
-    sum.b = __fadd_rn(sum.b, shuffle_xor(sum.b, lanes));
-    largest_x = max(largest_x, shuffle_xor(largest_x, lanes));
-    largest_y = max(largest_y, shuffle_xor(largest_y, lanes));
+    p.largest_x = max(p.largest_x, shuffle_xor(p.largest_x, lanes));
+    p.largest_y = max(p.largest_y, shuffle_xor(p.largest_y, lanes));
   }
-  return sum;
+  return p;
 }
 
-// Cosine of x and y [hidden_size], a multiple of 16, by one warp; the same in all its lanes.
-template <class T>
-RIVER_DEVICE float warp_cosine(const T* x, const T* y, int hidden_size) {
-  const Scaling none{true, 1.f, 1.f};
-  uint32_t largest_x, largest_y;
-  Triple sum = warp_triple(x, y, hidden_size, none, none, largest_x, largest_y);
-  const Scaling sx = safe_scaling(largest_x), sy = safe_scaling(largest_y);
-  if (!sx.usable || !sy.usable) return 0.f;
-  if (sx.first != 1.f || sy.first != 1.f) sum = warp_triple(x, y, hidden_size, sx, sy, largest_x, largest_y);
+RIVER_DEVICE RowPart whole_row(const RowPart (&parts)[kParts]) {
+  RowPart row = parts[0];
+  for (int i = 1; i < kParts; i++) {
+    const RowPart& p = parts[i];
+    row.sum = {__fadd_rn(row.sum.dot, p.sum.dot), __fadd_rn(row.sum.a, p.sum.a), __fadd_rn(row.sum.b, p.sum.b)};
+    row.largest_x = max(row.largest_x, p.largest_x);
+    row.largest_y = max(row.largest_y, p.largest_y);
+  }
+  return row;
+}
+
+RIVER_DEVICE float cosine(const Triple& sum) {
   const float value = sum.dot / __fmul_rn(sqrtf(sum.a), sqrtf(sum.b));
   return fminf(1.f, fmaxf(-1.f, value));
+}
+
+// By kParts warps, which `sync` waits for: the cosines of the rows of x and y [rows, hidden_size], hidden_size a multiple
+// of 16, to `similarities` in shared memory; and the squares of y.
+template <class T, class Sync>
+RIVER_DEVICE void measure_rows(const T* x, const T* y, int rows, int hidden_size, float (&similarities)[kMaxRows],
+                               RowSquares& squares, Sync sync) {
+  RIVER_SHARED(RowPart, parts, [kMaxRows][kParts]);
+  RIVER_SHARED(int, unsafe, [kMaxRows]);  // rows whose squares over- or underflow unscaled
+  const Scaling none{true, 1.f, 1.f};
+  const int t = threadIdx.x;
+  for_each_part(rows, [&](int part, int row) {
+    const int64_t place = int64_t(row) * hidden_size;
+    const RowPart measured = measure_part(x + place, y + place, part, hidden_size, none, none);
+    if (lane_id() == 0) parts[row][part] = measured, squares.part[row][part] = measured.sum.b;
+  });
+  sync();
+  if (t < rows) {
+    const RowPart row = whole_row(parts[t]);
+    const Scaling sx = safe_scaling(row.largest_x), sy = safe_scaling(row.largest_y);
+    unsafe[t] = sx.usable && sy.usable && (sx.first != 1.f || sy.first != 1.f);
+    similarities[t] = sx.usable && sy.usable ? cosine(row.sum) : 0.f;
+  }
+  sync();
+  bool again = false;
+  for (int row = 0; row < rows; row++) again = again || unsafe[row];
+  if (!again) return;  // the same for all
+  for_each_part(rows, [&](int part, int row) {
+    if (!unsafe[row]) return;
+    const RowPart whole = whole_row(parts[row]);
+    const int64_t place = int64_t(row) * hidden_size;
+    const RowPart measured = measure_part(x + place, y + place, part, hidden_size, safe_scaling(whole.largest_x),
+                                          safe_scaling(whole.largest_y));
+    __syncwarp();  // each part is read by the warps of all: its sums alone change
+    if (lane_id() == 0) parts[row][part].sum = measured.sum;
+  });
+  sync();
+  if (t < rows && unsafe[t]) similarities[t] = cosine(whole_row(parts[t]).sum);
+  sync();
 }
 
 }  // namespace river::device

@@ -143,7 +143,7 @@ struct PackedPath {
 };
 // ... or, with both true, known on the device only (exit_path.cuh). Then it has
 //   bool guess() const;   a hint that may be asked before the kernels ahead have ended: which weights to prefetch
-//   bool decide() const;  by all readers, after the wait: true = packed
+//   bool decide(squares, known) const;  by all readers, after the wait: true = packed; may measure the rows' squares
 
 template <class Path>
 constexpr bool kDecides = Path::kDense && Path::kPacked;

@@ -15,6 +15,7 @@
 
 #include "arch.cuh"
 #include "launch.h"
+#include "similarity.cuh"
 #include "types.cuh"
 #include "weight_formats.cuh"
 
@@ -23,7 +24,7 @@ namespace river::device {
 using cuda::Overlap;
 using cuda::Workspace;
 
-constexpr int kReaders = 8;
+constexpr int kReaders = kParts;  // so that they also share out the sums over rows
 constexpr int kStreamThreads = (kReaders + 1) * kWarp;
 constexpr int kReaderThreads = kReaders * kWarp;
 constexpr int kReaderBarrier = 1;     // named barriers: of the reader warps,
@@ -231,6 +232,7 @@ struct StripSums {
 
 // Two blocks per SM: half of 228 KB less 1 KB each for the system
 constexpr int kBlockBytes = 113 << 10;
+constexpr int kStaticBytes = 11 << 10;  // of these, at most, are static: the gate checks it
 
 // The finished sums of a strip: of the readers of this block, or of the splits, in the order of K
 struct StripTotals {
@@ -263,21 +265,22 @@ RIVER_DEVICE bool readers_arrive_last(uint32_t* counter, int count) {
   return result;
 }
 
-// A Phase has: source(), the weight; load(x, work, shape), which fills the activations once the predecessors are
-// done; finish(strip, totals, state), which all readers call with the finished sums of a strip; end(state), once per
+// A Phase has: source(), the weight; load(x, work, shape, squares, known), which fills the activations once the
+// predecessors are done, and needs the rows' squares if it normalises; finish(strip, totals, state), which all readers call with the finished sums of a strip; end(state), once per
 // block. State lives in a reader's registers over all strips of its block.
 struct StatelessPhase {
   struct State {};
   RIVER_DEVICE void end(State&) const {}
 };
 
-// Budget: 288 threads, 112 registers, mma
+// Budget: 288 threads, 112 registers, 11264 shared, mma
 template <class T, class Path, bool kBulk, class Phase>
 __global__ void __launch_bounds__(kStreamThreads, 2) stream_kernel(Phase phase, Path path, StreamShape shape, int rows,
                                                                    RingSizes sizes, bool prefetch, Workspace workspace) {
   RIVER_DYNAMIC_SHARED(memory);
   RIVER_SHARED(Ring<kBulk>, rings, [2]);  // dense, packed
   RIVER_SHARED(StripSums, sums, [1]);
+  RIVER_SHARED(RowSquares, squares, [1]);
   RIVER_SHARED(int, decision, [1]);
   const BlockWork work(shape);
   dependency_trigger();
@@ -299,13 +302,13 @@ __global__ void __launch_bounds__(kStreamThreads, 2) stream_kernel(Phase phase, 
   }
   StreamActivations<T> x(memory + sizes.bytes, rows, shape.split_tiles);
   dependency_wait();
-  bool packed = Path::kPacked;
+  bool packed = Path::kPacked, known = false;
   if constexpr (kDecides<Path>) {
-    packed = path.decide();
+    packed = path.decide(squares[0], known);
     if (threadIdx.x == 0) decision[0] = packed;
     barrier_sync(kDecisionBarrier, kStreamThreads);
   }
-  phase.load(x, work, shape);
+  phase.load(x, work, shape, squares[0], known);
   if (packed) x.add_up();
   Cursor cursor(sizes.stages(packed));
   typename Phase::State state{};
@@ -333,9 +336,8 @@ __global__ void __launch_bounds__(kStreamThreads, 2) stream_kernel(Phase phase, 
 template <class T, class Path, class Phase>
 void launch_stream(const Phase& phase, const Path& path, const StreamShape& shape, int rows, const Workspace& workspace,
                    cudaStream_t stream, const char* name) {
-  const int fixed = sizeof(StripSums) + 2 * sizeof(Ring<true>) + 1024;
   const int activations = StreamActivations<T>::bytes(rows, shape.split_tiles, Path::kPacked);
-  const int room = std::min(kBlockBytes, device_facts().shared_memory_per_block) - fixed - activations;
+  const int room = std::min(kBlockBytes, device_facts().shared_memory_per_block) - kStaticBytes - activations;
   const auto stages = [&](bool used, int stage_bytes) {
     return used ? std::max(1, std::min(kMaxStages, room / stage_bytes)) : 0;
   };
