@@ -1,5 +1,5 @@
 // The contract between the kernels and everything else: one Args struct per op, raw pointers and ints.
-// No torch here, nor in any file but ops.cpp. Shapes stand beside the pointers; T = rows.
+// No torch here, nor in any file but ops*. Shapes stand beside the pointers; T = rows.
 // CPU launchers take a Parallel (how to use the caller's threads), CUDA launchers a stream.
 #pragma once
 
