@@ -156,6 +156,22 @@ def test_dtype_auto(tiny_checkpoint):
         assert {t.dtype for t in tensors_of(checkpoint.weights).values()} == {expected}
 
 
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({}, "dtype float32 on cuda; accepted there: dtype='bfloat16' or 'float16'"),
+        ({"torch_dtype": "bfloat16", "head_dim": 20}, "head_dim 20 on cuda; accepted there: multiples of 8"),
+        ({"torch_dtype": "float16", "intermediate_size": 76}, "intermediate_size 76 on cuda"),
+    ],
+)
+def test_what_a_gpu_cannot_run_is_refused_before_it_goes_there(
+    tiny_checkpoint, monkeypatch, changes, message
+):
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    with pytest.raises(RiverError, match=message):
+        load_checkpoint(tiny_checkpoint(**changes), device="cuda")
+
+
 def test_device(tiny_checkpoint):
     directory = tiny_checkpoint()
     assert load_checkpoint(directory, device=torch.device("cpu")).weights.norm.device.type == "cpu"

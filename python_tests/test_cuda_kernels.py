@@ -15,6 +15,9 @@ DTYPES = [torch.bfloat16, torch.float16]
 LAYERS = ["decoder_block", "exit_layer"]
 KERNEL_SHAPES = {name: shape for name, shape in SHAPES.items() if shape.head_dim % 8 == 0} | {
     "pads everywhere": Shape(64, 3, 1, head_dim=24, intermediate_size=88, rotary_dim=24, bias=True),
+    "head_dim 96": Shape(hidden_size=192, num_key_value_heads=1, head_dim=96, rotary_dim=48),
+    "head_dim 128": Shape(num_key_value_heads=4, head_dim=128, rotary_dim=128, qk_norm=True),
+    "head_dim 256": Shape(num_attention_heads=2, num_key_value_heads=1, head_dim=256, rotary_dim=256),
     "heads across strips": Shape(
         192, 3, 1, head_dim=40, intermediate_size=88, rotary_dim=24, bias=True, qk_norm=True
     ),

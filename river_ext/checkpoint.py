@@ -57,6 +57,8 @@ def load_checkpoint(
     auto = config.dtype or stored["model.embed_tokens.weight"].dtype
     config = replace(config, dtype=parse_dtype(auto if dtype == "auto" else dtype, "load"))
     device = parse_device(device)
+    if device.type == "cuda":
+        check_gpu_kernels(config)
     tokenizer = _load_tokenizer(directory)
 
     def load(name: str) -> Tensor:
@@ -77,6 +79,15 @@ def load_checkpoint(
     )
     used = {name: stored[name] for name in tensor_shapes(config)}
     return Checkpoint(directory, config, weights, tokenizer, _fingerprint(used))
+
+
+def check_gpu_kernels(config: ModelConfig) -> None:
+    """Refuses a model that the CUDA kernels cannot run, before its weights go to the GPU."""
+    if config.dtype == torch.float32:
+        raise RiverError("dtype float32 on cuda; accepted there: dtype='bfloat16' or 'float16'")
+    for name in ("head_dim", "intermediate_size"):
+        if getattr(config, name) % 8:
+            raise RiverError(f"{name} {getattr(config, name)} on cuda; accepted there: multiples of 8")
 
 
 def tensor_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
