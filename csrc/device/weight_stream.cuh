@@ -115,7 +115,7 @@ struct Ring {
 
 // Which strips a block takes, and where its split lies
 struct BlockWork {
-  int split, first_strip, strip_step, first_tile, tiles;
+  int split, first_strip, strip_step, strips, first_tile, tiles;
 
   RIVER_DEVICE BlockWork(const StreamShape& shape) {
     const int blocks = gridDim.x / shape.splits;  // per split; the launcher makes the grid a multiple
@@ -124,7 +124,9 @@ struct BlockWork {
     strip_step = blocks;
     first_tile = split * shape.split_tiles;
     tiles = min(shape.split_tiles, shape.tiles - first_tile);
+    strips = max(0, (shape.strips - first_strip + strip_step - 1) / strip_step);
   }
+  RIVER_DEVICE int strip(int n) const { return first_strip + n * strip_step; }
 };
 
 // Where the copying warp stands: the next stage of the ring, and the part of the weight that it takes
@@ -244,7 +246,8 @@ struct StripTotals {
   RIVER_DEVICE float operator()(int row, int t) const {
     if (!partials) return sums->total(buffer, row, t);
     float sum = 0;
-    for (int split = 0; split < splits; split++)
+#pragma unroll 4
+    for (int split = 0; split < splits; split++)  // all loads before the first sum, as far as they are unrolled
       sum += load_shared_between_blocks(partials + (split * kTileRows + row) * kMaxRows + t);
     return sum;
   }
@@ -265,6 +268,47 @@ RIVER_DEVICE bool readers_arrive_last(uint32_t* counter, int count) {
   return result;
 }
 
+// Where a weight is split, the blocks of a strip add up in three steps, each a strip later than the one before, so that no
+// reader waits for memory: a block's sums go out; once they are there, it arrives; the last to arrive finishes the strip.
+class SplitStrips {
+ public:
+  RIVER_DEVICE SplitStrips(const StreamShape& shape, const BlockWork& work, const Workspace& workspace, int (&last)[2])
+      : shape_(shape), work_(work), workspace_(workspace), last_(last) {}
+
+  RIVER_DEVICE bool used() const { return shape_.splits > 1; }
+  RIVER_DEVICE int steps_behind() const { return used() ? 2 : 0; }
+
+  RIVER_DEVICE void before_barrier(int n) {
+    if (!used()) return;
+    __threadfence();  // the sums of strip n - 1, sent a strip ago
+    if (n < 2 || threadIdx.x != 0) return;
+    last_[n % 2] = arrival_ == static_cast<uint32_t>(shape_.splits - 1);
+    __threadfence();
+  }
+
+  RIVER_DEVICE void after_barrier(int n, const StripTotals& own) {
+    const int row = threadIdx.x / kMaxRows, t = threadIdx.x % kMaxRows;
+    if (n < work_.strips && row < kTileRows)
+      partials(n)[(work_.split * kTileRows + row) * kMaxRows + t] = own(row, t);
+    if (n >= 1 && n <= work_.strips && threadIdx.x == 0)  // wraps to zero for the next launch
+      arrival_ = atomicInc(workspace_.counters + work_.strip(n - 1), shape_.splits - 1);
+  }
+
+  RIVER_DEVICE bool to_finish(int n) const { return n >= 2 && last_[n % 2]; }
+  RIVER_DEVICE StripTotals totals(int n) const { return {nullptr, 0, partials(n), shape_.splits}; }
+
+ private:
+  RIVER_DEVICE float* partials(int n) const {
+    return workspace_.partials + int64_t(work_.strip(n)) * shape_.splits * kTileRows * kMaxRows;
+  }
+
+  const StreamShape& shape_;
+  const BlockWork& work_;
+  const Workspace& workspace_;
+  int (&last_)[2];
+  uint32_t arrival_ = 0;  // of thread 0: how many had come to the strip before this block
+};
+
 // A Phase has: source(), the weight; load(x, work, shape, squares, known), which fills the activations once the
 // predecessors are done, and needs the rows' squares if it normalises; finish(strip, totals, state), which all readers call with the finished sums of a strip; end(state), once per
 // block. State lives in a reader's registers over all strips of its block.
@@ -282,6 +326,7 @@ __global__ void __launch_bounds__(kStreamThreads, 2) stream_kernel(Phase phase, 
   RIVER_SHARED(StripSums, sums, [1]);
   RIVER_SHARED(RowSquares, squares, [1]);
   RIVER_SHARED(int, decision, [1]);
+  RIVER_SHARED(int, last, [2]);
   const BlockWork work(shape);
   dependency_trigger();
   if (Path::kDense) rings[0].init(sizes.dense_stages);
@@ -312,22 +357,22 @@ __global__ void __launch_bounds__(kStreamThreads, 2) stream_kernel(Phase phase, 
   if (packed) x.add_up();
   Cursor cursor(sizes.stages(packed));
   typename Phase::State state{};
-  int buffer = 0;
-  for (int strip = work.first_strip; strip < shape.strips; strip += work.strip_step, buffer ^= 1) {
+  SplitStrips splits(shape, work, workspace, last);
+  for (int n = 0; n < work.strips + splits.steps_behind(); n++) {
     float sum[4] = {};
-    with_format<T, Path>(packed, [&](auto type) {
-      multiply_strip<T, typename decltype(type)::type>(sum, rings[packed], cursor, memory, x, shape, work);
-    });
-    sums[0].put(buffer, sum);
-    StripTotals totals{&sums[0], buffer, nullptr, shape.splits};
-    if (shape.splits > 1) {
-      float* partials = workspace.partials + int64_t(strip) * shape.splits * kTileRows * kMaxRows;
-      const int row = threadIdx.x / kMaxRows, t = threadIdx.x % kMaxRows;
-      if (row < kTileRows) partials[(work.split * kTileRows + row) * kMaxRows + t] = totals(row, t);
-      if (!readers_arrive_last(workspace.counters + strip, shape.splits)) continue;
-      totals.partials = partials;
+    if (n < work.strips)
+      with_format<T, Path>(packed, [&](auto type) {
+        multiply_strip<T, typename decltype(type)::type>(sum, rings[packed], cursor, memory, x, shape, work);
+      });
+    splits.before_barrier(n);
+    sums[0].put(n % 2, sum);
+    const StripTotals own{&sums[0], n % 2, nullptr, 1};
+    if (!splits.used()) {
+      phase.finish(work.strip(n), own, state);
+      continue;
     }
-    phase.finish(strip, totals, state);
+    splits.after_barrier(n, own);
+    if (splits.to_finish(n)) phase.finish(work.strip(n - 2), splits.totals(n - 2), state);
   }
   phase.end(state);
 }
