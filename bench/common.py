@@ -1,15 +1,18 @@
-"""What the benchmarks share: the machine, timing, the measured read bandwidth, and the results file."""
+"""What the benchmarks share: the machine, timing, the read they are measured against, the results file."""
 
 import argparse
+import ctypes
+import functools
 import json
 import os
 import platform
-import statistics
 import subprocess
+import tempfile
 import time
 from pathlib import Path
 
 import torch
+from torch.utils.cpp_extension import load
 
 from river_ext import ops
 
@@ -62,30 +65,35 @@ def _commit() -> str | None:
         return None
 
 
-def seconds_per_call(call, weights: list, repeats: int) -> float:
-    """Median over passes of the mean time of call(weight), cycling over weights larger than any cache."""
-    call(weights[0])
-    passes = []
-    for _ in range(repeats):
-        start = time.perf_counter()
-        for weight in weights:
-            call(weight)
-        passes.append((time.perf_counter() - start) / len(weights))
-    return statistics.median(passes)
+def interleaved(calls: dict, passes: int) -> dict[str, list[float]]:
+    """Seconds of every call of {name: (weights, call)}. A pass calls one of them on all its weights, more
+    than a cache holds, in tens of milliseconds; the passes take turns, so that a slow moment of the machine
+    hits all alike. Turns of single calls would time each in what another leaves behind: 10 to 30 % there."""
+    seconds = {name: [] for name in calls}
+    for number in range(passes + 1):
+        for name, (weights, call) in calls.items():
+            for weight in weights:
+                start = time.perf_counter()
+                call(weight)
+                if number > 0:  # the first pass warms up
+                    seconds[name].append(time.perf_counter() - start)
+    return seconds
 
 
-def read_bandwidth(gib: float = 1.0, repeats: int = 7) -> float:
-    """GB/s of the best of several streaming reductions over fp32 and int64 data: the denominator of all %."""
-    data = torch.ones(int(gib * 2**28))
-    reductions = [data.sum, data.amax, data.view(torch.int64).sum, data.view(torch.int64).amax]
-    times = []
-    for reduction in reductions:
-        reduction()
-        for _ in range(repeats):
-            start = time.perf_counter()
-            reduction()
-            times.append(time.perf_counter() - start)
-    return data.numel() * 4 / min(times) / 1e9
+@functools.cache
+def reader():
+    """A function that reads all bytes of a contiguous tensor as fast as torch's threads can: read.cpp, which
+    beats torch's best reduction; that one (amax) where no C++ compiler is found."""
+    flags = ["-O3", "-march=native"]
+    try:
+        built = load("river_bench_read", [str(Path(__file__).parent / "read.cpp")], extra_cflags=flags,
+                     is_python_module=False, build_directory=tempfile.mkdtemp())  # fmt: skip
+    except (OSError, RuntimeError, subprocess.CalledProcessError) as error:
+        print(f"read.cpp was not compiled, amax is the denominator: {str(error).splitlines()[0]}")
+        return lambda tensor: tensor.view(torch.uint8).flatten().view(torch.float32).amax()
+    read_bytes = ctypes.CDLL(built).read_bytes
+    read_bytes.argtypes, read_bytes.restype = (ctypes.c_void_p, ctypes.c_int64), ctypes.c_int64
+    return lambda tensor: read_bytes(tensor.data_ptr(), tensor.nbytes)
 
 
 def save(name: str, folder: Path, result: dict) -> Path:

@@ -1,15 +1,17 @@
 """Whole decoding steps on the CPU, batch 1, in the shape of Llama-3.2-1B with random weights.
 
-Rows: full bf16, full W4, fixed exit depths, and transformers on the same tensors (eager; with --compile
-also under torch.compile). A fixed depth d is threshold -2 with min_layers d. GB/s counts the bytes of
-weights that a token reads; `allowed` is what the bytes alone would give over full bf16. Random weights make
-random text, and time does not depend on it.
+Rows: full bf16, full W4, fixed exit depths, and transformers on the same tensors (eager with its default
+cache; with --compile also under torch.compile with a static cache). A fixed depth d is threshold -2 with
+min_layers d. GB/s counts the bytes of weights that a token reads; % is the time that a plain read of exactly
+these tensors takes; `allowed` is what the bytes alone would give over full bf16. Random weights make random
+text, and time does not depend on it.
 """
 
 import time
+from statistics import median
 
 import torch
-from common import machine, parser, read_bandwidth, save
+from common import machine, parser, reader, save
 
 from river_ext import ops, w4
 from river_ext.config import ModelConfig
@@ -17,6 +19,11 @@ from river_ext.generate import generate
 from river_ext.network import Network
 from river_ext.request import Options
 from river_ext.weights import DecoderBlockWeights, ExitLayerWeights, ModelWeights
+
+try:
+    from transformers import LlamaConfig, LlamaForCausalLM, StaticCache
+except ImportError:
+    LlamaForCausalLM = None
 
 LLAMA_1B = ModelConfig(
     model_type="llama", vocab_size=128256, hidden_size=2048, intermediate_size=8192, num_hidden_layers=16,
@@ -47,49 +54,70 @@ def main() -> None:
     }
     runs |= {f"exit depth {d}": (Options(threshold=-2.0, min_layers=d), d) for d in args.depths}
     seconds = {name: [] for name in runs}
-    peers = transformers_models(config, weights, args.compile)
+    peers = transformers_models(config, weights, args.compile, args.prompt_tokens + args.new_tokens)
+    for peer in peers.values():
+        transformers_seconds(*peer, prompt, args.new_tokens)  # compiles
     seconds |= {name: [] for name in peers}
-    bandwidths = []
+    reads = [read_seconds(weights, river)]
     for _ in range(args.repeats):  # interleaved, so that a slow minute of the machine hits all alike
-        bandwidths.append(read_bandwidth(0.5, 3))
         for name, (options, depth) in runs.items():
             options = Options(**(vars(options) | {"max_new_tokens": args.new_tokens, "stop_tokens": ()}))
             output = generate(network, None, prompt, options)
             assert set(output.exit_depths[1:]) == {depth}
             seconds[name].append(output.stats.decode_seconds / (args.new_tokens - 1))
-        for name, model in peers.items():
-            seconds[name].append(transformers_seconds(model, prompt, args.new_tokens))
-    report(config, weights, river, runs, seconds, max(bandwidths), args)
+        for name, peer in peers.items():
+            seconds[name].append(transformers_seconds(*peer, prompt, args.new_tokens))
+        reads.append(read_seconds(weights, river))
+    report(config, weights, river, runs, seconds, reads, args)
 
 
-def report(config, weights, river, runs, seconds, bandwidth, args) -> None:
+def read_seconds(weights: ModelWeights, river: list[ExitLayerWeights]) -> dict[str, float]:
+    """Seconds of a plain read of each tensor of a backbone layer, an exit layer, and of the head."""
+
+    def seconds(tensors) -> float:
+        start = time.perf_counter()
+        for tensor in tensors:
+            reader()(tensor)
+        return time.perf_counter() - start
+
+    reader()(weights.lm_head)
+    return {
+        "block": median(seconds(tensors_of(layer)) for layer in weights.layers),
+        "exit_layer": median(seconds(tensors_of(layer)) for layer in river),
+        "head": median(seconds([weights.lm_head]) for _ in range(3)),
+    }
+
+
+def report(config, weights, river, runs, seconds, reads, args) -> None:
     block, exit_layer = size_of(weights.layers[0]), size_of(river[0])
-    head = weights.lm_head.numel() * 2
+    head = weights.lm_head.nbytes
     layers = config.num_hidden_layers
-    full = sorted(seconds["full bf16"])[len(seconds["full bf16"]) // 2]
-    print(f"{machine()['processor']}, {args.threads} threads, read bandwidth {bandwidth:.1f} GB/s")
-    print(f"{'':<24}{'ms':>8}{'tok/s':>8}{'GB/s':>7}{'%':>5}{'x full':>8}{'allowed':>9}")
+    full = median(seconds["full bf16"])
+    read = {part: median(times[part] for times in reads) for part in reads[0]}
+    print(f"{machine()['processor']}, {args.threads} threads")
+    print(f"{'':<24}{'ms':>8}{'tok/s':>8}{'GB/s':>7}{'read':>7}{'%':>5}{'x full':>8}{'allowed':>9}")
     lines = []
     for name, times in seconds.items():
-        median = sorted(times)[len(times) // 2]
+        typical = median(times)
         depth = runs[name][1] if name in runs else layers
         size = depth * block + (layers - depth) * exit_layer + head
+        read_time = depth * read["block"] + (layers - depth) * read["exit_layer"] + read["head"]
         line = {
-            "run": name, "ms": 1e3 * median, "tokens_per_second": 1 / median, "bytes": size,
-            "gb_s": size / median / 1e9, "percent_of_read": 100 * size / median / 1e9 / bandwidth,
-            "x_full_bf16": full / median, "allowed": (layers * block + head) / size,
+            "run": name, "ms": 1e3 * typical, "tokens_per_second": 1 / typical, "bytes": size,
+            "gb_s": size / typical / 1e9, "read_gb_s": size / read_time / 1e9,
+            "percent_of_read": 100 * read_time / typical,
+            "x_full_bf16": full / typical, "allowed": (layers * block + head) / size,
             "ms_all": [1e3 * t for t in times],
         }  # fmt: skip
         lines.append(line)
         print(
-            f"{name:<24}{line['ms']:8.1f}{line['tokens_per_second']:8.2f}{line['gb_s']:7.1f}"
+            f"{name:<24}{line['ms']:8.1f}{line['tokens_per_second']:8.2f}{line['gb_s']:7.1f}{line['read_gb_s']:7.1f}"
             f"{line['percent_of_read']:5.0f}{line['x_full_bf16']:8.2f}{line['allowed']:9.2f}"
         )
     settings = {"prompt_tokens": args.prompt_tokens, "new_tokens": args.new_tokens, "repeats": args.repeats}
     result = {
         "machine": machine(),
         "shape": "Llama-3.2-1B",
-        "read_gb_s": bandwidth,
         **settings,
         "decode": lines,
     }
@@ -130,15 +158,17 @@ def random_river(config: ModelConfig) -> list[ExitLayerWeights]:
     ]
 
 
+def tensors_of(weights) -> list[torch.Tensor]:
+    return [tensor for tensor in vars(weights).values() if tensor is not None]
+
+
 def size_of(weights) -> int:
-    return sum(t.numel() * t.element_size() for t in vars(weights).values() if t is not None)
+    return sum(tensor.nbytes for tensor in tensors_of(weights))
 
 
-def transformers_models(config: ModelConfig, weights: ModelWeights, compiled: bool) -> dict:
+def transformers_models(config: ModelConfig, weights: ModelWeights, compiled: bool, max_length: int) -> dict:
     """Llama of transformers around the same tensors; {} where it is not installed."""
-    try:
-        from transformers import LlamaConfig, LlamaForCausalLM
-    except ImportError:
+    if LlamaForCausalLM is None:
         print("transformers is not installed: no comparison")
         return {}
     names = (
@@ -164,21 +194,24 @@ def transformers_models(config: ModelConfig, weights: ModelWeights, compiled: bo
     rotary = type(model.model.rotary_emb)(model.config)  # its buffers are not in a state dict
     model.model.rotary_emb = rotary
     model = model.eval()
-    models = {"transformers eager": model}
-    if compiled:
-        models["transformers compiled"] = torch.compile(model, dynamic=True)
-    return models
+    peers = {"transformers eager": (model, model, None)}
+    if compiled:  # the prompt in eager mode, as transformers itself does it
+        cache = StaticCache(model.config, max_cache_len=max_length)
+        peers["transformers compiled"] = (model, torch.compile(model, fullgraph=True), cache)
+    return peers
 
 
 @torch.inference_mode()
-def transformers_seconds(model, prompt: list[int], new_tokens: int) -> float:
-    output = model(torch.tensor([prompt]), use_cache=True)
-    token = output.logits[:, -1:].argmax(-1)
-    output = model(token, past_key_values=output.past_key_values, use_cache=True)  # warm
-    start = time.perf_counter()
-    for _ in range(new_tokens - 2):
+def transformers_seconds(model, step, cache, prompt: list[int], new_tokens: int) -> float:
+    """Seconds per token of `step`, after the prompt through `model`."""
+    if cache is not None:
+        cache.reset()
+    output = model(torch.tensor([prompt]), past_key_values=cache, use_cache=True)
+    for index in range(new_tokens - 1):
         token = output.logits[:, -1:].argmax(-1)
-        output = model(token, past_key_values=output.past_key_values, use_cache=True)
+        output = step(token, past_key_values=output.past_key_values, use_cache=True)
+        if index == 0:  # warm
+            start = time.perf_counter()
     return (time.perf_counter() - start) / (new_tokens - 2)
 
 

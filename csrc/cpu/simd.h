@@ -51,7 +51,11 @@ inline float reduce(f32x16 v) {
 }
 #endif
 
+#if defined(__AVX512F__)  // one instruction, where GCC would make a two-table permutation; maskz: GCC 12 warns without
+inline u16x16 narrow(u32x16 v) { return (u16x16)_mm512_maskz_cvtepi32_epi16(0xffff, (__m512i)v); }
+#else
 inline u16x16 narrow(u32x16 v) { return __builtin_convertvector(v, u16x16); }
+#endif
 inline u32x16 widen(u16x16 v) { return __builtin_convertvector(v, u32x16); }
 
 inline f32x16 bf16_to_float(u16x16 v) { return (f32x16)(widen(v) << 16); }
@@ -64,10 +68,14 @@ inline u16x16 float_to_bf16(f32x16 v) {  // nearest even; NaN stays NaN
 
 #if defined(__F16C__)
 inline f32x16 f16_to_float(u16x16 v) {
+#if defined(__AVX512F__)
+  return (f32x16)_mm512_maskz_cvtph_ps(0xffff, (__m256i)v);
+#else
   __m128i half[2];
   memcpy(half, &v, 32);
   __m256 wide[2] = {_mm256_cvtph_ps(half[0]), _mm256_cvtph_ps(half[1])};
   return load<f32x16>(wide);
+#endif
 }
 
 inline u16x16 float_to_f16(f32x16 v) {
