@@ -53,6 +53,7 @@ def require_cuda(warm: bool = True) -> None:
     if not info["cuda"]:
         refuse(f"river_ext has no CUDA kernels: {info['cuda_note']}")
     torch.manual_seed(0)
+    ops._C.set_overlap("prefetch")  # as in captured steps
     if warm:
         warm_up()
 
@@ -249,19 +250,14 @@ def size_of(*tensors: torch.Tensor) -> int:
     return sum(t.numel() * t.element_size() for t in tensors)
 
 
-overlap_modes = ["prefetch"]  # the package's own, and what is set for now
-
-
 @contextlib.contextmanager
 def overlap(mode: str):
     """How much of a kernel may happen before the kernels ahead of it end: none, launch or prefetch."""
-    overlap_modes.append(mode)
-    ops._C.set_overlap(mode)
+    before = ops._C.set_overlap(mode)
     try:
         yield
     finally:
-        overlap_modes.pop()
-        ops._C.set_overlap(overlap_modes[-1])
+        ops._C.set_overlap(before)
 
 
 # ---- data -------------------------------------------------------------------------------------------

@@ -17,7 +17,7 @@ RIVER_DEVICE void finish_similarities(const AdvanceArgs& a) {
   RIVER_SHARED(RowSquares, squares, [1]);
   if (a.exited[a.layers - 1]) return;
   measure_rows(static_cast<const T*>(a.before), static_cast<const T*>(a.after), a.rows, a.hidden_size, similarities,
-               squares[0], [] { __syncthreads(); });
+               squares[0], [] { __syncthreads(); }, KeepNothing{});
   const int t = threadIdx.x;
   if (t < a.rows && a.slots[t] >= 0) a.similarities[int64_t(a.layers - 1) * a.rows + t] = similarities[t];
 }

@@ -1,7 +1,6 @@
 // What the ops ask of the CUDA runtime beside launching kernels. The emulated GPU has no ops, and does without.
 #ifndef RIVER_EMULATION
 
-#include <atomic>
 #include <mutex>
 
 #include "cuda_device.h"
@@ -63,8 +62,11 @@ bool is_capturing(Stream stream) {
   return status != cudaStreamCaptureStatusNone;
 }
 
-void clear(void* memory, int64_t bytes, Stream stream) {
-  check(cudaMemsetAsync(memory, 0, bytes, stream), "clearing memory");
+void* allocate(int64_t bytes, Stream stream) {
+  void* memory = nullptr;
+  check(cudaMalloc(&memory, bytes), "memory for the workspace");
+  check(cudaMemsetAsync(memory, 0, bytes, stream), "clearing the workspace");
+  return memory;
 }
 
 bool is_pinned(const void* memory) {
@@ -75,15 +77,6 @@ bool is_pinned(const void* memory) {
   }
   return attributes.type == cudaMemoryTypeHost && attributes.devicePointer == memory;
 }
-
-namespace {
-
-std::atomic<Overlap> overlap_setting{Overlap::kPrefetch};
-
-}  // namespace
-
-Overlap overlap() { return overlap_setting; }
-void set_overlap(Overlap value) { overlap_setting = value; }
 
 }  // namespace river::cuda
 #endif  // RIVER_EMULATION

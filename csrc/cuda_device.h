@@ -15,11 +15,11 @@ struct Image {
 const Image& image();
 int sm_count();  // of the current device
 bool is_capturing(Stream stream);
-void clear(void* memory, int64_t bytes, Stream stream);  // zeros, in the stream's order
+void* allocate(int64_t bytes, Stream stream);  // memory that is never given back, zeroed in the stream's order
 bool is_pinned(const void* memory);  // host memory that kernels can write, at this very address
 
-// One setting of the process, for measurements; kPrefetch at first
-Overlap overlap();
-void set_overlap(Overlap value);
+// What the ops of this thread ask of their kernels. Not kPrefetch by default: an eager op's weight may come from the
+// kernel right ahead, which has not written it yet.
+inline thread_local Overlap overlap_setting = Overlap::kLaunch;
 
 }  // namespace river::cuda

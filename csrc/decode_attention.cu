@@ -15,6 +15,7 @@ constexpr int kSplit = 256;
 constexpr int kThreads = 128;
 constexpr int kWarps = kThreads / kWarp;
 constexpr int kHeads = 4;  // query heads per pass over a split
+constexpr int kAhead = 4;  // loads of a lane under way at a time
 
 __host__ __device__ inline int splits_of(int max_len) { return (max_len + kSplit - 1) / kSplit; }
 
@@ -61,8 +62,14 @@ __global__ void __launch_bounds__(kThreads, 4) decode_attention_kernel(Attention
   auto seen = [&](int p) {
     return p >= first && p <= position && (!a.kv_valid || a.kv_valid[int64_t(slot) * a.max_len + p]);
   };
-  auto load = [&](const T* cache, int p, float (&v)[8]) {
-    unpack<T>(load_activations(cache + int64_t(p) * a.head_dim + dim), v);
+  // This lane's dims of kAhead of its positions, i0, i0 + kPositions, ...: all under way before the first is looked at
+  auto load_ahead = [&](const T* cache, int i0, uint4 (&out)[kAhead], bool (&valid)[kAhead]) {
+#pragma unroll
+    for (int n = 0; n < kAhead; n++) {
+      const int p = split * kSplit + i0 + n * kPositions;
+      valid[n] = seen(p);
+      out[n] = valid[n] && in_head ? load_activations(cache + int64_t(p) * a.head_dim + dim) : uint4{};
+    }
   };
 
   for (int head0 = 0; head0 < group; head0 += kHeads) {
@@ -73,17 +80,23 @@ __global__ void __launch_bounds__(kThreads, 4) decode_attention_kernel(Attention
     __syncthreads();
 
     // scores of the split's positions
-    for (int i = offset; i < kSplit; i += kPositions) {
-      const int p = split * kSplit + i;
-      const bool valid = seen(p);
-      float k[8] = {};
-      if (valid && in_head) load(k_cache, p, k);
-      for (int h = 0; h < heads; h++) {
-        float score = 0;
-        if (in_head)
-          for (int j = 0; j < 8; j++) score += k[j] * query[h][dim + j];
-        for (int lanes = kLanes / 2; lanes > 0; lanes /= 2) score += shuffle_xor(score, lanes);
-        if (part == 0) weight[h][i] = valid ? score : -INFINITY;
+    for (int i0 = offset; i0 < kSplit; i0 += kAhead * kPositions) {
+      uint4 ahead[kAhead];
+      bool valid[kAhead];
+      load_ahead(k_cache, i0, ahead, valid);
+#pragma unroll
+      for (int n = 0; n < kAhead; n++) {
+        float k[8], score[kHeads] = {};
+        unpack<T>(ahead[n], k);
+        if (in_head) {
+#pragma unroll
+          for (int h = 0; h < kHeads; h++)
+            for (int j = 0; j < 8; j++) score[h] += k[j] * query[h][dim + j];
+        }
+        for (int lanes = kLanes / 2; lanes > 0; lanes /= 2)
+          for (int h = 0; h < kHeads; h++) score[h] += shuffle_xor(score[h], lanes);
+        for (int h = 0; h < kHeads; h++)
+          if (part == 0 && h < heads) weight[h][i0 + n * kPositions] = valid[n] ? score[h] : -INFINITY;
       }
     }
     __syncthreads();
@@ -105,14 +118,19 @@ __global__ void __launch_bounds__(kThreads, 4) decode_attention_kernel(Attention
 
     // weighted values: each lane its 8 dims over its positions, then over the lanes and the warps
     float sum[kHeads][8] = {};
-    for (int i = offset; i < kSplit; i += kPositions) {
-      const int p = split * kSplit + i;
-      if (!seen(p) || !in_head) continue;
-      float v[8];
-      load(v_cache, p, v);
-      for (int h = 0; h < kHeads; h++) {
-        const float w = h < heads ? weight[h][i] : 0.f;
-        for (int j = 0; j < 8; j++) sum[h][j] += w * v[j];
+    for (int i0 = offset; i0 < kSplit; i0 += kAhead * kPositions) {
+      uint4 ahead[kAhead];
+      bool valid[kAhead];
+      load_ahead(v_cache, i0, ahead, valid);
+#pragma unroll
+      for (int n = 0; n < kAhead; n++) {
+        if (!valid[n] || !in_head) continue;
+        float v[8];
+        unpack<T>(ahead[n], v);
+        for (int h = 0; h < kHeads; h++) {
+          const float w = h < heads ? weight[h][i0 + n * kPositions] : 0.f;
+          for (int j = 0; j < 8; j++) sum[h][j] += w * v[j];
+        }
       }
     }
     for (int h = 0; h < kHeads; h++)

@@ -16,10 +16,7 @@ struct LinearPhase : StatelessPhase {
   int rows, out_features;
 
   RIVER_DEVICE const Source& source() const { return weight; }
-  RIVER_DEVICE void load(StreamActivations<T>& activations, const BlockWork& work, const StreamShape& shape,
-                         RowSquares&, bool) const {
-    load_rows(activations, x, work, shape);
-  }
+  RIVER_DEVICE void load(StreamInput<T>& input) const { load_rows(input, x); }
   RIVER_DEVICE void finish(int strip, const StripTotals& totals, State&) const {
     const int row = threadIdx.x / kMaxRows, t = threadIdx.x % kMaxRows, n = strip * kTileRows + row;
     if (row >= kTileRows || t >= rows || n >= out_features) return;

@@ -25,10 +25,11 @@ struct LmHeadPhase {
   uint32_t* counter;
 
   RIVER_DEVICE const MatrixRows<T>& source() const { return weight; }
-  RIVER_DEVICE void load(StreamActivations<T>& x, const BlockWork& work, const StreamShape& shape,
-                         RowSquares& squares, bool known) const {
-    load_normalised(x, static_cast<const T*>(a.hidden), static_cast<const T*>(a.norm), a.rms_norm_eps, work, shape,
-                    squares, known);
+  RIVER_DEVICE void prefetch(const BlockWork& work, const StreamShape&) const {
+    prefetch_norm(static_cast<const T*>(a.norm), work);
+  }
+  RIVER_DEVICE void load(StreamInput<T>& input) const {
+    load_normalised(input, static_cast<const T*>(a.hidden), static_cast<const T*>(a.norm), a.rms_norm_eps);
   }
 
   RIVER_DEVICE void finish(int strip, const StripTotals& totals, State& best) const {

@@ -1,7 +1,9 @@
 // The module river_ext._C: importing it registers the ops (ops*.cpp); what it holds itself are facts and settings.
 #include <pybind11/pybind11.h>
 
+#include <algorithm>
 #include <cstdint>
+#include <iterator>
 #include <string>
 
 #include "cuda_device.h"
@@ -35,6 +37,15 @@ PYBIND11_MODULE(_C, m) {
   m.def("set_cpu_isa", [](const std::string& name) {
     if (!cpu::set_isa(name.c_str())) throw py::value_error("cpu isa '" + name + "' is not supported on this machine");
   }, "Chooses the instruction set of the CPU kernels, for tests and measurements; not while an op runs");
+  m.def("set_overlap", [](const std::string& name) {
+    static const char* const names[] = {"none", "launch", "prefetch"};  // as in cuda::Overlap
+    const std::string before = names[static_cast<int>(cuda::overlap_setting)];
+    const auto found = std::find(std::begin(names), std::end(names), name);
+    if (found == std::end(names)) throw py::value_error("overlap is '" + name + "', expected none, launch or prefetch");
+    cuda::overlap_setting = static_cast<cuda::Overlap>(found - names);
+    return before;
+  }, "How much of this thread's CUDA kernels may happen before the kernels ahead of them end; returns what it was. At "
+     "'launch', the default, nothing is read early; at 'prefetch', weights are: they must be complete by then");
 #if RIVER_WITH_CUDA
   m.def("cuda_image", [] {
     const cuda::Image& image = cuda::image();
@@ -45,12 +56,6 @@ PYBIND11_MODULE(_C, m) {
     return facts;
   }, "Of the current GPU: its architecture, that of the machine code it runs (None: this build has none for it), and "
      "that of the PTX behind it");
-  m.def("set_overlap", [](const std::string& name) {
-    if (name == "none") cuda::set_overlap(cuda::Overlap::kNone);
-    else if (name == "launch") cuda::set_overlap(cuda::Overlap::kLaunch);
-    else if (name == "prefetch") cuda::set_overlap(cuda::Overlap::kPrefetch);
-    else throw py::value_error("overlap is '" + name + "', expected none, launch or prefetch");
-  }, "How much consecutive CUDA kernels overlap (prefetch by default), for measurements; results do not depend on it");
   m.def("read_ring", [](uintptr_t data, int64_t bytes, int stage_bytes, int copy_bytes, int stages, int blocks_per_sm,
                         uintptr_t checksums, uintptr_t stream) {
     cuda::launch_read_ring(
@@ -58,7 +63,7 @@ PYBIND11_MODULE(_C, m) {
          .blocks_per_sm = blocks_per_sm, .data = reinterpret_cast<const uint8_t*>(data),
          .checksums = reinterpret_cast<uint32_t*>(checksums)},
         {.partials = nullptr, .counters = nullptr, .scratch = nullptr, .blocks = cuda::sm_count(),
-         .overlap = cuda::overlap()},
+         .overlap = cuda::overlap_setting},
         reinterpret_cast<cuda::Stream>(stream));
   }, "Reads memory of the current GPU through the ring that streams weights, for measurements (csrc/read_ring.h)",
         py::kw_only(), py::arg("data"), py::arg("bytes"), py::arg("stage_bytes"), py::arg("copy_bytes"),

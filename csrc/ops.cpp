@@ -33,7 +33,7 @@ Tensor decode_attention(const Tensor& query, const Tensor& k_cache, const Tensor
   args.kv_valid = kv_valid ? data<bool>(*kv_valid) : nullptr;
   const Tensor out = empty({args.rows, args.num_heads, args.head_dim}, type, query);
   args.out = out.mutable_data_ptr();
-  launch(check, query, [&] { cpu::launch_decode_attention(args, kParallel); }, [&](auto& gpu) {
+  launch(check, [&] { cpu::launch_decode_attention(args, kParallel); }, [&](auto& gpu) {
     cuda::launch_decode_attention(args, gpu.workspace(cuda::decode_attention_workspace(args)), gpu.stream());
   });
   return out;
@@ -52,7 +52,7 @@ Tensor state_similarity(const Tensor& x, const Tensor& y) {
   args.y = data(y);
   const Tensor out = empty({args.rows}, ScalarType::Float, x);
   args.out = mutable_data<float>(out);
-  launch(check, x, [&] { cpu::launch_state_similarity(args, kParallel); }, [&](auto& gpu) {
+  launch(check, [&] { cpu::launch_state_similarity(args, kParallel); }, [&](auto& gpu) {
     cuda::launch_state_similarity(args, gpu.workspace({}), gpu.stream());
   });
   return out;
@@ -66,7 +66,9 @@ std::tuple<Tensor, Tensor> lm_head(const Tensor& hidden, const Tensor& norm, con
   LmHeadArgs args{};
   args.dtype = check.model_dtype("hidden", type);
   args.rows = check.rows("hidden", hidden, 2);
-  args.hidden_size = check.vector_size("hidden_size", hidden.size(1));
+  args.hidden_size = check.size("hidden_size", hidden.size(1));
+  check.require(!check.on_cuda() || args.hidden_size % 64 == 0, "hidden_size is ", args.hidden_size,
+                ", expected a multiple of 64 on CUDA");
   check.vectors("hidden", hidden, type, {args.rows, args.hidden_size});
   check.vectors("norm", norm, type, {args.hidden_size});
   check.vectors("weight", weight, type, {kAny, args.hidden_size});
@@ -87,7 +89,7 @@ std::tuple<Tensor, Tensor> lm_head(const Tensor& hidden, const Tensor& norm, con
   args.weight = data(weight);
   args.tokens = mutable_data<int64_t>(tokens);
   args.logits = return_logits ? mutable_data<float>(logits) : nullptr;
-  launch(check, hidden, [&] { cpu::launch_lm_head(args, kParallel); }, [&](auto& gpu) {
+  launch(check, [&] { cpu::launch_lm_head(args, kParallel); }, [&](auto& gpu) {
     cuda::launch_lm_head(args, gpu.workspace(cuda::lm_head_workspace(args)), gpu.stream());
   });
   return {tokens, logits};
@@ -115,7 +117,7 @@ Tensor run_linear(const Check& check, const Tensor& x, const Tensor& weight, boo
   args.bias = check.optional("bias", bias, type, {args.out_features});
   const Tensor out = empty({args.rows, args.out_features}, type, x);
   args.out = out.mutable_data_ptr();
-  launch(check, x, [&] { cpu::launch_linear(args, kParallel); }, [&](auto& gpu) {
+  launch(check, [&] { cpu::launch_linear(args, kParallel); }, [&](auto& gpu) {
     cuda::launch_linear(args, gpu.workspace(cuda::linear_workspace(args)), gpu.stream());
   });
   return out;
@@ -162,7 +164,7 @@ Tensor pack_w4(const Tensor& q, const Tensor& scale, const Tensor& zero) {
   args.zero = const_cast<uint16_t*>(data<uint16_t>(zero));
   const Tensor packed = empty({tiles_of(args.out_features), tiles, kTileBytes}, ScalarType::Byte, q);
   args.packed = mutable_data<uint8_t>(packed);
-  launch(check, q, [&] { cpu::launch_pack_w4(args, kParallel); },
+  launch(check, [&] { cpu::launch_pack_w4(args, kParallel); },
          [&](auto& gpu) { cuda::launch_pack_w4(args, gpu.stream()); });
   return packed;
 }
@@ -192,7 +194,7 @@ std::tuple<Tensor, Tensor, Tensor> unpack_w4(const Tensor& packed, int64_t out_f
   args.q = mutable_data<uint8_t>(q);
   args.scale = mutable_data<uint16_t>(scale);
   args.zero = mutable_data<uint16_t>(zero);
-  launch(check, packed, [&] { cpu::launch_unpack_w4(args, kParallel); },
+  launch(check, [&] { cpu::launch_unpack_w4(args, kParallel); },
          [&](auto& gpu) { cuda::launch_unpack_w4(args, gpu.stream()); });
   return {q, scale, zero};
 }
@@ -204,7 +206,7 @@ Tensor dequantize_w4(const Tensor& packed, int64_t out_features, int64_t in_feat
   args.dtype = check.dense_dtype("dtype", dtype);
   const Tensor dense = empty({out_features, in_features}, dtype, packed);
   args.dense = dense.mutable_data_ptr();
-  launch(check, packed, [&] { cpu::launch_dequantize_w4(args, kParallel); },
+  launch(check, [&] { cpu::launch_dequantize_w4(args, kParallel); },
          [&](auto& gpu) { cuda::launch_dequantize_w4(args, gpu.stream()); });
   return dense;
 }

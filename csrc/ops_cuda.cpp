@@ -13,39 +13,32 @@ namespace river::ops {
 
 namespace {
 
-// A growing piece of device memory. CUDA graphs that were captured may hold its earlier addresses, so that nothing is
-// ever given back; as each is at least twice the one before, all of them take less than the last one.
+// A growing piece of device memory, zero at first. CUDA graphs that were captured may hold its earlier addresses, so that
+// nothing is ever given back; as each is at least twice the one before, all of them take less than the last one. Not from
+// torch's allocator, whose pools belong to graphs.
 class Piece {
  public:
-  Piece(ScalarType type, bool zeros) : type_(type), zeros_(zeros) {}
+  bool fits(int64_t bytes) const { return bytes <= bytes_; }
 
-  bool fits(int64_t count) const { return count <= count_; }
-
-  void grow(int64_t count, const Tensor& like, cuda::Stream stream) {
-    count = std::max({count, 2 * count_, int64_t(1) << 12});
-    const Tensor memory = empty({count}, type_, like);
-    if (zeros_) cuda::clear(memory.mutable_data_ptr(), count * memory.element_size(), stream);
-    kept_.push_back(memory);
-    data_ = memory.mutable_data_ptr();
-    count_ = count;
+  void grow(int64_t bytes, cuda::Stream stream) {
+    bytes = std::max({bytes, 2 * bytes_, int64_t(1) << 14});
+    data_ = cuda::allocate(bytes, stream);
+    bytes_ = bytes;
   }
 
   void* data() const { return data_; }
 
  private:
-  ScalarType type_;
-  bool zeros_;
-  int64_t count_ = 0;
+  int64_t bytes_ = 0;
   void* data_ = nullptr;
-  std::vector<Tensor> kept_;
 };
 
 struct StreamMemory {
   std::mutex mutex;  // held while an op launches
-  Piece partials{ScalarType::Float, false}, counters{ScalarType::Int, true}, scratch{ScalarType::Byte, false};
+  Piece partials, counters, scratch;
 };
 
-// Never freed: at the end of the process the GPU may be gone before its tensors.
+// Never freed: at the end of the process the GPU may be gone before it.
 StreamMemory& memory_of(int gpu, cuda::Stream stream) {
   static auto& all = *new std::map<std::pair<int, cuda::Stream>, StreamMemory>;
   static std::mutex mutex;
@@ -64,8 +57,7 @@ cuda::Stream current_stream(const Check& check) {
 
 }  // namespace
 
-Gpu::Gpu(const Check& check, const Tensor& like)
-    : check_(check), like_(like), guard_(check.gpu()), stream_(current_stream(check)) {
+Gpu::Gpu(const Check& check) : check_(check), guard_(check.gpu()), stream_(current_stream(check)) {
   const cuda::Image& image = cuda::image();
   check.require(image.code != 0, "cuda:", check.gpu(), " is sm_", image.device,
                 ", but the CUDA kernels were compiled for " RIVER_CUDA_ARCHS " only");
@@ -74,17 +66,17 @@ Gpu::Gpu(const Check& check, const Tensor& like)
 cuda::Workspace Gpu::workspace(const cuda::WorkspaceSize& size) {
   StreamMemory& memory = memory_of(check_.gpu(), stream_);
   lock_ = std::unique_lock<std::mutex>(memory.mutex);
-  for (const auto& [piece, count] : {std::pair(&memory.partials, size.partials),
-                                     std::pair(&memory.counters, size.counters),
+  for (const auto& [piece, bytes] : {std::pair(&memory.partials, size.partials * int64_t(sizeof(float))),
+                                     std::pair(&memory.counters, size.counters * int64_t(sizeof(uint32_t))),
                                      std::pair(&memory.scratch, size.scratch)}) {
-    if (piece->fits(count)) continue;
+    if (piece->fits(bytes)) continue;
     check_.require(!cuda::is_capturing(stream_), "its workspace would have to grow while the stream is capturing a ",
                    "CUDA graph: run the op once on this stream before capturing it");
-    piece->grow(count, like_, stream_);
+    piece->grow(bytes, stream_);
   }
   return {.partials = static_cast<float*>(memory.partials.data()),
           .counters = static_cast<uint32_t*>(memory.counters.data()), .scratch = memory.scratch.data(),
-          .blocks = cuda::sm_count(), .overlap = cuda::overlap()};
+          .blocks = cuda::sm_count(), .overlap = cuda::overlap_setting};
 }
 
 }  // namespace river::ops

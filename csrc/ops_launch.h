@@ -17,7 +17,7 @@ inline const cpu::Parallel kParallel{[](int64_t n, int64_t grain, cpu::Parallel:
 // A GPU while an op launches its kernels there. Defined in ops_cuda.cpp, where there are CUDA kernels.
 class Gpu {
  public:
-  Gpu(const Check& check, const Tensor& like);
+  explicit Gpu(const Check& check);
 
   cuda::Stream stream() const { return stream_; }
 
@@ -27,19 +27,18 @@ class Gpu {
 
  private:
   const Check& check_;
-  const Tensor& like_;  // what new memory is allocated like
   torch::stable::accelerator::DeviceGuard guard_;
   cuda::Stream stream_;
   std::unique_lock<std::mutex> lock_;
 };
 
-// Calls on_cpu(), or on_cuda(gpu) on the GPU of `like`. on_cuda takes its argument as `auto&`: then a build without
+// Calls on_cpu(), or on_cuda(gpu) on the GPU of the op's tensors. on_cuda takes its argument as `auto&`: then a build without
 // CUDA kernels refers to none.
 template <class Cpu, class Cuda>
-void launch(const Check& check, const Tensor& like, Cpu on_cpu, Cuda on_cuda) {
+void launch(const Check& check, Cpu on_cpu, Cuda on_cuda) {
   if constexpr (RIVER_WITH_CUDA) {
     if (check.on_cuda()) {
-      Gpu gpu(check, like);
+      Gpu gpu(check);
       on_cuda(gpu);
       return;
     }

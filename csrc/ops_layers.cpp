@@ -148,7 +148,7 @@ std::tuple<Tensor, Tensor> decoder_block(
              args);
   fill_dense(check, hidden.scalar_type(), {q_proj, k_proj, v_proj, o_proj, gate_proj, up_proj, down_proj}, args);
   const Tensor out = new_out(hidden, args), similarity = new_similarity(hidden, args);
-  launch(check, hidden, [&] { cpu::launch_decoder_block(args, kParallel); }, [&](auto& gpu) {
+  launch(check, [&] { cpu::launch_decoder_block(args, kParallel); }, [&](auto& gpu) {
     cuda::launch_decoder_block(args, gpu.workspace(cuda::decoder_block_workspace(args)), gpu.stream());
   });
   return {out, similarity};
@@ -173,7 +173,7 @@ std::tuple<Tensor, Tensor> exit_layer(
               {{"qkv_proj", qkv_proj}, {"o_proj", o_proj}, {"gate_up_proj", gate_up_proj}, {"down_proj", down_proj}},
               kAny, args);
   const Tensor out = new_out(hidden, args), similarity = new_similarity(hidden, args);
-  launch(check, hidden, [&] { cpu::launch_exit_layer(args, kParallel); }, [&](auto& gpu) {
+  launch(check, [&] { cpu::launch_exit_layer(args, kParallel); }, [&](auto& gpu) {
     cuda::launch_exit_layer(args, gpu.workspace(cuda::exit_layer_workspace(args)), gpu.stream());
   });
   return {out, similarity};
@@ -227,7 +227,7 @@ Tensor dual_layer(
                    .similarities = mutable_data<float>(similarities)};
   const Tensor out = new_out(hidden, args.block);
   args.exit_layer.out = args.block.out;
-  launch(check, hidden, [&] { cpu::launch_dual_layer(args, kParallel); }, [&](auto& gpu) {
+  launch(check, [&] { cpu::launch_dual_layer(args, kParallel); }, [&](auto& gpu) {
     cuda::launch_dual_layer(args, gpu.workspace(cuda::dual_layer_workspace(args)), gpu.stream());
   });
   return out;
@@ -278,7 +278,7 @@ void advance(const Tensor& before, const Tensor& after, const Tensor& tokens, co
   args.step = mutable_data<int32_t>(step);
   args.records = mutable_data<int32_t>(records);
   if (!check.on_cuda()) check.in_place("step", 0, *args.step, 0, INT32_MAX - 1);
-  launch(check, before, [&] { cpu::launch_advance(args, kParallel); }, [&](auto& gpu) {
+  launch(check, [&] { cpu::launch_advance(args, kParallel); }, [&](auto& gpu) {
     check.require(cuda::is_pinned(args.records), "records is not in pinned memory, expected a pinned CPU tensor ",
                   "where the others are on CUDA");
     cuda::launch_advance(args, gpu.workspace({}), gpu.stream());

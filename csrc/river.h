@@ -186,7 +186,7 @@ using Stream = CUstream_st*;  // cudaStream_t
 enum class Overlap {
   kNone,      // nothing; and no bulk copies: what older chips run, and the control in measurements
   kLaunch,    // its launch
-  kPrefetch,  // its launch, and filling the ring with its weights
+  kPrefetch,  // its launch, and filling the ring with its weights, which those kernels must not write
 };
 
 // What a launch may use beside its arguments. One workspace may serve all launches of a stream.

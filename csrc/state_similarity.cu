@@ -17,7 +17,8 @@ __global__ void __launch_bounds__(kThreads) state_similarity_kernel(const T* x, 
   dependency_trigger();
   dependency_wait();
   const int64_t place = int64_t(blockIdx.x) * hidden_size;
-  measure_rows(x + place, y + place, 1, hidden_size, similarity, squares[0], [] { __syncthreads(); });
+  measure_rows(x + place, y + place, 1, hidden_size, similarity, squares[0], [] { __syncthreads(); },
+               KeepNothing{});
   if (threadIdx.x == 0) out[blockIdx.x] = similarity[0];
 }
 

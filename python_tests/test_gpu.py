@@ -102,12 +102,12 @@ def test_overlap_does_not_change_a_bit(overlap):
     place = int32([0, 3, -1, 5]), int32([4, 9, 0, 47])
     results = []
     for setting in ("prefetch", overlap):
-        ops._C.set_overlap(setting)
+        before = ops._C.set_overlap(setting)
         try:
             own = [cache.clone() for cache in caches]
             results.append([*block.run(gpu_ops, "decoder_block", hidden, own, *place), *own])
         finally:
-            ops._C.set_overlap("prefetch")
+            ops._C.set_overlap(before)
     assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
 
 

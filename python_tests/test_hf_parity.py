@@ -69,7 +69,7 @@ def hf_greedy(directory, prompt: list[int]) -> tuple[list[int], torch.Tensor]:
 
 
 def engine_greedy(directory, prompt: list[int]) -> tuple[list[int], torch.Tensor]:
-    model = river_ext.load(directory)
+    model = river_ext.load(directory, device="cpu")
     out = model.generate(
         prompt, max_new_tokens=NEW_TOKENS, threshold=float("inf"), stop_tokens=(), return_logits=True
     )

@@ -34,7 +34,7 @@ def test_the_bundled_model():
 
 
 def test_dtype():
-    model = river_ext.load(dtype="float32")
+    model = river_ext.load(device="cpu", dtype="float32")
     assert model.network.dtype == torch.float32
     out = model.generate("Question:", max_new_tokens=4, return_logits=True)
     bf16 = demo_model().generate("Question:", max_new_tokens=4, return_logits=True)
@@ -43,7 +43,7 @@ def test_dtype():
 
 def test_a_saved_river_gives_the_same_tokens(tmp_path):
     demo_model().save_river(tmp_path / "river")
-    again = river_ext.load(river=tmp_path / "river")
+    again = river_ext.load(device="cpu", river=tmp_path / "river")
     for a, b in zip(demo_model().river, again.river, strict=True):
         for name, packed in vars(a).items():
             assert torch.equal(packed, getattr(b, name))

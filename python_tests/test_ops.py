@@ -111,13 +111,11 @@ def test_what_info_says_of_a_gpu():
 
 
 def test_overlap():
-    if not HAS_CUDA:
-        assert not hasattr(ops._C, "set_overlap")
-        return
     with pytest.raises(ValueError, match="overlap is 'some', expected none, launch or prefetch"):
         ops._C.set_overlap("some")
-    for name in ("none", "launch", "prefetch"):
-        ops._C.set_overlap(name)
+    before = ops._C.set_overlap("none")
+    assert before == "launch"
+    assert [ops._C.set_overlap(name) for name in ("prefetch", "launch")] == ["none", "prefetch"]
 
 
 def test_inductor_compiles_around_a_mutating_op():

@@ -85,4 +85,4 @@ def random_prompt(length: int, seed: int = 0, vocab_size: int = CONFIG["vocab_si
 
 @cache
 def demo_model() -> Model:
-    return river_ext.load()
+    return river_ext.load(device="cpu")

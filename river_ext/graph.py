@@ -74,9 +74,10 @@ class Runner:
         self.thresholds, self.min_layers = zeros(rows, dtype=torch.float32), zeros(rows)
         self.limit, self.exited, self.steps_taken = zeros(1), zeros(layers), zeros(1)
         self.similarities = zeros(layers, rows, dtype=torch.float32)
-        self.records = torch.zeros(RECORDS, 2 + rows + layers * rows, dtype=torch.int32, pin_memory=on_gpu)
+        host = {"device": "cpu", "pin_memory": on_gpu}  # whatever torch's default device is
+        self.records = torch.zeros(RECORDS, 2 + rows + layers * rows, dtype=torch.int32, **host)
         # similarities that the host decides by
-        self.seen = torch.zeros(layers, rows, dtype=torch.float32, pin_memory=on_gpu)
+        self.seen = torch.zeros(layers, rows, dtype=torch.float32, **host)
         self.place = (self.cache, self.slots, self.positions, network.rope(max_len))
         self.decision = (self.thresholds, self.min_layers, self.limit, self.exited, self.similarities)
         self.stream = torch.cuda.Stream(device) if on_gpu else None
@@ -175,9 +176,11 @@ class Graph:
         graph = torch.cuda.CUDAGraph()
         # torch.cuda.graph() would also synchronise, collect garbage and empty the cache, before every one
         graph.capture_begin(pool=pool, capture_error_mode="thread_local")
+        before = ops._C.set_overlap("prefetch")  # nobody writes weights while steps run
         try:
             self.outputs = run()
         finally:
+            ops._C.set_overlap(before)
             graph.capture_end()
         self.replay = graph.replay
 

@@ -24,43 +24,37 @@ RIVER_DEVICE uint4 load_activations(const void* p) {
   return {__float_as_uint(v.x), __float_as_uint(v.y), __float_as_uint(v.z), __float_as_uint(v.w)};
 }
 
-template <class T>
-RIVER_DEVICE void unpack(const uint4& v, float (&out)[8]) {
-  const uint32_t word[4] = {v.x, v.y, v.z, v.w};
-  for (int i = 0; i < 4; i++) {
-    const float2 two = to_float2<T>(word[i]);
-    out[2 * i] = two.x, out[2 * i + 1] = two.y;
-  }
-}
-
-template <class T>
-RIVER_DEVICE uint4 repack(const float (&v)[8]) {
-  uint32_t word[4];
-  for (int i = 0; i < 4; i++) word[i] = pair<T>(from_float<T>(v[2 * i]), from_float<T>(v[2 * i + 1]));
-  return {word[0], word[1], word[2], word[3]};
-}
-
 // source: [rows, columns of the whole K]
 template <class T>
-RIVER_DEVICE void load_rows(StreamActivations<T>& x, const T* source, const BlockWork& work, const StreamShape& shape) {
-  const int first = work.first_tile * kTileCols;
-  x.fill(shape.in_features - first,
-         [&](int row, int column) { return load_activations(source + int64_t(row) * shape.in_features + first + column); });
+RIVER_DEVICE void load_rows(StreamInput<T>& input, const T* source) {
+  const int first = input.first_column(), in_features = input.shape.in_features;
+  input.x.fill(in_features - first, input.packed, [&](int row, int column) {
+    return load_activations(source + int64_t(row) * in_features + first + column);
+  });
 }
 
-// RMSNorm of source [rows, hidden_size], rounded once; `squares` is filled here unless it is known already.
+// A norm's weight [in_features] is asked for while the kernels ahead still run.
 template <class T>
-RIVER_DEVICE void load_normalised(StreamActivations<T>& x, const T* source, const T* weight, float eps,
-                                  const BlockWork& work, const StreamShape& shape, RowSquares& squares, bool known) {
-  const int hidden_size = shape.in_features, first = work.first_tile * kTileCols;
-  if (!known) {
-    measure_squares(source, x.rows, hidden_size, squares);
+RIVER_DEVICE void prefetch_norm(const T* weight, const BlockWork& work) {
+  constexpr int kLine = 128 / sizeof(T);
+  const int columns = work.tiles * kTileCols;
+  for (int i = threadIdx.x * kLine; i < columns; i += kReaderThreads * kLine)
+    prefetch_to_l2(weight + work.first_tile * kTileCols + i);
+}
+
+// RMSNorm of source [rows, in_features], rounded once; in_features is a multiple of 64.
+template <class T>
+RIVER_DEVICE void load_normalised(StreamInput<T>& input, const T* source, const T* weight, float eps) {
+  const int first = input.first_column(), in_features = input.shape.in_features;
+  if (!input.measured) {
+    measure_squares(source, input.x.rows, in_features, input.squares,
+                    [&](int row, int column, const float(&values)[kStrip]) { input.keep(row, column, values); });
     barrier_sync(kReaderBarrier, kReaderThreads);
   }
-  x.fill(hidden_size - first, [&](int row, int column) {
+  input.x.fill(in_features - first, input.packed, [&](int row, int column) {
     float v[8], w[8];
-    const float inverse = 1.f / sqrtf(squares.total(row) / hidden_size + eps);
-    unpack<T>(load_activations(source + int64_t(row) * hidden_size + first + column), v);
+    const float inverse = 1.f / sqrtf(input.squares.total(row) / in_features + eps);
+    unpack<T>(input.x.piece(row, column), v);
     unpack<T>(load_activations(weight + first + column), w);
     for (int j = 0; j < 8; j++) v[j] = v[j] * inverse * w[j];
     return repack<T>(v);

@@ -72,6 +72,8 @@ RIVER_DEVICE void dependency_wait() {
 
 // ---- global memory ----------------------------------------------------------------------------
 
+RIVER_DEVICE void prefetch_to_l2(const void* p) { asm volatile("prefetch.global.L2 [%0];" ::"l"(p)); }
+
 // 16 bytes of data that nobody writes while the kernel runs (weights), read once: kept out of L1.
 RIVER_DEVICE uint4 load_once(const void* p) {
   uint4 v;
@@ -112,6 +114,20 @@ RIVER_DEVICE void add_release(uint32_t* p, uint32_t v) {
 
 // In every loop that polls memory
 RIVER_DEVICE void spin_hint() { __nanosleep(20); }
+
+// ---- parts of a warp ----------------------------------------------------------------------------
+
+// True for one lane of a whole warp. Where it guards bulk copies the compiler knows that one lane issues them; under
+// lane_id() == 0 it puts a loop over the active lanes around each.
+RIVER_DEVICE bool elect_one() {
+#if RIVER_SM90
+  uint32_t elected;
+  asm volatile("{.reg .pred p; elect.sync _|p, 0xffffffff; selp.u32 %0, 1, 0, p;}" : "=r"(elected)::"memory");
+  return elected;
+#else
+  return threadIdx.x % 32 == 0;
+#endif
+}
 
 // ---- parts of a block ---------------------------------------------------------------------------
 
@@ -202,6 +218,11 @@ constexpr uint32_t kAllLanes = 0xffffffffu;
 RIVER_DEVICE int lane_id() { return threadIdx.x % kWarp; }
 RIVER_DEVICE int warp_id() { return threadIdx.x / kWarp; }
 
+template <class T>
+RIVER_DEVICE T shuffle_xor(T value, int lanes) { return __shfl_xor_sync(kAllLanes, value, lanes); }
+template <class T>
+RIVER_DEVICE T shuffle(T value, int lane) { return __shfl_sync(kAllLanes, value, lane); }
+
 // One phase per use of a stage: the n-th use (from 0) waits with parity n % 2. Lies in shared memory. In code for chips
 // without bulk copies, StageBarrier<true> does what <false> does.
 template <bool kWantBulk>
@@ -221,16 +242,35 @@ struct StageBarrier {
   // Starts a stage. No lane may still wait for "empty" when the first one fills: two phases later its parity is back.
   RIVER_DEVICE void arrive_expect(uint32_t bytes) {
     __syncwarp();
-    if (kBulk && lane_id() == 0) mbarrier_arrive_expect(&state, bytes);
+    if constexpr (kBulk) {
+      if (elect_one()) mbarrier_arrive_expect(&state, bytes);
+    }
   }
 
   // By a whole warp with the same arguments; addresses and bytes are multiples of 16.
   RIVER_DEVICE void copy(void* to, const void* from, uint32_t bytes, CopyHint hint) {
     if constexpr (kBulk) {
-      if (lane_id() == 0) bulk_copy(to, from, bytes, &state, hint);
+      if (elect_one()) bulk_copy(to, from, bytes, &state, hint);
     } else {
       for (uint32_t i = 16 * lane_id(); i < bytes; i += 16 * kWarp)
         async_copy16(static_cast<char*>(to) + i, static_cast<const char*>(from) + i, hint);
+    }
+  }
+
+  // kRows pieces of `bytes`: piece r from the address that lane r holds, to `to` + r * stride
+  template <int kRows>
+  RIVER_DEVICE void copy_rows(unsigned char* to, int stride, const void* from, uint32_t bytes, CopyHint hint) {
+    const void* row[kRows];
+#pragma unroll
+    for (int r = 0; r < kRows; r++)
+      row[r] = reinterpret_cast<const void*>(shuffle(reinterpret_cast<uint64_t>(from), r));
+    if constexpr (kBulk) {
+      if (!elect_one()) return;
+#pragma unroll
+      for (int r = 0; r < kRows; r++) bulk_copy(to + r * stride, row[r], bytes, &state, hint);
+    } else {
+#pragma unroll
+      for (int r = 0; r < kRows; r++) copy(to + r * stride, row[r], bytes, hint);
     }
   }
 
@@ -251,10 +291,5 @@ RIVER_DEVICE bool block_arrives_last(unsigned* counter, unsigned count) {
   }
   return __syncthreads_or(last);
 }
-
-template <class T>
-RIVER_DEVICE T shuffle_xor(T value, int lanes) { return __shfl_xor_sync(kAllLanes, value, lanes); }
-template <class T>
-RIVER_DEVICE T shuffle(T value, int lane) { return __shfl_sync(kAllLanes, value, lane); }
 
 }  // namespace river::device

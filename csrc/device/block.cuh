@@ -79,10 +79,11 @@ struct QkvPhase : StatelessPhase {
   uint32_t* counters;  // [heads + kv_heads], with q/k norms only
 
   RIVER_DEVICE const Source& source() const { return weight; }
-  RIVER_DEVICE void load(StreamActivations<T>& x, const BlockWork& work, const StreamShape& shape,
-                         RowSquares& squares, bool known) const {
-    load_normalised(x, static_cast<const T*>(a.hidden), static_cast<const T*>(a.input_layernorm), a.rms_norm_eps, work,
-                    shape, squares, known);
+  RIVER_DEVICE void prefetch(const BlockWork& work, const StreamShape&) const {
+    prefetch_norm(static_cast<const T*>(a.input_layernorm), work);
+  }
+  RIVER_DEVICE void load(StreamInput<T>& input) const {
+    load_normalised(input, static_cast<const T*>(a.hidden), static_cast<const T*>(a.input_layernorm), a.rms_norm_eps);
   }
 
   RIVER_DEVICE void finish(int strip, const StripTotals& totals, State&) const {
@@ -180,10 +181,7 @@ struct ResidualPhase : StatelessPhase {
   int rows, hidden_size;
 
   RIVER_DEVICE const Source& source() const { return weight; }
-  RIVER_DEVICE void load(StreamActivations<T>& activations, const BlockWork& work, const StreamShape& shape,
-                         RowSquares&, bool) const {
-    load_rows(activations, x, work, shape);
-  }
+  RIVER_DEVICE void load(StreamInput<T>& input) const { load_rows(input, x); }
   RIVER_DEVICE void finish(int strip, const StripTotals& totals, State&) const {
     const int row = threadIdx.x / kMaxRows, t = threadIdx.x % kMaxRows, n = strip * kTileRows + row;
     if (row >= kTileRows || t >= rows) return;
@@ -205,9 +203,11 @@ struct GateUpPhase : StatelessPhase {
   int rows, inner;
 
   RIVER_DEVICE const Source& source() const { return weight; }
-  RIVER_DEVICE void load(StreamActivations<T>& x, const BlockWork& work, const StreamShape& shape,
-                         RowSquares& squares, bool known) const {
-    load_normalised(x, hidden, norm, rms_norm_eps, work, shape, squares, known);
+  RIVER_DEVICE void prefetch(const BlockWork& work, const StreamShape&) const {
+    prefetch_norm(norm, work);
+  }
+  RIVER_DEVICE void load(StreamInput<T>& input) const {
+    load_normalised(input, hidden, norm, rms_norm_eps);
   }
   RIVER_DEVICE void finish(int strip, const StripTotals& totals, State&) const {
     const int g = threadIdx.x / kMaxRows, t = threadIdx.x % kMaxRows, channel = strip * 8 + g;

@@ -17,7 +17,8 @@ struct DecidedPath {
 
   // The layer's own entry may not be written yet. It is zero between steps, and a token that has left stays outside.
   RIVER_DEVICE bool guess() const { return load_flag(exited + index) || (index > 0 && load_flag(exited + index - 1)); }
-  RIVER_DEVICE bool decide(RowSquares&, bool&) const { return load_flag(exited + index); }
+  template <class T>
+  RIVER_DEVICE bool decide(StreamInput<T>&) const { return load_flag(exited + index); }
 };
 
 // Of the first kernel
@@ -31,21 +32,23 @@ struct DecidingPath {
 
   RIVER_DEVICE bool guess() const { return d.index > 0 ? load_flag(d.exited + d.index - 1) : d.limit[0] <= 0; }
 
-  RIVER_DEVICE bool decide(RowSquares& squares, bool& known) const {
+  RIVER_DEVICE bool decide(StreamInput<T>& input) const {
     bool exits = d.index >= d.limit[0];
     if (d.index > 0) {
-      known = !load_flag(d.exited + d.index - 1);  // then the layer before was a decoder block, and has a similarity
-      exits = !known || all_rows_exit(squares) || exits;
+      input.measured = !load_flag(d.exited + d.index - 1);  // the layer before was a decoder block
+      exits = !input.measured || all_rows_exit(input) || exits;
     }
     if (blockIdx.x == 0 && threadIdx.x == 0) d.exited[d.index] = exits;
     return exits;
   }
 
  private:
-  RIVER_DEVICE bool all_rows_exit(RowSquares& squares) const {
+  RIVER_DEVICE bool all_rows_exit(StreamInput<T>& input) const {
     RIVER_SHARED(float, similarities, [kMaxRows]);
-    measure_rows(static_cast<const T*>(d.previous), hidden, rows, hidden_size, similarities, squares,
-                 [] { barrier_sync(kReaderBarrier, kReaderThreads); });
+    measure_rows(
+        static_cast<const T*>(d.previous), hidden, rows, hidden_size, similarities, input.squares,
+        [] { barrier_sync(kReaderBarrier, kReaderThreads); },
+        [&](int row, int column, const float(&values)[kStrip]) { input.keep(row, column, values); });
     bool all = true;
     for (int row = 0; row < rows; row++) {
       if (slot_in_cache(places, row) < 0) continue;

@@ -3,6 +3,7 @@
 #pragma once
 
 #include <cstddef>
+#include <mutex>
 #include <stdexcept>
 #include <string>
 #include <utility>
@@ -35,24 +36,21 @@ struct DeviceFacts {  // of the current device
 
 inline const DeviceFacts& device_facts() {
   constexpr int kMaxDevices = 64;
-  static DeviceFacts facts[kMaxDevices] = {};
+  static DeviceFacts facts[kMaxDevices];
+  static std::once_flag known[kMaxDevices];
   int device = 0;
   check(cudaGetDevice(&device), "device_facts");
   if (device >= kMaxDevices) throw std::runtime_error("device_facts: too many devices");
-  DeviceFacts& f = facts[device];
-  if (f.sm_count == 0) {
-    DeviceFacts found{};
-    auto ask = [&](cudaDeviceAttr attribute) {
+  std::call_once(known[device], [&] {
+    const auto ask = [&](cudaDeviceAttr attribute) {
       int value = 0;
       check(cudaDeviceGetAttribute(&value, attribute, device), "device_facts");
       return value;
     };
-    found.shared_memory_per_block = ask(cudaDevAttrMaxSharedMemoryPerBlockOptin);
-    found.arch = 10 * ask(cudaDevAttrComputeCapabilityMajor) + ask(cudaDevAttrComputeCapabilityMinor);
-    found.sm_count = ask(cudaDevAttrMultiProcessorCount);
-    f = found;
-  }
-  return f;
+    facts[device] = {ask(cudaDevAttrMultiProcessorCount), ask(cudaDevAttrMaxSharedMemoryPerBlockOptin),
+                     10 * ask(cudaDevAttrComputeCapabilityMajor) + ask(cudaDevAttrComputeCapabilityMinor)};
+  });
+  return facts[device];
 }
 
 template <class... Parameters, class... Arguments>
@@ -68,17 +66,19 @@ void launch(void (*kernel)(Parameters...), dim3 grid, dim3 block, size_t shared_
   auto attempt = [&](cudaError_t error) {
     if (error != cudaSuccess) check(error, options.name, sizes());
   };
-  if (shared_bytes > 48 * 1024) {
-    const auto set = [&](cudaFuncAttribute attribute, int value) {
-      attempt(cudaFuncSetAttribute(kernel, attribute, value));
-    };
-    set(cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(shared_bytes));
-    // two consecutive kernels share an SM only if the carve-out leaves room for both
-    set(cudaFuncAttributePreferredSharedMemoryCarveout, cudaSharedmemCarveoutMaxShared);
-  }
+  cudaFuncAttributes facts{};
+  attempt(cudaFuncGetAttributes(&facts, kernel));
+  const auto set = [&](cudaFuncAttribute attribute, int value) {
+    attempt(cudaFuncSetAttribute(kernel, attribute, value));
+  };
+  // Both belong to the function, not to this launch: always the same values, whatever other threads launch.
+  set(cudaFuncAttributeMaxDynamicSharedMemorySize,
+      device_facts().shared_memory_per_block - static_cast<int>(facts.sharedSizeBytes));
+  // two consecutive kernels share an SM only if the carve-out leaves room for both
+  set(cudaFuncAttributePreferredSharedMemoryCarveout, cudaSharedmemCarveoutMaxShared);
   cudaLaunchAttribute attributes[2];
   unsigned count = 0;
-  if (options.pdl && device_facts().arch >= 90) {
+  if (options.pdl && facts.ptxVersion >= 90) {  // code made from older PTX does not wait, on whatever device it runs
     attributes[count].id = cudaLaunchAttributeProgrammaticStreamSerialization;
     attributes[count++].val.programmaticStreamSerializationAllowed = 1;
   }

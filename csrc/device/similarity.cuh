@@ -97,14 +97,16 @@ RIVER_DEVICE void for_each_strip(int part, int hidden_size, F f) {
   for (int i = (part * kWarp + lane_id()) * kStrip; i < hidden_size; i += kParts * kWarp * kStrip) f(i);
 }
 
-// By kParts warps: of y [rows, hidden_size]. The caller synchronises them afterwards.
-template <class T>
-RIVER_DEVICE void measure_squares(const T* y, int rows, int hidden_size, RowSquares& squares) {
+// By kParts warps: of y [rows, hidden_size]. keep(row, first value, values) gets each strip on the way. The caller
+// synchronises the warps afterwards.
+template <class T, class Keep>
+RIVER_DEVICE void measure_squares(const T* y, int rows, int hidden_size, RowSquares& squares, Keep keep) {
   for_each_part(rows, [&](int part, int row) {
     float sum = 0;
     for_each_strip(part, hidden_size, [&](int i) {
       float v[kStrip];
       load_strip(y + int64_t(row) * hidden_size + i, v);
+      keep(row, i, v);
       sum = __fadd_rn(sum, strip_dot(v, v));
     });
     sum = sum_over_lanes(sum);
@@ -112,18 +114,23 @@ RIVER_DEVICE void measure_squares(const T* y, int rows, int hidden_size, RowSqua
   });
 }
 
+struct KeepNothing {
+  RIVER_DEVICE void operator()(int, int, const float (&)[kStrip]) const {}
+};
+
 struct RowPart {
   Triple sum;
   uint32_t largest_x, largest_y;  // magnitudes before scaling, as bits
 };
 
-template <class T>
-RIVER_DEVICE RowPart measure_part(const T* x, const T* y, int part, int hidden_size, Scaling sx, Scaling sy) {
+template <class T, class Keep>
+RIVER_DEVICE RowPart measure_part(const T* x, const T* y, int part, int hidden_size, Scaling sx, Scaling sy, Keep keep) {
   RowPart p{};
   for_each_strip(part, hidden_size, [&](int i) {
     float u[kStrip], v[kStrip];
     load_strip(x + i, u);
     load_strip(y + i, v);
+    keep(i, v);
 #pragma unroll
     for (int j = 0; j < kStrip; j++) {
       p.largest_x = max(p.largest_x, magnitude_bits(u[j]));
@@ -160,17 +167,18 @@ RIVER_DEVICE float cosine(const Triple& sum) {
 }
 
 // By kParts warps, which `sync` waits for: the cosines of the rows of x and y [rows, hidden_size], hidden_size a multiple
-// of 16, to `similarities` in shared memory; and the squares of y.
-template <class T, class Sync>
+// of 16, to `similarities` in shared memory; and the squares of y, whose strips go to keep as above.
+template <class T, class Sync, class Keep>
 RIVER_DEVICE void measure_rows(const T* x, const T* y, int rows, int hidden_size, float (&similarities)[kMaxRows],
-                               RowSquares& squares, Sync sync) {
+                               RowSquares& squares, Sync sync, Keep keep) {
   RIVER_SHARED(RowPart, parts, [kMaxRows][kParts]);
   RIVER_SHARED(int, unsafe, [kMaxRows]);  // rows whose squares over- or underflow unscaled
   const Scaling none{true, 1.f, 1.f};
   const int t = threadIdx.x;
   for_each_part(rows, [&](int part, int row) {
     const int64_t place = int64_t(row) * hidden_size;
-    const RowPart measured = measure_part(x + place, y + place, part, hidden_size, none, none);
+    const RowPart measured = measure_part(x + place, y + place, part, hidden_size, none, none,
+                                          [&](int i, const float(&v)[kStrip]) { keep(row, i, v); });
     if (lane_id() == 0) parts[row][part] = measured, squares.part[row][part] = measured.sum.b;
   });
   sync();
@@ -189,7 +197,7 @@ RIVER_DEVICE void measure_rows(const T* x, const T* y, int rows, int hidden_size
     const RowPart whole = whole_row(parts[row]);
     const int64_t place = int64_t(row) * hidden_size;
     const RowPart measured = measure_part(x + place, y + place, part, hidden_size, safe_scaling(whole.largest_x),
-                                          safe_scaling(whole.largest_y));
+                                          safe_scaling(whole.largest_y), [](int, const float(&)[kStrip]) {});
     __syncwarp();  // each part is read by the warps of all: its sums alone change
     if (lane_id() == 0) parts[row][part].sum = measured.sum;
   });

@@ -78,6 +78,22 @@ RIVER_DEVICE void store16(T* p, const float (&in)[16]) {
   }
 }
 
+template <class T>
+RIVER_DEVICE void unpack(const uint4& v, float (&out)[8]) {
+  const uint32_t word[4] = {v.x, v.y, v.z, v.w};
+  for (int i = 0; i < 4; i++) {
+    const float2 two = to_float2<T>(word[i]);
+    out[2 * i] = two.x, out[2 * i + 1] = two.y;
+  }
+}
+
+template <class T>
+RIVER_DEVICE uint4 repack(const float (&v)[8]) {
+  uint32_t word[4];
+  for (int i = 0; i < 4; i++) word[i] = pair<T>(from_float<T>(v[2 * i]), from_float<T>(v[2 * i + 1]));
+  return {word[0], word[1], word[2], word[3]};
+}
+
 // A nibble under a magic exponent is the exact value kNibbleOffset + nibble.
 template <class T>
 constexpr uint32_t kNibbleMagic = std::is_same_v<T, bf16> ? 0x43004300u : 0x64006400u;

@@ -67,15 +67,20 @@ struct DenseFormat {
   static constexpr int kRowBytes = kStageTiles * kTileCols * 2 + 16;
   static constexpr int kStageBytes = kTileRows * kRowBytes;
 
-  template <class Barrier, class Rows>
-  static RIVER_DEVICE void copy(Barrier& full, unsigned char* stage, const Rows& source, const StreamShape& shape,
-                                int strip, int tile, int count, CopyHint hint) {
+  // Where a strip lies, for the copying warp: lane r holds row r, or row 0 in place of padding, which nobody looks at.
+  // Once per strip and all rows at a time: lookups take divisions, and one by one would cost more than the copies.
+  template <class Rows>
+  static RIVER_DEVICE const T* start(const Rows& source, const StreamShape&, int strip) {
+    const T* row = source.row(strip, lane_id() % kTileRows);
+    return row ? row : source.row(strip, 0);
+  }
+
+  template <class Barrier>
+  static RIVER_DEVICE void copy(Barrier& full, unsigned char* stage, const T* row, const StreamShape& shape, int tile,
+                                int count, CopyHint hint) {
     const int first = tile * kTileCols, columns = min(count * kTileCols, shape.in_features - first);
-    int rows = 0;
-    for (int r = 0; r < kTileRows; r++) rows += source.row(strip, r) != nullptr;
-    full.arrive_expect(rows * columns * 2);
-    for (int r = 0; r < kTileRows; r++)
-      if (const T* row = source.row(strip, r)) full.copy(stage + r * kRowBytes, row + first, columns * 2, hint);
+    full.arrive_expect(kTileRows * columns * 2);
+    full.template copy_rows<kTileRows>(stage, kRowBytes, row + first, columns * 2, hint);
     full.arrive_copies();
   }
 
@@ -104,11 +109,15 @@ struct W4Format {
   static constexpr int kStageTiles = 16;
   static constexpr int kStageBytes = kStageTiles * kTileBytes;
 
+  static RIVER_DEVICE const uint8_t* start(const PackedTiles& source, const StreamShape& shape, int strip) {
+    return source.tiles + int64_t(strip) * shape.tiles * kTileBytes;
+  }
+
   template <class Barrier>
-  static RIVER_DEVICE void copy(Barrier& full, unsigned char* stage, const PackedTiles& source,
-                                const StreamShape& shape, int strip, int tile, int count, CopyHint hint) {
+  static RIVER_DEVICE void copy(Barrier& full, unsigned char* stage, const uint8_t* strip, const StreamShape&, int tile,
+                                int count, CopyHint hint) {
     full.arrive_expect(count * kTileBytes);
-    full.copy(stage, source.tiles + (int64_t(strip) * shape.tiles + tile) * kTileBytes, count * kTileBytes, hint);
+    full.copy(stage, strip + int64_t(tile) * kTileBytes, count * kTileBytes, hint);
     full.arrive_copies();
   }
 
@@ -118,11 +127,12 @@ struct W4Format {
     const int g = lane_id() / 4;
     const uint4 words = *reinterpret_cast<const uint4*>(tile + 16 * lane_id());
     const uint32_t word[4] = {words.x, words.y, words.z, words.w};
-    float part[4] = {};
+    float even[4] = {}, part[4] = {};  // two chains, as an mma waits for the one before it
     for (int j = 0; j < 4; j++)
-      mma_m16n8k16<T>(part, {nibble_pair<T>(word[j], 0), nibble_pair<T>(word[j], 2), nibble_pair<T>(word[j], 1),
+      mma_m16n8k16<T>(j % 2 ? part : even, {nibble_pair<T>(word[j], 0), nibble_pair<T>(word[j], 2), nibble_pair<T>(word[j], 1),
                              nibble_pair<T>(word[j], 3)},
                       {x[2 * j], x[2 * j + 1]});
+    for (int i = 0; i < 4; i++) part[i] += even[i];
     const auto* metadata = reinterpret_cast<const uint32_t*>(tile + 512);
     const float2 top = to_float2<fp16>(metadata[g]), bottom = to_float2<fp16>(metadata[g + 8]);  // scale, zero
     sum[0] += top.x * (part[0] - kNibbleOffset<T> * sum0 - top.y * sum0);

@@ -49,22 +49,27 @@ struct StreamActivations {
         sums(reinterpret_cast<float*>(memory + rows * stride_of(tiles) * 2)), rows(rows), tiles(tiles),
         stride(stride_of(tiles)) {}
 
-  // By the readers: 8 columns at a time from load(row, column) -> 16 bytes; zero past `columns`, a multiple of 8.
-  template <class Load>
-  RIVER_DEVICE void fill(int columns, Load load) {
-    for (int i = threadIdx.x; i < rows * tiles * 8; i += kReaderThreads) {
-      const int row = i / (tiles * 8), column = i % (tiles * 8) * 8;
-      *reinterpret_cast<uint4*>(values + row * stride + column) = column < columns ? load(row, column) : uint4{};
-    }
-    barrier_sync(kReaderBarrier, kReaderThreads);
-  }
+  // 8 columns
+  RIVER_DEVICE uint4& piece(int row, int column) { return *reinterpret_cast<uint4*>(values + row * stride + column); }
 
-  RIVER_DEVICE void add_up() {
-    for (int i = threadIdx.x; i < tiles * kMaxRows; i += kReaderThreads) {
-      const int tile = i / kMaxRows, row = i % kMaxRows;
-      float sum = 0;
-      for (int c = 0; row < rows && c < kTileCols; c++) sum += to_float(values[row * stride + tile * kTileCols + c]);
-      sums[i] = sum;
+  // By the readers: 8 columns at a time from load(row, column) -> 16 bytes, which may be what the piece holds already;
+  // zero past `columns`, a multiple of 8. The eight lanes of a tile's row add it up.
+  template <class Load>
+  RIVER_DEVICE void fill(int columns, bool with_sums, Load load) {
+    const int row_pieces = tiles * 8, pieces = rows * row_pieces;
+    for (int first = warp_id() * kWarp; first < pieces; first += kReaderThreads) {
+      const int i = first + lane_id(), row = i / row_pieces, column = i % row_pieces * 8;
+      uint4 v{};
+      if (i < pieces) {
+        if (column < columns) v = load(row, column);
+        piece(row, column) = v;
+      }
+      if (!with_sums) continue;
+      float each[8], sum = 0;
+      unpack<T>(v, each);
+      for (int j = 0; j < 8; j++) sum += each[j];
+      for (int lanes = 4; lanes > 0; lanes /= 2) sum += shuffle_xor(sum, lanes);
+      if (i < pieces && i % 8 == 0) sums[column / kTileCols * kMaxRows + row] = sum;
     }
     barrier_sync(kReaderBarrier, kReaderThreads);
   }
@@ -140,15 +145,19 @@ struct CopyPlace {
 template <class Format, bool kBulk, class Source>
 RIVER_DEVICE int copy_weights(Ring<kBulk>& ring, CopyPlace& place, int limit, unsigned char* stages,
                               const Source& source, const StreamShape& shape, const BlockWork& work) {
+  if (place.strip >= shape.strips) return 0;
   const CopyHint hint = evict_first();
+  auto start = Format::start(source, shape, place.strip);
   int copied = 0;
   for (; copied < limit && place.strip < shape.strips; copied++, place.cursor.next()) {
     const int slot = place.cursor.slot, count = min(Format::kStageTiles, work.tiles - place.tile);
     ring.empty[slot].wait(place.cursor.phase ^ 1);
-    Format::copy(ring.full[slot], stages + slot * Format::kStageBytes, source, shape, place.strip,
-                 work.first_tile + place.tile, count, hint);
+    Format::copy(ring.full[slot], stages + slot * Format::kStageBytes, start, shape, work.first_tile + place.tile,
+                 count, hint);
     place.tile += count;
-    if (place.tile == work.tiles) place.tile = 0, place.strip += work.strip_step;
+    if (place.tile < work.tiles) continue;
+    place.tile = 0, place.strip += work.strip_step;
+    if (place.strip < shape.strips) start = Format::start(source, shape, place.strip);
   }
   return copied;
 }
@@ -193,7 +202,7 @@ RIVER_DEVICE void multiply_strip(float (&sum)[4], Ring<kBulk>& ring, Cursor& cur
   for (int tile = 0; tile < work.tiles; tile += Format::kStageTiles, cursor.next()) {
     const int slot = cursor.slot, count = min(Format::kStageTiles, work.tiles - tile);
     ring.full[slot].wait(cursor.phase);
-    for (int index = warp_id(); index < count; index += kReaders) {
+    const auto multiply = [&](int index) {
       uint32_t values[8];
       x.fragment(tile + index, values);
       float sum0 = 0, sum1 = 0;
@@ -203,7 +212,13 @@ RIVER_DEVICE void multiply_strip(float (&sum)[4], Ring<kBulk>& ring, Cursor& cur
       }
       const int columns = shape.in_features - (work.first_tile + tile + index) * kTileCols;
       Format::multiply(sum, stages + slot * Format::kStageBytes, index, columns, values, sum0, sum1);
+    };
+    int index = warp_id();
+    for (; index + kReaders < count; index += 2 * kReaders) {  // two chains of mma at a time hide each other's latency
+      multiply(index);
+      multiply(index + kReaders);
     }
+    if (index < count) multiply(index);
     __syncwarp();
     if (lane_id() == 0) ring.empty[slot].arrive();
   }
@@ -231,6 +246,25 @@ struct StripSums {
 };
 
 // ---- the kernel of every phase that streams a weight ------------------------------------------------
+
+// What a phase loads its activations to, and what is known of them
+template <class T>
+struct StreamInput {
+  StreamActivations<T> x;
+  const BlockWork& work;
+  const StreamShape& shape;
+  RowSquares& squares;
+  bool packed = false;    // then tiles want their sums
+  bool measured = false;  // squares are known, and x holds the rows as they came
+
+  RIVER_DEVICE int first_column() const { return work.first_tile * kTileCols; }
+
+  // Keeps a strip of a row, if it is of this block's split
+  RIVER_DEVICE void keep(int row, int column, const float (&values)[kStrip]) {
+    const int local = column - first_column();
+    if (local >= 0 && local < work.tiles * kTileCols) store16(x.values + row * x.stride + local, values);
+  }
+};
 
 // Two blocks per SM: half of 228 KB less 1 KB each for the system
 constexpr int kBlockBytes = 113 << 10;
@@ -309,11 +343,12 @@ class SplitStrips {
   uint32_t arrival_ = 0;  // of thread 0: how many had come to the strip before this block
 };
 
-// A Phase has: source(), the weight; load(x, work, shape, squares, known), which fills the activations once the
-// predecessors are done, and needs the rows' squares if it normalises; finish(strip, totals, state), which all readers call with the finished sums of a strip; end(state), once per
+// A Phase has: source(), the weight; prefetch(work, shape), which may ask for what never changes; load(input), which fills
+// the activations once the predecessors are done; finish(strip, totals, state), which all readers call with the finished sums of a strip; end(state), once per
 // block. State lives in a reader's registers over all strips of its block.
 struct StatelessPhase {
   struct State {};
+  RIVER_DEVICE void prefetch(const BlockWork&, const StreamShape&) const {}
   RIVER_DEVICE void end(State&) const {}
 };
 
@@ -345,16 +380,18 @@ __global__ void __launch_bounds__(kStreamThreads, 2) stream_kernel(Phase phase, 
     dependency_wait();
     return;
   }
-  StreamActivations<T> x(memory + sizes.bytes, rows, shape.split_tiles);
+  const StreamActivations<T> x(memory + sizes.bytes, rows, shape.split_tiles);
+  StreamInput<T> input{x, work, shape, squares[0]};
+  phase.prefetch(work, shape);
   dependency_wait();
-  bool packed = Path::kPacked, known = false;
+  bool packed = Path::kPacked;
   if constexpr (kDecides<Path>) {
-    packed = path.decide(squares[0], known);
+    packed = path.decide(input);
     if (threadIdx.x == 0) decision[0] = packed;
     barrier_sync(kDecisionBarrier, kStreamThreads);
   }
-  phase.load(x, work, shape, squares[0], known);
-  if (packed) x.add_up();
+  input.packed = packed;
+  phase.load(input);
   Cursor cursor(sizes.stages(packed));
   typename Phase::State state{};
   SplitStrips splits(shape, work, workspace, last);

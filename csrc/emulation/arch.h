@@ -59,6 +59,7 @@ void mma_m16n8k16(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2],
 inline void dependency_trigger() {}  // dependents start as early as possible in any case
 inline void dependency_wait() { emulation::wait_for_dependency(); }
 
+inline void prefetch_to_l2(const void*) {}
 inline uint4 load_once(const void* p) { return *static_cast<const uint4*>(p); }
 inline float load_shared_between_blocks(const float* p) { return *p; }
 inline float4 load_shared_between_blocks(const float4* p) { return *p; }
@@ -69,6 +70,8 @@ inline void store_release_system(uint32_t* p, uint32_t v) { *p = v; }
 inline void system_fence() {}
 inline void add_release(uint32_t* p, uint32_t v) { *p += v; }
 inline void spin_hint() { emulation::spin(); }
+
+inline bool elect_one() { return threadIdx.x % 32 == 0; }
 
 inline void barrier_sync(int id, int threads, int line = __builtin_LINE()) {
   emulation::sync_block(id, threads, "barrier_sync", line, false);
