@@ -1,7 +1,7 @@
-// decode_attention: T rows against the cache, grouped queries. A block = (row, KV head, split of the context); splits
-// are cut at multiples of kSplit positions, whatever the row. All query heads of the group share each K and V read.
-// Softmax state is fp32; the last block of a (row, KV head) merges the splits in order. The grid is fixed at the
-// largest number of splits, so that positions may be device data: surplus blocks return.
+// decode_attention: T rows against the cache, grouped queries. A block = (row, KV head, split of the context); how a
+// context is cut depends on the row's own position, so that a short one still fills the GPU. All query heads of the group
+// share each K and V read. Softmax state is fp32; the last block of a (row, KV head) merges the splits in order. The grid
+// is fixed at the largest number of splits, so that positions may be device data: surplus blocks return.
 #include <algorithm>
 
 #include "device/activations.cuh"
@@ -11,102 +11,119 @@ namespace {
 
 using namespace device;
 
-constexpr int kSplit = 256;
 constexpr int kThreads = 128;
 constexpr int kWarps = kThreads / kWarp;
-constexpr int kHeads = 4;  // query heads per pass over a split
-constexpr int kAhead = 4;  // loads of a lane under way at a time
+constexpr int kHeads = 4;        // query heads per pass over a split
+constexpr int kAhead = 4;        // loads of a lane under way at a time
+constexpr int kMaxSplit = 256;   // positions
 
-__host__ __device__ inline int splits_of(int max_len) { return (max_len + kSplit - 1) / kSplit; }
+// Positions of a split: 16 splits, from 64 positions each on, up to kMaxSplit; then more splits
+__host__ __device__ inline int split_size(int seen) { return seen <= 16 * 64 ? 64 : seen <= 16 * 128 ? 128 : kMaxSplit; }
+
+// Of any row
+inline int most_splits(const AttentionArgs& a) {
+  const int seen = a.sliding_window > 0 ? std::min<int64_t>(a.sliding_window, a.max_len) : a.max_len;
+  int most = 0;
+  for (int n : {std::min(seen, 16 * 64), std::min(seen, 16 * 128), seen})
+    most = std::max<int>(most, ceil_div(n, split_size(n)));
+  return most + (a.sliding_window > 0);  // a window may begin inside of a split
+}
+
+// The splits of one row; they begin at multiples of their size
+struct ContextSplits {
+  int first, position;  // seen, both included
+  int size, start, count;
+  RIVER_DEVICE ContextSplits(const AttentionArgs& a, int position)
+      : first(a.sliding_window > 0 ? max(int64_t(0), position - a.sliding_window + 1) : 0), position(position),
+        size(split_size(position - first + 1)), start(first / size * size), count((position - start) / size + 1) {}
+};
 
 template <class T>
 struct AttentionKernelArgs {
   AttentionArgs a;
+  int most_splits;
   float* partials;     // [T, heads, splits, 2 + head_dim]: max, sum, weighted values
   uint32_t* counters;  // [T, kv_heads]
 
   RIVER_DEVICE float* partial(int row, int head, int split) const {
-    return partials + ((int64_t(row) * a.num_heads + head) * splits_of(a.max_len) + split) * (2 + a.head_dim);
+    return partials + ((int64_t(row) * a.num_heads + head) * most_splits + split) * (2 + a.head_dim);
   }
 };
 
+// What one block works on: the shared memory of kHeads query heads, and where its K and V lie.
 // kLanes lanes read one position, 8 dims each; a warp reads 32 / kLanes positions at a time.
-// Budget: 128 threads, 112 registers
 template <class T, int kLanes>
-__global__ void __launch_bounds__(kThreads, 4) decode_attention_kernel(AttentionKernelArgs<T> args) {
-  const AttentionArgs& a = args.a;
-  constexpr int kPositions = kThreads / kLanes;  // of the block at a time
-  RIVER_SHARED(float, query, [kHeads][kLanes * 8]);
-  RIVER_SHARED(float, weight, [kHeads][kSplit]);
-  RIVER_SHARED(float, value, [kHeads][kWarps][kLanes * 8]);
-  RIVER_SHARED(float, state, [kHeads][2]);
-  RIVER_SHARED(int, last_block, [1]);
-  const int split = blockIdx.x, kv_head = blockIdx.y, row = blockIdx.z, group = a.num_heads / a.num_kv_heads;
-  const int part = threadIdx.x % kLanes, offset = threadIdx.x / kLanes, dim = part * 8;
-  const bool in_head = dim < a.head_dim;
-  dependency_trigger();
-  dependency_wait();
-  const int position = a.positions[row], slot = slot_in_cache(a, row);
-  T* out = static_cast<T*>(a.out) + (int64_t(row) * a.num_heads + kv_head * group) * a.head_dim;
-  if (slot < 0) {
-    if (split == 0)
-      for (int i = threadIdx.x; i < group * a.head_dim; i += kThreads) out[i] = from_float<T>(0.f);
-    return;
+struct SplitAttention {
+  static constexpr int kPositions = kThreads / kLanes;  // of the block at a time
+
+  const AttentionKernelArgs<T>& args;
+  const ContextSplits& context;
+  int row, slot, kv_head, begin;  // begin: first position of the split
+  float (&query)[kHeads][kLanes * 8];
+  float (&weight)[kHeads][kMaxSplit];
+  float (&value)[kHeads][kWarps][kLanes * 8];
+  float (&state)[kHeads][2];
+
+  RIVER_DEVICE int offset() const { return threadIdx.x / kLanes; }
+  RIVER_DEVICE int dim() const { return threadIdx.x % kLanes * 8; }
+  RIVER_DEVICE bool in_head() const { return dim() < args.a.head_dim; }
+  RIVER_DEVICE int first_head(int head0) const { return kv_head * (args.a.num_heads / args.a.num_kv_heads) + head0; }
+
+  RIVER_DEVICE bool seen(int p) const {
+    const AttentionArgs& a = args.a;
+    return p >= context.first && p <= context.position && (!a.kv_valid || a.kv_valid[int64_t(slot) * a.max_len + p]);
   }
-  const int first = a.sliding_window > 0 ? max(int64_t(0), position - a.sliding_window + 1) : 0;
-  const int first_split = first / kSplit, end_split = position / kSplit + 1;
-  if (split < first_split || split >= end_split) return;
-  const int64_t base = (int64_t(slot) * a.num_kv_heads + kv_head) * a.max_len;
-  const T* k_cache = static_cast<const T*>(a.k_cache) + base * a.head_dim;
-  const T* v_cache = static_cast<const T*>(a.v_cache) + base * a.head_dim;
-  auto seen = [&](int p) {
-    return p >= first && p <= position && (!a.kv_valid || a.kv_valid[int64_t(slot) * a.max_len + p]);
-  };
+
   // This lane's dims of kAhead of its positions, i0, i0 + kPositions, ...: all under way before the first is looked at
-  auto load_ahead = [&](const T* cache, int i0, uint4 (&out)[kAhead], bool (&valid)[kAhead]) {
+  RIVER_DEVICE void load_ahead(const void* cache, int i0, uint4 (&out)[kAhead], bool (&valid)[kAhead]) const {
+    const AttentionArgs& a = args.a;
+    const T* head = static_cast<const T*>(cache) + (int64_t(slot) * a.num_kv_heads + kv_head) * a.max_len * a.head_dim;
 #pragma unroll
     for (int n = 0; n < kAhead; n++) {
-      const int p = split * kSplit + i0 + n * kPositions;
+      const int p = begin + i0 + n * kPositions;
       valid[n] = seen(p);
-      out[n] = valid[n] && in_head ? load_activations(cache + int64_t(p) * a.head_dim + dim) : uint4{};
+      out[n] = valid[n] && in_head() ? load_activations(head + int64_t(p) * a.head_dim + dim()) : uint4{};
     }
-  };
+  }
 
-  for (int head0 = 0; head0 < group; head0 += kHeads) {
-    const int heads = min(kHeads, group - head0);
-    const T* source = static_cast<const T*>(a.query) + (int64_t(row) * a.num_heads + kv_head * group + head0) * a.head_dim;
+  RIVER_DEVICE void load_query(int head0, int heads) const {
+    const AttentionArgs& a = args.a;
+    const T* source = static_cast<const T*>(a.query) + (int64_t(row) * a.num_heads + first_head(head0)) * a.head_dim;
     for (int i = threadIdx.x; i < heads * a.head_dim; i += kThreads)
       query[i / a.head_dim][i % a.head_dim] = to_float(source[i]) * a.softmax_scale;
     __syncthreads();
+  }
 
-    // scores of the split's positions
-    for (int i0 = offset; i0 < kSplit; i0 += kAhead * kPositions) {
+  RIVER_DEVICE void scores(int heads) const {
+    for (int i0 = offset(); i0 < context.size; i0 += kAhead * kPositions) {
       uint4 ahead[kAhead];
       bool valid[kAhead];
-      load_ahead(k_cache, i0, ahead, valid);
+      load_ahead(args.a.k_cache, i0, ahead, valid);
 #pragma unroll
       for (int n = 0; n < kAhead; n++) {
         float k[8], score[kHeads] = {};
         unpack<T>(ahead[n], k);
-        if (in_head) {
+        if (in_head()) {
 #pragma unroll
           for (int h = 0; h < kHeads; h++)
-            for (int j = 0; j < 8; j++) score[h] += k[j] * query[h][dim + j];
+            for (int j = 0; j < 8; j++) score[h] += k[j] * query[h][dim() + j];
         }
         for (int lanes = kLanes / 2; lanes > 0; lanes /= 2)
           for (int h = 0; h < kHeads; h++) score[h] += shuffle_xor(score[h], lanes);
         for (int h = 0; h < kHeads; h++)
-          if (part == 0 && h < heads) weight[h][i0 + n * kPositions] = valid[n] ? score[h] : -INFINITY;
+          if (dim() == 0 && h < heads) weight[h][i0 + n * kPositions] = valid[n] ? score[h] : -INFINITY;
       }
     }
     __syncthreads();
+  }
 
-    // one warp per head: max, weights, sum
+  // One warp per head: max, weights, sum
+  RIVER_DEVICE void softmax(int heads) const {
     for (int h = warp_id(); h < heads; h += kWarps) {
       float largest = -INFINITY, sum = 0;
-      for (int i = lane_id(); i < kSplit; i += kWarp) largest = fmaxf(largest, weight[h][i]);
+      for (int i = lane_id(); i < context.size; i += kWarp) largest = fmaxf(largest, weight[h][i]);
       for (int lanes = kWarp / 2; lanes > 0; lanes /= 2) largest = fmaxf(largest, shuffle_xor(largest, lanes));
-      for (int i = lane_id(); i < kSplit; i += kWarp) {
+      for (int i = lane_id(); i < context.size; i += kWarp) {
         const float w = weight[h][i] == -INFINITY ? 0.f : expf(weight[h][i] - largest);
         weight[h][i] = w;
         sum += w;
@@ -115,16 +132,18 @@ __global__ void __launch_bounds__(kThreads, 4) decode_attention_kernel(Attention
       if (lane_id() == 0) state[h][0] = largest, state[h][1] = sum;
     }
     __syncthreads();
+  }
 
-    // weighted values: each lane its 8 dims over its positions, then over the lanes and the warps
+  // Weighted values: each lane its 8 dims over its positions, then over the lanes and the warps
+  RIVER_DEVICE void values(int heads) const {
     float sum[kHeads][8] = {};
-    for (int i0 = offset; i0 < kSplit; i0 += kAhead * kPositions) {
+    for (int i0 = offset(); i0 < context.size; i0 += kAhead * kPositions) {
       uint4 ahead[kAhead];
       bool valid[kAhead];
-      load_ahead(v_cache, i0, ahead, valid);
+      load_ahead(args.a.v_cache, i0, ahead, valid);
 #pragma unroll
       for (int n = 0; n < kAhead; n++) {
-        if (!valid[n] || !in_head) continue;
+        if (!valid[n] || !in_head()) continue;
         float v[8];
         unpack<T>(ahead[n], v);
         for (int h = 0; h < kHeads; h++) {
@@ -136,56 +155,113 @@ __global__ void __launch_bounds__(kThreads, 4) decode_attention_kernel(Attention
     for (int h = 0; h < kHeads; h++)
       for (int j = 0; j < 8; j++) {
         for (int lanes = kWarp / 2; lanes >= kLanes; lanes /= 2) sum[h][j] += shuffle_xor(sum[h][j], lanes);
-        if (lane_id() < kLanes) value[h][warp_id()][dim + j] = sum[h][j];
+        if (lane_id() < kLanes) value[h][warp_id()][dim() + j] = sum[h][j];
       }
     __syncthreads();
-    for (int i = threadIdx.x; i < heads * a.head_dim; i += kThreads) {
-      const int h = i / a.head_dim, d = i % a.head_dim;
+  }
+
+  RIVER_DEVICE void write_partials(int split, int head0, int heads) const {
+    const int head_dim = args.a.head_dim;
+    for (int i = threadIdx.x; i < heads * head_dim; i += kThreads) {
+      const int h = i / head_dim, d = i % head_dim;
       float total = 0;
       for (int warp = 0; warp < kWarps; warp++) total += value[h][warp][d];
-      float* partial = args.partial(row, kv_head * group + head0 + h, split);
+      float* partial = args.partial(row, first_head(head0) + h, split);
       partial[2 + d] = total;
       if (d < 2) partial[d] = state[h][d];
     }
     __syncthreads();
   }
 
-  // the last of the row's blocks merges its splits
-  const int splits = end_split - first_split;
-  __threadfence();
-  __syncthreads();
-  if (threadIdx.x == 0) {
-    last_block[0] = atomicInc(args.counters + row * a.num_kv_heads + kv_head, splits - 1) == unsigned(splits - 1);
-    __threadfence();
+  RIVER_DEVICE float partial(int head0, int h, int split, int what) const {
+    return load_shared_between_blocks(args.partial(row, first_head(head0) + h, split) + what);
   }
-  __syncthreads();
-  if (!last_block[0]) return;
-  for (int i = threadIdx.x; i < group * a.head_dim; i += kThreads) {
-    const int head = kv_head * group + i / a.head_dim, d = i % a.head_dim;
-    auto read = [&](int s, int what) { return load_shared_between_blocks(args.partial(row, head, s) + what); };
-    float largest = -INFINITY, sum = 0, total = 0;
-    for (int s = first_split; s < end_split; s++) largest = fmaxf(largest, read(s, 0));
-    for (int s = first_split; s < end_split; s++) {
-      if (read(s, 1) == 0) continue;  // saw nothing
-      const float factor = expf(read(s, 0) - largest);
-      sum += read(s, 1) * factor;
-      total += read(s, 2 + d) * factor;
+
+  // Sums of all splits for kHeads query heads, kMaxSplit splits at a time: their factors by a warp per head, then each
+  // thread its dims of all heads, so that many loads are under way.
+  RIVER_DEVICE void merge(int head0, int heads, T* out) const {
+    constexpr int kDims = (kLanes * 8 + kThreads - 1) / kThreads;  // of a thread
+    float total[kHeads][kDims] = {}, sum = 0, largest = -INFINITY;
+    if (warp_id() < heads)  // kWarps = kHeads: warp h has head h
+      for (int s = lane_id(); s < context.count; s += kWarp) largest = fmaxf(largest, partial(head0, warp_id(), s, 0));
+    for (int lanes = kWarp / 2; lanes > 0; lanes /= 2) largest = fmaxf(largest, shuffle_xor(largest, lanes));
+    for (int s0 = 0; s0 < context.count; s0 += kMaxSplit) {
+      const int splits = min(kMaxSplit, context.count - s0);
+      if (warp_id() < heads)
+        for (int s = lane_id(); s < splits; s += kWarp) {
+          const float part = partial(head0, warp_id(), s0 + s, 1);  // 0: saw nothing
+          const float factor = part == 0 ? 0.f : expf(partial(head0, warp_id(), s0 + s, 0) - largest);
+          weight[warp_id()][s] = factor;
+          sum += part * factor;
+        }
+      __syncthreads();
+#pragma unroll 4
+      for (int s = 0; s < splits; s++)
+#pragma unroll
+        for (int h = 0; h < kHeads; h++)
+#pragma unroll
+          for (int i = 0; i < kDims; i++)
+            if (const int d = threadIdx.x + i * kThreads; h < heads && d < args.a.head_dim)
+              total[h][i] += weight[h][s] * partial(head0, h, s0 + s, 2 + d);
+      __syncthreads();
     }
-    out[i] = from_float<T>(sum == 0 ? 0.f : total / sum);
+    for (int lanes = kWarp / 2; lanes > 0; lanes /= 2) sum += shuffle_xor(sum, lanes);
+    if (lane_id() == 0) state[warp_id()][1] = sum;
+    __syncthreads();
+    for (int h = 0; h < heads; h++)
+      for (int i = 0; i < kDims; i++)
+        if (const int d = threadIdx.x + i * kThreads; d < args.a.head_dim)
+          out[(head0 + h) * args.a.head_dim + d] = from_float<T>(state[h][1] == 0 ? 0.f : total[h][i] / state[h][1]);
+    __syncthreads();
   }
+};
+
+// Budget: 128 threads, 168 registers
+template <class T, int kLanes>
+__global__ void __launch_bounds__(kThreads, 3) decode_attention_kernel(AttentionKernelArgs<T> args) {
+  static_assert(kWarps == kHeads);
+  RIVER_SHARED(float, query, [kHeads][kLanes * 8]);
+  RIVER_SHARED(float, weight, [kHeads][kMaxSplit]);
+  RIVER_SHARED(float, value, [kHeads][kWarps][kLanes * 8]);
+  RIVER_SHARED(float, state, [kHeads][2]);
+  const AttentionArgs& a = args.a;
+  const int split = blockIdx.x, kv_head = blockIdx.y, row = blockIdx.z, group = a.num_heads / a.num_kv_heads;
+  dependency_trigger();
+  dependency_wait();
+  const int slot = slot_in_cache(a, row);
+  T* out = static_cast<T*>(a.out) + (int64_t(row) * a.num_heads + kv_head * group) * a.head_dim;
+  if (slot < 0) {
+    if (split == 0)
+      for (int i = threadIdx.x; i < group * a.head_dim; i += kThreads) out[i] = from_float<T>(0.f);
+    return;
+  }
+  const ContextSplits context(a, a.positions[row]);
+  if (split >= context.count) return;
+  const SplitAttention<T, kLanes> attention{args,    context, row,    slot,  kv_head, context.start + split * context.size,
+                                            query, weight,  value, state};
+  for (int head0 = 0; head0 < group; head0 += kHeads) {
+    const int heads = min(kHeads, group - head0);
+    attention.load_query(head0, heads);
+    attention.scores(heads);
+    attention.softmax(heads);
+    attention.values(heads);
+    attention.write_partials(split, head0, heads);
+  }
+  if (!block_arrives_last(args.counters + row * a.num_kv_heads + kv_head, context.count)) return;
+  for (int head0 = 0; head0 < group; head0 += kHeads) attention.merge(head0, min(kHeads, group - head0), out);
 }
 
 }  // namespace
 
 WorkspaceSize decode_attention_workspace(const AttentionArgs& a) {
-  return {0, a.rows * a.num_kv_heads, 4 * int64_t(a.rows) * a.num_heads * splits_of(a.max_len) * (2 + a.head_dim)};
+  return {0, a.rows * a.num_kv_heads, 4 * int64_t(a.rows) * a.num_heads * most_splits(a) * (2 + a.head_dim)};
 }
 
 void launch_decode_attention(const AttentionArgs& a, const Workspace& workspace, Stream stream) {
   with_16bit_dtype(a.dtype, [&](auto type) {
     using T = typename decltype(type)::type;
-    const AttentionKernelArgs<T> args{a, static_cast<float*>(workspace.scratch), workspace.counters};
-    const dim3 grid(splits_of(a.max_len), a.num_kv_heads, a.rows);
+    const AttentionKernelArgs<T> args{a, most_splits(a), static_cast<float*>(workspace.scratch), workspace.counters};
+    const dim3 grid(args.most_splits, a.num_kv_heads, a.rows);
     auto run = [&](auto kernel) {
       launch(kernel, grid, kThreads, 0, stream, {"decode_attention", workspace.overlap != Overlap::kNone}, args);
     };

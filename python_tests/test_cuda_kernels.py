@@ -194,7 +194,33 @@ def test_advance(kernels, rows):
             assert torch.equal(ours[name], theirs[name]), name
 
 
-@pytest.mark.parametrize("length", [1, 63, 64, 65, 256, 257, 1024])
+@pytest.mark.parametrize("window", [1, 64, 700, 1025, 1500, 2500, 5000])
+def test_attention_windows(kernels, window):
+    """Which splits there are depends on how much a row sees."""
+    g = torch.Generator().manual_seed(window)
+    query = torch.randn(3, 2, 16, generator=g).bfloat16()
+    caches = [torch.randn(3, 1, 3000, 16, generator=g).bfloat16() for _ in range(2)]
+    place = int32([0, 1, 2]), int32([2999, 700, 63])
+    out = kernels.decode_attention(query, *caches, *place, sliding_window=window)
+    expected = reference.decode_attention(query, *caches, *place, sliding_window=window)
+    assert_close(out, expected, torch.bfloat16, "out")
+    alone = kernels.decode_attention(query[1:2], *caches, *(p[1:2] for p in place), sliding_window=window)
+    assert torch.equal(alone, out[1:2])
+
+
+def test_attention_over_more_splits_than_are_merged_at_once(kernels):
+    g, length = torch.Generator().manual_seed(0), 256 * 256 + 300
+    query = torch.randn(1, 5, 8, generator=g).bfloat16()
+    caches = [torch.randn(1, 1, length, 8, generator=g).bfloat16() for _ in range(2)]
+    valid = torch.rand(1, length, generator=g) < 0.01
+    valid[0, 1000:40000] = False
+    place = int32([0]), int32([length - 1])
+    out = kernels.decode_attention(query, *caches, *place, kv_valid=valid)
+    expected = reference.decode_attention(query, *caches, *place, kv_valid=valid)
+    assert_close(out, expected, torch.bfloat16, "out")
+
+
+@pytest.mark.parametrize("length", [1, 63, 64, 65, 256, 257, 1024, 1025, 2048, 2049])
 def test_attention_lengths(kernels, length):
     g = torch.Generator().manual_seed(length)
     query = torch.randn(2, 6, 64, generator=g).bfloat16()

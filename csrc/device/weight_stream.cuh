@@ -290,11 +290,11 @@ struct StripTotals {
 // True for the readers of the last of `count` blocks to come here; the counter wraps to zero. All readers call it.
 RIVER_DEVICE bool readers_arrive_last(uint32_t* counter, int count) {
   RIVER_SHARED(int, last, [1]);
-  __threadfence();
+  gpu_fence();
   barrier_sync(kReaderBarrier, kReaderThreads);
   if (threadIdx.x == 0) {
     last[0] = atomicInc(counter, count - 1) == static_cast<unsigned>(count - 1);
-    __threadfence();
+    gpu_fence();
   }
   barrier_sync(kReaderBarrier, kReaderThreads);
   const bool result = last[0];
@@ -314,10 +314,10 @@ class SplitStrips {
 
   RIVER_DEVICE void before_barrier(int n) {
     if (!used()) return;
-    __threadfence();  // the sums of strip n - 1, sent a strip ago
+    gpu_fence();  // the sums of strip n - 1, sent a strip ago
     if (n < 2 || threadIdx.x != 0) return;
     last_[n % 2] = arrival_ == static_cast<uint32_t>(shape_.splits - 1);
-    __threadfence();
+    gpu_fence();
   }
 
   RIVER_DEVICE void after_barrier(int n, const StripTotals& own) {

@@ -67,6 +67,7 @@ inline uint32_t load_acquire(const uint32_t* p) { return *p; }
 inline uint32_t load_relaxed(const uint32_t* p) { return *p; }
 inline void store_release(uint32_t* p, uint32_t v) { *p = v; }
 inline void store_release_system(uint32_t* p, uint32_t v) { *p = v; }
+inline void gpu_fence() {}
 inline void system_fence() {}
 inline void add_release(uint32_t* p, uint32_t v) { *p += v; }
 inline void spin_hint() { emulation::spin(); }
