@@ -28,7 +28,7 @@ RIVER_DEVICE uint4 load_activations(const void* p) {
 template <class T>
 RIVER_DEVICE void load_rows(StreamInput<T>& input, const T* source) {
   const int first = input.first_column(), in_features = input.shape.in_features;
-  input.x.fill(in_features - first, input.packed, [&](int row, int column) {
+  input.x.fill(in_features - first, input.with_sums, [&](int row, int column) {
     return load_activations(source + int64_t(row) * in_features + first + column);
   });
 }
@@ -51,7 +51,7 @@ RIVER_DEVICE void load_normalised(StreamInput<T>& input, const T* source, const 
                     [&](int row, int column, const float(&values)[kStrip]) { input.keep(row, column, values); });
     barrier_sync(kReaderBarrier, kReaderThreads);
   }
-  input.x.fill(in_features - first, input.packed, [&](int row, int column) {
+  input.x.fill(in_features - first, input.with_sums, [&](int row, int column) {
     float v[8], w[8];
     const float inverse = 1.f / sqrtf(input.squares.total(row) / in_features + eps);
     unpack<T>(input.x.piece(row, column), v);

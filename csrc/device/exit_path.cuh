@@ -7,7 +7,7 @@
 
 namespace river::device {
 
-RIVER_DEVICE bool load_flag(const int32_t* p) { return load_relaxed(reinterpret_cast<const uint32_t*>(p)) != 0; }
+RIVER_DEVICE uint32_t load_flag(const int32_t* p) { return load_relaxed(reinterpret_cast<const uint32_t*>(p)); }
 
 // Of the kernels after the first
 struct DecidedPath {
@@ -18,7 +18,7 @@ struct DecidedPath {
   // The layer's own entry may not be written yet. It is zero between steps, and a token that has left stays outside.
   RIVER_DEVICE bool guess() const { return load_flag(exited + index) || (index > 0 && load_flag(exited + index - 1)); }
   template <class T>
-  RIVER_DEVICE bool decide(StreamInput<T>&) const { return load_flag(exited + index); }
+  RIVER_DEVICE uint32_t decide(StreamInput<T>&) const { return load_flag(exited + index); }
 };
 
 // Of the first kernel
@@ -32,7 +32,7 @@ struct DecidingPath {
 
   RIVER_DEVICE bool guess() const { return d.index > 0 ? load_flag(d.exited + d.index - 1) : d.limit[0] <= 0; }
 
-  RIVER_DEVICE bool decide(StreamInput<T>& input) const {
+  RIVER_DEVICE uint32_t decide(StreamInput<T>& input) const {
     bool exits = d.index >= d.limit[0];
     if (d.index > 0) {
       input.measured = !load_flag(d.exited + d.index - 1);  // the layer before was a decoder block

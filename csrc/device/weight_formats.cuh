@@ -153,7 +153,7 @@ struct PackedPath {
 };
 // ... or, with both true, known on the device only (exit_path.cuh). Then it has
 //   bool guess() const;   a hint that may be asked before the kernels ahead have ended: which weights to prefetch
-//   bool decide(squares, known) const;  by all readers, after the wait: true = packed; may measure the rows' squares
+//   uint32_t decide(input) const;  by all readers, after the wait: not 0 = packed
 
 template <class Path>
 constexpr bool kDecides = Path::kDense && Path::kPacked;

@@ -254,7 +254,7 @@ struct StreamInput {
   const BlockWork& work;
   const StreamShape& shape;
   RowSquares& squares;
-  bool packed = false;    // then tiles want their sums
+  bool with_sums;         // of tiles, which packed weights want
   bool measured = false;  // squares are known, and x holds the rows as they came
 
   RIVER_DEVICE int first_column() const { return work.first_tile * kTileCols; }
@@ -381,17 +381,19 @@ __global__ void __launch_bounds__(kStreamThreads, 2) stream_kernel(Phase phase, 
     return;
   }
   const StreamActivations<T> x(memory + sizes.bytes, rows, shape.split_tiles);
-  StreamInput<T> input{x, work, shape, squares[0]};
+  StreamInput<T> input{x, work, shape, squares[0], Path::kPacked};
   phase.prefetch(work, shape);
   dependency_wait();
   bool packed = Path::kPacked;
   if constexpr (kDecides<Path>) {
-    packed = path.decide(input);
+    const uint32_t decided = path.decide(input);  // may be on its way from memory while the activations come
+    phase.load(input);
+    packed = decided != 0;
     if (threadIdx.x == 0) decision[0] = packed;
     barrier_sync(kDecisionBarrier, kStreamThreads);
+  } else {
+    phase.load(input);
   }
-  input.packed = packed;
-  phase.load(input);
   Cursor cursor(sizes.stages(packed));
   typename Phase::State state{};
   SplitStrips splits(shape, work, workspace, last);
