@@ -74,14 +74,6 @@ RIVER_DEVICE void dependency_wait() {
 
 RIVER_DEVICE void prefetch_to_l2(const void* p) { asm volatile("prefetch.global.L2 [%0];" ::"l"(p)); }
 
-// 16 bytes of data that nobody writes while the kernel runs (weights), read once: kept out of L1.
-RIVER_DEVICE uint4 load_once(const void* p) {
-  uint4 v;
-  asm volatile("ld.global.nc.L1::no_allocate.v4.u32 {%0, %1, %2, %3}, [%4];"
-               : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w) : "l"(p));
-  return v;
-}
-
 // Data that other blocks wrote in this kernel: from L2, never from this SM's L1.
 RIVER_DEVICE float load_shared_between_blocks(const float* p) { return __ldcg(p); }
 RIVER_DEVICE float4 load_shared_between_blocks(const float4* p) { return __ldcg(p); }
@@ -112,10 +104,6 @@ RIVER_DEVICE void store_release_system(uint32_t* p, uint32_t v) {
 }
 RIVER_DEVICE void system_fence() { __threadfence_system(); }
 
-RIVER_DEVICE void add_release(uint32_t* p, uint32_t v) {
-  asm volatile("red.release.gpu.global.add.u32 [%0], %1;" ::"l"(p), "r"(v) : "memory");
-}
-
 // In every loop that polls memory
 RIVER_DEVICE void spin_hint() { __nanosleep(20); }
 
@@ -138,9 +126,6 @@ RIVER_DEVICE bool elect_one() {
 // __syncthreads() for `threads` threads of the block (whole warps); id 1..15, 0 is __syncthreads itself.
 RIVER_DEVICE void barrier_sync(int id, int threads) {
   asm volatile("barrier.sync %0, %1;" ::"r"(id), "r"(threads) : "memory");
-}
-RIVER_DEVICE void barrier_arrive(int id, int threads) {
-  asm volatile("barrier.arrive %0, %1;" ::"r"(id), "r"(threads) : "memory");
 }
 
 // ---- mbarriers and copies ---------------------------------------------------------------------

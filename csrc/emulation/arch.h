@@ -60,7 +60,6 @@ inline void dependency_trigger() {}  // dependents start as early as possible in
 inline void dependency_wait() { emulation::wait_for_dependency(); }
 
 inline void prefetch_to_l2(const void*) {}
-inline uint4 load_once(const void* p) { return *static_cast<const uint4*>(p); }
 inline float load_shared_between_blocks(const float* p) { return *p; }
 inline float4 load_shared_between_blocks(const float4* p) { return *p; }
 inline uint32_t load_acquire(const uint32_t* p) { return *p; }
@@ -69,16 +68,12 @@ inline void store_release(uint32_t* p, uint32_t v) { *p = v; }
 inline void store_release_system(uint32_t* p, uint32_t v) { *p = v; }
 inline void gpu_fence() {}
 inline void system_fence() {}
-inline void add_release(uint32_t* p, uint32_t v) { *p += v; }
 inline void spin_hint() { emulation::spin(); }
 
 inline bool elect_one() { return threadIdx.x % 32 == 0; }
 
 inline void barrier_sync(int id, int threads, int line = __builtin_LINE()) {
   emulation::sync_block(id, threads, "barrier_sync", line, false);
-}
-inline void barrier_arrive(int id, int threads, int line = __builtin_LINE()) {
-  emulation::arrive_block(id, threads, line);
 }
 
 inline void mbarrier_init(uint64_t* barrier, int count) { emulation::mbarrier_init(barrier, count); }

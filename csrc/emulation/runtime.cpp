@@ -376,15 +376,6 @@ int sync_block(int id, int threads, const char* name, int line, bool value) {
   return b.result;
 }
 
-void arrive_block(int id, int threads, int line) {
-  Block::Barrier& b = current->block->barriers[id];
-  if (b.arrived == 0) b.expected = threads, b.line = line;
-  if (b.expected != threads) fail("named barrier " + std::to_string(id) + " is used with different thread counts");
-  if (++b.arrived < b.expected) return;
-  b.arrived = 0;
-  for (Thread* thread : std::exchange(b.waiting, {})) wake(thread);
-}
-
 Collective& join(uint32_t mask, const char* name, int line, const void* mine, size_t bytes,
                  void (*combine)(Collective&)) {
   Block& block = *current->block;

@@ -141,7 +141,6 @@ bool sanitized();             // AddressSanitizer watches the ends of all memory
 [[noreturn]] void fail(const std::string& what);  // in the running thread
 void spin();
 int sync_block(int id, int threads, const char* name, int line, bool value);  // returns whether any value was true
-void arrive_block(int id, int threads, int line);
 Collective& join(uint32_t mask, const char* name, int line, const void* mine, size_t bytes,
                  void (*combine)(Collective&));
 void leave(Collective& collective);
