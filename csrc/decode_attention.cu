@@ -1,7 +1,8 @@
 // decode_attention: T rows against the cache, grouped queries. A block = (row, KV head, split of the context); how a
 // context is cut depends on the row's own position, so that a short one still fills the GPU. All query heads of the group
 // share each K and V read. Softmax state is fp32; the last block of a (row, KV head) merges the splits in order. The grid
-// is fixed at the largest number of splits, so that positions may be device data: surplus blocks return.
+// is fixed, so that positions may be device data, and one that the GPU takes at once: a block goes through the splits by
+// the grid's width, and a block without a split returns.
 #include <algorithm>
 
 #include "device/activations.cuh"
@@ -16,6 +17,7 @@ constexpr int kWarps = kThreads / kWarp;
 constexpr int kHeads = 4;        // query heads per pass over a split
 constexpr int kAhead = 4;        // loads of a lane under way at a time
 constexpr int kMaxSplit = 256;   // positions
+constexpr int kBlocksPerSm = 3;  // enough loads under way for the memory
 
 // Positions of a split: 16 splits, from 64 positions each on, up to kMaxSplit; then more splits
 __host__ __device__ inline int split_size(int seen) { return seen <= 16 * 64 ? 64 : seen <= 16 * 128 ? 128 : kMaxSplit; }
@@ -218,36 +220,39 @@ struct SplitAttention {
 
 // Budget: 128 threads, 168 registers
 template <class T, int kLanes>
-__global__ void __launch_bounds__(kThreads, 3) decode_attention_kernel(AttentionKernelArgs<T> args) {
+__global__ void __launch_bounds__(kThreads, kBlocksPerSm) decode_attention_kernel(AttentionKernelArgs<T> args) {
   static_assert(kWarps == kHeads);
   RIVER_SHARED(float, query, [kHeads][kLanes * 8]);
   RIVER_SHARED(float, weight, [kHeads][kMaxSplit]);
   RIVER_SHARED(float, value, [kHeads][kWarps][kLanes * 8]);
   RIVER_SHARED(float, state, [kHeads][2]);
   const AttentionArgs& a = args.a;
-  const int split = blockIdx.x, kv_head = blockIdx.y, row = blockIdx.z, group = a.num_heads / a.num_kv_heads;
+  const int kv_head = blockIdx.y, row = blockIdx.z, group = a.num_heads / a.num_kv_heads;
   dependency_trigger();
   dependency_wait();
   const int slot = slot_in_cache(a, row);
   T* out = static_cast<T*>(a.out) + (int64_t(row) * a.num_heads + kv_head * group) * a.head_dim;
   if (slot < 0) {
-    if (split == 0)
+    if (blockIdx.x == 0)
       for (int i = threadIdx.x; i < group * a.head_dim; i += kThreads) out[i] = from_float<T>(0.f);
     return;
   }
   const ContextSplits context(a, a.positions[row]);
-  if (split >= context.count) return;
-  const SplitAttention<T, kLanes> attention{args,    context, row,    slot,  kv_head, context.start + split * context.size,
-                                            query, weight,  value, state};
-  for (int head0 = 0; head0 < group; head0 += kHeads) {
-    const int heads = min(kHeads, group - head0);
-    attention.load_query(head0, heads);
-    attention.scores(heads);
-    attention.softmax(heads);
-    attention.values(heads);
-    attention.write_partials(split, head0, heads);
+  SplitAttention<T, kLanes> attention{args, context, row, slot, kv_head, 0, query, weight, value, state};
+  const int blocks = min(context.count, static_cast<int>(gridDim.x));
+  if (int(blockIdx.x) >= blocks) return;
+  for (int split = blockIdx.x; split < context.count; split += blocks) {
+    attention.begin = context.start + split * context.size;
+    for (int head0 = 0; head0 < group; head0 += kHeads) {
+      const int heads = min(kHeads, group - head0);
+      attention.load_query(head0, heads);
+      attention.scores(heads);
+      attention.softmax(heads);
+      attention.values(heads);
+      attention.write_partials(split, head0, heads);
+    }
   }
-  if (!block_arrives_last(args.counters + row * a.num_kv_heads + kv_head, context.count)) return;
+  if (!block_arrives_last(args.counters + row * a.num_kv_heads + kv_head, blocks)) return;
   for (int head0 = 0; head0 < group; head0 += kHeads) attention.merge(head0, min(kHeads, group - head0), out);
 }
 
@@ -261,7 +266,8 @@ void launch_decode_attention(const AttentionArgs& a, const Workspace& workspace,
   with_16bit_dtype(a.dtype, [&](auto type) {
     using T = typename decltype(type)::type;
     const AttentionKernelArgs<T> args{a, most_splits(a), static_cast<float*>(workspace.scratch), workspace.counters};
-    const dim3 grid(args.most_splits, a.num_kv_heads, a.rows);
+    const int width = std::max(1, kBlocksPerSm * workspace.blocks / (a.num_kv_heads * a.rows));
+    const dim3 grid(std::min(args.most_splits, width), a.num_kv_heads, a.rows);
     auto run = [&](auto kernel) {
       launch(kernel, grid, kThreads, 0, stream, {"decode_attention", workspace.overlap != Overlap::kNone}, args);
     };

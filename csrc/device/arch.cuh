@@ -271,10 +271,10 @@ struct StageBarrier {
 // True for the last of `count` blocks that call this; the counter wraps to 0 for the next launch. All threads call it.
 // What a block wrote before is then visible to the last one, through load_shared_between_blocks.
 RIVER_DEVICE bool block_arrives_last(unsigned* counter, unsigned count) {
-  gpu_fence();
   __syncthreads();
   bool last = false;
   if (threadIdx.x == 0) {
+    gpu_fence();  // after the barrier: it releases what all threads wrote
     last = atomicInc(counter, count - 1) == count - 1;
     gpu_fence();
   }

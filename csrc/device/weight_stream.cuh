@@ -175,7 +175,7 @@ template <class T, class Path, bool kBulk, class Weight>
 RIVER_DEVICE void copy_decided_weights(Ring<kBulk> (&rings)[2], const RingSizes& sizes, unsigned char* stages,
                                        const Path& path, const int& decision, const Weight& weight,
                                        const StreamShape& shape, const BlockWork& work) {
-  bool packed = path.guess();
+  bool packed = shuffle(static_cast<int>(path.guess()), 0);  // it may change under the loads: one lane's for all
   CopyPlace place(sizes.stages(packed), work);
   const auto copy = [&](int limit) {
     int copied = 0;
@@ -290,9 +290,9 @@ struct StripTotals {
 // True for the readers of the last of `count` blocks to come here; the counter wraps to zero. All readers call it.
 RIVER_DEVICE bool readers_arrive_last(uint32_t* counter, int count) {
   RIVER_SHARED(int, last, [1]);
-  gpu_fence();
   barrier_sync(kReaderBarrier, kReaderThreads);
   if (threadIdx.x == 0) {
+    gpu_fence();  // after the barrier: it releases what all readers wrote
     last[0] = atomicInc(counter, count - 1) == static_cast<unsigned>(count - 1);
     gpu_fence();
   }
@@ -313,25 +313,28 @@ class SplitStrips {
   RIVER_DEVICE int steps_behind() const { return used() ? 2 : 0; }
 
   RIVER_DEVICE void before_barrier(int n) {
-    if (!used()) return;
-    gpu_fence();  // the sums of strip n - 1, sent a strip ago
-    if (n < 2 || threadIdx.x != 0) return;
-    last_[n % 2] = arrival_ == static_cast<uint32_t>(shape_.splits - 1);
-    gpu_fence();
+    if (!used() || n < 2 || threadIdx.x != kArriver) return;
+    const bool last = arrival_ == static_cast<uint32_t>(shape_.splits - 1);
+    last_[n % 2] = last;
+    if (last) gpu_fence();
   }
 
   RIVER_DEVICE void after_barrier(int n, const StripTotals& own) {
     const int row = threadIdx.x / kMaxRows, t = threadIdx.x % kMaxRows;
     if (n < work_.strips && row < kTileRows)
       partials(n)[(work_.split * kTileRows + row) * kMaxRows + t] = own(row, t);
-    if (n >= 1 && n <= work_.strips && threadIdx.x == 0)  // wraps to zero for the next launch
-      arrival_ = atomicInc(workspace_.counters + work_.strip(n - 1), shape_.splits - 1);
+    if (n >= 1 && n <= work_.strips && threadIdx.x == kArriver) {
+      gpu_fence();  // the sums of strip n - 1, of all readers: it is the barrier since then that brings them here
+      arrival_ = atomicInc(workspace_.counters + work_.strip(n - 1), shape_.splits - 1);  // wraps to zero
+    }
   }
 
   RIVER_DEVICE bool to_finish(int n) const { return n >= 2 && last_[n % 2]; }
   RIVER_DEVICE StripTotals totals(int n) const { return {nullptr, 0, partials(n), shape_.splits}; }
 
  private:
+  static constexpr int kArriver = kReaderThreads - kWarp;  // of a warp that sends no sums: its fence is short
+
   RIVER_DEVICE float* partials(int n) const {
     return workspace_.partials + int64_t(work_.strip(n)) * shape_.splits * kTileRows * kMaxRows;
   }
@@ -340,12 +343,12 @@ class SplitStrips {
   const BlockWork& work_;
   const Workspace& workspace_;
   int (&last_)[2];
-  uint32_t arrival_ = 0;  // of thread 0: how many had come to the strip before this block
+  uint32_t arrival_ = 0;  // of kArriver: how many had come to the strip before this block
 };
 
-// A Phase has: source(), the weight; prefetch(work, shape), which may ask for what never changes; load(input), which fills
-// the activations once the predecessors are done; finish(strip, totals, state), which all readers call with the finished sums of a strip; end(state), once per
-// block. State lives in a reader's registers over all strips of its block.
+// A Phase has: source(), the weight; prefetch(work, shape), which may ask for what never changes; load(input), which
+// fills the activations once the predecessors are done; finish(strip, totals, state), which all readers call with the
+// finished sums of a strip; end(state), once per block. State lives in a reader's registers over all strips.
 struct StatelessPhase {
   struct State {};
   RIVER_DEVICE void prefetch(const BlockWork&, const StreamShape&) const {}
