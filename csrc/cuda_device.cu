@@ -1,8 +1,6 @@
 // What the ops ask of the CUDA runtime beside launching kernels. The emulated GPU has no ops, and does without.
 #ifndef RIVER_EMULATION
 
-#include <mutex>
-
 #include "cuda_device.h"
 #include "device/arch.cuh"
 #include "device/launch.h"
@@ -19,7 +17,7 @@ void check(cudaError_t error, const char* question) {
 // Never launched: the driver is asked what it would run. All kernels are compiled for the same architectures.
 __global__ void image_kernel() { device::dependency_wait(); }
 
-Image find_image() {
+Image find_image(int) {
   cudaFuncAttributes attributes{};
   const cudaError_t error = cudaFuncGetAttributes(&attributes, image_kernel);
   Image image{device::device_facts().arch, 0, 0};
@@ -43,17 +41,7 @@ Image find_image() {
 
 }  // namespace
 
-const Image& image() {
-  constexpr int kMaxDevices = 64;
-  static Image images[kMaxDevices];
-  static std::once_flag found[kMaxDevices];
-  int device = 0;
-  check(cudaGetDevice(&device), "which device is current");
-  if (device >= kMaxDevices) throw std::runtime_error("CUDA: too many devices");
-  std::call_once(found[device], [&] { images[device] = find_image(); });
-  return images[device];
-}
-
+const Image& image() { return device::of_current_device(find_image); }
 int sm_count() { return device::device_facts().sm_count; }
 
 bool is_capturing(Stream stream) {

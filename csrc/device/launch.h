@@ -28,29 +28,35 @@ inline void check(cudaError_t error, const char* name, const std::string& detail
   throw std::runtime_error(std::string("kernel ") + name + ": " + cudaGetErrorString(error) + details);
 }
 
-struct DeviceFacts {  // of the current device
+// find(device) of the current device, asked once for each
+template <class Facts>
+const Facts& of_current_device(Facts (*find)(int device)) {
+  constexpr int kMaxDevices = 64;
+  static Facts facts[kMaxDevices];
+  static std::once_flag known[kMaxDevices];
+  int device = 0;
+  check(cudaGetDevice(&device), "device facts");
+  if (device >= kMaxDevices) throw std::runtime_error("device facts: too many devices");
+  std::call_once(known[device], [&] { facts[device] = find(device); });
+  return facts[device];
+}
+
+struct DeviceFacts {
   int sm_count;
   int shared_memory_per_block;  // bytes, the opt-in limit
   int arch;                     // 80, 86, 89, 90, ...
 };
 
 inline const DeviceFacts& device_facts() {
-  constexpr int kMaxDevices = 64;
-  static DeviceFacts facts[kMaxDevices];
-  static std::once_flag known[kMaxDevices];
-  int device = 0;
-  check(cudaGetDevice(&device), "device_facts");
-  if (device >= kMaxDevices) throw std::runtime_error("device_facts: too many devices");
-  std::call_once(known[device], [&] {
+  return of_current_device<DeviceFacts>([](int device) -> DeviceFacts {
     const auto ask = [&](cudaDeviceAttr attribute) {
       int value = 0;
-      check(cudaDeviceGetAttribute(&value, attribute, device), "device_facts");
+      check(cudaDeviceGetAttribute(&value, attribute, device), "device facts");
       return value;
     };
-    facts[device] = {ask(cudaDevAttrMultiProcessorCount), ask(cudaDevAttrMaxSharedMemoryPerBlockOptin),
-                     10 * ask(cudaDevAttrComputeCapabilityMajor) + ask(cudaDevAttrComputeCapabilityMinor)};
+    return {ask(cudaDevAttrMultiProcessorCount), ask(cudaDevAttrMaxSharedMemoryPerBlockOptin),
+            10 * ask(cudaDevAttrComputeCapabilityMajor) + ask(cudaDevAttrComputeCapabilityMinor)};
   });
-  return facts[device];
 }
 
 template <class... Parameters, class... Arguments>
