@@ -10,9 +10,9 @@
 namespace {
 
 void rms_norm(DType dtype, const void* x, const void* weight, float eps, int n, void* y) {
-  f32x16 squares{};
-  for_lanes(dtype, x, n, [&](int64_t, f32x16 v) { squares += v * v; });
-  const float inverse = 1.f / sqrtf(reduce(squares) / (float)n + eps);
+  Sum squares;
+  for_lanes(dtype, x, n, [&](int64_t, f32x16 v) { squares.add(v, v); });
+  const float inverse = 1.f / sqrtf(reduce(squares.value()) / (float)n + eps);
   for_lanes(dtype, x, n, [&](int64_t i, f32x16 v) {
     const f32x16 w = i + 16 <= n ? load_as_float(dtype, weight, i) : load_tail(dtype, weight, i, n);
     store_lanes(dtype, y, i, n, v * inverse * w);
@@ -40,9 +40,9 @@ void attend(DType dtype, const float* query, int group, int head_dim, const void
   for (int p = 0; p < count; p++) {
     load_head(dtype, k, (int64_t)positions[p] * head_dim, head_dim, head);
     for (int g = 0; g < group; g++) {
-      f32x16 sum{};
-      for (int i = 0; i < padded; i += 16) sum += load<f32x16>(head + i) * load<f32x16>(query + g * padded + i);
-      weight[g][p] = reduce(sum);
+      Sum sum;
+      for (int i = 0; i < padded; i += 16) sum.add(load<f32x16>(head + i), load<f32x16>(query + g * padded + i));
+      weight[g][p] = reduce(sum.value());
     }
   }
   for (int g = 0; g < group; g++) {

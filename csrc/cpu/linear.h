@@ -16,7 +16,13 @@ using river::cpu::Operand;
 using river::cpu::StripOut;
 
 constexpr int kGroup = river::kTileCols;  // activation columns per tile, one (scale, zero) pair per row
-constexpr int kVectors = 4;               // activation vectors per pass: R x T accumulators stay in registers
+// Sums per pass: they stay in registers, of which there are 32, or 16 that hold half a sum each.
+#if defined(__AVX512F__)
+constexpr int kSums = 16;
+#else
+constexpr int kSums = 8;
+#endif
+constexpr int kVectors = kSums / 4;  // activation vectors per pass
 
 #if defined(__AVX512BF16__)
 constexpr bool kBf16Dot = true;
@@ -83,24 +89,26 @@ void prepare(DType dtype, const void* x, bool packed, int row, const Operand& op
 template <int R, int T>
 inline void dense_rows_bf16(const uint16_t* weight, const Operand& x, int t0, int r0, StripOut& out) {
   const auto* values = (const uint16_t*)x.values + (int64_t)t0 * x.padded;
-  f32x16 acc[R][T] = {};
+  Sum acc[R * T];
   auto step = [&](int k, __mmask32 mask) {
     __m512i w[R];
-    for (int r = 0; r < R; r++) {
+    RIVER_UNROLL for (int r = 0; r < R; r++) {
       const uint16_t* row = weight + (int64_t)(r0 + r) * x.cols + k;
       if (t0 == 0) __builtin_prefetch(row + (int64_t)R * x.cols, 0, 2);  // the next block of rows, into L2
       w[r] = _mm512_maskz_loadu_epi16(mask, row);
     }
-    for (int t = 0; t < T; t++) {
+    RIVER_UNROLL for (int t = 0; t < T; t++) {
       const __m512i v = _mm512_loadu_si512(values + (int64_t)t * x.padded + k);
-      for (int r = 0; r < R; r++) acc[r][t] = dot_bf16(acc[r][t], w[r], v);
+      RIVER_UNROLL for (int r = 0; r < R; r++) acc[r * T + t].all = dot_bf16(acc[r * T + t].all, w[r], v);
     }
   };
   int k = 0;
   for (; k + 32 <= x.cols; k += 32) step(k, ~0u);
   if (k < x.cols) step(k, (1u << (x.cols - k)) - 1);
+  float sum[R * T];
+  reduce_each(acc, sum);
   for (int t = 0; t < T; t++)
-    for (int r = 0; r < R; r++) out[t0 + t][r0 + r] = reduce(acc[r][t]);
+    for (int r = 0; r < R; r++) out[t0 + t][r0 + r] = sum[r * T + t];
 }
 #endif
 
@@ -108,30 +116,32 @@ template <DType kDType, int R, int T>
 inline void dense_rows_float(const char* weight, const Operand& x, int t0, int r0, StripOut& out) {
   const float* values = (const float*)x.values + (int64_t)t0 * x.padded;
   const int64_t row_bytes = x.cols * river::size_of(kDType);
-  f32x16 acc[R][T] = {};
+  Sum acc[R * T];
   auto step = [&](int k, auto load_weight) {
     f32x16 w[R];
-    for (int r = 0; r < R; r++) w[r] = load_weight(weight + (r0 + r) * row_bytes);
-    for (int t = 0; t < T; t++) {
+    RIVER_UNROLL for (int r = 0; r < R; r++) w[r] = load_weight(weight + (r0 + r) * row_bytes);
+    RIVER_UNROLL for (int t = 0; t < T; t++) {
       const f32x16 v = load<f32x16>(values + (int64_t)t * x.padded + k);
-      for (int r = 0; r < R; r++) acc[r][t] += w[r] * v;
+      RIVER_UNROLL for (int r = 0; r < R; r++) acc[r * T + t].add(w[r], v);
     }
   };
   int k = 0;
   for (; k + 16 <= x.cols; k += 16) step(k, [&](const char* row) { return load_as_float(kDType, row, k); });
   if (k < x.cols) step(k, [&](const char* row) { return load_tail(kDType, row, k, x.cols); });
+  float sum[R * T];
+  reduce_each(acc, sum);
   for (int t = 0; t < T; t++)
-    for (int r = 0; r < R; r++) out[t0 + t][r0 + r] = reduce(acc[r][t]);
+    for (int r = 0; r < R; r++) out[t0 + t][r0 + r] = sum[r * T + t];
 }
 
 // Calls f<T>(t0) for the activation vectors t0 .. t0 + T - 1, kVectors at a time
 template <class F>
 inline void for_vectors(int rows, F f) {
   for (int t0 = 0; t0 < rows; t0 += kVectors) {
-    const int left = rows - t0;
-    if (left == 1) f.template operator()<1>(t0);
-    else if (left == 2) f.template operator()<2>(t0);
-    else if (left == 3) f.template operator()<3>(t0);
+    const int count = rows - t0 < kVectors ? rows - t0 : kVectors;
+    if (count == 1) f.template operator()<1>(t0);
+    else if (count == 2) f.template operator()<2>(t0);
+    else if (count == 3) f.template operator()<3>(t0);
     else f.template operator()<kVectors>(t0);
   }
 }
@@ -144,7 +154,7 @@ inline void for_rows(int count, F f) {
   for (; r < count; r++) f.template operator()<1>(r);
 }
 
-constexpr int rows_in_flight(int vectors) { return vectors <= 2 ? 8 : 4; }
+constexpr int rows_in_flight(int vectors) { return vectors <= 2 ? kSums / 2 : kSums / 4; }
 
 template <DType D>
 void dense_rows_all(const void* weight, int count, const Operand& x, StripOut& out) {
@@ -175,7 +185,7 @@ inline void tile_metadata(const uint8_t* tile, float offset, f32x16& scale, f32x
   correction = (splat(offset) - f16_to_float(narrow(pairs >> 16))) * scale;
 }
 
-// Partial dot products of one row pair (g, g + 8) of a tile with T operands; lanes are words.
+// Adds the products of one row pair (g, g + 8) of a tile with T operands to lo and hi; lanes are words.
 #if defined(__AVX512BF16__)
 struct Bf16Nibbles {
   static constexpr float kOffset = 8;  // the table holds q - 8
@@ -193,8 +203,7 @@ struct Bf16Nibbles {
   }
 
   template <int T>
-  inline void dot(const uint8_t* words, const Operand& x, int t0, int64_t column, f32x16 (&lo)[T],
-                  f32x16 (&hi)[T]) const {
+  inline void dot(const uint8_t* words, const Operand& x, int t0, int64_t column, Sum (&lo)[T], Sum (&hi)[T]) const {
     __m512i w = _mm512_loadu_si512(words);  // vpermw looks at 5 bits, the table repeats after 4
     asm("" : "+v"(w));                      // one load, not one per shift: there is one 64-byte load a cycle
     const __m512i lo0 = _mm512_permutexvar_epi16(w, table);
@@ -204,8 +213,8 @@ struct Bf16Nibbles {
     for (int t = 0; t < T; t++) {
       const auto* v = (const uint16_t*)x.values + (int64_t)(t0 + t) * x.padded + column;
       const __m512i v0 = _mm512_loadu_si512(v), v1 = _mm512_loadu_si512(v + 32);
-      lo[t] = dot_bf16(dot_bf16(f32x16{}, lo0, v0), lo1, v1);
-      hi[t] = dot_bf16(dot_bf16(f32x16{}, hi0, v0), hi1, v1);
+      lo[t].all = dot_bf16(dot_bf16(lo[t].all, lo0, v0), lo1, v1);
+      hi[t].all = dot_bf16(dot_bf16(hi[t].all, hi0, v0), hi1, v1);
     }
   }
 };
@@ -215,18 +224,16 @@ struct FloatNibbles {
   static constexpr float kOffset = 0;
 
   template <int T>
-  inline void dot(const uint8_t* words, const Operand& x, int t0, int64_t column, f32x16 (&lo)[T],
-                  f32x16 (&hi)[T]) const {
+  inline void dot(const uint8_t* words, const Operand& x, int t0, int64_t column, Sum (&lo)[T], Sum (&hi)[T]) const {
     const u32x16 w = load<u32x16>(words);
-    for (int t = 0; t < T; t++) lo[t] = hi[t] = f32x16{};
-    for (int part = 0; part < 4; part++) {  // column mod 4; low nibbles are row g, the next ones row g + 8
+    RIVER_UNROLL for (int part = 0; part < 4; part++) {  // column mod 4; low nibbles are row g, the next ones row g + 8
       const int shift = 16 * (part % 2) + 4 * (part / 2);
       const f32x16 q_lo = __builtin_convertvector((i32x16)((w >> shift) & 15u), f32x16);
       const f32x16 q_hi = __builtin_convertvector((i32x16)((w >> (shift + 8)) & 15u), f32x16);
-      for (int t = 0; t < T; t++) {
+      RIVER_UNROLL for (int t = 0; t < T; t++) {
         const f32x16 v = load<f32x16>((const float*)x.values + (int64_t)(t0 + t) * x.padded + column + 16 * part);
-        lo[t] += q_lo * v;
-        hi[t] += q_hi * v;
+        lo[t].add(q_lo, v);
+        hi[t].add(q_hi, v);
       }
     }
   }
@@ -237,9 +244,9 @@ struct FloatNibbles {
 template <int P, int T, class Nibbles>
 inline void w4_vectors(const Nibbles& nibbles, const uint8_t* strip, const Operand& x, int t0, StripOut& out) {
   const int tiles = x.padded / kGroup;
-  f32x16 correction[T] = {};
+  Sum correction[T];
   for (int g0 = 0; g0 < 8; g0 += P) {
-    f32x16 lo[P][T] = {}, hi[P][T] = {};
+    Sum acc[2 * P * T];  // [row of a pair, pair, vector]
     for (int tile = 0; tile < tiles; tile++) {
       const uint8_t* data = strip + (int64_t)tile * river::kTileBytes;
       f32x16 scales, offsets;
@@ -253,26 +260,29 @@ inline void w4_vectors(const Nibbles& nibbles, const uint8_t* strip, const Opera
       store(scale, scales);
       asm volatile("" : "+m"(scale));  // keeps them in memory, where an FMA broadcasts for free
       if (g0 == 0)
-        for (int t = 0; t < T; t++) correction[t] += offsets * x.sums[(int64_t)(t0 + t) * tiles + tile];
-      for (int p = 0; p < P; p++) {
-        f32x16 part_lo[T], part_hi[T];
+        RIVER_UNROLL for (int t = 0; t < T; t++)
+          correction[t].add(offsets, splat(x.sums[(int64_t)(t0 + t) * tiles + tile]));
+      RIVER_UNROLL for (int p = 0; p < P; p++) {
+        Sum part_lo[T], part_hi[T];
         nibbles.template dot<T>(data + 64 * (g0 + p), x, t0, (int64_t)tile * kGroup, part_lo, part_hi);
-        for (int t = 0; t < T; t++) {
-          lo[p][t] += part_lo[t] * scale[g0 + p];
-          hi[p][t] += part_hi[t] * scale[g0 + p + 8];
+        RIVER_UNROLL for (int t = 0; t < T; t++) {
+          acc[p * T + t].add(part_lo[t].value(), splat(scale[g0 + p]));
+          acc[(P + p) * T + t].add(part_hi[t].value(), splat(scale[g0 + p + 8]));
         }
       }
     }
+    float sum[2 * P * T];
+    reduce_each(acc, sum);
     for (int t = 0; t < T; t++)
       for (int p = 0; p < P; p++) {
-        out[t0 + t][g0 + p] = reduce(lo[p][t]);
-        out[t0 + t][g0 + p + 8] = reduce(hi[p][t]);
+        out[t0 + t][g0 + p] = sum[p * T + t];
+        out[t0 + t][g0 + p + 8] = sum[(P + p) * T + t];
       }
   }
-  for (int t = 0; t < T; t++) store(out[t0 + t], load<f32x16>(out[t0 + t]) + correction[t]);
+  for (int t = 0; t < T; t++) store(out[t0 + t], load<f32x16>(out[t0 + t]) + correction[t].value());
 }
 
-constexpr int pairs_in_flight(int vectors) { return vectors == 1 ? 8 : vectors == 2 ? 4 : 2; }
+constexpr int pairs_in_flight(int vectors) { return vectors == 1 ? kSums / 2 : vectors == 2 ? kSums / 4 : kSums / 8; }
 
 template <class Nibbles>
 void w4_strip_by(const Nibbles& nibbles, const uint8_t* strip, const Operand& x, StripOut& out) {

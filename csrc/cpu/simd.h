@@ -30,15 +30,20 @@ inline void store(void* p, V v) {
   memcpy(p, &v, sizeof(V));
 }
 
+// For loops over arrays of vectors, which should stay in registers: GCC unrolls some loops too late for that.
+#define RIVER_UNROLL _Pragma("GCC unroll 16")
+
 inline f32x16 splat(float x) { return x - f32x16{}; }
 
+#if defined(__has_builtin) && __has_builtin(__builtin_shufflevector)  // GCC 12
+#define RIVER_SHUFFLE __builtin_shufflevector
+#endif
+
 // The sum of the lanes by a fixed tree: halves, quarters, eighths
-#if defined(__has_builtin) && __has_builtin(__builtin_shufflevector)
+#if defined(RIVER_SHUFFLE)
 inline float reduce(f32x16 v) {
-  const auto eight = __builtin_shufflevector(v, v, 0, 1, 2, 3, 4, 5, 6, 7) +
-                     __builtin_shufflevector(v, v, 8, 9, 10, 11, 12, 13, 14, 15);
-  const auto four = __builtin_shufflevector(eight, eight, 0, 1, 2, 3) +
-                    __builtin_shufflevector(eight, eight, 4, 5, 6, 7);
+  const auto eight = RIVER_SHUFFLE(v, v, 0, 1, 2, 3, 4, 5, 6, 7) + RIVER_SHUFFLE(v, v, 8, 9, 10, 11, 12, 13, 14, 15);
+  const auto four = RIVER_SHUFFLE(eight, eight, 0, 1, 2, 3) + RIVER_SHUFFLE(eight, eight, 4, 5, 6, 7);
   return (four[0] + four[2]) + (four[1] + four[3]);
 }
 #else
@@ -48,6 +53,64 @@ inline float reduce(f32x16 v) {
   for (int width = 8; width > 0; width /= 2)
     for (int i = 0; i < width; i++) lane[i] += lane[i + width];
   return lane[0];
+}
+#endif
+
+// Sixteen sums that a loop carries along. Without 512-bit registers GCC keeps a 16-lane variable in memory between
+// rounds, and copies it eight bytes at a time; two halves stay in registers.
+#if defined(__AVX512F__) || !defined(RIVER_SHUFFLE)
+struct Sum {
+  f32x16 all{};
+
+  void add(f32x16 a, f32x16 b) { all += a * b; }
+  f32x16 value() const { return all; }
+};
+#else
+struct Sum {
+  using Half = float __attribute__((vector_size(32)));
+  Half low{}, high{};
+
+  static Half low_of(f32x16 v) { return RIVER_SHUFFLE(v, v, 0, 1, 2, 3, 4, 5, 6, 7); }
+  static Half high_of(f32x16 v) { return RIVER_SHUFFLE(v, v, 8, 9, 10, 11, 12, 13, 14, 15); }
+  void add(f32x16 a, f32x16 b) {
+    low += low_of(a) * low_of(b);
+    high += high_of(a) * high_of(b);
+  }
+  f32x16 value() const { return RIVER_SHUFFLE(low, high, 0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15); }
+};
+#endif
+
+// The lanes of up to 16 sums added up, bit-equal to reduce: each step adds the halves of every vector and packs two
+// results into one, so that all of them take a third of the instructions.
+#if defined(__AVX512F__) && defined(RIVER_SHUFFLE)
+template <int N>
+inline void reduce_each(const Sum (&sums)[N], float (&out)[N]) {
+  f32x16 eight[8] = {}, four[4], two[2];
+  RIVER_UNROLL for (int i = 0; i < N; i += 2) {  // lanes 0-7 of a and b + lanes 8-15 of a and b
+    const f32x16 a = sums[i].value(), b = i + 1 < N ? sums[i + 1].value() : f32x16{};
+    eight[i / 2] = RIVER_SHUFFLE(a, b, 0, 1, 2, 3, 4, 5, 6, 7, 16, 17, 18, 19, 20, 21, 22, 23) +
+                   RIVER_SHUFFLE(a, b, 8, 9, 10, 11, 12, 13, 14, 15, 24, 25, 26, 27, 28, 29, 30, 31);
+  }
+  RIVER_UNROLL for (int i = 0; i < 4; i++) {
+    const f32x16 a = eight[2 * i], b = eight[2 * i + 1];
+    four[i] = RIVER_SHUFFLE(a, b, 0, 1, 2, 3, 8, 9, 10, 11, 16, 17, 18, 19, 24, 25, 26, 27) +
+              RIVER_SHUFFLE(a, b, 4, 5, 6, 7, 12, 13, 14, 15, 20, 21, 22, 23, 28, 29, 30, 31);
+  }
+  RIVER_UNROLL for (int i = 0; i < 2; i++) {  // from here on within four lanes: the sums come out in another order
+    const f32x16 a = four[2 * i], b = four[2 * i + 1];
+    two[i] = RIVER_SHUFFLE(a, b, 0, 1, 16, 17, 4, 5, 20, 21, 8, 9, 24, 25, 12, 13, 28, 29) +
+             RIVER_SHUFFLE(a, b, 2, 3, 18, 19, 6, 7, 22, 23, 10, 11, 26, 27, 14, 15, 30, 31);
+  }
+  const f32x16 a = two[0], b = two[1];
+  const f32x16 one = RIVER_SHUFFLE(a, b, 0, 2, 16, 18, 4, 6, 20, 22, 8, 10, 24, 26, 12, 14, 28, 30) +
+                     RIVER_SHUFFLE(a, b, 1, 3, 17, 19, 5, 7, 21, 23, 9, 11, 25, 27, 13, 15, 29, 31);
+  const f32x16 in_order = RIVER_SHUFFLE(one, one, 0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15);
+  memcpy(out, &in_order, sizeof(out));
+}
+#else
+template <int N>
+inline void reduce_each(const Sum (&sums)[N], float (&out)[N]) {
+  for (int i = 0; i < N; i++) out[i] = reduce(sums[i].value());
 }
 #endif
 
