@@ -41,19 +41,48 @@ inline bool uses_bf16(DType dtype) { return kBf16Dot && dtype == DType::kBFloat1
 
 // ---- activations ------------------------------------------------------------------------------
 
+// Every second lane of a and b together
+template <class V>
+inline V evens(V a, V b) {
+#if defined(RIVER_SHUFFLE)
+  return RIVER_SHUFFLE(a, b, 0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30);
+#else
+  V v;
+  for (int i = 0; i < 8; i++) v[i] = a[2 * i], v[i + 8] = b[2 * i];
+  return v;
+#endif
+}
+
+template <class V>
+inline V odds(V a, V b) {
+#if defined(RIVER_SHUFFLE)
+  return RIVER_SHUFFLE(a, b, 1, 3, 5, 7, 9, 11, 13, 15, 17, 19, 21, 23, 25, 27, 29, 31);
+#else
+  V v;
+  for (int i = 0; i < 8; i++) v[i] = a[2 * i + 1], v[i + 8] = b[2 * i + 1];
+  return v;
+#endif
+}
+
 // A W4 word i of a row pair holds columns 4i..4i+3, so packed operands group the columns of a tile by
 // their index mod 4: bf16 as pairs [(0, 1) x 16][(2, 3) x 16], fp32 as [0 x 16][1 x 16][2 x 16][3 x 16].
-template <int kParts, class Part>
-inline void regroup(const void* group, void* out) {
-  Part parts[16 * kParts], grouped[16 * kParts];
-  memcpy(parts, group, sizeof(parts));
-  for (int part = 0; part < kParts; part++)
-    for (int word = 0; word < 16; word++) grouped[part * 16 + word] = parts[word * kParts + part];
-  memcpy(out, grouped, sizeof(grouped));
+inline void regroup_bf16(const void* group, void* out) {
+  const auto low = load<u32x16>(group), high = load<u32x16>((const char*)group + 64);  // pairs
+  store(out, evens(low, high));
+  store((char*)out + 64, odds(low, high));
+}
+
+inline void regroup_float(const f32x16 (&v)[4], float* out) {
+  const f32x16 even[] = {evens(v[0], v[1]), evens(v[2], v[3])}, odd[] = {odds(v[0], v[1]), odds(v[2], v[3])};
+  store(out, evens(even[0], even[1]));
+  store(out + 16, evens(odd[0], odd[1]));
+  store(out + 32, odds(even[0], even[1]));
+  store(out + 48, odds(odd[0], odd[1]));
 }
 
 void prepare(DType dtype, const void* x, bool packed, int row, const Operand& operand) {
   const bool bf16 = uses_bf16(dtype);
+  const int64_t size = river::size_of(dtype);
   if (bf16 && !packed) {
     auto* y = (uint16_t*)operand.values + (int64_t)row * operand.padded;
     memcpy(y, x, operand.cols * 2);
@@ -61,25 +90,20 @@ void prepare(DType dtype, const void* x, bool packed, int row, const Operand& op
     return;
   }
   for (int base = 0; base < operand.padded; base += kGroup) {
-    float group[kGroup] = {};
-    const int count = operand.cols - base < kGroup ? operand.cols - base : kGroup;
-    const char* source = (const char*)x + base * river::size_of(dtype);
-    if (count > 0) for_lanes(dtype, source, count, [&](int64_t i, f32x16 v) { store(group + i, v); });
+    const char* group = (const char*)x + base * size;
+    char tail[kGroup * sizeof(float)];
+    if (operand.cols - base < kGroup) {
+      memset(tail, 0, sizeof(tail));
+      memcpy(tail, group, (operand.cols - base) * size);
+      group = tail;
+    }
+    f32x16 v[4];
+    for (int i = 0; i < 4; i++) v[i] = load_as_float(dtype, group, 16 * i);
     const int64_t at = (int64_t)row * operand.padded + base;
-    if (!packed) {
-      memcpy((float*)operand.values + at, group, sizeof(group));
-      continue;
-    }
-    f32x16 sum{};
-    for (int i = 0; i < kGroup; i += 16) sum += load<f32x16>(group + i);
-    operand.sums[at / kGroup] = reduce(sum);
-    if (bf16) {
-      uint16_t raw[kGroup] = {};
-      if (count > 0) memcpy(raw, source, count * 2);
-      regroup<2, uint32_t>(raw, (uint16_t*)operand.values + at);
-    } else {
-      regroup<4, float>(group, (float*)operand.values + at);
-    }
+    if (packed) operand.sums[at / kGroup] = reduce(((v[0] + v[1]) + v[2]) + v[3]);
+    if (!packed) memcpy((float*)operand.values + at, v, sizeof(v));
+    else if (bf16) regroup_bf16(group, (uint16_t*)operand.values + at);
+    else regroup_float(v, (float*)operand.values + at);
   }
 }
 
