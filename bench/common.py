@@ -4,12 +4,15 @@ import argparse
 import ctypes
 import functools
 import json
+import math
 import os
 import platform
+import random
 import subprocess
 import tempfile
 import time
 from pathlib import Path
+from statistics import fmean, median
 
 import torch
 from torch.utils.cpp_extension import load
@@ -65,19 +68,33 @@ def _commit() -> str | None:
         return None
 
 
-def interleaved(calls: dict, passes: int) -> dict[str, list[float]]:
-    """Seconds of every call of {name: (weights, call)}. A pass calls one of them on all its weights, more
-    than a cache holds, in tens of milliseconds; the passes take turns, so that a slow moment of the machine
-    hits all alike. Turns of single calls would time each in what another leaves behind: 10 to 30 % there."""
+def interleaved(calls: dict, passes: int) -> dict[str, list[list[float]]]:
+    """Seconds of calls, turn by turn, for {name: (weights, call)}. In a turn each of them, in random order,
+    calls on the next sixteenth of its weights, so that a slow moment of the machine hits all alike. Names that
+    share a list share the place in it: none finds in a cache what another has just left. Turns of single calls
+    would time each in what the one before left behind: 10 to 30 % there."""
     seconds = {name: [] for name in calls}
-    for number in range(passes + 1):
-        for name, (weights, call) in calls.items():
-            for weight in weights:
+    place = {id(weights): 0 for weights, _ in calls.values()}
+    order, shuffle = list(calls), random.Random(0).shuffle
+    for turn in range(16 * passes + 1):
+        shuffle(order)
+        for name in order:
+            weights, call = calls[name]
+            turn_seconds = []
+            for _ in range(math.ceil(len(weights) / 16)):
+                weight = weights[place[id(weights)] % len(weights)]
+                place[id(weights)] += 1
                 start = time.perf_counter()
                 call(weight)
-                if number > 0:  # the first pass warms up
-                    seconds[name].append(time.perf_counter() - start)
+                turn_seconds.append(time.perf_counter() - start)
+            if turn > 0:  # the first one warms up
+                seconds[name].append(turn_seconds)
     return seconds
+
+
+def times(seconds: dict[str, list[list[float]]], name: str, other: str) -> float:
+    """How many times as long a call of `other` takes as one of `name`: the median over the turns."""
+    return median(fmean(b) / fmean(a) for a, b in zip(seconds[name], seconds[other], strict=True))
 
 
 @functools.cache

@@ -3,13 +3,14 @@
 One line per result: us | GB/s of weights | GB/s of a plain read of the same weights | % of that |
 x torch's dense bf16 linear | x torch's own int4 linear (W4 only; group 64, the kernel behind torch's CPU int4
 quantisation). Weights cycle over at least 1 GB, so that no cache holds them. All that is compared, the read
-included, takes turns pass by pass over them; a number is the median of its calls.
+included, takes turns on some 60 MB of them; us and GB/s are medians of calls, % and x medians of turns.
 """
 
+from itertools import chain
 from statistics import median
 
 import torch
-from common import LAYER_SHAPES, interleaved, machine, parser, reader, save
+from common import LAYER_SHAPES, interleaved, machine, parser, reader, save, times
 
 from river_ext import ops
 
@@ -48,16 +49,17 @@ def measure(name: str, rows: list[int], passes: int) -> list[dict]:
             "read w4": (weights["w4"], read),
             "torch int4": (int4, lambda w, x=x: int4_linear(x, w)),
         }
-        us = {label: 1e6 * median(times) for label, times in interleaved(calls, passes).items()}
+        seconds = interleaved(calls, passes)
+        us = {label: 1e6 * median(chain.from_iterable(turns)) for label, turns in seconds.items()}
         for label in weights:
             size = weights[label][0].nbytes
             line = {
                 "shape": name, "out_features": n, "in_features": k, "rows": t, "format": label,
                 "us": us[label], "gb_s": size / us[label] / 1e3,
                 "read_gb_s": size / us[f"read {label}"] / 1e3,
-                "percent_of_read": 100 * us[f"read {label}"] / us[label],
-                "x_torch_dense": us["torch"] / us[label],
-                "x_torch_int4": us["torch int4"] / us[label] if label == "w4" else None,
+                "percent_of_read": 100 * times(seconds, label, f"read {label}"),
+                "x_torch_dense": times(seconds, label, "torch"),
+                "x_torch_int4": times(seconds, label, "torch int4") if label == "w4" else None,
             }  # fmt: skip
             lines.append(line)
             x_int4 = f"{line['x_torch_int4']:8.2f}" if label == "w4" else ""
