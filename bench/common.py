@@ -70,9 +70,9 @@ def _commit() -> str | None:
 
 def interleaved(calls: dict, passes: int) -> dict[str, list[list[float]]]:
     """Seconds of calls, turn by turn, for {name: (weights, call)}. In a turn each of them, in random order,
-    calls on the next sixteenth of its weights, so that a slow moment of the machine hits all alike. Names that
-    share a list share the place in it: none finds in a cache what another has just left. Turns of single calls
-    would time each in what the one before left behind: 10 to 30 % there."""
+    calls on the next sixteenth of its weights, so that a slow moment of the machine hits all alike. Names
+    that share a list share the place in it: none finds in a cache what another has just left. Turns of
+    single calls would time each in what the one before left behind: 10 to 30 % there."""
     seconds = {name: [] for name in calls}
     place = {id(weights): 0 for weights, _ in calls.values()}
     order, shuffle = list(calls), random.Random(0).shuffle
