@@ -13,6 +13,7 @@ from river_ext import ops, reference
 
 DTYPES = [torch.bfloat16, torch.float16]
 LAYERS = ["decoder_block", "exit_layer"]
+LONG = 4352  # hidden_size: some lanes add up two strips of a row
 KERNEL_SHAPES = {name: shape for name, shape in SHAPES.items() if shape.head_dim % 8 == 0} | {
     "pads everywhere": Shape(64, 3, 1, head_dim=24, intermediate_size=88, rotary_dim=24, bias=True),
     "head_dim 96": Shape(hidden_size=192, num_key_value_heads=1, head_dim=96, rotary_dim=48),
@@ -158,9 +159,9 @@ def test_dual_layer_agrees_with_the_reference(kernels):
             ) if active else None
 
 
-@pytest.mark.parametrize("rows", [1, 3, 8])
-def test_advance(kernels, rows):
-    g, layers, vocab, hidden_size = torch.Generator().manual_seed(rows), 5, 40, 192
+@pytest.mark.parametrize("rows, hidden_size", [(1, 192), (3, 192), (5, LONG), (8, LONG)])
+def test_advance(kernels, rows, hidden_size):
+    g, layers, vocab = torch.Generator().manual_seed(rows), 5, 40
     embed = torch.randn(vocab, hidden_size, generator=g).bfloat16()
     for number, exit_at in enumerate([5, 0, 2, 4]):
         before, after, hidden = (torch.randn(rows, hidden_size, generator=g).bfloat16() for _ in range(3))
@@ -245,12 +246,12 @@ def test_linear(kernels, rows, dtype):
         assert_close(out, reference.linear_w4(x, packed, n, bias), dtype, "linear_w4")
 
 
-@pytest.mark.parametrize("vocab", [1, 16, 515])
+@pytest.mark.parametrize("vocab, size", [(1, 128), (16, LONG), (515, 128)])
 @pytest.mark.parametrize("rows", [1, 3, 8])
-def test_lm_head(kernels, rows, vocab):
+def test_lm_head(kernels, rows, vocab, size):
     g = torch.Generator().manual_seed(vocab)
-    hidden, norm = torch.randn(rows, 128, generator=g).bfloat16(), torch.rand(128, generator=g).bfloat16()
-    weight = (torch.randn(vocab, 128, generator=g) * 0.3).bfloat16()
+    hidden, norm = torch.randn(rows, size, generator=g).bfloat16(), torch.rand(size, generator=g).bfloat16()
+    weight = (torch.randn(vocab, size, generator=g) * 0.3).bfloat16()
     draw = {
         "temperature": torch.full((rows,), 0.8),
         "seeds": torch.arange(rows) - 1,

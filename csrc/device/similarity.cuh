@@ -14,25 +14,36 @@ struct Triple {  // sums over one strip, or over a vector
   float dot, a, b;
 };
 
-// 16 values that another kernel wrote, from L2
+// 16 values that another kernel wrote, from L2, still packed: several rows' are asked for before one is used
 template <class T>
-RIVER_DEVICE void load_strip(const T* p, float (&out)[kStrip]) {
-  constexpr int kPer16Bytes = 16 / sizeof(T);
+struct Strip {
+  float4 piece[kStrip * sizeof(T) / 16];
+
+  RIVER_DEVICE void load(const T* p) {
+    constexpr int kPer16Bytes = 16 / sizeof(T);
 #pragma unroll
-  for (int i = 0; i < kStrip; i += kPer16Bytes) {
-    const float4 v = load_shared_between_blocks(reinterpret_cast<const float4*>(p + i));
-    if constexpr (sizeof(T) == 4) {
-      out[i] = v.x, out[i + 1] = v.y, out[i + 2] = v.z, out[i + 3] = v.w;
-    } else {
-      const float words[4] = {v.x, v.y, v.z, v.w};
+    for (int i = 0; i < kStrip; i += kPer16Bytes)
+      piece[i / kPer16Bytes] = load_shared_between_blocks(reinterpret_cast<const float4*>(p + i));
+  }
+
+  RIVER_DEVICE void unpack(float (&out)[kStrip]) const {
+    constexpr int kPer16Bytes = 16 / sizeof(T);
 #pragma unroll
-      for (int j = 0; j < 4; j++) {
-        const float2 two = to_float2<T>(__float_as_uint(words[j]));
-        out[i + 2 * j] = two.x, out[i + 2 * j + 1] = two.y;
+    for (int i = 0; i < kStrip; i += kPer16Bytes) {
+      const float4& v = piece[i / kPer16Bytes];
+      if constexpr (sizeof(T) == 4) {
+        out[i] = v.x, out[i + 1] = v.y, out[i + 2] = v.z, out[i + 3] = v.w;
+      } else {
+        const float words[4] = {v.x, v.y, v.z, v.w};
+#pragma unroll
+        for (int j = 0; j < 4; j++) {
+          const float2 two = to_float2<T>(__float_as_uint(words[j]));
+          out[i + 2 * j] = two.x, out[i + 2 * j + 1] = two.y;
+        }
       }
     }
   }
-}
+};
 
 // A factor in two halves: applied one after the other they stay in range for any input.
 struct Scaling {
@@ -80,15 +91,19 @@ struct RowSquares {
   }
 };
 
-RIVER_DEVICE float sum_over_lanes(float sum) {
-  for (int lanes = kWarp / 2; lanes > 0; lanes /= 2) sum = __fadd_rn(sum, shuffle_xor(sum, lanes));
-  return sum;
+// Over the lanes of a warp, several values at once: a shuffle takes its time, but the next need not wait for it
+template <int kCount, class V, class Combine>
+RIVER_DEVICE void over_lanes(V (&value)[kCount], Combine combine) {
+#pragma unroll
+  for (int lanes = kWarp / 2; lanes > 0; lanes /= 2) {
+#pragma unroll
+    for (int i = 0; i < kCount; i++) value[i] = combine(value[i], shuffle_xor(value[i], lanes));
+  }
 }
 
-// f(part, row) for all parts of all rows, a warp each
-template <class F>
-RIVER_DEVICE void for_each_part(int rows, F f) {
-  for (int i = warp_id(); i < rows * kParts; i += kParts) f(i % kParts, i / kParts);
+template <int kCount>
+RIVER_DEVICE void sum_over_lanes(float (&sum)[kCount]) {
+  over_lanes(sum, [](float a, float b) { return __fadd_rn(a, b); });
 }
 
 // f(first value) for the strips of this lane
@@ -97,21 +112,36 @@ RIVER_DEVICE void for_each_strip(int part, int hidden_size, F f) {
   for (int i = (part * kWarp + lane_id()) * kStrip; i < hidden_size; i += kParts * kWarp * kStrip) f(i);
 }
 
+// f(r) for the rows first + r of a group that exist
+template <int kRows, class F>
+RIVER_DEVICE void for_each_row(int first, int rows, F f) {
+#pragma unroll
+  for (int r = 0; r < kRows; r++)
+    if (first + r < rows) f(r);
+}
+
+constexpr int kSquaredRows = 4, kComparedRows = 2;  // at a time, so that registers hold their strips
+
 // By kParts warps: of y [rows, hidden_size]. keep(row, first value, values) gets each strip on the way. The caller
 // synchronises the warps afterwards.
 template <class T, class Keep>
 RIVER_DEVICE void measure_squares(const T* y, int rows, int hidden_size, RowSquares& squares, Keep keep) {
-  for_each_part(rows, [&](int part, int row) {
-    float sum = 0;
+  const int part = warp_id();
+  for (int first = 0; first < rows; first += kSquaredRows) {
+    float sum[kSquaredRows] = {};
     for_each_strip(part, hidden_size, [&](int i) {
-      float v[kStrip];
-      load_strip(y + int64_t(row) * hidden_size + i, v);
-      keep(row, i, v);
-      sum = __fadd_rn(sum, strip_dot(v, v));
+      Strip<T> strip[kSquaredRows];
+      for_each_row<kSquaredRows>(first, rows, [&](int r) { strip[r].load(y + int64_t(first + r) * hidden_size + i); });
+      for_each_row<kSquaredRows>(first, rows, [&](int r) {
+        float v[kStrip];
+        strip[r].unpack(v);
+        keep(first + r, i, v);
+        sum[r] = __fadd_rn(sum[r], strip_dot(v, v));
+      });
     });
-    sum = sum_over_lanes(sum);
-    if (lane_id() == 0) squares.part[row][part] = sum;
-  });
+    sum_over_lanes(sum);
+    if (lane_id() == 0) for_each_row<kSquaredRows>(first, rows, [&](int r) { squares.part[first + r][part] = sum[r]; });
+  }
 }
 
 struct KeepNothing {
@@ -123,31 +153,40 @@ struct RowPart {
   uint32_t largest_x, largest_y;  // magnitudes before scaling, as bits
 };
 
-template <class T, class Keep>
-RIVER_DEVICE RowPart measure_part(const T* x, const T* y, int part, int hidden_size, Scaling sx, Scaling sy, Keep keep) {
-  RowPart p{};
+// A part of the rows first, first + 1, ... of x and y [rows, hidden_size]
+template <int kRows, class T, class Keep>
+RIVER_DEVICE void measure_part(const T* x, const T* y, int part, int first, int rows, int hidden_size, Scaling sx,
+                               Scaling sy, RowPart (&out)[kRows], Keep keep) {
+  float sum[3 * kRows] = {};         // dot, a, b
+  uint32_t largest[2 * kRows] = {};  // x, y
   for_each_strip(part, hidden_size, [&](int i) {
-    float u[kStrip], v[kStrip];
-    load_strip(x + i, u);
-    load_strip(y + i, v);
-    keep(i, v);
+    Strip<T> x_strip[kRows], y_strip[kRows];
+    for_each_row<kRows>(first, rows, [&](int r) {
+      x_strip[r].load(x + int64_t(first + r) * hidden_size + i);
+      y_strip[r].load(y + int64_t(first + r) * hidden_size + i);
+    });
+    for_each_row<kRows>(first, rows, [&](int r) {
+      float u[kStrip], v[kStrip];
+      x_strip[r].unpack(u);
+      y_strip[r].unpack(v);
+      keep(first + r, i, v);
 #pragma unroll
-    for (int j = 0; j < kStrip; j++) {
-      p.largest_x = max(p.largest_x, magnitude_bits(u[j]));
-      p.largest_y = max(p.largest_y, magnitude_bits(v[j]));
-      u[j] = u[j] * sx.first * sx.second;
-      v[j] = v[j] * sy.first * sy.second;
-    }
-    p.sum.dot = __fadd_rn(p.sum.dot, strip_dot(u, v));
-    p.sum.a = __fadd_rn(p.sum.a, strip_dot(u, u));
-    p.sum.b = __fadd_rn(p.sum.b, strip_dot(v, v));
+      for (int j = 0; j < kStrip; j++) {
+        largest[2 * r] = max(largest[2 * r], magnitude_bits(u[j]));
+        largest[2 * r + 1] = max(largest[2 * r + 1], magnitude_bits(v[j]));
+        u[j] = u[j] * sx.first * sx.second;
+        v[j] = v[j] * sy.first * sy.second;
+      }
+      sum[3 * r] = __fadd_rn(sum[3 * r], strip_dot(u, v));
+      sum[3 * r + 1] = __fadd_rn(sum[3 * r + 1], strip_dot(u, u));
+      sum[3 * r + 2] = __fadd_rn(sum[3 * r + 2], strip_dot(v, v));
+    });
   });
-  p.sum = {sum_over_lanes(p.sum.dot), sum_over_lanes(p.sum.a), sum_over_lanes(p.sum.b)};
-  for (int lanes = kWarp / 2; lanes > 0; lanes /= 2) {
-    p.largest_x = max(p.largest_x, shuffle_xor(p.largest_x, lanes));
-    p.largest_y = max(p.largest_y, shuffle_xor(p.largest_y, lanes));
-  }
-  return p;
+  sum_over_lanes(sum);
+  over_lanes(largest, [](uint32_t a, uint32_t b) { return max(a, b); });
+#pragma unroll
+  for (int r = 0; r < kRows; r++)
+    out[r] = {{sum[3 * r], sum[3 * r + 1], sum[3 * r + 2]}, largest[2 * r], largest[2 * r + 1]};
 }
 
 RIVER_DEVICE RowPart whole_row(const RowPart (&parts)[kParts]) {
@@ -174,13 +213,16 @@ RIVER_DEVICE void measure_rows(const T* x, const T* y, int rows, int hidden_size
   RIVER_SHARED(RowPart, parts, [kMaxRows][kParts]);
   RIVER_SHARED(int, unsafe, [kMaxRows]);  // rows whose squares over- or underflow unscaled
   const Scaling none{true, 1.f, 1.f};
-  const int t = threadIdx.x;
-  for_each_part(rows, [&](int part, int row) {
-    const int64_t place = int64_t(row) * hidden_size;
-    const RowPart measured = measure_part(x + place, y + place, part, hidden_size, none, none,
-                                          [&](int i, const float(&v)[kStrip]) { keep(row, i, v); });
-    if (lane_id() == 0) parts[row][part] = measured, squares.part[row][part] = measured.sum.b;
-  });
+  const int t = threadIdx.x, part = warp_id();
+  for (int first = 0; first < rows; first += kComparedRows) {
+    RowPart measured[kComparedRows];
+    measure_part(x, y, part, first, rows, hidden_size, none, none, measured, keep);
+    if (lane_id() == 0)
+      for_each_row<kComparedRows>(first, rows, [&](int r) {
+        parts[first + r][part] = measured[r];
+        squares.part[first + r][part] = measured[r].sum.b;
+      });
+  }
   sync();
   if (t < rows) {
     const RowPart row = whole_row(parts[t]);
@@ -192,15 +234,15 @@ RIVER_DEVICE void measure_rows(const T* x, const T* y, int rows, int hidden_size
   bool again = false;
   for (int row = 0; row < rows; row++) again = again || unsafe[row];
   if (!again) return;  // the same for all
-  for_each_part(rows, [&](int part, int row) {
-    if (!unsafe[row]) return;
+  for (int row = 0; row < rows; row++) {
+    if (!unsafe[row]) continue;
     const RowPart whole = whole_row(parts[row]);
-    const int64_t place = int64_t(row) * hidden_size;
-    const RowPart measured = measure_part(x + place, y + place, part, hidden_size, safe_scaling(whole.largest_x),
-                                          safe_scaling(whole.largest_y), [](int, const float(&)[kStrip]) {});
+    RowPart measured[1];
+    measure_part(x, y, part, row, rows, hidden_size, safe_scaling(whole.largest_x), safe_scaling(whole.largest_y),
+                 measured, [](int, int, const float(&)[kStrip]) {});
     __syncwarp();  // each part is read by the warps of all: its sums alone change
-    if (lane_id() == 0) parts[row][part].sum = measured.sum;
-  });
+    if (lane_id() == 0) parts[row][part].sum = measured[0].sum;
+  }
   sync();
   if (t < rows && unsafe[t]) similarities[t] = cosine(whole_row(parts[t]).sum);
   sync();
