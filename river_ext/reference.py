@@ -203,7 +203,7 @@ def lm_head(
     keys = torch.where(logits.isnan(), float("-inf"), logits)
     if temperature is not None:
         noise = torch.stack([
-            gumbel(seed, position, weight.shape[0])
+            gumbel(seed, position, torch.arange(weight.shape[0]))
             for seed, position in zip(seeds.tolist(), positions.tolist(), strict=True)
         ])  # fmt: skip
         sampled = keys / temperature.clamp_min(1e-30)[:, None] + noise.to(keys.device)
@@ -234,14 +234,14 @@ def _mulhilo(a: int, b: Tensor) -> tuple[Tensor, Tensor]:
     return middle >> 16, ((middle & 0xFFFF) << 16) | (low & 0xFFFF)
 
 
-def gumbel(seed: int, position: int, vocab_size: int, purpose: int = 0) -> Tensor:
-    """Gumbel noise [vocab_size] of one draw: a function of (seed, position, purpose, token id) only.
+def gumbel(seed: int, position: int, tokens: Tensor, purpose: int = 0) -> Tensor:
+    """Gumbel noise of token ids [n] in one draw: a function of (seed, position, purpose, token id) only.
 
     Token id v takes word v % 4 of Philox counter (v / 4, position, purpose, 0);
     u = (word / 512 + 0.5) / 2^23 is exact in fp32 and strictly between 0 and 1.
     """
-    words = philox(seed, (torch.arange(-(-vocab_size // 4)), position, purpose, 0))
-    u = ((torch.stack(words, -1).flatten()[:vocab_size] >> 9).float() + 0.5) * 2.0**-23
+    words = torch.stack(philox(seed, (tokens // 4, position, purpose, 0)), -1)
+    u = ((words.gather(-1, tokens[:, None] % 4).flatten() >> 9).float() + 0.5) * 2.0**-23
     return -torch.log(-torch.log(u))
 
 

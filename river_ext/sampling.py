@@ -14,6 +14,8 @@ from . import ops
 from .network import Network
 from .reference import gumbel
 
+FIRST_RANKED = 1024  # tokens that top_p looks at before it looks at all
+
 
 @dataclass(frozen=True)
 class Sampling:
@@ -59,23 +61,40 @@ def next_tokens(
 
 def draw(logits: Tensor, sampling: Sampling, seed: int, position: int) -> Tensor:
     """One token from filtered fp32 logits [vocab_size], as an int64 scalar tensor."""
-    scores = filtered(logits, sampling) + gumbel(seed, position, logits.shape[0]).to(logits.device)
-    return (scores == scores.max()).nonzero()[0, 0]  # argmax does not promise the lowest id among ties
+    logits = torch.where(logits.isnan(), float("-inf"), logits) / max(sampling.temperature, 1e-30)
+    tokens = filtered(logits, sampling)
+    scores = logits[tokens] + gumbel(seed, position, tokens.cpu()).to(logits.device)
+    return tokens[
+        (scores == scores.max()).nonzero()[0, 0]
+    ]  # argmax does not promise the lowest id among ties
 
 
 def filtered(logits: Tensor, sampling: Sampling) -> Tensor:
-    """logits / temperature, with -inf for the tokens that top_k and top_p rule out.
+    """The ids, ascending, of the tokens that top_k and top_p leave of logits / temperature [vocab_size].
 
-    Tokens are ranked by logit, ties by id. top_p looks at what top_k left, and keeps at least one token.
+    Tokens are ranked by logit, ties by id. top_p looks at what top_k left, and keeps at least one token. Only
+    as many are ranked as it takes: sorting a vocabulary costs as much as a step of a small model.
     """
-    logits = torch.where(logits.isnan(), float("-inf"), logits) / max(sampling.temperature, 1e-30)
-    ranked, order = logits.sort(descending=True, stable=True)
-    keep = torch.ones_like(ranked, dtype=torch.bool)
-    if sampling.top_k:
-        keep[sampling.top_k :] = False
-    if sampling.top_p < 1:
-        probability = torch.softmax(ranked.masked_fill(~keep, float("-inf")), dim=0)
+    vocab_size = logits.shape[0]
+    count = min(sampling.top_k or FIRST_RANKED, vocab_size)
+    while True:
+        tokens = likeliest(logits, count)
+        ranked = logits[tokens]
+        if sampling.top_p == 1:
+            return tokens.sort().values
+        total = (ranked if sampling.top_k else logits).logsumexp(0)
+        probability = (ranked - total).exp()
         before = probability.cumsum(0) - probability  # what the likelier tokens have together
-        keep &= before < sampling.top_p
+        keep = before < sampling.top_p
         keep[0] = True
-    return logits.masked_fill(torch.empty_like(keep).scatter_(0, order, ~keep), float("-inf"))
+        if sampling.top_k or count == vocab_size or not keep[-1]:
+            return tokens[keep].sort().values
+        count = vocab_size
+
+
+def likeliest(logits: Tensor, count: int) -> Tensor:
+    """The ids of the `count` largest logits, ranked, ties by id."""
+    if count == logits.shape[0]:
+        return logits.sort(descending=True, stable=True).indices
+    tokens = (logits >= logits.topk(count).values[-1]).nonzero().flatten()
+    return tokens[logits[tokens].sort(descending=True, stable=True).indices[:count]]
