@@ -16,7 +16,7 @@ using river::cpu::Operand;
 using river::cpu::StripOut;
 
 constexpr int kGroup = river::kTileCols;  // activation columns per tile, one (scale, zero) pair per row
-// Sums per pass: they stay in registers, of which there are 32, or 16 that hold half a sum each.
+// Sums per pass: they stay in registers, of which there are 32 with AVX-512, else 16 that hold half a sum each.
 #if defined(__AVX512F__)
 constexpr int kSums = 16;
 #else
@@ -123,7 +123,7 @@ inline void dense_rows_bf16(const uint16_t* weight, const Operand& x, int t0, in
     }
     RIVER_UNROLL for (int t = 0; t < T; t++) {
       const __m512i v = _mm512_loadu_si512(values + (int64_t)t * x.padded + k);
-      RIVER_UNROLL for (int r = 0; r < R; r++) acc[r * T + t].all = dot_bf16(acc[r * T + t].all, w[r], v);
+      RIVER_UNROLL for (int r = 0; r < R; r++) acc[r * T + t].piece[0] = dot_bf16(acc[r * T + t].piece[0], w[r], v);
     }
   };
   int k = 0;
@@ -237,27 +237,34 @@ struct Bf16Nibbles {
     for (int t = 0; t < T; t++) {
       const auto* v = (const uint16_t*)x.values + (int64_t)(t0 + t) * x.padded + column;
       const __m512i v0 = _mm512_loadu_si512(v), v1 = _mm512_loadu_si512(v + 32);
-      lo[t].all = dot_bf16(dot_bf16(lo[t].all, lo0, v0), lo1, v1);
-      hi[t].all = dot_bf16(dot_bf16(hi[t].all, hi0, v0), hi1, v1);
+      lo[t].piece[0] = dot_bf16(dot_bf16(lo[t].piece[0], lo0, v0), lo1, v1);
+      hi[t].piece[0] = dot_bf16(dot_bf16(hi[t].piece[0], hi0, v0), hi1, v1);
     }
   }
 };
 #endif
 
-struct FloatNibbles {
+struct FloatNibbles {  // low nibbles are row g, the next ones row g + 8
   static constexpr float kOffset = 0;
+
+  static Piece small_float(WordPiece q) {
+    using Signed = int32_t __attribute__((vector_size(sizeof(WordPiece))));
+    return __builtin_convertvector((Signed)q, Piece);
+  }
 
   template <int T>
   inline void dot(const uint8_t* words, const Operand& x, int t0, int64_t column, Sum (&lo)[T], Sum (&hi)[T]) const {
-    const u32x16 w = load<u32x16>(words);
-    RIVER_UNROLL for (int part = 0; part < 4; part++) {  // column mod 4; low nibbles are row g, the next ones row g + 8
-      const int shift = 16 * (part % 2) + 4 * (part / 2);
-      const f32x16 q_lo = __builtin_convertvector((i32x16)((w >> shift) & 15u), f32x16);
-      const f32x16 q_hi = __builtin_convertvector((i32x16)((w >> (shift + 8)) & 15u), f32x16);
-      RIVER_UNROLL for (int t = 0; t < T; t++) {
-        const f32x16 v = load<f32x16>((const float*)x.values + (int64_t)(t0 + t) * x.padded + column + 16 * part);
-        lo[t].add(q_lo, v);
-        hi[t].add(q_hi, v);
+    RIVER_UNROLL for (int piece = 0; piece < kPieces; piece++) {
+      const auto w = load<WordPiece>(words + piece * sizeof(WordPiece));
+      RIVER_UNROLL for (int part = 0; part < 4; part++) {  // column mod 4
+        const int shift = 16 * (part % 2) + 4 * (part / 2);
+        const Piece q_lo = small_float((w >> shift) & 15u), q_hi = small_float((w >> (shift + 8)) & 15u);
+        RIVER_UNROLL for (int t = 0; t < T; t++) {
+          const float* v = (const float*)x.values + (int64_t)(t0 + t) * x.padded + column;
+          const Piece values = load<Piece>(v + 16 * part + kPieceBytes / 4 * piece);
+          lo[t].piece[piece] += q_lo * values;
+          hi[t].piece[piece] += q_hi * values;
+        }
       }
     }
   }
@@ -290,8 +297,8 @@ inline void w4_vectors(const Nibbles& nibbles, const uint8_t* strip, const Opera
         Sum part_lo[T], part_hi[T];
         nibbles.template dot<T>(data + 64 * (g0 + p), x, t0, (int64_t)tile * kGroup, part_lo, part_hi);
         RIVER_UNROLL for (int t = 0; t < T; t++) {
-          acc[p * T + t].add(part_lo[t].value(), splat(scale[g0 + p]));
-          acc[(P + p) * T + t].add(part_hi[t].value(), splat(scale[g0 + p + 8]));
+          acc[p * T + t].add(part_lo[t], scale[g0 + p]);
+          acc[(P + p) * T + t].add(part_hi[t], scale[g0 + p + 8]);
         }
       }
     }

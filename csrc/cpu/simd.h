@@ -56,29 +56,33 @@ inline float reduce(f32x16 v) {
 }
 #endif
 
-// Sixteen sums that a loop carries along. Without 512-bit registers GCC keeps a 16-lane variable in memory between
-// rounds, and copies it eight bytes at a time; two halves stay in registers.
-#if defined(__AVX512F__) || !defined(RIVER_SHUFFLE)
-struct Sum {
-  f32x16 all{};
-
-  void add(f32x16 a, f32x16 b) { all += a * b; }
-  f32x16 value() const { return all; }
-};
+// Sixteen sums that a loop carries along, in pieces that fit a register. Where registers are shorter than 64 bytes, GCC
+// keeps a variable of 16 lanes in memory and copies it eight bytes at a time.
+#if defined(__AVX512F__)
+constexpr int kPieceBytes = 64;
+#elif defined(__AVX__)
+constexpr int kPieceBytes = 32;
 #else
-struct Sum {
-  using Half = float __attribute__((vector_size(32)));
-  Half low{}, high{};
-
-  static Half low_of(f32x16 v) { return RIVER_SHUFFLE(v, v, 0, 1, 2, 3, 4, 5, 6, 7); }
-  static Half high_of(f32x16 v) { return RIVER_SHUFFLE(v, v, 8, 9, 10, 11, 12, 13, 14, 15); }
-  void add(f32x16 a, f32x16 b) {
-    low += low_of(a) * low_of(b);
-    high += high_of(a) * high_of(b);
-  }
-  f32x16 value() const { return RIVER_SHUFFLE(low, high, 0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15); }
-};
+constexpr int kPieceBytes = 16;
 #endif
+constexpr int kPieces = 64 / kPieceBytes;
+using Piece = float __attribute__((vector_size(kPieceBytes)));
+using WordPiece = uint32_t __attribute__((vector_size(kPieceBytes)));
+
+struct Sum {
+  Piece piece[kPieces] = {};
+
+  void add(f32x16 a, f32x16 b) {
+    Piece pa[kPieces], pb[kPieces];
+    memcpy(pa, &a, 64);
+    memcpy(pb, &b, 64);
+    RIVER_UNROLL for (int i = 0; i < kPieces; i++) piece[i] += pa[i] * pb[i];
+  }
+  void add(const Sum& a, float factor) {
+    RIVER_UNROLL for (int i = 0; i < kPieces; i++) piece[i] += a.piece[i] * factor;
+  }
+  f32x16 value() const { return load<f32x16>(piece); }
+};
 
 // The lanes of up to 16 sums added up, bit-equal to reduce: each step adds the halves of every vector and packs two
 // results into one, so that all of them take a third of the instructions.
