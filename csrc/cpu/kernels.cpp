@@ -12,7 +12,7 @@ namespace {
 void rms_norm(DType dtype, const void* x, const void* weight, float eps, int n, void* y) {
   Sum squares;
   for_lanes(dtype, x, n, [&](int64_t, f32x16 v) { squares.add(v, v); });
-  const float inverse = 1.f / sqrtf(reduce(squares.value()) / (float)n + eps);
+  const float inverse = 1.f / sqrtf(reduce(squares.all()) / (float)n + eps);
   for_lanes(dtype, x, n, [&](int64_t i, f32x16 v) {
     const f32x16 w = i + 16 <= n ? load_as_float(dtype, weight, i) : load_tail(dtype, weight, i, n);
     store_lanes(dtype, y, i, n, v * inverse * w);
@@ -24,27 +24,81 @@ void swiglu(const float* gate, const float* up, float* out) {
   store(out, g * (g >= 0.f ? splat(1) : e) / (1.f + e) * load<f32x16>(up));
 }
 
-// Head vectors live in fp32 buffers of whole lanes, zero past head_dim.
-void load_head(DType dtype, const void* x, int64_t offset, int head_dim, float* out) {
-  for_lanes(dtype, (const char*)x + offset * river::size_of(dtype), head_dim,
-            [&](int64_t i, f32x16 v) { store(out + i, v); });
+// 16 values of a head from index i, zero past head_dim. bf16 piece by piece: GCC would pass whole vectors through memory.
+template <DType D>
+inline Values load_head(const void* head, int i, int head_dim) {
+  if (i + 16 > head_dim) return load_tail(D, head, i, head_dim);
+  if constexpr (D != DType::kBFloat16 || kPieces == 1) return load_as_float(D, head, i);
+  using Half = uint16_t __attribute__((vector_size(kPieceBytes / 2)));
+  Values v;
+  RIVER_UNROLL for (int j = 0; j < kPieces; j++) {
+    const auto half = load<Half>((const uint16_t*)head + i + 16 / kPieces * j);
+    v.piece[j] = (Piece)(__builtin_convertvector(half, WordPiece) << 16);
+  }
+  return v;
+}
+
+constexpr int kHeads = 4;                // query heads at a time, and
+constexpr int kBeside = kSums / kHeads;  // positions (scores) or vectors of 16 values beside them
+
+// weight[g][p] = query head g . k of position p
+template <DType D>
+void score(const float* query, int group, int head_dim, const char* k, const int32_t* positions, int count,
+           float (&weight)[river::kMaxGroup][river::cpu::kSplit]) {
+  const int padded = (int)river::round_up(head_dim, 16);
+  for (int p0 = 0; p0 < count; p0 += kBeside) {
+    const char* head[kBeside];
+    for (int p = 0; p < kBeside; p++)  // past the end: the last one again
+      head[p] = k + positions[p0 + p < count ? p0 + p : count - 1] * (int64_t)head_dim * river::size_of(D);
+    for (int g0 = 0; g0 < group; g0 += kHeads) {
+      const float* q[kHeads];
+      for (int g = 0; g < kHeads; g++) q[g] = query + (g0 + g < group ? g0 + g : group - 1) * padded;
+      Sum sums[kSums];
+      for (int i = 0; i < padded; i += 16)
+        RIVER_UNROLL for (int p = 0; p < kBeside; p++) {
+          const Values key = load_head<D>(head[p], i, head_dim);
+          RIVER_UNROLL for (int g = 0; g < kHeads; g++) sums[p * kHeads + g].add(key, load<f32x16>(q[g] + i));
+        }
+      float dot[kSums];
+      reduce_each(sums, dot);
+      for (int p = 0; p < kBeside && p0 + p < count; p++)
+        for (int g = 0; g < kHeads && g0 + g < group; g++) weight[g0 + g][p0 + p] = dot[p * kHeads + g];
+    }
+  }
+}
+
+// out[g].value = the sum over the positions p of weight[g][p] * v
+template <DType D>
+void weigh(const float (&weight)[river::kMaxGroup][river::cpu::kSplit], int group, int head_dim, const char* v,
+           const int32_t* positions, int count, river::cpu::AttentionState* out, int64_t stride) {
+  const int padded = (int)river::round_up(head_dim, 16);
+  for (int i0 = 0; i0 < padded; i0 += 16 * kBeside)
+    for (int g0 = 0; g0 < group; g0 += kHeads) {
+      const float* w[kHeads];
+      for (int g = 0; g < kHeads; g++) w[g] = weight[g0 + g < group ? g0 + g : group - 1];
+      Sum sums[kSums];
+      for (int p = 0; p < count; p++) {
+        const char* head = v + positions[p] * (int64_t)head_dim * river::size_of(D);
+        RIVER_UNROLL for (int j = 0; j < kBeside; j++) {
+          if (i0 + 16 * j >= padded) continue;
+          const Values value = load_head<D>(head, i0 + 16 * j, head_dim);
+          RIVER_UNROLL for (int g = 0; g < kHeads; g++) sums[g * kBeside + j].add(value, w[g][p]);
+        }
+      }
+      for (int g = 0; g < kHeads && g0 + g < group; g++)
+        for (int j = 0; j < kBeside && i0 + 16 * j < padded; j++)
+          store(out[(g0 + g) * stride].value + i0 + 16 * j, sums[g * kBeside + j].all());
+    }
 }
 
 // k, v: one KV head of one slot, [max_len, head_dim]. query: [group, padded head_dim], already scaled.
 // Two passes over the split: scores of all positions, then the weighted values.
-void attend(DType dtype, const float* query, int group, int head_dim, const void* k, const void* v,
-            const int32_t* positions, int count, river::cpu::AttentionState* out, int64_t stride) {
+template <DType D>
+void attend_as(const float* query, int group, int head_dim, const char* k, const char* v, const int32_t* positions,
+               int count, river::cpu::AttentionState* out, int64_t stride) {
   static_assert(river::cpu::kSplit % 16 == 0);
-  const int padded = (int)river::round_up(head_dim, 16);
-  alignas(64) float head[river::kMaxHeadDim], weight[river::kMaxGroup][river::cpu::kSplit];
-  for (int p = 0; p < count; p++) {
-    load_head(dtype, k, (int64_t)positions[p] * head_dim, head_dim, head);
-    for (int g = 0; g < group; g++) {
-      Sum sum;
-      for (int i = 0; i < padded; i += 16) sum.add(load<f32x16>(head + i), load<f32x16>(query + g * padded + i));
-      weight[g][p] = reduce(sum.value());
-    }
-  }
+  alignas(64) float weight[river::kMaxGroup][river::cpu::kSplit];
+  score<D>(query, group, head_dim, k, positions, count, weight);
   for (int g = 0; g < group; g++) {
     float max = weight[g][0];
     for (int p = 1; p < count; p++) max = weight[g][p] > max ? weight[g][p] : max;
@@ -58,15 +112,19 @@ void attend(DType dtype, const float* query, int group, int head_dim, const void
     }
     out[g * stride].max = max;
     out[g * stride].sum = reduce(sum);
-    memset(out[g * stride].value, 0, padded * sizeof(float));
   }
-  for (int p = 0; p < count; p++) {
-    load_head(dtype, v, (int64_t)positions[p] * head_dim, head_dim, head);
-    for (int g = 0; g < group; g++) {
-      float* value = out[g * stride].value;
-      for (int i = 0; i < padded; i += 16)
-        store(value + i, load<f32x16>(value + i) + load<f32x16>(head + i) * weight[g][p]);
-    }
+  weigh<D>(weight, group, head_dim, v, positions, count, out, stride);
+}
+
+void attend(DType dtype, const float* query, int group, int head_dim, const void* k, const void* v,
+            const int32_t* positions, int count, river::cpu::AttentionState* out, int64_t stride) {
+  auto as = [&]<DType D>() {
+    attend_as<D>(query, group, head_dim, (const char*)k, (const char*)v, positions, count, out, stride);
+  };
+  switch (dtype) {
+    case DType::kFloat32: return as.template operator()<DType::kFloat32>();
+    case DType::kBFloat16: return as.template operator()<DType::kBFloat16>();
+    case DType::kFloat16: return as.template operator()<DType::kFloat16>();
   }
 }
 

@@ -16,12 +16,6 @@ using river::cpu::Operand;
 using river::cpu::StripOut;
 
 constexpr int kGroup = river::kTileCols;  // activation columns per tile, one (scale, zero) pair per row
-// Sums per pass: they stay in registers, of which there are 32 with AVX-512, else 16 that hold half a sum each.
-#if defined(__AVX512F__)
-constexpr int kSums = 16;
-#else
-constexpr int kSums = 8;
-#endif
 constexpr int kVectors = kSums / 4;  // activation vectors per pass
 
 #if defined(__AVX512BF16__)
@@ -142,10 +136,10 @@ inline void dense_rows_float(const char* weight, const Operand& x, int t0, int r
   const int64_t row_bytes = x.cols * river::size_of(kDType);
   Sum acc[R * T];
   auto step = [&](int k, auto load_weight) {
-    f32x16 w[R];
+    Values w[R];
     RIVER_UNROLL for (int r = 0; r < R; r++) w[r] = load_weight(weight + (r0 + r) * row_bytes);
     RIVER_UNROLL for (int t = 0; t < T; t++) {
-      const f32x16 v = load<f32x16>(values + (int64_t)t * x.padded + k);
+      const Values v = load<f32x16>(values + (int64_t)t * x.padded + k);
       RIVER_UNROLL for (int r = 0; r < R; r++) acc[r * T + t].add(w[r], v);
     }
   };
@@ -310,7 +304,7 @@ inline void w4_vectors(const Nibbles& nibbles, const uint8_t* strip, const Opera
         out[t0 + t][g0 + p + 8] = sum[(P + p) * T + t];
       }
   }
-  for (int t = 0; t < T; t++) store(out[t0 + t], load<f32x16>(out[t0 + t]) + correction[t].value());
+  for (int t = 0; t < T; t++) store(out[t0 + t], load<f32x16>(out[t0 + t]) + correction[t].all());
 }
 
 constexpr int pairs_in_flight(int vectors) { return vectors == 1 ? kSums / 2 : vectors == 2 ? kSums / 4 : kSums / 8; }

@@ -56,8 +56,8 @@ inline float reduce(f32x16 v) {
 }
 #endif
 
-// Sixteen sums that a loop carries along, in pieces that fit a register. Where registers are shorter than 64 bytes, GCC
-// keeps a variable of 16 lanes in memory and copies it eight bytes at a time.
+// Sixteen values in pieces that fit a register. Where registers are shorter than 64 bytes, GCC keeps a variable of 16
+// lanes that a loop carries along, or that two branches set, in memory, and copies it eight bytes at a time.
 #if defined(__AVX512F__)
 constexpr int kPieceBytes = 64;
 #elif defined(__AVX__)
@@ -69,20 +69,25 @@ constexpr int kPieces = 64 / kPieceBytes;
 using Piece = float __attribute__((vector_size(kPieceBytes)));
 using WordPiece = uint32_t __attribute__((vector_size(kPieceBytes)));
 
-struct Sum {
+struct Values {
   Piece piece[kPieces] = {};
 
-  void add(f32x16 a, f32x16 b) {
-    Piece pa[kPieces], pb[kPieces];
-    memcpy(pa, &a, 64);
-    memcpy(pb, &b, 64);
-    RIVER_UNROLL for (int i = 0; i < kPieces; i++) piece[i] += pa[i] * pb[i];
+  Values() = default;
+  Values(f32x16 v) { memcpy(piece, &v, sizeof(piece)); }
+  f32x16 all() const { return load<f32x16>(piece); }
+};
+
+struct Sum : Values {
+  void add(const Values& a, const Values& b) {
+    RIVER_UNROLL for (int i = 0; i < kPieces; i++) piece[i] += a.piece[i] * b.piece[i];
   }
-  void add(const Sum& a, float factor) {
+  void add(const Values& a, float factor) {
     RIVER_UNROLL for (int i = 0; i < kPieces; i++) piece[i] += a.piece[i] * factor;
   }
-  f32x16 value() const { return load<f32x16>(piece); }
 };
+
+// Sums at a time: they stay in registers, of which there are 32 with AVX-512, else 16 that hold half a sum each.
+constexpr int kSums = kPieces == 1 ? 16 : 8;
 
 // The lanes of up to 16 sums added up, bit-equal to reduce: each step adds the halves of every vector and packs two
 // results into one, so that all of them take a third of the instructions.
@@ -91,7 +96,7 @@ template <int N>
 inline void reduce_each(const Sum (&sums)[N], float (&out)[N]) {
   f32x16 eight[8] = {}, four[4], two[2];
   RIVER_UNROLL for (int i = 0; i < N; i += 2) {  // lanes 0-7 of a and b + lanes 8-15 of a and b
-    const f32x16 a = sums[i].value(), b = i + 1 < N ? sums[i + 1].value() : f32x16{};
+    const f32x16 a = sums[i].all(), b = i + 1 < N ? sums[i + 1].all() : f32x16{};
     eight[i / 2] = RIVER_SHUFFLE(a, b, 0, 1, 2, 3, 4, 5, 6, 7, 16, 17, 18, 19, 20, 21, 22, 23) +
                    RIVER_SHUFFLE(a, b, 8, 9, 10, 11, 12, 13, 14, 15, 24, 25, 26, 27, 28, 29, 30, 31);
   }
@@ -114,7 +119,7 @@ inline void reduce_each(const Sum (&sums)[N], float (&out)[N]) {
 #else
 template <int N>
 inline void reduce_each(const Sum (&sums)[N], float (&out)[N]) {
-  for (int i = 0; i < N; i++) out[i] = reduce(sums[i].value());
+  for (int i = 0; i < N; i++) out[i] = reduce(sums[i].all());
 }
 #endif
 
@@ -221,23 +226,28 @@ inline void store_lanes(river::DType dtype, void* y, int64_t i, int64_t n, f32x1
 }
 
 // e^x within 2 ulp; 0 below -87.3, clamped above 88
-inline f32x16 vexp(f32x16 x) {
-  f32x16 clamped = x < 88.f ? x : splat(88.f);
-  clamped = clamped > -87.3f ? clamped : splat(-87.3f);
+inline Piece exp_piece(Piece x) {
+  const Piece clamped_above = x < 88.f ? x : Piece{} + 88.f;
+  const Piece clamped = clamped_above > -87.3f ? clamped_above : Piece{} - 87.3f;
   const float round = 12582912.f;  // 1.5 * 2^23: adding it rounds to an integer
-  f32x16 shifted = clamped * 1.44269504f + round;
-  f32x16 n = shifted - round;
-  f32x16 r = clamped - n * 0.693359375f + n * 2.12194440e-4f;
-  f32x16 p = r * 1.9875691500e-4f + 1.3981999507e-3f;
+  const Piece shifted = clamped * 1.44269504f + round;
+  const Piece n = shifted - round;
+  const Piece r = clamped - n * 0.693359375f + n * 2.12194440e-4f;
+  Piece p = r * 1.9875691500e-4f + 1.3981999507e-3f;
   p = p * r + 8.3334519073e-3f;
   p = p * r + 4.1665795894e-2f;
   p = p * r + 1.6666665459e-1f;
   p = p * r + 5.0000001201e-1f;
   p = p * r * r + r + 1.f;
-  i32x16 exponent = ((i32x16)shifted - (i32x16)splat(round)) << 23;
-  f32x16 result = (f32x16)((i32x16)p + exponent);
-  result = x < -87.3f ? f32x16{} : result;
+  const WordPiece exponent = ((WordPiece)shifted - (WordPiece)(Piece{} + round)) << 23;
+  const Piece result = x < -87.3f ? Piece{} : (Piece)((WordPiece)p + exponent);
   return x == x ? result : x;
+}
+
+inline f32x16 vexp(f32x16 x) {
+  Values v = x;
+  RIVER_UNROLL for (int i = 0; i < kPieces; i++) v.piece[i] = exp_piece(v.piece[i]);
+  return v.all();
 }
 
 }  // namespace
