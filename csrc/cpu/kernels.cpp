@@ -24,7 +24,8 @@ void swiglu(const float* gate, const float* up, float* out) {
   store(out, g * (g >= 0.f ? splat(1) : e) / (1.f + e) * load<f32x16>(up));
 }
 
-// 16 values of a head from index i, zero past head_dim. bf16 piece by piece: GCC would pass whole vectors through memory.
+// 16 values of a head from index i, zero past head_dim. bf16 comes piece by piece: GCC would take a whole vector through
+// memory.
 template <DType D>
 inline Values load_head(const void* head, int i, int head_dim) {
   if (i + 16 > head_dim) return load_tail(D, head, i, head_dim);

@@ -35,25 +35,16 @@ inline bool uses_bf16(DType dtype) { return kBf16Dot && dtype == DType::kBFloat1
 
 // ---- activations ------------------------------------------------------------------------------
 
-// Every second lane of a and b together
-template <class V>
-inline V evens(V a, V b) {
+// Every second lane of a and b together, from lane kFirst on
+template <int kFirst, class V>
+inline V every_second(V a, V b) {
+  constexpr int k = kFirst;
 #if defined(RIVER_SHUFFLE)
-  return RIVER_SHUFFLE(a, b, 0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30);
+  return RIVER_SHUFFLE(a, b, k, k + 2, k + 4, k + 6, k + 8, k + 10, k + 12, k + 14, k + 16, k + 18, k + 20, k + 22,
+                       k + 24, k + 26, k + 28, k + 30);
 #else
   V v;
-  for (int i = 0; i < 8; i++) v[i] = a[2 * i], v[i + 8] = b[2 * i];
-  return v;
-#endif
-}
-
-template <class V>
-inline V odds(V a, V b) {
-#if defined(RIVER_SHUFFLE)
-  return RIVER_SHUFFLE(a, b, 1, 3, 5, 7, 9, 11, 13, 15, 17, 19, 21, 23, 25, 27, 29, 31);
-#else
-  V v;
-  for (int i = 0; i < 8; i++) v[i] = a[2 * i + 1], v[i + 8] = b[2 * i + 1];
+  for (int i = 0; i < 8; i++) v[i] = a[2 * i + k], v[i + 8] = b[2 * i + k];
   return v;
 #endif
 }
@@ -62,16 +53,17 @@ inline V odds(V a, V b) {
 // their index mod 4: bf16 as pairs [(0, 1) x 16][(2, 3) x 16], fp32 as [0 x 16][1 x 16][2 x 16][3 x 16].
 inline void regroup_bf16(const void* group, void* out) {
   const auto low = load<u32x16>(group), high = load<u32x16>((const char*)group + 64);  // pairs
-  store(out, evens(low, high));
-  store((char*)out + 64, odds(low, high));
+  store(out, every_second<0>(low, high));
+  store((char*)out + 64, every_second<1>(low, high));
 }
 
 inline void regroup_float(const f32x16 (&v)[4], float* out) {
-  const f32x16 even[] = {evens(v[0], v[1]), evens(v[2], v[3])}, odd[] = {odds(v[0], v[1]), odds(v[2], v[3])};
-  store(out, evens(even[0], even[1]));
-  store(out + 16, evens(odd[0], odd[1]));
-  store(out + 32, odds(even[0], even[1]));
-  store(out + 48, odds(odd[0], odd[1]));
+  const f32x16 even[] = {every_second<0>(v[0], v[1]), every_second<0>(v[2], v[3])};
+  const f32x16 odd[] = {every_second<1>(v[0], v[1]), every_second<1>(v[2], v[3])};
+  store(out, every_second<0>(even[0], even[1]));
+  store(out + 16, every_second<0>(odd[0], odd[1]));
+  store(out + 32, every_second<1>(even[0], even[1]));
+  store(out + 48, every_second<1>(odd[0], odd[1]));
 }
 
 void prepare(DType dtype, const void* x, bool packed, int row, const Operand& operand) {
