@@ -68,20 +68,23 @@ def _commit() -> str | None:
         return None
 
 
+TURNS = 16  # per pass over a list of weights
+
+
 def interleaved(calls: dict, passes: int) -> dict[str, list[list[float]]]:
     """Seconds of calls, turn by turn, for {name: (weights, call)}. In a turn each of them, in random order,
-    calls on the next sixteenth of its weights, so that a slow moment of the machine hits all alike. Names
-    that share a list share the place in it: none finds in a cache what another has just left. Turns of
-    single calls would time each in what the one before left behind: 10 to 30 % there."""
+    calls on the next sixteenth of its weights (one at least), so that a slow moment of the machine hits all
+    alike. Names that share a list share the place in it: none finds in a cache what another has just left.
+    Turns of single calls would time each in what the one before left behind: 10 to 30 % there."""
     seconds = {name: [] for name in calls}
     place = {id(weights): 0 for weights, _ in calls.values()}
     order, shuffle = list(calls), random.Random(0).shuffle
-    for turn in range(16 * passes + 1):
+    for turn in range(TURNS * passes + 1):
         shuffle(order)
         for name in order:
             weights, call = calls[name]
             turn_seconds = []
-            for _ in range(math.ceil(len(weights) / 16)):
+            for _ in range(math.ceil(len(weights) / TURNS)):
                 weight = weights[place[id(weights)] % len(weights)]
                 place[id(weights)] += 1
                 start = time.perf_counter()

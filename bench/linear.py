@@ -3,7 +3,8 @@
 One line per result: us | GB/s of weights | GB/s of a plain read of the same weights | % of that |
 x torch's dense bf16 linear | x torch's own int4 linear (W4 only; group 64, the kernel behind torch's CPU int4
 quantisation). Weights cycle over at least 1 GB, so that no cache holds them. All that is compared, the read
-included, takes turns on some 60 MB of them; us and GB/s are medians of calls, % and x medians of turns.
+included, takes turns on some 60 MB of them, or on a single larger one; us and GB/s are medians of calls,
+% and x medians of turns.
 """
 
 from itertools import chain

@@ -52,14 +52,15 @@ constexpr int64_t kAny = -1;
 template <class Values>
 std::string text(const Values& values) {
   std::ostringstream out;
-  const char* separator = "[";
+  const char* separator = "";
+  out << "[";
   for (const int64_t value : values) {
     out << separator;
     if (value == kAny) out << "*";
     else out << value;
     separator = ", ";
   }
-  out << (values.size() ? "]" : "[]");
+  out << "]";
   return out.str();
 }
 
@@ -73,7 +74,7 @@ T* mutable_data(const Tensor& t) {
   return static_cast<T*>(t.mutable_data_ptr());
 }
 
-// Contiguous. Not torch::stable::new_empty, which finds its op by name in every call: a microsecond more.
+// Contiguous. Not torch::stable::new_empty, which looks its op up by name in every call.
 inline Tensor empty(Sizes sizes, ScalarType type, const Tensor& like) {
   int64_t strides[4], stride = 1;
   for (size_t i = sizes.size(); i-- > 0; stride *= sizes.begin()[i]) strides[i] = stride;

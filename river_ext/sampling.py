@@ -64,9 +64,8 @@ def draw(logits: Tensor, sampling: Sampling, seed: int, position: int) -> Tensor
     logits = torch.where(logits.isnan(), float("-inf"), logits) / max(sampling.temperature, 1e-30)
     tokens = filtered(logits, sampling)
     scores = logits[tokens] + gumbel(seed, position, tokens.cpu()).to(logits.device)
-    return tokens[
-        (scores == scores.max()).nonzero()[0, 0]
-    ]  # argmax does not promise the lowest id among ties
+    best = (scores == scores.max()).nonzero()[0, 0]  # argmax does not promise the lowest id among ties
+    return tokens[best]
 
 
 def filtered(logits: Tensor, sampling: Sampling) -> Tensor:

@@ -239,7 +239,7 @@ RIVER_DEVICE void measure_rows(const T* x, const T* y, int rows, int hidden_size
     const RowPart whole = whole_row(parts[row]);
     RowPart measured[1];
     measure_part(x, y, part, row, rows, hidden_size, safe_scaling(whole.largest_x), safe_scaling(whole.largest_y),
-                 measured, [](int, int, const float(&)[kStrip]) {});
+                 measured, KeepNothing{});
     __syncwarp();  // each part is read by the warps of all: its sums alone change
     if (lane_id() == 0) parts[row][part].sum = measured[0].sum;
   }
