@@ -4,8 +4,6 @@ The same loop as the extension's, so only what changed is compiled again; not pa
 """
 
 import importlib.util
-import os
-import shlex
 import subprocess
 import sys
 import sysconfig
@@ -44,18 +42,9 @@ def build(root, variant="plain", say=lambda text: print(text, flush=True)):
             flags, target = VARIANTS[variant], folder / variant / name
         units.append(river_native.Unit(source, target, [*cxx, *flags, "-x", "c++", "-c", str(source)]))
     module = folder / variant / f"river_emulation{sysconfig.get_config_var('EXT_SUFFIX')}"
-    stale = [unit for unit in units if not river_native.up_to_date(unit)]
-    objects = [str(unit.object) for unit in units]
-    link = [*cxx, *VARIANTS[variant], "-shared", *objects]
-    stamp = module.with_suffix(".stamp")
-    if stale or not module.exists() or not stamp.exists() or stamp.read_text() != shlex.join(link):
-        river_native.compile_all(stale, say)
-        temporary = module.with_suffix(".tmp")
-        done = subprocess.run([*link, "-o", str(temporary)], capture_output=True, text=True)
-        if done.returncode:
-            raise river_native.BuildError(f"linking the emulation failed\n{shlex.join(link)}\n{done.stderr}")
-        os.replace(temporary, module)
-        stamp.write_text(shlex.join(link))
+    link = [*cxx, *VARIANTS[variant], "-shared", *(str(unit.object) for unit in units)]
+    with river_native.alone_in(folder):
+        river_native.make_library(module, units, link, lambda stale: river_native.compile_all(stale, say))
     return module
 
 

@@ -4,7 +4,11 @@
 a build without torch, compiler or nvcc ends in one sentence, a rebuild with nothing to do takes no time.
 """
 
+import contextlib
+import fcntl
+import functools
 import glob
+import hashlib
 import importlib.util
 import os
 import platform
@@ -20,6 +24,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 MIN_TORCH = (2, 11)
+MIN_CUDA_ARCH = (8, 0)  # bf16 mma and cp.async
 DEFAULT_CUDA_ARCHS = "8.0;8.6;8.9;9.0+PTX"
 BYTES_PER_JOB = 2 << 30  # a template-heavy C++ or CUDA file peaks near this
 
@@ -154,6 +159,10 @@ def gencode(archs):
         match = re.fullmatch(r"(\d+)\.(\d)([af]?)(\+PTX)?", arch)
         if not match:
             raise BuildError(f"TORCH_CUDA_ARCH_LIST: {arch!r} is unknown (use numbers, as in 8.0;9.0+PTX)")
+        if (int(match[1]), int(match[2])) < MIN_CUDA_ARCH:
+            raise BuildError(
+                f"TORCH_CUDA_ARCH_LIST: {arch!r} is too old: the kernels need 8.0 (sm_80) or newer"
+            )
         number, suffix = match[1] + match[2], match[3]
         real = number + (suffix or ("a" if number == "90" else ""))
         flags.append(f"-gencode=arch=compute_{real},code=sm_{real}")
@@ -234,14 +243,24 @@ def dependencies(path):
     return [name.replace("\\ ", " ") for name in re.split(r"(?<!\\)\s+", text.strip()) if name]
 
 
+def digest(unit):
+    """Of the command and of every file that it read. Of contents, not times: a copied tree has new times."""
+    found = hashlib.sha256(shlex.join(unit.command).encode())
+    for name in dependencies(unit.object.with_suffix(".d")):
+        found.update(content_digest(name, os.stat(name).st_mtime_ns))
+    return found.hexdigest()
+
+
+@functools.cache
+def content_digest(name, changed):
+    """Once for all units that read this file as it was when it changed."""
+    return hashlib.sha256(Path(name).read_bytes()).digest()
+
+
 def up_to_date(unit):
-    """True if the object was made by this very command after the last change of every file that it read."""
-    stamp, depends = unit.object.with_suffix(".stamp"), unit.object.with_suffix(".d")
+    """True if the object was made by this very command from files with the present contents."""
     try:
-        if stamp.read_text() != shlex.join(unit.command) or not unit.object.exists():
-            return False
-        made = stamp.stat().st_mtime
-        return all(os.stat(name).st_mtime <= made for name in dependencies(depends))
+        return unit.object.with_suffix(".stamp").read_text() == digest(unit) and unit.object.exists()
     except OSError:
         return False
 
@@ -263,9 +282,23 @@ def compile_unit(unit, say):
         command = shlex.join(unit.command)
         raise BuildError(f"{unit.source.name} did not compile (all messages: {log})\n{command}\n{first}")
     warnings = done.stdout if "warning" in done.stdout else ""
-    stamp.write_text(shlex.join(unit.command))
-    os.utime(stamp, (start, start))  # a file changed while it was being compiled counts as changed
+    if all(os.stat(name).st_mtime < start for name in dependencies(depends)):
+        stamp.write_text(digest(unit))  # a file changed while it was being compiled: no stamp, so once more
     say(f"  {unit.object.stem:32} {time.time() - start:5.1f} s" + ("\n" + warnings if warnings else ""))
+
+
+@contextlib.contextmanager
+def alone_in(folder):
+    """Lets one process at a time build there; the others wait, and then find its work done."""
+    folder.mkdir(parents=True, exist_ok=True)
+    with (folder / "lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)  # gone with the process, however it ends
+        yield
+
+
+def own_temporary(path):
+    """Beside `path`, to be renamed to it: no other process, of any build, writes there."""
+    return path.with_suffix(f".{os.getpid()}.tmp")
 
 
 def job_count():
@@ -304,20 +337,36 @@ def build(root, version, target, say=lambda text: print(text, flush=True)):
     torch = find_torch()
     cuda = decide_cuda(sources, torch)
     units, link = plan(root, version, torch, cuda, sources)
-    stale = [unit for unit in units if not up_to_date(unit)]
     library = root / "build" / "native" / target.name
-    stamp = library.with_suffix(".stamp")
-    if stale or not library.exists() or not stamp.exists() or stamp.read_text() != shlex.join(link):
-        say(f"river_ext {version}: torch {torch.version} in {torch.path}")
-        say(f"CPU kernels: {', '.join(sources['isa'])}")
-        say(f"CUDA kernels: {cuda.note}")
-        compile_all(stale, say)
-        stamp.unlink(missing_ok=True)
-        done = subprocess.run([*link, "-o", str(library)], capture_output=True, text=True)
-        if done.returncode:
-            raise BuildError(f"linking failed\n{shlex.join(link)}\n{done.stderr}")
-        stamp.write_text(shlex.join(link))
-    target.parent.mkdir(parents=True, exist_ok=True)
-    temporary = target.with_suffix(".tmp")
-    shutil.copyfile(library, temporary)
-    os.replace(temporary, target)  # never a half-written module, nor one changed under a running process
+    with alone_in(library.parent):
+
+        def compile_stale(stale):
+            say(f"river_ext {version}: torch {torch.version} in {torch.path}")
+            say(f"CPU kernels: {', '.join(sources['isa'])}")
+            say(f"CUDA kernels: {cuda.note}")
+            compile_all(stale, say)
+
+        make_library(library, units, link, compile_stale)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        temporary = own_temporary(target)
+        shutil.copyfile(library, temporary)
+        os.replace(temporary, target)  # never a half-written module, nor one changed under a running process
+
+
+def make_library(library, units, link, compile_stale):
+    """Compiles what is stale of the units and links them by `link`, which lacks only its output."""
+    stale, stamp = [unit for unit in units if not up_to_date(unit)], library.with_suffix(".stamp")
+
+    def made():
+        return "\n".join([shlex.join(link), *(digest(unit) for unit in units)])
+
+    if not stale and library.exists() and stamp.exists() and stamp.read_text() == made():
+        return
+    compile_stale(stale)
+    temporary = own_temporary(library)
+    done = subprocess.run([*link, "-o", str(temporary)], capture_output=True, text=True)
+    if done.returncode:
+        raise BuildError(f"linking {library.name} failed\n{shlex.join(link)}\n{done.stderr}")
+    stamp.unlink(missing_ok=True)
+    os.replace(temporary, library)
+    stamp.write_text(made())

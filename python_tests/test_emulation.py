@@ -50,10 +50,10 @@ def outcomes(launch):
 
 @pytest.mark.parametrize("name", PLANTED)
 def test_planted_bug_is_caught(name):
-    assert set(outcomes(lambda *buffers: emulator.planted(name, False, *buffers))) == {"right"}
+    assert set(outcomes(lambda *buffers: emulator().planted(name, False, *buffers))) == {"right"}
     if VARIANT == "sanitized" and "overrun" in name:
         return  # ends the process: test_sanitizer_finds_overruns
-    found = outcomes(lambda *buffers: emulator.planted(name, True, *buffers))
+    found = outcomes(lambda *buffers: emulator().planted(name, True, *buffers))
     if PLANTED[name] == "results":
         assert "wrong" in found
     else:
@@ -68,17 +68,17 @@ def fail_with(message):
 
 @pytest.mark.parametrize("bulk", [True, False])
 def test_ring(bulk):
-    assert set(outcomes(lambda *buffers: emulator.ring("", bulk, *buffers))) == {"right"}
+    assert set(outcomes(lambda *buffers: emulator().ring("", bulk, *buffers))) == {"right"}
 
 
 @pytest.mark.parametrize("bug, bulk", RING_BUGS)
 def test_planted_bug_in_ring_is_caught(bug, bulk):
-    assert set(outcomes(lambda *buffers: emulator.ring(bug, bulk, *buffers))) - {"right"}
+    assert set(outcomes(lambda *buffers: emulator().ring(bug, bulk, *buffers))) - {"right"}
 
 
 def test_the_emulator_works_after_a_failure():
-    outcomes(lambda *buffers: emulator.planted("divergent_shuffle", True, *buffers))
-    assert set(outcomes(lambda *buffers: emulator.planted("block_order", False, *buffers))) == {"right"}
+    outcomes(lambda *buffers: emulator().planted("divergent_shuffle", True, *buffers))
+    assert set(outcomes(lambda *buffers: emulator().planted("block_order", False, *buffers))) == {"right"}
 
 
 @pytest.mark.parametrize("dtype", DTYPES[1:], ids=str)
@@ -87,7 +87,7 @@ def test_mma(dtype):
     generator = torch.Generator().manual_seed(0)
     a, b = (torch.randint(-8, 9, (16, n), generator=generator).to(dtype) for n in (16, 8))
     d = Guarded((16, 8), torch.float32)
-    emulator.mma(str(dtype).removeprefix("torch."), a.data_ptr(), b.data_ptr(), d.tensor.data_ptr())
+    emulator().mma(str(dtype).removeprefix("torch."), a.data_ptr(), b.data_ptr(), d.tensor.data_ptr())
     assert torch.equal(d.tensor, a.float() @ b.float()) and d.intact()
 
 
@@ -153,7 +153,7 @@ def test_w4_format_of_rows_that_are_not_aligned():
     packed = torch.empty(1, 1, 576, dtype=torch.uint8)
     fields = dict(dtype="float32", out_features=16, in_features=64, group_tiles=1, packed=packed.data_ptr(),
                   q=shifted.data_ptr(), scale=scale.data_ptr(), zero=zero.data_ptr(), dense=0)  # fmt: skip
-    emulator.run([("pack_w4", fields)])
+    emulator().run([("pack_w4", fields)])
     assert torch.equal(packed, reference.pack_w4(q, scale, zero))
 
 

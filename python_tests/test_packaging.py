@@ -1,5 +1,6 @@
 """The build as a user meets it: one clear sentence for whatever is missing, and no work done twice."""
 
+import ctypes
 import os
 import re
 import shutil
@@ -13,6 +14,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT / "build_backend"))
 
 import river_backend  # noqa: E402
+import river_emulation  # noqa: E402
 import river_native  # noqa: E402
 
 CPU_TORCH = river_native.Torch(Path("/nowhere"), "2.13.0+cpu", "")
@@ -71,6 +73,33 @@ def test_architectures(nvcc, monkeypatch):
     ]
     with pytest.raises(river_native.BuildError, match="'Hopper'"):
         river_native.gencode("8.0;Hopper")
+
+
+@pytest.mark.parametrize("arch", ["7.5", "6.1", "7.0+PTX", "7.9a"])
+def test_architectures_that_the_kernels_cannot_be_compiled_for_are_refused_by_name(arch):
+    """Else ptxas would say it, in a page of messages for every file."""
+    for archs in (arch, f"9.0;{arch}"):
+        with pytest.raises(river_native.BuildError, match=re.escape(f"{arch!r} is too old")) as error:
+            river_native.gencode(archs)
+        assert "sm_80" in str(error.value) and "\n" not in str(error.value)
+    assert river_native.gencode("8.0;10.0;12.0+PTX")[1] == "-gencode=arch=compute_100,code=sm_100"
+
+
+def test_too_old_an_architecture_ends_the_build_before_it_begins(tmp_path):
+    """Through the entry that pip and the suite use; nothing is compiled, and no nvcc is asked."""
+    nvcc = tmp_path / "nvcc"
+    nvcc.write_text("#!/bin/sh\necho '#$ INCLUDES=\"-I/none\"' >&2\n")
+    nvcc.chmod(0o755)
+    environment = os.environ | {
+        "RIVER_CUDA": "1",
+        "TORCH_CUDA_ARCH_LIST": "7.5",
+        "PATH": f"{tmp_path}:/usr/bin:/bin",
+    }
+    environment.pop("CUDA_HOME", None)
+    command = [sys.executable, "setup.py", "-q", "build_ext", "--build-lib", str(tmp_path)]
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert done.returncode == 1 and "Traceback" not in done.stderr
+    assert "river_ext: TORCH_CUDA_ARCH_LIST: '7.5' is too old" in done.stderr
 
 
 def test_building_without_torch_is_one_sentence():
@@ -135,16 +164,126 @@ def test_a_changed_header_recompiles_and_nothing_else_does(tmp_path):
     source.write_text('#include "a.h"\nint g() { return f(); }\n')
     unit = river_native.Unit(source, tmp_path / "a.o", ["c++", "-c", str(source)])
     assert not river_native.up_to_date(unit)
-    river_native.compile_all([unit], lambda text: None)
+
+    def compile_it():
+        for path in (source, header):
+            os.utime(path, (0, 0))  # not written while it is being compiled
+        river_native.compile_all([unit], lambda text: None)
+        assert river_native.up_to_date(unit)
+
+    compile_it()
+    for path in (source, header, unit.object):
+        os.utime(path)  # a copy of the tree has new times and the same contents
     assert river_native.up_to_date(unit)
-    later = (tmp_path / "a.o").stat().st_mtime + 1
-    os.utime(header, (later, later))
+    header.write_text("inline int f() { return 2; }\n")
+    os.utime(header, (1, 1))  # nor does an old time hide new contents
     assert not river_native.up_to_date(unit)
-    river_native.compile_all([unit], lambda text: None)
-    os.utime(header, (0, 0))
-    assert river_native.up_to_date(unit)
+    compile_it()
     unit.command.append("-O1")
     assert not river_native.up_to_date(unit)
+
+
+@pytest.mark.skipif(not shutil.which("c++"), reason="no C++ compiler")
+def test_a_source_that_changes_while_it_is_compiled_is_compiled_again(tmp_path):
+    source, compiler = tmp_path / "a.cpp", tmp_path / "slow"
+    source.write_text("int f() { return 1; }\n")
+    os.utime(source, (0, 0))
+    compiler.write_text(f"#!/bin/sh\nc++ \"$@\" && echo 'int f() {{ return 2; }}' > {source}\n")
+    compiler.chmod(0o755)
+    unit = river_native.Unit(source, tmp_path / "a.o", [str(compiler), "-c", str(source)])
+    river_native.compile_all([unit], lambda text: None)
+    assert not river_native.up_to_date(unit)
+
+
+EMULATION = {
+    "csrc/emulation/module.cpp": '#define SHOWN __attribute__((visibility("default")))\n'
+    'extern "C" SHOWN int right() { return TWO; }\n',
+    "csrc/emulation/a.cpp": "int a() { return 1; }\n",
+    "csrc/b.cu": "int b() { return 2; }\n",
+}
+RACE = """
+import sys, time
+from pathlib import Path
+sys.path.insert(0, sys.argv[1])
+import river_emulation
+print("ready", flush=True)
+sys.stdin.readline()
+print(river_emulation.build(Path(sys.argv[2]), sys.argv[3], say=lambda text: None), flush=True)
+"""
+
+
+@pytest.mark.skipif(not shutil.which("c++"), reason="no C++ compiler")
+def test_concurrent_builds_of_the_emulator(tmp_path, monkeypatch):
+    """Six processes at once, as six workers of a test run are, of two variants that share an object."""
+    for name, text in EMULATION.items():
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text(text.replace("TWO", "2"))
+        os.utime(tmp_path / name, (0, 0))
+    compiler, log, pipe = tmp_path / "slow", tmp_path / "log", subprocess.PIPE
+    compiler.write_text(f'#!/bin/sh\necho "$*" >> {log}\nsleep 0.2\nexec c++ "$@"\n')
+    compiler.chmod(0o755)
+    monkeypatch.setenv("CXX", str(compiler))
+    command = [sys.executable, "-c", RACE, str(ROOT / "build_backend"), str(tmp_path)]
+    racing = [
+        subprocess.Popen([*command, variant], text=True, **dict.fromkeys(("stdin", "stdout", "stderr"), pipe))
+        for variant in ("plain", "sanitized") * 3
+    ]  # fmt: skip
+    for process in racing:
+        assert process.stdout.readline() == "ready\n"
+    for process in racing:
+        process.stdin.write("go\n")
+        process.stdin.flush()
+    answers = [process.communicate(timeout=300) for process in racing]
+    assert [process.returncode for process in racing] == [0] * 6, answers[0][1] + answers[1][1]
+    calls = [line.split() for line in log.read_text().splitlines()]
+    made = sorted(Path(call[call.index("-o") + 1]).name.split(".")[0] for call in calls)
+    assert (
+        made == ["b"] * 2 + ["emulation_a"] * 2 + ["emulation_module"] + ["river_emulation"] * 2
+    )  # once each
+    modules = {answer.strip() for answer, _ in answers}
+    assert len(modules) == 2 and not list((tmp_path / "build").rglob("*.tmp"))
+    assert ctypes.CDLL(min(modules)).right() == 2
+
+
+@pytest.mark.skipif(not shutil.which("c++"), reason="no C++ compiler")
+def test_an_object_that_another_build_made_anew_is_linked_anew(tmp_path, monkeypatch):
+    """The emulator's variants share one: up to date is not the same as linked."""
+    monkeypatch.setattr(river_emulation, "VARIANTS", {"plain": ["-O0"], "other": ["-O1"]})
+
+    def write(value):
+        for name, text in EMULATION.items():
+            (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+            (tmp_path / name).write_text(text.replace("TWO", str(value)))
+            os.utime(tmp_path / name, (value, value))
+
+    def right(variant):
+        module = river_emulation.build(tmp_path, variant, say=lambda text: None)
+        code = f"import ctypes; print(ctypes.CDLL({str(module)!r}).right())"
+        return int(
+            subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
+        )
+
+    write(2)
+    assert (right("plain"), right("other")) == (2, 2)
+    write(3)
+    assert (right("plain"), right("other")) == (3, 3)
+
+
+def test_collecting_tests_builds_no_emulator():
+    """A compiler that does not exist would stop a build: those who only run GPU tests need none."""
+    files = [
+        "test_gpu.py",
+        "test_cuda_kernels.py",
+        "test_emulation.py",
+        "test_emulated_step.py",
+        "test_read_ring.py",
+    ]
+    command = [sys.executable, "-m", "pytest", "--collect-only", "-q", "-p", "no:cacheprovider"]
+    environment = os.environ | {"CXX": "no-such-compiler", "RIVER_REQUIRE_CUDA": "1"}
+    done = subprocess.run([*command, *(str(ROOT / "python_tests" / name) for name in files)],
+                          env=environment, capture_output=True, text=True)  # fmt: skip
+    assert done.returncode == 0, done.stdout[-2000:]
+    assert "[cuda-" in done.stdout and "error" not in done.stdout.splitlines()[-1]
 
 
 @pytest.mark.skipif(not shutil.which("c++"), reason="no C++ compiler")

@@ -156,7 +156,8 @@ def main(arguments=None):
         return 0
     limits = budgets(sources)
     units = plan(nvcc, sources, archs)
-    river_native.compile_all([u for u in units.values() if not river_native.up_to_date(u)], print)
+    with river_native.alone_in(BUILD):
+        river_native.compile_all([u for u in units.values() if not river_native.up_to_date(u)], print)
 
     table = {}  # (source, mangled name without its per-file hash) -> {arch: kernel}
     for (source, arch), unit in units.items():
