@@ -12,6 +12,8 @@ from functools import partial
 import gpu
 import ring
 import torch
+import variants
+from variants import DEFAULT
 
 from river_ext import ops
 
@@ -43,47 +45,54 @@ def intercept(points: list[tuple[float, float]]) -> float:
     return mean_y - slope * mean_x
 
 
-def measure_chains(ceiling: float, sizes: tuple[int, ...], repeats: int) -> list[dict]:
+def measure_chains(
+    results: gpu.Results, ceiling: float, sizes: tuple[int, ...], designs: list[str], repeats: int
+) -> list[dict]:
     lines = []
     for size in sizes:
+        dense = gpu.rotation(gpu.dense_weight(size, size))
+        packed = gpu.rotation(gpu.packed_weight(size, size))
         kinds = {
-            "linear": (gpu.rotation(gpu.dense_weight(size, size)), ops.linear),
-            "linear_w4": (
-                gpu.rotation(gpu.packed_weight(size, size)),
-                partial(ops.linear_w4, out_features=size),
-            ),
-            "torch": (None, torch.nn.functional.linear),
+            "linear": (dense, ops.linear),
+            "linear_w4": (packed, partial(ops.linear_w4, out_features=size)),
+            "torch": (dense, torch.nn.functional.linear),
         }
-        kinds["torch"] = (kinds["linear"][0], kinds["torch"][1])
         x = torch.randn(1, size, dtype=torch.bfloat16)
         for kernel, (weights, op) in kinds.items():
             for mode in MODES if kernel != "torch" else ("none",):
+                compared = designs if mode == "prefetch" else [DEFAULT]
                 read = gpu.size_of(weights[0])
                 with gpu.overlap(mode):
-                    time = gpu.time_rotated(chain(op, x), weights, read, repeats)
-                line = {"kernel": kernel, "size": size, "mode": mode, "bytes": read, **time.fields()}
-                line |= {"gb_s": read / time.us / 1e3, "us_over_ring": time.us - read / ceiling / 1e3}
-                lines.append(line)
-                print(
-                    f"{kernel:<10} {size:>5} {mode:<9} {time.us:7.2f} us {line['gb_s']:6.0f} GB/s  "
-                    f"{line['us_over_ring']:6.2f} us over the ring  (spread {time.spread_percent:.1f} %)",
-                    flush=True,
-                )
+                    times = variants.time_rotated(compared, chain(op, x), weights, read, repeats)
+                for design, time in times.items():
+                    line = {"kernel": kernel, "size": size, "mode": mode, "variant": design, "bytes": read}
+                    line |= {"gb_s": read / time.us / 1e3, "us_over_ring": time.us - read / ceiling / 1e3}
+                    lines.append(line | time.fields())
+                    text = (
+                        f"{kernel:<10} {size:>5} {mode:<9} {design:<16} {time.us:7.2f} us "
+                        f"{line['gb_s']:6.0f} GB/s  {line['us_over_ring']:6.2f} us over the ring  "
+                        f"(spread {time.spread_percent:.1f} %)"
+                    )
+                    results("chain", text, **lines[-1])
     return lines
 
 
-def intercepts(lines: list[dict]) -> list[dict]:
-    """us per kernel as its bytes go to 0, by kernel and mode."""
-    result = []
-    for kernel, mode in dict.fromkeys((line["kernel"], line["mode"]) for line in lines):
-        points = [(ln["bytes"], ln["us"]) for ln in lines if (ln["kernel"], ln["mode"]) == (kernel, mode)]
+def intercepts(results: gpu.Results, lines: list[dict]) -> None:
+    """us per kernel as its bytes go to 0, by kernel, mode and design."""
+    for kind in dict.fromkeys((line["kernel"], line["mode"], line["variant"]) for line in lines):
+        points = [
+            (line["bytes"], line["us"])
+            for line in lines
+            if (line["kernel"], line["mode"], line["variant"]) == kind
+        ]
         if len(points) > 1:
-            result.append({"kernel": kernel, "mode": mode, "intercept_us": intercept(points)})
-            print(f"{kernel:<10} {mode:<9} intercept {result[-1]['intercept_us']:6.2f} us", flush=True)
-    return result
+            kernel, mode, design = kind
+            us = intercept(points)
+            text = f"{kernel:<10} {mode:<9} {design:<16} intercept {us:6.2f} us"
+            results("intercept", text, kernel=kernel, mode=mode, variant=design, us=us)
 
 
-def measure_tiny(repeats: int) -> list[dict]:
+def measure_tiny(results: gpu.Results, repeats: int) -> None:
     """us per kernel of chains whose kernels do next to nothing."""
     x, y = (torch.randn(1, 1024, dtype=torch.bfloat16) for _ in range(2))
 
@@ -94,32 +103,28 @@ def measure_tiny(repeats: int) -> list[dict]:
         x.add_(0.0)
 
     cases = [("state_similarity", mode, similarities) for mode in MODES] + [("torch add_", "none", adds)]
-    lines = []
     for kernel, mode, call in cases:
         with gpu.overlap(mode):
             time = gpu.time_rotated(call, range(TINY), 4096, repeats)
-        lines.append({"kernel": kernel, "mode": mode, **time.fields()})
-        print(
-            f"{kernel:<16} {mode:<9} {time.us:6.2f} us  (spread {time.spread_percent:.1f} %)",
-            flush=True,
-        )
-    return lines
+        text = f"{kernel:<16} {mode:<9} {time.us:6.2f} us  (spread {time.spread_percent:.1f} %)"
+        results("tiny", text, kernel=kernel, mode=mode, **time.fields())
 
 
 def main() -> None:
     p = gpu.parser(__doc__.splitlines()[0])
     p.add_argument("--sizes", type=int, nargs="+", default=SIZES)
     p.add_argument("--repeats", type=int, default=10)
+    variants.add_argument(p)
     args = p.parse_args()
     gpu.require_cuda()
     torch.set_default_device("cuda")
-    ceiling = ring.ceiling()
-    lines = measure_chains(ceiling, SIZES[:2] if args.quick else args.sizes, args.repeats)
-    tiny = measure_tiny(args.repeats)
+    results = gpu.Results("chain", args)
+    ceiling, sizes = ring.ceiling(results), SIZES[:2] if args.quick else args.sizes
+    intercepts(results, measure_chains(results, ceiling, sizes, variants.designs(args), args.repeats))
+    measure_tiny(results, args.repeats)
     weight, x = gpu.dense_weight(8192, 8192), torch.randn(1, 8192, dtype=torch.bfloat16)
     load = gpu.capture(lambda: ops.linear(x, weight))
-    found = {"ceiling_gb_s": ceiling, "chains": lines, "intercepts": intercepts(lines), "tiny": tiny}
-    gpu.save("chain", args, found, load)
+    results("clocks", **(gpu.clocks_under_load(load) or {}))
 
 
 if __name__ == "__main__":

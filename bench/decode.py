@@ -7,6 +7,7 @@ these tensors takes; `allowed` is what the bytes alone would give over full bf16
 text, and time does not depend on it.
 """
 
+import importlib.util
 import time
 from statistics import median
 
@@ -19,11 +20,6 @@ from river_ext.generate import generate
 from river_ext.network import Network
 from river_ext.request import Options
 from river_ext.weights import DecoderBlockWeights, ExitLayerWeights, ModelWeights
-
-try:
-    from transformers import LlamaConfig, LlamaForCausalLM, StaticCache
-except ImportError:
-    LlamaForCausalLM = None
 
 LLAMA_1B = ModelConfig(
     model_type="llama", vocab_size=128256, hidden_size=2048, intermediate_size=8192, num_hidden_layers=16,
@@ -166,11 +162,10 @@ def size_of(weights) -> int:
     return sum(tensor.nbytes for tensor in tensors_of(weights))
 
 
-def transformers_models(config: ModelConfig, weights: ModelWeights, compiled: bool, max_length: int) -> dict:
-    """Llama of transformers around the same tensors; {} where it is not installed."""
-    if LlamaForCausalLM is None:
-        print("transformers is not installed: no comparison")
-        return {}
+def llama_around(config: ModelConfig, weights: ModelWeights):
+    """Llama of transformers around the same tensors."""
+    from transformers import LlamaConfig, LlamaForCausalLM  # takes seconds, and only this needs it
+
     names = (
         "vocab_size hidden_size intermediate_size num_hidden_layers num_attention_heads num_key_value_heads "
         "head_dim rms_norm_eps max_position_embeddings tie_word_embeddings"
@@ -182,18 +177,23 @@ def transformers_models(config: ModelConfig, weights: ModelWeights, compiled: bo
     for index, layer in enumerate(weights.layers):
         for name, tensor in vars(layer).items():
             if tensor is not None:
-                part = (
-                    ""
-                    if "norm" in name
-                    else "mlp."
-                    if name in ("gate_proj", "up_proj", "down_proj")
-                    else "self_attn."
-                )
+                mlp = name in ("gate_proj", "up_proj", "down_proj")
+                part = "" if "norm" in name else "mlp." if mlp else "self_attn."
                 state[f"model.layers.{index}.{part}{name}.weight"] = tensor
     model.load_state_dict(state, assign=True)
     rotary = type(model.model.rotary_emb)(model.config)  # its buffers are not in a state dict
     model.model.rotary_emb = rotary
-    model = model.eval()
+    return model.eval()
+
+
+def transformers_models(config: ModelConfig, weights: ModelWeights, compiled: bool, max_length: int) -> dict:
+    """Eager and compiled, each as (prompt, step, cache); {} where transformers is not installed."""
+    if not importlib.util.find_spec("transformers"):
+        print("transformers is not installed: no comparison")
+        return {}
+    from transformers import StaticCache
+
+    model = llama_around(config, weights)
     peers = {"transformers eager": (model, model, None)}
     if compiled:  # the prompt in eager mode, as transformers itself does it
         cache = StaticCache(model.config, max_cache_len=max_length)

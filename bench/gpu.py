@@ -9,8 +9,8 @@ import argparse
 import contextlib
 import functools
 import gc
-import json
 import os
+import re
 import statistics
 import subprocess
 import sys
@@ -19,8 +19,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+import records
 import torch
-from common import RESULTS
 
 from river_ext import ops
 
@@ -35,7 +35,8 @@ CLOCKS = "clocks.sm,clocks.mem,clocks.max.sm,clocks.max.mem,temperature.gpu,powe
 
 def parser(description: str) -> argparse.ArgumentParser:
     p = argparse.ArgumentParser(description=description)
-    p.add_argument("--out", type=Path, default=RESULTS, help="folder of the JSON file (default: %(default)s)")
+    p.add_argument("--out", type=Path, default=records.folder(),
+                   help="folder of the results (default: $OUT, or %(default)s)")  # fmt: skip
     p.add_argument("--quick", action="store_true", help="fewer cases and repeats")
     return p
 
@@ -82,12 +83,13 @@ def machine() -> dict:
         "capability": f"{properties.major}.{properties.minor}",
         "memory_gib": round(properties.total_memory / 2**30, 1),
         "l2_mib": properties.L2_cache_size / 2**20,
-        "driver": smi("driver_version"),
+        "driver": driver(),
         "torch": torch.__version__,
         "cuda": torch.version.cuda,
         "python": ".".join(map(str, sys.version_info[:3])),
         "river_ext": info["version"],
         "cuda_archs": info["cuda_archs"],
+        "variants": variants(),
         "commit": commit(),
     }
 
@@ -100,12 +102,17 @@ def commit() -> str | None:
     return _output(command)
 
 
-def smi(fields: str) -> str | None:
-    """What nvidia-smi says of the current device."""
-    command = ["nvidia-smi", f"--query-gpu={fields}", "--format=csv,noheader,nounits"]
-    uuid = getattr(torch.cuda.get_device_properties(0), "uuid", None)
-    text = (_output([*command, "-i", f"GPU-{uuid}"]) if uuid else None) or _output(command)
-    return text.splitlines()[0].strip() if text else None
+def variants() -> dict[str, int]:
+    """Every switch of this build between two designs, and what it is set to."""
+    return ops._C.variants() if hasattr(ops._C, "variants") else {}
+
+
+def driver() -> str | None:
+    file = Path("/proc/driver/nvidia/version")  # at once; nvidia-smi takes a second
+    found = re.search(r"\b(\d{3,}\.[\d.]+)", file.read_text()) if file.exists() else None
+    return (
+        found[1] if found else _output(["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"])
+    )
 
 
 def _output(command: list[str]) -> str | None:
@@ -201,15 +208,26 @@ def replay_us(graph: torch.cuda.CUDAGraph, repeats: int) -> list[float]:
     return [1e3 * start.elapsed_time(end) for start, end in events]
 
 
+def nothing() -> None:
+    pass
+
+
 def time_graph(
-    graph: torch.cuda.CUDAGraph, launches: int, repeats: int = 10, reset: Callable[[], None] = lambda: None
+    graph: torch.cuda.CUDAGraph, launches: int, repeats: int = 10, reset: Callable[[], None] = nothing
 ) -> Time:
     """The time of one of the launches; `reset` runs before each series."""
-    series = []
-    for count in (2, repeats, repeats):  # the first one warms up
-        reset()
-        series.append(replay_us(graph, count))
-    return time_of(*series[1:], launches)
+    return time_together({"": (graph, launches, reset)}, repeats)[""]
+
+
+def time_together(graphs: dict[str, tuple], repeats: int) -> dict[str, Time]:
+    """The times of several (graph, launches, reset), series by series in turns, there and back."""
+    order, series = list(graphs), {name: [] for name in graphs}
+    for names, count in ((order, 2), (order, repeats), (order[::-1], repeats)):  # the first one warms up
+        for name in names:
+            graph, _, reset = graphs[name]
+            reset()
+            series[name].append(replay_us(graph, count))
+    return {name: time_of(*series[name][1:], graphs[name][1]) for name in order}
 
 
 def time_of(first: list[float], second: list[float], launches: int) -> Time:
@@ -283,23 +301,16 @@ def relative_error(out: torch.Tensor, expected: torch.Tensor) -> float:
 # ---- results ----------------------------------------------------------------------------------------
 
 
-def slug(device: str) -> str:
-    return "_".join("".join(c if c.isalnum() else " " for c in device).lower().split())
+class Results:
+    """Every result of a part goes to the file at once, and what is to be read to the screen."""
 
+    def __init__(self, part: str, args: argparse.Namespace):
+        facts = machine()
+        self.part, self.path, self.lines = part, records.path_of(args.out, facts["device"]), []
+        settings = {name: value for name, value in vars(args).items() if name != "out"}
+        self("start", machine=facts, settings=settings)
 
-def save(question: str, args: argparse.Namespace, result: dict, load=None) -> None:
-    """Adds the device, and its clocks while the graph `load` runs, and writes the file."""
-    facts = {"machine": machine(), "quick": args.quick, "clocks": load and clocks_under_load(load)}
-    print(write(question, args.out, facts | result))
-
-
-def write(question: str, folder: Path, result: dict) -> Path:
-    """QUESTION_<device>.json, by way of a temporary file: a stopped run leaves nothing half-written."""
-    folder.mkdir(parents=True, exist_ok=True)
-    path = folder / f"{question}_{slug(result['machine']['device'])}.json"
-    temporary = path.with_suffix(".tmp")
-    # a NaN is no measurement, and no JSON either
-    text = json.dumps({"question": question} | result, indent=1, allow_nan=False)
-    temporary.write_text(text + "\n")
-    temporary.replace(path)
-    return path
+    def __call__(self, record: str, text: str = "", **fields) -> None:
+        self.lines.append(records.append(self.path, self.part, record, **fields))
+        if text:
+            print(text, flush=True)

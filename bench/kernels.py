@@ -10,6 +10,7 @@ from functools import partial
 import gpu
 import ring
 import torch
+import variants
 from common import LAYER_SHAPES
 from gpu import Time
 from models import CONFIGS, TorchStep, layer_bytes, random_network
@@ -22,24 +23,39 @@ SMALL = 64  # pairs of vectors of the similarity
 
 
 class Report:
-    """Prints a line per result and keeps it for the file. A peer that is None was not measured."""
+    """A line per result and design. A peer that is None was not measured."""
 
-    def __init__(self, ceiling: float):
-        self.ceiling, self.lines, self.not_run = ceiling, [], []
+    def __init__(self, results: gpu.Results, ceiling: float, designs: list[str]):
+        self.results, self.ceiling, self.designs, self.not_run = results, ceiling, designs, []
 
-    def __call__(self, kernel, shape, rows: int, size: int, time: Time, peers: dict, **more) -> None:
-        rate = size / time.us / 1e3
-        line = {"kernel": kernel, "shape": shape, "rows": rows, **more, **time.fields(), "bytes": size}
-        line |= {"gb_s": rate, "percent_of_ceiling": 100 * rate / self.ceiling}
-        line |= {f"{name}_us": peer and peer.us for name, peer in peers.items()}
-        line |= {f"x_{name}": peer and peer.us / time.us for name, peer in peers.items()}
-        self.lines.append(line)
-        text = "  ".join(f"{peer.us / time.us:5.2f} x {name}" for name, peer in peers.items() if peer)
-        print(
-            f"{kernel:<16} {shape:<12} T={rows} {time.us:8.2f} us {rate:6.0f} GB/s "
-            f"{line['percent_of_ceiling']:4.0f} %  {text}  (spread {time.spread_percent:.1f} %)",
-            flush=True,
-        )
+    def time(self, call, items: list, size: float, repeats: int) -> dict[str, Time]:
+        """Of a kernel of ours, by design."""
+        return variants.time_rotated(self.designs, call, items, size, repeats)
+
+    def __call__(
+        self, kernel, shape, rows: int, size: int, times: dict[str, Time], peers: dict, **more
+    ) -> None:
+        for design, time in times.items():
+            rate = size / time.us / 1e3
+            percent = 100 * rate / self.ceiling
+            line = {
+                "kernel": kernel,
+                "shape": shape,
+                "rows": rows,
+                "variant": design,
+                **more,
+                **time.fields(),
+            }
+            line |= {"bytes": size, "gb_s": rate, "percent_of_ceiling": percent}
+            line |= {f"{name}_us": peer and peer.us for name, peer in peers.items()}
+            line |= {f"x_{name}": peer and peer.us / time.us for name, peer in peers.items()}
+            text = "  ".join(f"{peer.us / time.us:5.2f} x {name}" for name, peer in peers.items() if peer)
+            self.results(
+                "kernel",
+                f"{kernel:<16} {shape:<12} T={rows} {design:<16} {time.us:8.2f} us {rate:6.0f} GB/s "
+                f"{percent:4.0f} %  {text}  (spread {time.spread_percent:.1f} %)",
+                **line,
+            )
 
     def attempt(self, what: str, measure):
         """A peer that does not run here is recorded as not run."""
@@ -47,9 +63,9 @@ class Report:
             return measure()
         except Exception as error:  # of libraries that are not ours
             reason = (str(error).splitlines() or [type(error).__name__])[0][:200]
-            if not any(entry["reason"] == reason for entry in self.not_run):
-                print(f"not run: {what}: {reason}", flush=True)
-            self.not_run.append({"what": what, "reason": reason})
+            if (what, reason) not in self.not_run:
+                self.not_run.append((what, reason))
+                self.results("not run", f"not run: {what}: {reason}", what=what, reason=reason)
             return None
 
 
@@ -126,16 +142,16 @@ def measure_linear(report: Report, shape: str, rows: int, weights: dict[str, lis
     n, k = LAYER_SHAPES[shape]
     x = activations(rows, k)
 
-    def time(call, items: list) -> Time:
+    def time(call, items: list, measure=gpu.time_rotated):
         size = gpu.size_of(*items[0]) if isinstance(items[0], tuple) else gpu.size_of(items[0])
-        return gpu.time_rotated(call, items, size, args.repeats)
+        return measure(call, items, size, args.repeats)
 
     dense, packed = weights["dense"][0], weights["w4"][0]
     same("linear", ops.linear(x, dense), x.float() @ dense.float().T)
     unpacked = ops.dequantize_w4(packed, n, k, torch.float32)
     same("linear_w4", ops.linear_w4(x, packed, n), x.float() @ unpacked.T)
     cublas = time(partial(torch.nn.functional.linear, x), weights["dense"])
-    ours = time(partial(ops.linear, x), weights["dense"])
+    ours = time(partial(ops.linear, x), weights["dense"], report.time)
     report("linear", shape, rows, gpu.size_of(dense), ours, {"torch": cublas})
     peers = {"torch": cublas, "torch_int4": None, "triton": None}
     if weights["int4"]:
@@ -146,7 +162,7 @@ def measure_linear(report: Report, shape: str, rows: int, weights: dict[str, lis
         peers["triton"] = report.attempt(
             "triton W4", lambda: time_triton(rows, weights["triton"], args.repeats)
         )
-    ours = time(partial(ops.linear_w4, x, out_features=n), weights["w4"])
+    ours = time(partial(ops.linear_w4, x, out_features=n), weights["w4"], report.time)
     report("linear_w4", shape, rows, gpu.size_of(packed), ours, peers)
 
 
@@ -170,11 +186,11 @@ def measure_layers_at(report: Report, model: str, network: Network, rows: int, r
     dense, packed = layer_bytes(config)
     cache = rows * (context + 1) * 4 * config.num_key_value_heads * config.head_dim
 
-    def time(layer, size: int) -> Time:
+    def time(layer, size: int) -> dict[str, Time]:
         def call(index: int):
             layer(index, hidden, plain.cache, slots, positions, rope)
 
-        return gpu.time_rotated(call, layers, size, repeats)
+        return report.time(call, layers, size, repeats)
 
     peer = gpu.time_rotated(lambda index: plain.layer(index, hidden), layers, dense + cache, repeats)
     for name, size in (("decoder_block", dense + cache), ("exit_layer", packed + cache)):
@@ -197,7 +213,7 @@ def measure_head(report: Report, model: str, args) -> None:
     for rows in args.rows:
         x = activations(rows, config.hidden_size)
         peer = gpu.time_rotated(partial(plain, x), weights, size, args.repeats)
-        time = gpu.time_rotated(partial(ours, x), weights, size, args.repeats)
+        time = report.time(partial(ours, x), weights, size, args.repeats)
         report("lm_head", model, rows, size, time, {"torch": peer})
 
 
@@ -226,7 +242,7 @@ def measure_attention_at(report: Report, model: str, context: int, rows: int, re
 
     pairs = list(zip(k.split(rows), v.split(rows), strict=True))
     same("decode_attention", ours(slots[1]), plain(pairs[1])[:, :, 0])
-    time = gpu.time_rotated(ours, slots, size, repeats)
+    time = report.time(ours, slots, size, repeats)
     peer = report.attempt("torch attention", lambda: gpu.time_rotated(plain, pairs, size, repeats))
     more = {"context": context, "working_set_bytes": groups * size}
     report("decode_attention", f"{model} {context}", rows, size, time, {"torch": peer}, **more)
@@ -246,7 +262,7 @@ def measure_similarity(report: Report, model: str, args) -> None:
         pairs = [tuple(activations(rows, hidden_size) for _ in range(2)) for _ in range(SMALL)]
         size = gpu.size_of(*pairs[0])
         peer = gpu.time_rotated(plain, pairs, size, args.repeats)
-        time = gpu.time_rotated(ours, pairs, size, args.repeats)
+        time = report.time(ours, pairs, size, args.repeats)
         report("state_similarity", model, rows, size, time, {"torch": peer}, working_set_bytes=SMALL * size)
 
 
@@ -267,24 +283,23 @@ def main() -> None:
     p.add_argument("--kernels", nargs="+", choices=KERNELS, default=list(KERNELS))
     p.add_argument("--triton-rows", type=int, nargs="+", default=[1, 8])
     p.add_argument("--repeats", type=int, default=5)
+    variants.add_argument(p)
     args = p.parse_args()
     if args.quick:
         args.rows, args.triton_rows, args.repeats = [1], [1], 3
     gpu.require_cuda()
     torch.set_default_device("cuda")
-    report = Report(ring.ceiling())
+    results = gpu.Results("kernels", args)
+    report = Report(results, ring.ceiling(results), variants.designs(args))
     if report.attempt("triton W4", check_triton) is None:
         args.triton_rows = []
     for model in args.models:
         for name, measure in KERNELS.items():
             if name in args.kernels:
                 measure(report, model, args)
-    weight = gpu.dense_weight(28672, 4096)
-    x = activations(1, 4096)
+    weight, x = gpu.dense_weight(28672, 4096), activations(1, 4096)
     load = gpu.capture(lambda: ops.linear(x, weight))
-    settings = {"rows": args.rows, "contexts": args.contexts, "triton_rows": args.triton_rows}
-    found = {"ceiling_gb_s": report.ceiling, "not_run": report.not_run, "kernels": report.lines}
-    gpu.save("kernels", args, {"settings": settings} | found, load)
+    results("clocks", **(gpu.clocks_under_load(load) or {}))
 
 
 def check_triton() -> float:

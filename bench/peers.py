@@ -17,7 +17,7 @@ from pathlib import Path
 
 import gpu
 import torch
-from decode import random_weights, transformers_models
+from decode import llama_around, random_weights
 from models import CONFIGS, TorchStep, random_network, step_bytes
 
 STEPS = 32  # of transformers, between two synchronisations
@@ -36,7 +36,7 @@ def transformers_step(model: str, context: int, repeats: int) -> dict:
 
     config = CONFIGS[model]
     with torch.device("cuda"):
-        llama = transformers_models(config, random_weights(config), compiled=False)["transformers eager"]
+        llama = llama_around(config, random_weights(config))
     length = context + WARM + STEPS * (repeats + 1)
     cache = transformers.StaticCache(config=llama.config, max_cache_len=length)
     prompt = torch.randint(0, config.vocab_size, (1, context), device="cuda")
@@ -98,24 +98,24 @@ def main() -> None:
     if args.answer:
         args.answer.write_text(json.dumps(transformers_step(args.model, args.context, args.repeats)))
         return
-    lines = []
+    results, layers = gpu.Results("peers", args), CONFIGS[args.model].num_hidden_layers
     for context in args.contexts:
-        layers = CONFIGS[args.model].num_hidden_layers
         common = {"model": args.model, "context": context, "rows": 1}
         common["bytes"] = step_bytes(CONFIGS[args.model], layers, context)
-        lines.append({"peer": "torch, cuBLAS, CUDA graph", **common})
-        lines[-1] |= torch_step(args.model, context, args.repeats).fields()
-        torch.cuda.empty_cache()
-        lines.append({"peer": "transformers, compiled", **common})
-        lines[-1] |= in_time(args.seconds, args.model, context, args.repeats)
-        for line in lines[-2:]:
-            text = (
-                f"{line['us']:7.0f} us, {line['bytes'] / line['us'] / 1e3:5.0f} GB/s" if "us" in line else ""
-            )
-            print(
-                f"{args.model} context {context:>4} {line['peer']:<26} {text or line['not_run']}", flush=True
-            )
-    gpu.save("peers", args, {"peers": lines})
+        peers = {
+            "torch, cuBLAS, CUDA graph": lambda context=context: torch_step(
+                args.model, context, args.repeats
+            ).fields(),
+            "transformers, compiled": lambda context=context: in_time(
+                args.seconds, args.model, context, args.repeats
+            ),
+        }
+        for name, measure in peers.items():
+            line = {"peer": name, **common, **measure()}
+            torch.cuda.empty_cache()
+            speed = "us" in line and f"{line['us']:7.0f} us, {line['bytes'] / line['us'] / 1e3:5.0f} GB/s"
+            text = f"{args.model} context {context:>4} {name:<26} {speed or line['not_run']}"
+            results("peer", text, **line)
 
 
 if __name__ == "__main__":

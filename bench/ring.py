@@ -88,7 +88,9 @@ def random_bytes(size: int) -> torch.Tensor:
     return torch.randint(-(2**31), 2**31, (size // 4,), dtype=torch.int32).view(torch.uint8)
 
 
-def sweep(candidates: list, modes: tuple[str, ...], repeats: int, show=print) -> list[dict]:
+def sweep(
+    candidates: list, modes: tuple[str, ...], repeats: int, results: gpu.Results | None = None
+) -> list[dict]:
     datas = [random_bytes(1 << 30) for _ in range(2)]
     lines = []
     for mode in modes:
@@ -101,23 +103,25 @@ def sweep(candidates: list, modes: tuple[str, ...], repeats: int, show=print) ->
                 "gb_s": datas[0].numel() / time.us / 1e3, **time.fields(),
             }  # fmt: skip
             lines.append(line)
-            show(
-                f"{mode:<9} stage {stage:>6}  copies {piece:>6}  stages {depth:>3}  blocks {blocks}  "
-                f"{line['gb_s']:7.0f} GB/s  (spread {time.spread_percent:.1f} %)",
-                flush=True,
-            )
+            if results:
+                text = f"{mode:<9} stage {stage:>6}  copies {piece:>6}  stages {depth:>3}  blocks {blocks}  "
+                results(
+                    "sweep", f"{text}{line['gb_s']:7.0f} GB/s  (spread {time.spread_percent:.1f} %)", **line
+                )
     return lines
 
 
-def ceiling(repeats: int = 5) -> float:
-    """GB/s of the best of a few likely configurations; the sweep of this script looks at all."""
+def best_of_likely(repeats: int = 5) -> dict:
+    """The fastest of a few likely configurations; the sweep of this script looks at all."""
     candidates = [c for c in LIKELY if fitting(c)]
-    lines = sweep(candidates, ("prefetch",), repeats, show=lambda *text, **options: None)
-    best = max(lines, key=lambda line: line["gb_s"])
-    print(
-        f"ceiling: {best['gb_s']:.0f} GB/s (ring of {best['stages']} x {best['stage_bytes']} bytes)",
-        flush=True,
-    )
+    return max(sweep(candidates, ("prefetch",), repeats), key=lambda line: line["gb_s"])
+
+
+def ceiling(results: gpu.Results) -> float:
+    """GB/s that nothing which reads memory beats: the denominator of the lines that follow."""
+    best = best_of_likely()
+    text = f"ceiling: {best['gb_s']:.0f} GB/s (ring of {best['stages']} x {best['stage_bytes']} bytes)"
+    results("ceiling", text, **best)
     return best["gb_s"]
 
 
@@ -128,9 +132,8 @@ def weight_sizes() -> dict[str, int]:
     return sizes
 
 
-def read_sizes(repeats: int) -> list[dict]:
+def read_sizes(repeats: int, results: gpu.Results) -> None:
     """Launches that read what a linear reads, one after the other in a graph."""
-    lines = []
     for name, size in weight_sizes().items():
         # as much shared memory as two kernels in a row may have each
         configuration = (DENSE_STAGE, 1024, 6, 1) if "dense" in name else (W4_STAGE, W4_STAGE, 10, 1)
@@ -138,9 +141,7 @@ def read_sizes(repeats: int) -> list[dict]:
         for mode in ("none", "launch", "prefetch"):
             time = time_ring(datas, configuration, mode, repeats)
             line = {"size": name, "bytes": size, "mode": mode, "gb_s": size / time.us / 1e3, **time.fields()}
-            lines.append(line)
-            print(f"{name:<18} {mode:<9} {time.us:7.2f} us  {line['gb_s']:6.0f} GB/s", flush=True)
-    return lines
+            results("size", f"{name:<18} {mode:<9} {time.us:7.2f} us  {line['gb_s']:6.0f} GB/s", **line)
 
 
 def copy_gb_s(repeats: int) -> float:
@@ -157,30 +158,25 @@ def main() -> None:
     args = p.parse_args()
     gpu.require_cuda()
     torch.set_default_device("cuda")
-    modes = ("none", "prefetch")
+    results, modes = gpu.Results("ring", args), ("none", "prefetch")
     candidates = configurations(shared_memory_per_block(), [2, 4, 8, 16, 24] if args.quick else DEPTHS)
     for configuration in candidates:
         for mode in modes:
             verify(configuration, mode)
     print(f"{2 * len(candidates)} configurations read every stage (checksums)", flush=True)
-    lines = sweep(candidates, modes, args.repeats)
+    lines = sweep(candidates, modes, args.repeats, results)
     best = max(lines, key=lambda line: line["gb_s"])
+    results("ceiling", f"ceiling {best['gb_s']:.0f} GB/s", **best)
     budget = [line for line in lines if line["blocks_per_sm"] == 1 and line["kib_in_flight_per_sm"] <= 108]
-    best_in_budget = max(budget, key=lambda line: line["gb_s"])
-    sizes = read_sizes(args.repeats)
+    half = max(budget, key=lambda line: line["gb_s"])
+    results("half an SM", f"within half an SM's shared memory {half['gb_s']:.0f} GB/s", **half)
     copied = copy_gb_s(args.repeats)
-    datas = [random_bytes(1 << 30)]
-    sums = torch.empty(2 * gpu.sm_count(), dtype=torch.int32)
+    results("copy", f"torch's copy {copied:.0f} GB/s", gb_s=copied)
+    read_sizes(args.repeats, results)
+    data, sums = random_bytes(1 << 30), torch.empty(2 * gpu.sm_count(), dtype=torch.int32)
     configuration = tuple(best[key] for key in ("stage_bytes", "copy_bytes", "stages", "blocks_per_sm"))
-    load = gpu.capture(lambda: [read_ring(data, sums, *configuration) for data in datas])
-    print(f"ceiling {best['gb_s']:.0f} GB/s: {configuration}, {best['mode']}")
-    print(
-        f"within half an SM's shared memory {best_in_budget['gb_s']:.0f} GB/s, torch's copy {copied:.0f} GB/s"
-    )
-    gpu.save("ring", args, {
-        "ceiling_gb_s": best["gb_s"], "ceiling": best, "ceiling_within_half_an_sm": best_in_budget,
-        "torch_copy_gb_s": copied, "sweep": lines, "sizes": sizes,
-    }, load)  # fmt: skip
+    load = gpu.capture(lambda: read_ring(data, sums, *configuration))
+    results("clocks", **(gpu.clocks_under_load(load) or {}))
 
 
 if __name__ == "__main__":

@@ -5,21 +5,16 @@ that a tool sees the end of each.
 """
 
 import os
-from dataclasses import replace
 
 import gpu
 import ring
 import torch
-from models import CONFIGS, random_network
+from models import TINY, random_network
 
 from river_ext import ops
 from river_ext.graph import Runner, whole_step
 
 DONE = "all cases ran"
-TINY = replace(
-    CONFIGS["1B"], vocab_size=300, hidden_size=192, intermediate_size=88, num_hidden_layers=3,
-    num_attention_heads=6, num_key_value_heads=2, head_dim=32, rotary_dim=32, max_position_embeddings=1024,
-)  # fmt: skip
 
 
 def int32(*values: int) -> torch.Tensor:

@@ -4,27 +4,21 @@ Three times per exit depth, context and batch:
   kernels   the layers of that depth and the head in one graph: no decision, and nothing handed to a next step
   device    a whole step of device control, replayed: decisions, token, embedding and record on the GPU too
   host      a token of `generate` with host control (and with device control, as a user gets it), wall clock
-What device control costs is `device` - `kernels`. Floors count the weights and the cache once, at 4.3 TB/s.
-A fixed depth d is threshold -2 with min_layers d; full bf16 is threshold inf; full W4 is limit 0.
+What device control costs is `device` - `kernels`. Floors count the weights and the cache once, at the ring's
+read-only ceiling of this very run. A fixed depth d is threshold -2 with min_layers d; full bf16 is threshold
+inf; full W4 is limit 0. What the budgets ask comes first, there with every variant beside the default.
 """
 
 import math
 import statistics
 
 import gpu
+import ring
 import torch
+import variants
 from gpu import Time
-from models import (
-    BUDGETS,
-    CONFIGS,
-    CONTROL_BUDGET_US,
-    Budget,
-    exit_depths,
-    fill_cache,
-    floor_us,
-    random_network,
-    step_bytes,
-)
+from models import BUDGETS, CONFIGS, Budget, exit_depths, fill_cache, random_network, step_bytes
+from suite_summary import step_lines, variant_lines
 
 from river_ext import ops
 from river_ext.generate import generate
@@ -32,21 +26,24 @@ from river_ext.graph import Runner, whole_step
 from river_ext.network import Network
 from river_ext.request import Options
 
+CONTEXT = 1024  # of the budgets, at batch 1
 MARGIN = 64  # positions of the cache past the context; every replay takes one
 TOKENS = (33, 97)  # generate's new tokens, short and long: the difference is decoding alone
 
 
 class Step:
-    """The state of a decoding step at one context and batch, and its graphs."""
+    """The state of a decoding step at one context and batch, and its graph, of one design."""
 
-    def __init__(self, network: Network, rows: int, context: int):
+    def __init__(self, network: Network, rows: int, context: int, design: str = variants.DEFAULT):
         self.network, self.context, self.rows = network, context, rows
-        self.runner = Runner(network, rows, context + MARGIN, 16)
+        with variants.using(design):
+            self.runner = Runner(network, rows, context + MARGIN, 16)
         fill_cache(self.runner.cache)
         self.tokens = torch.randint(0, network.config.vocab_size, (rows,), device=network.device)
         self.layers = network.config.num_hidden_layers
         self.set_depth(self.layers)
-        self.graph = gpu.capture(torch.inference_mode()(lambda: whole_step(network, self.runner)))
+        with variants.using(design):
+            self.graph = gpu.capture(torch.inference_mode()(lambda: whole_step(network, self.runner)))
 
     def set_depth(self, depth: int) -> None:
         """By the rule itself, as a caller would."""
@@ -69,16 +66,14 @@ class Step:
         for state in (runner.exited, runner.steps_taken):
             state.zero_()
 
-    def device_time(self, depth: int, repeats: int) -> Time:
-        self.set_depth(depth)
-        time = gpu.time_graph(self.graph, 1, repeats, self.reset)
+    def check(self, depth: int) -> None:
+        """What the last replay did must be what was asked."""
         taken = int(self.runner.steps_taken.item())
         got = self.runner.records[(taken - 1) % len(self.runner.records)][:2].tolist()
         if got != [taken, depth]:
             raise SystemExit(
                 f"steps: the device took step {got[0]} at depth {got[1]}, not {taken} at {depth}"
             )
-        return time
 
     @torch.inference_mode()
     def kernels_time(self, depth: int, repeats: int) -> Time:
@@ -93,6 +88,18 @@ class Step:
 
         self.reset()
         return gpu.time_graph(gpu.capture(run), 1, repeats)
+
+
+def device_times(steps: dict[str, Step], depth: int, repeats: int) -> dict[str, Time]:
+    """Of every design, in turns."""
+    for step in steps.values():
+        step.set_depth(depth)
+    times = gpu.time_together(
+        {design: (step.graph, 1, step.reset) for design, step in steps.items()}, repeats
+    )
+    for step in steps.values():
+        step.check(depth)
+    return times
 
 
 def options_at(depth: int, layers: int, **more) -> Options:
@@ -123,57 +130,70 @@ def generate_us(network: Network, depth: int, context: int, control: str, repeat
 
 
 def measure(
-    model: str, network: Network, rows: int, context: int, depths: list[int], repeats: int
-) -> list[dict]:
-    step, lines = Step(network, rows, context), []
+    results: gpu.Results, ceiling: float, model: str, network: Network, rows: int, context: int,
+    depths: list[int], repeats: int,
+) -> None:  # fmt: skip
+    step = Step(network, rows, context)
     for depth in depths:
-        kernels, device = step.kernels_time(depth, repeats), step.device_time(depth, repeats)
-        size = step_bytes(network.config, depth, context, rows)
-        line = {
-            "model": model, "depth": depth, "context": context, "rows": rows, "bytes": size,
-            "floor_us": floor_us(network.config, depth, context, rows),
-            "kernels": kernels.fields(), "device": device.fields(), "control_us": device.us - kernels.us,
-            "gb_s": size / device.us / 1e3, "tokens_per_second": rows * 1e6 / device.us,
-        }  # fmt: skip
-        lines.append(line)
-        print(
-            f"{model} depth {depth:>2} context {context:>4} T={rows}: kernels {kernels.us:7.0f} us, "
-            f"device {device.us:7.0f} us, {line['gb_s']:5.0f} GB/s, {device.us / line['floor_us']:.2f} x "
-            f"floor, control {line['control_us']:5.1f} us (spread {device.spread_percent:.1f} %)",
-            flush=True,
+        kernels = step.kernels_time(depth, repeats)
+        device = device_times({variants.DEFAULT: step}, depth, repeats)[variants.DEFAULT]
+        line = step_fields(model, depth, context, rows, ceiling, device)
+        line |= {
+            "variant": variants.DEFAULT,
+            "kernels": kernels.fields(),
+            "control_us": device.us - kernels.us,
+        }
+        results(
+            "step", f"{text_of(line)}, kernels {kernels.us:.0f} us, control {line['control_us']:.1f}", **line
         )
-    return lines
 
 
-def budget_line(budget: Budget, lines: list[dict], control: dict[str, float]) -> dict:
-    """A row of the design's table; None where it was not measured."""
-    at = {line["context"]: line for line in lines if line["model"] == budget.model
-          and line["depth"] == budget.depth and line["rows"] == 1}  # fmt: skip
-    here, short = at.get(1024), at.get(32)
-    device, kernels = (here and here[name]["us"] for name in ("device", "kernels"))
+def compare(
+    results: gpu.Results, ceiling: float, model: str, network: Network, design: str, depths: list[int],
+    repeats: int,
+) -> None:  # fmt: skip
+    """A design in turns with the default, on the steps of the budgets."""
+    steps = {name: Step(network, 1, CONTEXT, name) for name in (variants.DEFAULT, design)}
+    for depth in depths:
+        times = device_times(steps, depth, repeats)
+        line = step_fields(model, depth, CONTEXT, 1, ceiling, times[design])
+        line |= {"variant": design, "beside_us": times[variants.DEFAULT].us}
+        results("step", f"{text_of(line)}, default {line['beside_us']:.0f} us", **line)
+
+
+def step_fields(model: str, depth: int, context: int, rows: int, ceiling: float, device: Time) -> dict:
+    config = CONFIGS[model]
+    size = step_bytes(config, depth, context, rows)
+    floor = size / ceiling / 1e3
+    asked = [b for b in BUDGETS if (b.model, b.depth, CONTEXT, 1) == (model, depth, context, rows)]
+    goal, best_public = (asked[0].goal, asked[0].best_public) if asked else (None, None)
     return {
-        **vars(budget), "device_us": device, "device_us_context_32": short and short["device"]["us"],
-        "kernels_us": kernels, "control_us": here and here["control_us"], "generate_us": control,
-        "host_control_us": control["host"] - kernels if here and "host" in control else None,
-        "within_stage_a": device and device <= budget.stage_a_us,
+        "model": model, "depth": depth, "layers": config.num_hidden_layers, "context": context, "rows": rows,
+        "bytes": size, "ceiling_gb_s": ceiling, "floor_us": floor, "device": device.fields(),
+        "x_floor": device.us / floor, "gb_s": size / device.us / 1e3, "goal": goal,
+        "best_public": best_public, "tokens_per_second": rows * 1e6 / device.us,
     }  # fmt: skip
 
 
-def table(budgets: list[dict]) -> str:
-    def us(value: float | None) -> str:
-        return "-" if value is None else f"{value:.0f}"
-
-    head = (
-        "| batch 1, context 1k, us | floor | budget | measured | at context 32 | kernels | generate, host | "
+def text_of(line: dict) -> str:
+    return (
+        f"{line['model']} depth {line['depth']:>2} context {line['context']:>4} T={line['rows']} "
+        f"{line['variant']}: {line['device']['us']:.0f} us, {line['gb_s']:.0f} GB/s, "
+        f"(spread {line['device']['spread_percent']:.1f} %), {line['x_floor']:.3f} x floor"
     )
-    head += "generate, device | best public |\n|" + "---|" * 9
-    rows = [
-        f"| {b['model']}, exit depth {b['depth']} | {us(b['floor_us'])} | {us(b['stage_a_us'])} | "
-        f"{us(b['device_us'])} | {us(b['device_us_context_32'])} | {us(b['kernels_us'])} | "
-        f"{us(b['generate_us'].get('host'))} | {us(b['generate_us'].get('device'))} | {b['best_public']} |"
-        for b in budgets
-    ]
-    return "\n".join([head, *rows])
+
+
+def rest(args, asked: dict[str, list[Budget]]) -> list[tuple[str, int, int, list[int]]]:
+    """(model, context, rows, depths) of what no budget asks."""
+    cases = []
+    for context in args.contexts:
+        for rows in args.rows:
+            for model in args.models:
+                depths = args.depths or exit_depths(CONFIGS[model])
+                if (rows, context) == (1, CONTEXT):
+                    depths = [depth for depth in depths if depth not in [b.depth for b in asked[model]]]
+                cases.append((model, context, rows, depths))
+    return cases
 
 
 def main() -> None:
@@ -184,32 +204,37 @@ def main() -> None:
     p.add_argument("--depths", type=int, nargs="+", help="exit depths (default: all of the table)")
     p.add_argument("--no-generate", action="store_true", help="leave out the wall clock of generate")
     p.add_argument("--repeats", type=int, default=10)
+    variants.add_argument(p)
     args = p.parse_args()
     if args.repeats > MARGIN // 2:
         p.error(f"--repeats {args.repeats}; accepted: up to {MARGIN // 2}")
     if args.quick:
-        args.contexts, args.rows = [32, 1024], [1]
+        args.models, args.contexts, args.rows, args.no_generate = ["1B"], [CONTEXT], [1], True
     gpu.require_cuda()
-    lines, budgets, clocks = [], [], {}
+    results = gpu.Results("steps", args)
+    ceiling, networks = ring.ceiling(results), {}
+    asked = {
+        model: [b for b in BUDGETS if b.model == model and b.depth in (args.depths or [b.depth])]
+        for model in args.models
+    }
     for model in args.models:
-        network, config = random_network(CONFIGS[model]), CONFIGS[model]
-        wanted = [budget for budget in BUDGETS if budget.model == model]
-        depths = args.depths or ([b.depth for b in wanted] if args.quick else exit_depths(config))
-        for context in args.contexts:
-            for rows in args.rows:
-                lines += measure(model, network, rows, context, depths, args.repeats)
-        for budget in wanted:
-            measured = {}
-            for control in () if args.no_generate else ("host", "device"):
-                measured[control] = generate_us(network, budget.depth, 1024, control, repeats=3)
-            budgets.append(budget_line(budget, lines, measured))
-        step = Step(network, 1, 32)
-        clocks[model] = gpu.clocks_under_load(step.graph)
-        del network, step
-        torch.cuda.empty_cache()
-    print(table(budgets))
-    found = {"clocks": clocks, "budgets": budgets, "control_budget": CONTROL_BUDGET_US, "steps": lines}
-    gpu.save("steps", args, found)
+        networks[model] = random_network(CONFIGS[model])
+        depths = [budget.depth for budget in asked[model]]
+        measure(results, ceiling, model, networks[model], 1, CONTEXT, depths, args.repeats)
+        for design in variants.designs(args)[1:]:
+            compare(results, ceiling, model, networks[model], design, depths, args.repeats)
+    for model, network in networks.items():
+        for budget in () if args.no_generate else asked[model]:
+            for control in ("host", "device"):
+                us = generate_us(network, budget.depth, CONTEXT, control, repeats=3)
+                text = f"{model} depth {budget.depth:>2}: generate, {control} control: {us:.0f} us a token"
+                results("generate", text, model=model, depth=budget.depth, control=control, us=us)
+    for model, context, rows, depths in () if args.quick else rest(args, asked):
+        measure(results, ceiling, model, networks[model], rows, context, depths, args.repeats)
+    for model, network in networks.items():
+        clocks = gpu.clocks_under_load(Step(network, 1, 32).graph) or {}
+        results("clocks", model=model, **clocks)
+    print("\n".join([*variant_lines(results.lines), *step_lines(results.lines)]))
 
 
 if __name__ == "__main__":
