@@ -9,6 +9,7 @@ bench/ring.py tells apart.
 
 from functools import partial
 
+import clocks
 import gpu
 import ring
 import torch
@@ -122,9 +123,7 @@ def main() -> None:
     ceiling, sizes = ring.ceiling(results), SIZES[:2] if args.quick else args.sizes
     intercepts(results, measure_chains(results, ceiling, sizes, variants.designs(args), args.repeats))
     measure_tiny(results, args.repeats)
-    weight, x = gpu.dense_weight(8192, 8192), torch.randn(1, 8192, dtype=torch.bfloat16)
-    load = gpu.capture(lambda: ops.linear(x, weight))
-    results("clocks", **(gpu.clocks_under_load(load) or {}))
+    results("clocks", **clocks.under_load(clocks.streaming_graph()))
 
 
 if __name__ == "__main__":

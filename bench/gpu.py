@@ -24,10 +24,10 @@ import torch
 
 from river_ext import ops
 
+DEVICE = "cuda"
 WORKING_SET = 1.0e9  # bytes that launches rotate over, or 4 x L2 where that is more
 GRAPH_BYTES = 4.0e9  # read by one replay: about a millisecond, so that its start does not count
 MAX_LAUNCHES = 2048
-CLOCKS = "clocks.sm,clocks.mem,clocks.max.sm,clocks.max.mem,temperature.gpu,power.draw"
 
 
 # ---- command line and device ------------------------------------------------------------------------
@@ -120,40 +120,6 @@ def _output(command: list[str]) -> str | None:
         done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=20)
         return done.stdout.strip() or None
     except (OSError, subprocess.SubprocessError):
-        return None
-
-
-def clocks_under_load(graph: torch.cuda.CUDAGraph) -> dict | None:
-    """Clocks (MHz), temperature and power (W), read while the graph runs again and again."""
-    command = ["nvidia-smi", f"--query-gpu={CLOCKS}", "--format=csv,noheader,nounits"]
-    try:
-        process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
-    except OSError:
-        return None
-    end = time.perf_counter() + 10
-    while process.poll() is None and time.perf_counter() < end:
-        for _ in range(10):
-            graph.replay()
-        torch.cuda.synchronize()
-    if process.poll() != 0:
-        process.kill()
-        return None
-    return read_clocks(process.stdout.read())
-
-
-def read_clocks(text: str) -> dict | None:
-    """One line of nvidia-smi's answer; a value that it does not give is None."""
-    values = (text.strip().splitlines() or [""])[0].split(",")
-    names = CLOCKS.split(",")
-    if len(values) != len(names):
-        return None
-    return {name.replace(".", "_"): _number(value) for name, value in zip(names, values, strict=True)}
-
-
-def _number(text: str) -> float | None:
-    try:
-        return float(text)
-    except ValueError:
         return None
 
 
@@ -310,7 +276,7 @@ class Results:
         settings = {name: value for name, value in vars(args).items() if name != "out"}
         self("start", machine=facts, settings=settings)
 
-    def __call__(self, record: str, text: str = "", **fields) -> None:
+    def __call__(self, record: str, text: str = "", /, **fields) -> None:
         self.lines.append(records.append(self.path, self.part, record, **fields))
         if text:
             print(text, flush=True)

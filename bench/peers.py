@@ -35,11 +35,11 @@ def transformers_step(model: str, context: int, repeats: int) -> dict:
     import transformers
 
     config = CONFIGS[model]
-    with torch.device("cuda"):
+    with torch.device(gpu.DEVICE):
         llama = llama_around(config, random_weights(config))
     length = context + WARM + STEPS * (repeats + 1)
     cache = transformers.StaticCache(config=llama.config, max_cache_len=length)
-    prompt = torch.randint(0, config.vocab_size, (1, context), device="cuda")
+    prompt = torch.randint(0, config.vocab_size, (1, context), device=gpu.DEVICE)
 
     def next_token(tokens: torch.Tensor) -> torch.Tensor:
         return llama(tokens, past_key_values=cache, use_cache=True).logits[:, -1:].argmax(-1)

@@ -5,6 +5,7 @@ copies), then reads the very sizes of the layers' weights, one launch each, in a
 reads them can beat. The checksums of every configuration are verified first. For comparison: torch's copy.
 """
 
+import clocks
 import gpu
 import torch
 from common import LAYER_SHAPES
@@ -114,7 +115,8 @@ def sweep(
 def best_of_likely(repeats: int = 5) -> dict:
     """The fastest of a few likely configurations; the sweep of this script looks at all."""
     candidates = [c for c in LIKELY if fitting(c)]
-    return max(sweep(candidates, ("prefetch",), repeats), key=lambda line: line["gb_s"])
+    with torch.device(gpu.DEVICE):  # whatever the script's default is
+        return max(sweep(candidates, ("prefetch",), repeats), key=lambda line: line["gb_s"])
 
 
 def ceiling(results: gpu.Results) -> float:
@@ -176,7 +178,7 @@ def main() -> None:
     data, sums = random_bytes(1 << 30), torch.empty(2 * gpu.sm_count(), dtype=torch.int32)
     configuration = tuple(best[key] for key in ("stage_bytes", "copy_bytes", "stages", "blocks_per_sm"))
     load = gpu.capture(lambda: read_ring(data, sums, *configuration))
-    results("clocks", **(gpu.clocks_under_load(load) or {}))
+    results("clocks", **clocks.under_load(load))
 
 
 if __name__ == "__main__":

@@ -12,6 +12,7 @@ inf; full W4 is limit 0. What the budgets ask comes first, there with every vari
 import math
 import statistics
 
+import clocks
 import gpu
 import ring
 import torch
@@ -232,8 +233,7 @@ def main() -> None:
     for model, context, rows, depths in () if args.quick else rest(args, asked):
         measure(results, ceiling, model, networks[model], rows, context, depths, args.repeats)
     for model, network in networks.items():
-        clocks = gpu.clocks_under_load(Step(network, 1, 32).graph) or {}
-        results("clocks", model=model, **clocks)
+        results("clocks", model=model, **clocks.under_load(Step(network, 1, 32).graph))
     print("\n".join([*variant_lines(results.lines), *step_lines(results.lines)]))
 
 

@@ -13,7 +13,7 @@ def summary(lines: list[dict]) -> str:
     sections = [
         clip(essential_lines(lines), 1600),
         clip(part_lines(lines), 1200),
-        clip(kernel_lines(lines), 1000),
+        clip(kernel_lines(lines), 1300),
         clip([*variant_lines(lines), *step_lines(lines)], 2600),
     ]
     text = "\n\n".join("\n".join(section) for section in sections if section)
@@ -154,9 +154,16 @@ def variant_lines(lines: list[dict]) -> list[str]:
 
 
 def failure_lines(lines: list[dict]) -> list[str]:
+    """Runs, then tests; tests that failed alike share a line."""
     result = [
-        f"{run['part']} {run['run']}: {run['status']}: {run['reason']}"
-        for run in of(lines, "run") if run["status"] == "failed"
-    ]  # fmt: skip
-    failed = {line["test"]: line["reason"] for line in reversed(of(lines, "test", outcome="failed"))}
-    return result + [f"{test}: {reason}" for test, reason in reversed(failed.items())]
+        f"{run['part']} {run['run']}: failed: {run['reason']}" for run in of(lines, "run", status="failed")
+    ]
+    alike, seen = {}, set()
+    for line in of(lines, "test", outcome="failed"):
+        if line["test"] not in seen:  # a worker that ends is reported once more
+            seen.add(line["test"])
+            alike.setdefault(line["reason"], []).append(line["test"])
+    for reason, tests in alike.items():
+        more = f" and {len(tests) - 1} more" if len(tests) > 1 else ""
+        result.append(f"{tests[0]}{more}: {reason}")
+    return result

@@ -1,10 +1,10 @@
-"""The GPU benchmarks as far as they need no GPU: sums, files, arguments, refusals, the suite's driver."""
+"""The GPU benchmarks without a GPU: sums, arguments, refusals, and whole runs on a pretended one."""
 
-import json
-import subprocess
+import argparse
 import sys
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -18,14 +18,17 @@ sys.path.append(str(BENCH))
 
 import chain  # noqa: E402
 import check  # noqa: E402
+import clocks  # noqa: E402
 import gpu  # noqa: E402
-import gpu_suite  # noqa: E402
 import kernels as kernels_script  # noqa: E402
 import models  # noqa: E402
 import peers  # noqa: E402
+import records  # noqa: E402
 import ring  # noqa: E402
 import sanitizer_cases  # noqa: E402
 import steps  # noqa: E402
+import suite_summary  # noqa: E402
+import variants  # noqa: E402
 
 SCRIPTS = [chain, check, kernels_script, peers, ring, sanitizer_cases, steps]
 
@@ -37,12 +40,17 @@ def names(modules):
 # ---- what is counted --------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("budget", models.BUDGETS, ids=lambda b: f"{b.model}-{b.depth}")
-def test_floors_are_those_of_the_design(budget):
-    assert models.floor_us(models.CONFIGS[budget.model], budget.depth, 1024) == pytest.approx(
-        budget.floor_us, rel=2e-3
-    )
-    assert budget.floor_us < budget.stage_b_us < budget.stage_a_us
+def test_floors_are_those_of_the_design():
+    """Of an H100, whose ring is expected to read 3.0 TB/s; steps.py divides by what the ring really does."""
+    expected = {("1B", 16): 835, ("8B", 32): 5050, ("8B", 4): 2120, ("8B", 0): 1700, ("1B", 3): 456}
+    assert {(b.model, b.depth) for b in models.BUDGETS} == set(expected)
+    for (model, depth), floor in expected.items():
+        for factor in (1.0, 1.43):  # the ratio of a step is the same on a faster card
+            time = gpu.Time(factor * 1.5 * floor, 0.1, 1)
+            line = steps.step_fields(model, depth, 1024, 1, 3000 / factor, time)
+            assert line["floor_us"] == pytest.approx(factor * floor, rel=5e-3)
+            assert line["x_floor"] == pytest.approx(1.5, rel=5e-3) and 1 < line["goal"] < 1.2
+    assert steps.step_fields("1B", 16, 32, 1, 3000, time)["goal"] is None
 
 
 def test_bytes_of_layers_are_those_of_the_design():
@@ -137,120 +145,299 @@ def test_refuses_an_extension_without_cuda(monkeypatch, capsys):
     assert "river_ext has no CUDA kernels: not built (RIVER_CUDA=0)" in capsys.readouterr().err
 
 
-def test_results_file(tmp_path):
-    result = {"machine": {"device": "NVIDIA H200"}, "ring": [{"gb_s": 4000.5}]}
-    path = gpu.write("ring", tmp_path / "new", result)
-    assert path.name == "ring_nvidia_h200.json" and list(path.parent.iterdir()) == [path]
-    assert json.loads(path.read_text()) == {"question": "ring"} | result
-    with pytest.raises(ValueError, match="JSON compliant"):
-        gpu.write("ring", tmp_path / "new", result | {"gb_s": float("nan")})
-    assert json.loads(path.read_text()) == {"question": "ring"} | result
-
-
 def test_clocks_of_nvidia_smi():
-    clocks = gpu.read_clocks("1980, 3201, 1980, 3201, 41, [N/A]\n")
-    assert clocks["clocks_sm"] == 1980 and clocks["clocks_mem"] == 3201 and clocks["power_draw"] is None
-    assert gpu.read_clocks("No devices were found") is None
+    found = clocks.read("1980, 3201, 1980, 3201, 41, [N/A]\n")
+    assert found["clocks_sm"] == 1980 and found["clocks_mem"] == 3201 and found["power_draw"] is None
+    assert clocks.read("No devices were found") == {}
 
 
 def test_a_peer_that_fails_is_not_run():
-    report = kernels_script.Report(ceiling=4000.0)
-    assert report.attempt("peer", lambda: [][0]) is None
-    assert report.not_run == [{"what": "peer", "reason": "list index out of range"}]
-    report(
-        "linear",
-        "1B o",
-        1,
-        8_000_000,
-        gpu.Time(2.5, 0.1, 10),
-        {"torch": gpu.Time(5.0, 0.1, 10), "triton": None},
+    lines = []
+    report = kernels_script.Report(
+        lambda record, text="", **fields: lines.append((record, fields)), 4000.0, [""]
     )
-    (line,) = report.lines
-    assert line["gb_s"] == 3200 and line["percent_of_ceiling"] == 80
-    assert line["x_torch"] == 2 and line["x_triton"] is None
-
-
-def test_budget_table():
-    budget = models.BUDGETS[0]
-    line = {"model": "1B", "depth": 16, "context": 1024, "rows": 1, "control_us": 8.0}
-    line |= {"device": {"us": 700.0}, "kernels": {"us": 692.0}}
-    row = steps.budget_line(budget, [line], {"host": 900.0, "device": 710.0})
-    assert row["within_stage_a"] and row["host_control_us"] == 208 and row["device_us_context_32"] is None
-    assert "| 1B, exit depth 16 | 583 | 720 | 700 | - | 692 | 900 | 710 |" in steps.table([row])
-    empty = steps.budget_line(budget, [], {})
-    assert empty["device_us"] is None and empty["within_stage_a"] is None
-    json.dumps([row, empty], allow_nan=False)
-
-
-# ---- the suite --------------------------------------------------------------------------------------
-
-
-def suite_script(*arguments):
-    command = ["bash", str(BENCH / "gpu_suite.sh"), *arguments]
-    environment = {"PYTHON": sys.executable, "PATH": "/usr/bin:/bin"}
-    return subprocess.run(command, capture_output=True, text=True, env=environment)
-
-
-def test_suite_script():
-    assert subprocess.run(["bash", "-n", str(BENCH / "gpu_suite.sh")]).returncode == 0
-    listed = suite_script("--list")
-    assert listed.returncode == 0
-    assert [line.split()[0] for line in listed.stdout.splitlines()] == gpu_suite.NAMES
-    unknown = suite_script("benchmarks")
-    assert unknown.returncode == 2 and "no part 'benchmarks'; accepted: build, check" in unknown.stderr
-
-
-def test_suite_parts_are_shortest_first_and_fit():
-    assert gpu_suite.NAMES[:2] == ["build", "check"]
-    expected = [part.expected for part in gpu_suite.PARTS]
-    assert expected[2:] == sorted(expected[2:]) and sum(expected) < gpu_suite.SECONDS < 540
-    scripts = set(gpu_suite.NAMES) - {"build", "tests", "sanitizer"}
-    assert all((BENCH / f"{name}.py").exists() for name in scripts)
-    assert len(scripts) + 2 <= 8  # their files, the suite's own and its log
-
-
-def test_suite_without_a_gpu(monkeypatch, capsys):
-    monkeypatch.setattr(gpu_suite, "ask", lambda command: None)
-    monkeypatch.setattr(sys, "argv", ["gpu_suite.sh"])
-    assert gpu_suite.main() == 2
-    assert capsys.readouterr().err == "gpu_suite: no CUDA device: nvidia-smi names none here\n"
-
-
-def test_suite_runs_stops_and_records(tmp_path):
-    suite = gpu_suite.Suite(tmp_path, "NVIDIA H200", "9.0", quick=False, seconds=60)
-    assert suite.outcome(*suite.run([sys.executable, "-c", "print('fine')"], 30)).status == gpu_suite.PASSED
-    failed = suite.outcome(*suite.run([sys.executable, "-c", "raise SystemExit('no')"], 30))
-    assert (failed.status, failed.reason) == (gpu_suite.FAILED, "exit 1: no")
-    stopped = suite.outcome(*suite.run([sys.executable, "-c", "import time; time.sleep(60)"], 0.5))
-    assert (stopped.status, stopped.reason) == (gpu_suite.FAILED, "stopped at its time limit")
-    suite.record({"ring": {"status": "passed"}, "build": {"status": "passed"}})
-    suite.record({"ring": {"status": "failed"}})
-    found = json.loads((tmp_path / "suite_nvidia_h200.json").read_text())
-    assert found["device"] == "NVIDIA H200"
-    assert found["parts"] == {"build": {"status": "passed"}, "ring": {"status": "failed"}}
-    assert "fine" in (tmp_path / "suite_nvidia_h200.log").read_text()
-    late = gpu_suite.Suite(tmp_path, "NVIDIA H200", "9.0", quick=False, seconds=5)
-    assert late.part(gpu_suite.PARTS[-1]).reason == "no time left"
-
-
-SUMMARY = "========= ERROR SUMMARY: "
-RACES = "========= RACECHECK SUMMARY: 2 hazards displayed (2 errors, 0 warnings)"
-REFUSED = f"========= COMPUTE-SANITIZER\n========= Error: Device not supported\n{SUMMARY}1 error"
-MISSING = "ModuleNotFoundError: No module named 'torch'"
+    for _ in range(2):
+        assert report.attempt("peer", lambda: [][0]) is None
+    peers = {"torch": gpu.Time(5.0, 0.1, 10), "triton": None}
+    times = {"": gpu.Time(2.5, 0.1, 10), "late_trigger=0": gpu.Time(4.0, 0.1, 10)}
+    report("linear", "1B o", 1, 8_000_000, times, peers)
+    assert [record for record, _ in lines] == ["not run", "kernel", "kernel"]
+    assert lines[0][1] == {"what": "peer", "reason": "list index out of range"}
+    _, default = lines[1]
+    assert default["gb_s"] == 3200 and default["percent_of_ceiling"] == 80 and default["variant"] == ""
+    assert default["x_torch"] == 2 and default["x_triton"] is None
+    assert lines[2][1]["variant"] == "late_trigger=0" and lines[2][1]["percent_of_ceiling"] == 50
 
 
 @pytest.mark.parametrize(
-    "status, output, expected, reason",
+    "found, capability, ok, text",
     [
-        (0, f"all cases ran\n{SUMMARY}0 errors", "passed", None),
-        (9, f"========= Invalid __global__ write\n{SUMMARY}3 errors", "failed", "3 errors"),
-        (9, f"all cases ran\n{RACES}", "failed", "2 errors"),
-        (1, REFUSED, "not run", "Error: Device not supported"),
-        (None, "similarity", "not run", "stopped at its time limit"),
-        (1, MISSING, "failed", MISSING),
-        (0, f"{SUMMARY}0 errors", "failed", "no output"),
+        ({"edges": 62, "programmatic": 61}, (9, 0), True, "61 of 62 edges of a captured step are "),
+        ({"edges": 62, "programmatic": 0}, (9, 0), False, "0 of 62 edges of a captured step are "),
+        ({"edges": 62, "programmatic": 0}, (8, 0), True, "0 of 62 edges"),
+        ({"not_run": "no libcuda"}, (9, 0), True, "not counted: no libcuda"),
     ],
+)  # fmt: skip
+def test_a_step_without_programmatic_edges(found, capability, ok, text):
+    got = check.edges_found(found, capability)
+    assert got["ok"] is ok and got["text"].startswith(text)
+
+
+@pytest.mark.parametrize("bf16, fp16, ok", [(5e-6, 2e-5, True), (2.1e-5, 2e-5, True), (5e-5, 2e-5, False),
+                                            (5e-6, 1e-3, False), (float("nan"), 2e-5, False)])  # fmt: skip
+def test_magic_reports_its_figure(bf16, fp16, ok):
+    found = check.magic_found({torch.bfloat16: bf16, torch.float16: fp16})
+    assert found["ok"] is ok and f"bfloat16 {bf16:.1e} of at most 5.0e-05" in found["text"]
+
+
+# ---- variants ---------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def switches(monkeypatch):
+    """An extension with two switches, as csrc would hold them."""
+    state = {"late_trigger": 1, "early_attention": 0}
+
+    def set_variant(name, value):
+        before = state[name]
+        state[name] = value
+        return before
+
+    monkeypatch.setattr(ops._C, "variants", lambda: dict(state), raising=False)
+    monkeypatch.setattr(ops._C, "set_variant", set_variant, raising=False)
+    return state
+
+
+def designs(*arguments):
+    p = argparse.ArgumentParser()
+    variants.add_argument(p)
+    return variants.designs(p.parse_args(arguments))
+
+
+def test_every_variant_is_compared_unless_some_are_named(switches):
+    assert designs() == ["", "late_trigger=0", "early_attention=1"]
+    assert designs("--variants") == [""]
+    assert designs("--variants", "late_trigger=0,1,2") == ["", "late_trigger=0", "late_trigger=2"]
+
+
+def test_a_build_without_variants_compares_nothing(monkeypatch, capsys):
+    for name in ("variants", "set_variant"):
+        monkeypatch.delattr(ops._C, name, raising=False)
+    assert designs() == [""] and gpu.variants() == {}
+    with pytest.raises(SystemExit):
+        designs("--variants", "late_trigger=0,1")
+    assert "no variant 'late_trigger'; accepted: none" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("text, message", [
+    ("trigger=0", "no variant 'trigger'; accepted: late_trigger, early_attention"),
+    ("late_trigger", "'late_trigger' is not NAME=0,1"), ("late_trigger=0,x", "is not NAME=0,1"),
+])  # fmt: skip
+def test_variants_that_are_refused(switches, capsys, text, message):
+    with pytest.raises(SystemExit):
+        designs("--variants", text)
+    assert message in capsys.readouterr().err
+
+
+def test_a_design_is_set_while_it_is_captured_and_no_longer(switches):
+    with variants.using("late_trigger=0"):
+        assert switches == {"late_trigger": 0, "early_attention": 0}
+    with pytest.raises(ZeroDivisionError), variants.using("early_attention=1"):
+        raise ZeroDivisionError
+    assert switches == {"late_trigger": 1, "early_attention": 0}
+
+
+# ---- whole runs on a pretended GPU ------------------------------------------------------------------
+
+SMALL = replace(
+    models.TINY, hidden_size=64, intermediate_size=64, num_attention_heads=2, num_key_value_heads=1
 )
-def test_sanitizer_outcomes(status, output, expected, reason):
-    found = gpu_suite.read_sanitizer(status, output)
-    assert (found["status"], found["reason"]) == (expected, reason)
+
+
+class PretendedGraph:
+    """What was captured runs again with each replay."""
+
+    def __init__(self, run, switches):
+        self.run, self.captured_with, self.replay = run, dict(switches), run
+
+
+@pytest.fixture
+def pretended_gpu(monkeypatch, tmp_path, switches):
+    """The scripts as they are, but for the calls that need a device: the ops run on the CPU."""
+    facts = SimpleNamespace(name="Pretended GPU", multi_processor_count=2, L2_cache_size=1, major=9, minor=0,
+                            total_memory=2**30, shared_memory_per_block_optin=227 * 1024)  # fmt: skip
+    monkeypatch.setenv("RIVER_RECORDS", str(tmp_path / "gpu.jsonl"))
+    monkeypatch.setattr(gpu, "require_cuda", lambda: torch.manual_seed(0))
+    monkeypatch.setattr(torch, "set_default_device", lambda device: None)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda index: facts)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (9, 0))
+    monkeypatch.setattr(gpu, "driver", lambda: None)
+    monkeypatch.setattr(clocks, "streaming_graph", lambda: None)
+    monkeypatch.setattr(clocks, "under_load", lambda graph: {})
+    monkeypatch.setattr(gpu, "DEVICE", "cpu")
+    monkeypatch.setattr(gpu, "WORKING_SET", 1)
+    monkeypatch.setattr(gpu, "GRAPH_BYTES", 1)
+    graphs = []
+
+    def capture(run, keep_graph=False):
+        run()
+        graphs.append(PretendedGraph(run, switches))
+        return graphs[-1]
+
+    def replay_us(graph, repeats):
+        graph.replay()
+        return [900.0 + 90.0 * (1 - graph.captured_with["late_trigger"])] * repeats
+
+    def read_ring(data, sums, stage, piece, stages, blocks):
+        sums[: 2 * blocks] = torch.tensor(ring.checksums(data, stage, 2 * blocks), dtype=torch.int32)
+
+    monkeypatch.setattr(gpu, "capture", capture)
+    monkeypatch.setattr(gpu, "replay_us", replay_us)
+    monkeypatch.setattr(ring, "read_ring", read_ring)
+    monkeypatch.setattr(ring, "random_bytes", lambda size: torch.zeros(1 << 14, dtype=torch.uint8))
+    monkeypatch.setattr(models, "CONFIGS", {"1B": SMALL, "8B": SMALL})
+    for module in (steps, kernels_script, peers):
+        monkeypatch.setattr(module, "CONFIGS", models.CONFIGS)
+    network = models.random_network
+    for module in (steps, kernels_script, peers, check):
+        monkeypatch.setattr(module, "random_network", lambda config: network(config, "cpu"))
+
+    def run(script, *arguments):
+        monkeypatch.setattr(sys, "argv", [f"{script.__name__}.py", *arguments])
+        script.main()
+        return records.read(tmp_path / "gpu.jsonl")
+
+    return run
+
+
+def test_steps_run(pretended_gpu, monkeypatch, capsys):
+    """Every line is saved; the budgets come first; a variant is timed in turns with the default."""
+    budgets = [models.Budget("1B", 3, 1.08, "none"), models.Budget("8B", 0, 1.08, "none")]
+    monkeypatch.setattr(steps, "BUDGETS", budgets)
+    monkeypatch.setattr(steps, "exit_depths", lambda config: [3, 1, 0])
+    monkeypatch.setattr(steps, "CONTEXT", 40)
+    monkeypatch.setattr(steps, "generate_us", lambda *arguments, **options: 1000.0)
+    lines = pretended_gpu(steps, "--contexts", "40", "60", "--rows", "1", "2", "--repeats", "2")
+    found = [line for line in lines if line["record"] == "step"]
+    first = [(line["model"], line["depth"], line["variant"]) for line in found[:6]]
+    designs = ["", "late_trigger=0", "early_attention=1"]
+    assert first == [("1B", 3, design) for design in designs] + [("8B", 0, design) for design in designs]
+    assert [line["device"]["us"] for line in found[:3]] == [900, 990, 900] and found[1]["beside_us"] == 900
+    rest = {(line["model"], line["context"], line["rows"], line["depth"]) for line in found[6:]}
+    assert len(found) - 6 == len(rest) == 2 * 2 * 2 * 3 - 2  # all but the two that the budgets asked for
+    assert found[0]["ceiling_gb_s"] == next(line["gb_s"] for line in lines if line["record"] == "ceiling")
+    assert sum(line["record"] == "generate" for line in lines) == 4
+    assert "late_trigger=0, % time: 1B depth 3 +10.0, 8B depth 0 +10.0" in capsys.readouterr().out
+    assert "late_trigger=0: +10.0 % time" in suite_summary.summary(lines).splitlines()[1]
+
+
+def test_a_quick_run_of_steps(pretended_gpu, monkeypatch):
+    monkeypatch.setattr(
+        steps, "BUDGETS", [models.Budget("1B", 3, 1.08, "none"), models.Budget("1B", 1, 1.15, "none")]
+    )
+    monkeypatch.setattr(steps, "CONTEXT", 40)
+    lines = pretended_gpu(steps, "--quick", "--repeats", "2", "--variants", "late_trigger=0,1")
+    found = [(line["depth"], line["variant"]) for line in lines if line["record"] == "step"]
+    assert found == [(3, ""), (1, ""), (3, "late_trigger=0"), (1, "late_trigger=0")]
+
+
+def test_generate_is_timed(pretended_gpu, monkeypatch):
+    monkeypatch.setattr(steps, "TOKENS", (3, 6))
+    network = models.random_network(SMALL, "cpu")
+    for depth in (3, 1, 0):
+        for control in ("host", "device"):
+            assert isinstance(steps.generate_us(network, depth, 20, control, repeats=1), float)
+
+
+def test_chains_run(pretended_gpu, monkeypatch):
+    monkeypatch.setattr(chain, "SIZES", (128, 192, 256))
+    monkeypatch.setattr(chain, "TINY", 2)
+    lines = pretended_gpu(chain, "--quick", "--repeats", "2")
+    found = [
+        (line["kernel"], line["size"], line["mode"], line["variant"])
+        for line in lines
+        if line["record"] == "chain"
+    ]
+    assert (
+        len(found) == len(set(found)) == 2 * (2 * (2 + 3) + 1)
+    )  # sizes x (kernels x (modes, designs) and torch)
+    assert {line["record"] for line in lines} == {"start", "ceiling", "chain", "intercept", "tiny", "clocks"}
+
+
+def test_kernels_run(pretended_gpu, monkeypatch, capsys):
+    shapes = {"1B o": (128, 128), "8B o": (128, 192)}
+    monkeypatch.setattr(kernels_script, "LAYER_SHAPES", shapes)
+    monkeypatch.setattr(kernels_script, "SMALL", 2)
+    monkeypatch.setattr(kernels_script, "int4_weights", lambda n, k: [][0])
+    lines = pretended_gpu(kernels_script, "--rows", "1", "2", "--contexts", "40", "--repeats", "2")
+    found = [line for line in lines if line["record"] == "kernel"]
+    kinds = {(line["kernel"], line["rows"]) for line in found}
+    names = [
+        "linear",
+        "linear_w4",
+        "decoder_block",
+        "exit_layer",
+        "lm_head",
+        "decode_attention",
+        "state_similarity",
+    ]
+    assert kinds == {(name, rows) for name in names for rows in (1, 2)}
+    assert {line["variant"] for line in found} == {"", "late_trigger=0", "early_attention=1"}
+    assert any(line["record"] == "not run" and line["what"] == "torch int4" for line in lines)
+    assert sum("% of the ring" in line for line in suite_summary.summary(lines).splitlines()) == len(kinds)
+
+
+def test_checks_run(pretended_gpu, monkeypatch):
+    """One by name, as the suite asks; what fails is said, and the rest goes on."""
+    monkeypatch.setattr(check, "programmatic_edges", lambda graph: {"edges": 9, "programmatic": 0})
+    monkeypatch.setattr(check, "magic_error", lambda k, dtype: 4e-6)
+    monkeypatch.setattr(ring, "copy_gb_s", lambda repeats: 2900.0)
+    with pytest.raises(SystemExit, match="check: failed: edges$"):
+        pretended_gpu(check, "edges", "magic", "ring")
+    lines = pretended_gpu(check, "magic")
+    found = [(line["check"], line["ok"]) for line in lines if line["record"] == "check"]
+    assert found == [("edges", False), ("magic", True), ("ring", True), ("magic", True)]
+
+
+def test_an_unknown_check_is_refused(pretended_gpu, capsys):
+    with pytest.raises(SystemExit):
+        pretended_gpu(check, "boundary")
+    assert "no check 'boundary'; accepted: edges, runtime, stream, magic, ring" in capsys.readouterr().err
+
+
+def test_the_ring_runs(pretended_gpu, monkeypatch):
+    monkeypatch.setattr(ring, "copy_gb_s", lambda repeats: 2900.0)
+    lines = pretended_gpu(ring, "--quick", "--repeats", "2")
+    assert {line["record"] for line in lines} == {
+        "start", "sweep", "ceiling", "half an SM", "copy", "size", "clocks"
+    }  # fmt: skip
+
+
+def test_peers_run(pretended_gpu, monkeypatch):
+    monkeypatch.setattr(peers, "in_time", lambda *arguments: {"not_run": "no result within 1 s"})
+    lines = pretended_gpu(peers, "--contexts", "8", "--repeats", "2")
+    found = {line["peer"]: line.get("us") for line in lines if line["record"] == "peer"}
+    assert found == {"torch, cuBLAS, CUDA graph": 900.0, "transformers, compiled": None}
+
+
+def test_the_peer_of_transformers_runs_uncompiled(pretended_gpu, monkeypatch):
+    """All but the compiler: the call of each of its parts."""
+    pytest.importorskip("transformers.models.llama.modeling_llama")
+    monkeypatch.setattr(torch, "compile", lambda function, **options: function)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
+    monkeypatch.setattr(peers, "STEPS", 2)
+    monkeypatch.setattr(peers, "WARM", 1)
+    assert peers.transformers_step("1B", 8, 1)["us"] > 0
+
+
+def test_sanitizer_cases_run(pretended_gpu, monkeypatch, capsys):
+    monkeypatch.setattr(torch.Tensor, "cuda", lambda tensor: tensor)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
+    monkeypatch.setattr(sanitizer_cases, "int32", lambda *values: torch.tensor(values, dtype=torch.int32))
+    monkeypatch.setattr(sanitizer_cases, "read_ring", lambda: None)
+    monkeypatch.setattr(
+        sanitizer_cases, "random_network", lambda config: models.random_network(config, "cpu")
+    )
+    monkeypatch.setattr(gpu, "require_cuda", lambda warm: None)
+    pretended_gpu(sanitizer_cases)
+    assert capsys.readouterr().out.splitlines()[-1] == sanitizer_cases.DONE

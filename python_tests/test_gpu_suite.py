@@ -234,7 +234,7 @@ def test_with_workers_only_the_test_itself_is_lost(tmp_path):
 def test_what_is_printed_last_is_short(tmp_path):
     """However much parts print, and however much fails."""
     noise = "for i in range(3000): print('x' * 200)\n"
-    many = "\n".join(f"def test_{i}(): raise RuntimeError('{'y' * 400}')" for i in range(120))
+    many = "\n".join(f"def test_{i}(): raise RuntimeError('{i} {'y' * 400}')" for i in range(120))
     steps = noise + "\n".join(f"step(depth={depth})" for depth in range(60))
     checkout = Checkout(
         tmp_path, bench__steps=steps, python_tests__test_gpu=many, bench__chain=noise + "sys.exit(1)"
