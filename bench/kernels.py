@@ -39,14 +39,8 @@ class Report:
         for design, time in times.items():
             rate = size / time.us / 1e3
             percent = 100 * rate / self.ceiling
-            line = {
-                "kernel": kernel,
-                "shape": shape,
-                "rows": rows,
-                "variant": design,
-                **more,
-                **time.fields(),
-            }
+            line = {"kernel": kernel, "shape": shape, "rows": rows, "variant": design, **more}
+            line |= time.fields()
             line |= {"bytes": size, "gb_s": rate, "percent_of_ceiling": percent}
             line |= {f"{name}_us": peer and peer.us for name, peer in peers.items()}
             line |= {f"x_{name}": peer and peer.us / time.us for name, peer in peers.items()}
