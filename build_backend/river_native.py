@@ -282,8 +282,9 @@ def compile_unit(unit, say):
         command = shlex.join(unit.command)
         raise BuildError(f"{unit.source.name} did not compile (all messages: {log})\n{command}\n{first}")
     warnings = done.stdout if "warning" in done.stdout else ""
-    if all(os.stat(name).st_mtime < start for name in dependencies(depends)):
-        stamp.write_text(digest(unit))  # a file changed while it was being compiled: no stamp, so once more
+    end = time.time()  # times to come are those of another machine's clock
+    if not any(start <= os.stat(name).st_mtime <= end for name in dependencies(depends)):
+        stamp.write_text(digest(unit))  # else one changed while it was being compiled: once more
     say(f"  {unit.object.stem:32} {time.time() - start:5.1f} s" + ("\n" + warnings if warnings else ""))
 
 

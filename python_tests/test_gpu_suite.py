@@ -390,12 +390,12 @@ def test_sanitizer_outcomes(status, output, expected, reason):
     assert gpu_suite.read_sanitizer(status, output, 30.0) == (expected, reason)
 
 
-def test_a_missing_tool_is_not_run(tmp_path):
-    checkout = Checkout(tmp_path)
-    (checkout.root / "bin" / "compute-sanitizer").unlink()
-    checkout("memcheck", "racecheck")
-    assert set(checkout.status().values()) == {"not run"}
-    assert checkout.lines("run")[0]["reason"] == "compute-sanitizer is not installed"
+def test_a_missing_tool_is_not_run(tmp_path, monkeypatch):
+    monkeypatch.setattr(suite_parts, "find_sanitizer", lambda: None)
+    suite = gpu_suite.Suite(tmp_path, {"name": DEVICE, "compute_cap": "9.0"}, seconds=60)
+    assert not suite.part(suite_parts.PARTS["memcheck"])
+    (run,) = suite.lines()
+    assert (run["status"], run["reason"]) == ("not run", "compute-sanitizer is not installed")
 
 
 def test_an_unfinished_summary():
