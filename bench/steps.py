@@ -223,7 +223,11 @@ def main() -> None:
         depths = [budget.depth for budget in asked[model]]
         measure(results, ceiling, model, networks[model], 1, CONTEXT, depths, args.repeats)
         for design in variants.designs(args)[1:]:
-            compare(results, ceiling, model, networks[model], design, depths, args.repeats)
+            try:
+                compare(results, ceiling, model, networks[model], design, depths, args.repeats)
+            except (Exception, SystemExit) as error:  # the default's numbers are worth more
+                reason = (str(error).splitlines() or [repr(error)])[0]
+                results("not run", f"{model} {design}: {reason}", model=model, variant=design, reason=reason)
     for model, network in networks.items():
         for budget in () if args.no_generate else asked[model]:
             for control in ("host", "device"):

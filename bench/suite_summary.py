@@ -158,6 +158,11 @@ def failure_lines(lines: list[dict]) -> list[str]:
     result = [
         f"{run['part']} {run['run']}: failed: {run['reason']}" for run in of(lines, "run", status="failed")
     ]
+    result += [
+        f"{line['model']} {line['variant']}: {line['reason']}"
+        for line in of(lines, "not run")
+        if "variant" in line
+    ]
     alike, seen = {}, set()
     for line in of(lines, "test", outcome="failed"):
         if line["test"] not in seen:  # a worker that ends is reported once more

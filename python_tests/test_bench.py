@@ -341,6 +341,22 @@ def test_a_quick_run_of_steps(pretended_gpu, monkeypatch):
     assert found == [(3, ""), (1, ""), (3, "late_trigger=0"), (1, "late_trigger=0")]
 
 
+def test_a_design_that_fails_costs_no_other_line(pretended_gpu, monkeypatch):
+    made = steps.Step.__init__
+
+    def fail(step, network, rows, context, design=""):
+        if design == "late_trigger=0":
+            raise RuntimeError("kernel linear: invalid argument")
+        made(step, network, rows, context, design)
+
+    monkeypatch.setattr(steps, "BUDGETS", [models.Budget("1B", 3, 1.08, "none")])
+    monkeypatch.setattr(steps, "CONTEXT", 40)
+    monkeypatch.setattr(steps.Step, "__init__", fail)
+    lines = pretended_gpu(steps, "--quick", "--repeats", "2")
+    assert [line["variant"] for line in lines if line["record"] == "step"] == ["", "early_attention=1"]
+    assert "1B late_trigger=0: kernel linear: invalid argument" in suite_summary.summary(lines)
+
+
 def test_generate_is_timed(pretended_gpu, monkeypatch):
     monkeypatch.setattr(steps, "TOKENS", (3, 6))
     network = models.random_network(SMALL, "cpu")
