@@ -11,6 +11,7 @@
 #include <algorithm>
 #include <cmath>
 #include <cstdint>
+#include <cstring>
 #include <initializer_list>
 #include <optional>
 #include <sstream>
@@ -95,6 +96,7 @@ inline int64_t column_tiles_of(int64_t columns) { return ceil_div(columns, kTile
 class Check {
  public:
   Check(const char* op, const char* first_name, const Tensor& first) : op_(op), first_name_(first_name) {
+    defined(first_name, first);
     if (first.is_cpu()) return;
     require(RIVER_WITH_CUDA, first_name, " is not on the CPU, and this build has no CUDA kernels");
     require(first.is_cuda(), first_name, " is on another device, expected cpu or cuda");
@@ -113,7 +115,13 @@ class Check {
     throw std::runtime_error(out.str());
   }
 
-  void tensor(const char* name, const Tensor& t, ScalarType type, Sizes sizes) const {
+  // Torch lets None pass for a tensor.
+  void defined(const char* name, const Tensor& t) const {
+    require(t.defined(), name, " is None, expected a tensor");
+  }
+
+  void tensor(const char* name, const Tensor& t, ScalarType type, Sizes sizes) {
+    defined(name, t);
     if (!is_here(t)) {
       const std::string here = on_cuda() ? "cuda:" + std::to_string(gpu_) : "cpu";
       require(false, name, " is on ", device_of(t), ", ", first_name_, " on ", here, ", expected one device");
@@ -122,17 +130,40 @@ class Check {
   }
 
   // Of a tensor whose device is the caller's business
-  void content(const char* name, const Tensor& t, ScalarType type, Sizes sizes) const {
+  void content(const char* name, const Tensor& t, ScalarType type, Sizes sizes) {
     require(t.scalar_type() == type, name, " is ", name_of(t.scalar_type()), ", expected ", name_of(type));
     const auto have = t.sizes();
     bool same = have.size() == sizes.size();
     for (size_t i = 0; same && i < sizes.size(); i++) same = sizes.begin()[i] == kAny || have[i] == sizes.begin()[i];
     require(same, name, " has shape ", text(have), ", expected ", text(sizes));
     require(t.is_contiguous(), name, " is not contiguous");
+    remember(name, t);
+  }
+
+  // The last check: memory that the op writes belongs to one of its tensors alone. Else it would change what was
+  // checked before it is used, or what the op has yet to read.
+  void written(std::initializer_list<const char*> names) const {
+    for (const char* name : names) {
+      const Span* mine = spans_;
+      while (std::strcmp(mine->name, name)) mine++;
+      for (const Span* other = spans_; other != spans_ + num_spans_; other++)
+        require(other == mine || other->end <= mine->begin || mine->end <= other->begin, name, " and ", other->name,
+                " overlap in memory, expected ", name, ", which is written, to have its own");
+    }
+  }
+
+  // int32 [rows], places of rows in memory: on the CPU a copy that nobody else can change once it has been checked
+  const int32_t* places(const char* name, const Tensor& t, int rows) {
+    tensor(name, t, ScalarType::Int, {rows});
+    if (on_cuda()) return static_cast<const int32_t*>(t.const_data_ptr());
+    int32_t* copy = copies_ + num_copies_;
+    num_copies_ += rows;
+    std::memcpy(copy, t.const_data_ptr(), rows * sizeof(int32_t));
+    return copy;
   }
 
   // A tensor that the CUDA kernels read or write 16 bytes at a time
-  void vectors(const char* name, const Tensor& t, ScalarType type, Sizes sizes) const {
+  void vectors(const char* name, const Tensor& t, ScalarType type, Sizes sizes) {
     tensor(name, t, type, sizes);
     if (!on_cuda()) return;
     const auto remainder = reinterpret_cast<uintptr_t>(t.const_data_ptr()) % 16;
@@ -142,7 +173,7 @@ class Check {
 
   // Null where absent
   template <class T = void>
-  const T* optional(const char* name, const OptionalTensor& t, ScalarType type, Sizes sizes) const {
+  const T* optional(const char* name, const OptionalTensor& t, ScalarType type, Sizes sizes) {
     if (!t) return nullptr;
     tensor(name, *t, type, sizes);
     return data<T>(*t);
@@ -186,18 +217,42 @@ class Check {
   }
 
  private:
+  struct Span {
+    const char* name;
+    uintptr_t begin, end;
+  };
+  static constexpr int kMaxSpans = 48;  // the tensors of one op
+
   bool is_here(const Tensor& t) const { return on_cuda() ? t.is_cuda() && t.get_device_index() == gpu_ : t.is_cpu(); }
+
+  // The memory of a contiguous tensor. A storage may be smaller than its tensors: resize_ does not ask them.
+  void remember(const char* name, const Tensor& t) {
+    const auto size = (int64_t)t.element_size();
+    const int64_t bytes = t.numel() * size;
+    int64_t stored;
+    TORCH_ERROR_CODE_CHECK(aoti_torch_get_storage_size(t.get(), &stored));
+    require(t.storage_offset() * size + bytes <= stored || bytes == 0, name, " has a storage of ", stored,
+            " bytes, expected at least ", t.storage_offset() * size + bytes);
+    require(num_spans_ < kMaxSpans, "more than ", kMaxSpans, " tensors");
+    const auto begin = bytes ? reinterpret_cast<uintptr_t>(t.const_data_ptr()) : 0;
+    spans_[num_spans_++] = {name, begin, begin + bytes};
+  }
 
   const char *op_, *first_name_;
   int gpu_ = -1;  // -1: the CPU
+  Span spans_[kMaxSpans];
+  int num_spans_ = 0;
+  int32_t copies_[2 * kMaxRows];
+  int num_copies_ = 0;
 };
 
 // What decode_attention and the blocks check alike: the caches, and every row's place in them.
 struct Cache {
   int slots, kv_heads, max_len, head_dim;
+  const int32_t *row_slots, *row_positions;  // [T]
 
-  Cache(const Check& check, ScalarType type, int rows, int heads, const Tensor& k, const Tensor& v,
-        const Tensor& slots_, const Tensor& positions, const OptionalTensor& kv_valid) {
+  Cache(Check& check, ScalarType type, int rows, int heads, const Tensor& k, const Tensor& v, const Tensor& slots_,
+        const Tensor& positions, const OptionalTensor& kv_valid) {
     check.vectors("k_cache", k, type, {kAny, kAny, kAny, kAny});
     slots = check.size("slots of k_cache", k.size(0));
     kv_heads = check.size("num_key_value_heads of k_cache", k.size(1));
@@ -210,16 +265,12 @@ struct Cache {
                   heads, ", expected a multiple of num_key_value_heads = ", kv_heads, ", at most ", kMaxGroup,
                   " times as many");
     check.size("num_attention_heads * head_dim", (int64_t)heads * head_dim);
-    check.require(k.const_data_ptr() != v.const_data_ptr(), "k_cache and v_cache are the same memory");
-    check.tensor("slots", slots_, ScalarType::Int, {rows});
-    check.tensor("positions", positions, ScalarType::Int, {rows});
+    row_slots = check.places("slots", slots_, rows);
+    row_positions = check.places("positions", positions, rows);
     check.optional("kv_valid", kv_valid, ScalarType::Bool, {slots, max_len});
-    if (check.on_cuda()) return;
-    const auto* slot = data<int32_t>(slots_);
-    const auto* position = data<int32_t>(positions);
-    for (int row = 0; row < rows; row++) {
-      check.in_place("slots", row, slot[row], -1, slots - 1);
-      if (slot[row] >= 0) check.in_place("positions", row, position[row], 0, max_len - 1);
+    for (int row = 0; row < rows && !check.on_cuda(); row++) {
+      check.in_place("slots", row, row_slots[row], -1, slots - 1);
+      if (row_slots[row] >= 0) check.in_place("positions", row, row_positions[row], 0, max_len - 1);
     }
   }
 };

@@ -229,9 +229,9 @@ def advance(
         tokens: [T] int64, drawn from `after`.
         embed_tokens: [vocab_size, hidden_size].
         stop_tokens: [any number] int64, tokens that end a row; unused entries are -1.
-        hidden: [T, hidden_size]; an active row gets its token's embedding, unless there is none.
-        slots, positions: [T] int32. An active row moves one position on; after its last token its slot
-            becomes -1.
+        hidden: [T, hidden_size]; an active row gets its token's embedding.
+        slots, positions: [T] int32. An active row moves one position on; after its last token, or a number
+            that is no token's (-1 from `lm_head`), its slot becomes -1.
         draw_positions: [T] int32, becomes positions + 1 in active rows: where the next token is drawn.
         remaining: [T] int32, tokens that a row may still draw; one less in active rows, and the end at 0.
         exited: [layers] int32, what `dual_layer` wrote; becomes 0.
@@ -239,8 +239,9 @@ def advance(
         step: [1] int32, steps taken; one more.
         records: [any number, 2 + T + layers * T] int32, on the CPU, and pinned where the others are on CUDA.
             Entry step % records is written: the number of the step from 1; the exit depth; tokens, -1 in
-            inactive rows; the bits of similarities, of which those of exit layers and of inactive rows may
-            hold anything. The number is written last, so that the host may poll it.
+            inactive rows and -2 where an active one drew none; the bits of similarities, of which those of
+            exit layers and of inactive rows may hold anything. The number is written last, so that the host
+            may poll it.
     """
     _river.advance(
         before, after, tokens, embed_tokens, stop_tokens, hidden, slots, positions, draw_positions, remaining,
@@ -296,7 +297,8 @@ def lm_head(
     A token is the argmax of its logits, ties to the lowest id. With temperature [T] fp32, seeds [T] int64
     and positions [T] int32 (all three), rows with temperature > 0 sample instead: the argmax of
     logits / temperature + Gumbel noise (see `reference.gumbel`), which draws from
-    softmax(logits / temperature). `positions` is that of the token being drawn. A NaN logit counts as -inf.
+    softmax(logits / temperature). `positions` is that of the token being drawn. A row of which a logit is NaN
+    or infinite has no token: -1.
     """
     return _river.lm_head(hidden, norm, weight, rms_norm_eps, return_logits, temperature, seeds, positions)
 
