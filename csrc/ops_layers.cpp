@@ -282,7 +282,8 @@ void advance(const Tensor& before, const Tensor& after, const Tensor& tokens, co
   args.step = mutable_data<int32_t>(step);
   args.records = mutable_data<int32_t>(records);
   check.written({"hidden", "slots", "positions", "draw_positions", "remaining", "exited", "similarities", "step",
-                 "records"});
+                 "records"},
+                "before");  // of a network of one layer, whose input `hidden` is
   if (!check.on_cuda()) check.in_place("step", 0, *args.step, 0, INT32_MAX - 1);
   launch(check, [&] { cpu::launch_advance(args, kParallel); }, [&](auto& gpu) {
     check.require(cuda::is_pinned(args.records), "records is not in pinned memory, expected a pinned CPU tensor ",

@@ -96,6 +96,10 @@ class Model:
     ) -> GenerationOutput | list[GenerationOutput]:
         """Continues one prompt, or up to 8 together.
 
+        A prompt whose logits become NaN or infinite (float16 may overflow) gets no more tokens. Alone it
+        raises RiverError; in a list, its output has finish_reason "error" and says why in `error`, and the
+        others go on.
+
         Args:
             prompt: text, a list of token ids, or a list of either; a list of prompts gives a list of outputs.
             max_new_tokens: prompt and new tokens must fit the model's positions.

@@ -3,7 +3,8 @@
 Every function here calls the registered op of the same name (csrc/ops*.cpp) and has a plain fp32 twin
 of the same name and arguments in `reference.py`. All tensors are contiguous and on one device; T is
 the number of rows (tokens in flight), 1 <= T <= 8. The model dtype is bfloat16 or float16 (CPU: also
-float32). A bad argument raises RuntimeError with one line that names the value and what is accepted.
+float32). A bad argument raises RuntimeError with one line that names the value and what is accepted. Memory
+that an op writes belongs to one of its tensors alone: an overlap with any other is refused.
 The ops are for inference: they have no autograd.
 
 On CUDA the ops run on the current stream and never wait for it, so that CUDA graphs can hold them:
@@ -226,6 +227,7 @@ def advance(
 
     Args:
         before, after: [T, hidden_size], input and output of the last layer; hidden_size is a multiple of 16.
+            `before` may be `hidden` itself, as it is in a network of one layer.
         tokens: [T] int64, drawn from `after`.
         embed_tokens: [vocab_size, hidden_size].
         stop_tokens: [any number] int64, tokens that end a row; unused entries are -1.
