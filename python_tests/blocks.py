@@ -1,5 +1,6 @@
 """Random blocks for the op tests: weights, caches and rows of any shape, with everything unread poisoned."""
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -146,3 +147,20 @@ def assert_close(actual, expected, dtype, what):
 def each_isa():
     """The CPU instruction sets this machine can run."""
     return ops._C.cpu_isas()
+
+
+def check_magnitudes(module, dtype):
+    """state_similarity of 4,096 columns, of every power of two around those where squares are scaled."""
+    columns, rows = 4096, 8
+    g = torch.Generator().manual_seed(0)
+    x = torch.randn(rows, columns, generator=g, dtype=torch.float64)
+    y = x + torch.randn(rows, columns, generator=g, dtype=torch.float64)
+    info = torch.finfo(dtype)
+    low, high = math.frexp(info.smallest_normal)[1] + 6, math.frexp(info.max)[1] - 4
+    exponents = sorted({max(low, min(high, sign * e)) for e in range(35, 72) for sign in (-1, 1)})
+    for start in range(0, len(exponents), rows):
+        some = exponents[start : start + rows]
+        scales = torch.tensor([2.0**e for e in some], dtype=torch.float64)[:, None]
+        a, b = ((values[: len(some)] * scales).to(dtype) for values in (x, y))
+        exact = torch.cosine_similarity(a.double() / scales, b.double() / scales, dim=-1)
+        assert (module.state_similarity(a, b) - exact).abs().max() < 1e-6, some

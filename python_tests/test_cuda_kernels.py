@@ -7,7 +7,7 @@ and intermediate_size in multiples of 8.
 
 import pytest
 import torch
-from blocks import SHAPES, Block, Shape, assert_close, int32
+from blocks import SHAPES, Block, Shape, assert_close, check_magnitudes, int32
 
 from river_ext import ops, reference
 
@@ -52,7 +52,7 @@ def test_layer_options(kernels, layer):
     block = Block(SHAPES["gqa"], torch.bfloat16)
     valid = torch.rand(block.shape.slots, block.shape.max_len, generator=block.generator) < 0.5
     for options in ({"sliding_window": 5}, {"kv_valid": valid}, {"softmax_scale": 0.3}):
-        check(kernels, block, layer, [0, 1, 2], [0, 40, 47], **options)
+        check(kernels, block, layer, [5, 0, 7], [0, 40, 47], **options)
 
 
 @pytest.mark.parametrize("layer", LAYERS)
@@ -229,6 +229,27 @@ def test_attention_lengths(kernels, length):
     place = int32([1, 0]), int32([length - 1, length // 2])
     out = kernels.decode_attention(query, *caches, *place)
     assert_close(out, reference.decode_attention(query, *caches, *place), torch.bfloat16, "out")
+
+
+@pytest.mark.parametrize("place", [0, 70, 1500, 2999])
+def test_attention_shows_a_nan_that_a_row_sees(kernels, place):
+    """Whichever split it is in. The other rows and KV heads are what they are without it."""
+    g = torch.Generator().manual_seed(place)
+    query = torch.randn(3, 4, 16, generator=g).bfloat16()
+    caches = [torch.randn(6, 2, 3000, 16, generator=g).bfloat16() for _ in range(2)]
+    places = int32([4, 0, 5]), int32([2999, 2999, place])
+    clean = kernels.decode_attention(query, *caches, *places)
+    caches[0][4, 1, place, 3] = float("nan")
+    out = kernels.decode_attention(query, *caches, *places)
+    assert out[0, 2:].isnan().all()
+    assert torch.equal(out.isnan(), reference.decode_attention(query, *caches, *places).isnan())
+    assert torch.equal(out[~out.isnan()], clean[~out.isnan()])
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_similarity_of_every_magnitude(kernels, dtype):
+    """Squares of 4,096 values of 2^60 overflow, long before one of them does."""
+    check_magnitudes(kernels, dtype)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

@@ -49,18 +49,18 @@ def test_sliding_window(window):
 def test_kv_valid():
     query, caches = inputs(torch.bfloat16, 4)
     valid = torch.rand(8, 600, generator=torch.Generator().manual_seed(1)) < 0.3
+    valid[7] = False
     valid[2] = False
-    valid[3] = False
-    valid[3, 599] = True
+    valid[2, 599] = True
     for cache in caches:
         cache.masked_fill_(~valid[:, None, :, None], float("nan"))
-    place = int32([0, 1, 2, 3]), int32([300, 599, 599, 599])
+    place = int32([5, 0, 7, 2]), int32([300, 599, 599, 599])
     out = ops.decode_attention(query, *caches, *place, kv_valid=valid)
     assert_close(
         out, reference.decode_attention(query, *caches, *place, kv_valid=valid), torch.bfloat16, "out"
     )
     assert (out[2] == 0).all()
-    assert torch.equal(out[3], caches[1][3, :, 599].repeat_interleave(2, 0))
+    assert torch.equal(out[3], caches[1][2, :, 599].repeat_interleave(2, 0))
 
 
 def test_large_scores():
@@ -102,3 +102,17 @@ def test_minus_infinity_in_a_whole_split():
     out = ops.decode_attention(query, *caches, int32([0]), int32([299]))
     expected = reference.decode_attention(query, *caches, int32([0]), int32([299]))
     assert_close(out, expected, torch.float32, "out")
+
+
+@pytest.mark.parametrize("place", [0, 255, 256, 598])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_a_nan_that_a_row_sees_shows(dtype, place, isa):
+    """Whichever split it is in. The other rows and KV heads are what they are without it."""
+    query, caches = inputs(dtype, 3)
+    places = int32([4, 0, 5]), int32([598, 598, place])
+    clean = ops.decode_attention(query, *caches, *places)
+    caches[0][4, 1, place, 3] = float("nan")
+    out = ops.decode_attention(query, *caches, *places)
+    assert out[0, 2:].isnan().all()
+    assert torch.equal(out.isnan(), reference.decode_attention(query, *caches, *places).isnan())
+    assert torch.equal(out[~out.isnan()], clean[~out.isnan()])

@@ -67,7 +67,7 @@ def test_options(layer):
     block = Block(SHAPES["gqa"], torch.float32)
     s = block.shape
     valid = torch.rand(s.slots, s.max_len, generator=block.generator) < 0.5
-    slots, positions = int32([0, 1, 2]), int32([0, 40, 47])
+    slots, positions = int32([5, 0, 7]), int32([0, 40, 47])
     check(block, layer, 3, slots, positions, sliding_window=5)
     check(block, layer, 3, slots, positions, kv_valid=valid)
     check(block, layer, 3, slots, positions, kv_valid=torch.zeros_like(valid))

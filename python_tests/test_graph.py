@@ -124,6 +124,24 @@ def test_requests_with_values_of_their_own(model, control):
     assert facts(model.generate(PROMPTS[:4], exit_control=control, **options)) == facts(eager)
 
 
+@pytest.mark.parametrize("control", ("auto", *CONTROLS))
+def test_requests_keep_their_own_values_when_the_first_ends_at_its_prefill(model, control):
+    """Then rows are not numbered as requests are."""
+    alone = {"max_new_tokens": 12, "temperature": 0.9, "exit_control": control}
+    own = [
+        {"seed": seed, "threshold": threshold, "min_layers": least}
+        for seed, threshold, least in [(5, 0.99, 1), (6, -2, 1), (7, math.inf, 1), (8, -2, 3)]
+    ]
+    first = model.generate(PROMPTS[0], **alone, **own[0]).tokens[0]
+    alone["stop_tokens"] = first
+    expected = [model.generate(prompt, **alone, **mine) for prompt, mine in zip(PROMPTS, own, strict=False)]
+    assert lengths(expected[:1]) == [1] and all(length > 3 for length in lengths(expected[1:]))
+    for others in ([0, 1], [0, 2], [0, 3]):  # with policy "min", more rows would share their exits
+        options = {name: [own[i][name] for i in others] for name in own[0]}
+        got = model.generate([PROMPTS[i] for i in others], **alone, **options)
+        assert facts(got) == facts([expected[i] for i in others])
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("control", CONTROLS)
 @pytest.mark.parametrize(

@@ -51,6 +51,20 @@ def test_ties_go_to_the_lowest_id():
     assert ops.lm_head(hidden[:1], norm, weight, 1e-5)[0].tolist() == [77]
 
 
+def test_ties_over_threads_go_to_the_lowest_id():
+    """The best of each thread's part has one value; whichever is done first, the lowest id wins."""
+    hidden, norm, weight = inputs(torch.bfloat16, vocab=16384)
+    weight[:] = weight[:1]
+    threads = torch.get_num_threads()
+    try:
+        for count in (2, 3, 8):
+            torch.set_num_threads(count)
+            for _ in range(50):
+                assert (ops.lm_head(hidden, norm, weight, 1e-5, return_logits=False)[0] == 0).all()
+    finally:
+        torch.set_num_threads(threads)
+
+
 def sampling(rows, temperature, seeds, positions):
     return dict(
         temperature=torch.full((rows,), temperature), seeds=torch.tensor(seeds), positions=int32(positions)

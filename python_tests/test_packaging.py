@@ -73,6 +73,14 @@ def test_architectures(nvcc, monkeypatch):
         river_native.gencode("8.0;Hopper")
 
 
+def test_architectures_by_default(nvcc):
+    """Machine code for the chips that are tested, and PTX of plain compute_90 for those to come."""
+    flags = river_native.gencode(river_native.decide_cuda(A_CUDA_SOURCE, CUDA_TORCH).archs)
+    machine_code = ["80", "86", "89", "90a"]
+    assert flags[:-1] == [f"-gencode=arch=compute_{arch},code=sm_{arch}" for arch in machine_code]
+    assert flags[-1] == "-gencode=arch=compute_90,code=compute_90"
+
+
 def test_building_without_torch_is_one_sentence():
     """`-S -I` hides site-packages, the environment's own included, as in one where nothing is installed."""
     code = (
@@ -156,6 +164,26 @@ def test_a_compile_error_shows_what_the_compiler_says(tmp_path):
     with pytest.raises(river_native.BuildError, match="missing_name"):
         river_native.compile_all([unit], lambda text: None)
     assert not river_native.up_to_date(unit)
+
+
+def test_a_build_never_changes_a_module_that_is_in_use(tmp_path, monkeypatch):
+    """A process that has the old module mapped would crash if its bytes changed."""
+    root = tmp_path / "tree"
+    native = root / "build" / "native"
+    native.mkdir(parents=True)
+    target = tmp_path / "_C.so"
+    monkeypatch.setattr(river_native, "read_sources", lambda root: {"ops": ["x"], "isa": {}})
+    monkeypatch.setattr(river_native, "find_torch", lambda: CPU_TORCH)
+    monkeypatch.setattr(river_native, "decide_cuda", lambda *_: river_native.Cuda(False, "no"))
+    for content in ("old", "new"):
+        copy = f"import sys; open(sys.argv[2], 'w').write({content!r})"
+        link = [sys.executable, "-c", copy]
+        monkeypatch.setattr(river_native, "plan", lambda *_, link=link: ([], link))
+        river_native.build(root, "1", target, say=lambda text: None)
+        if content == "old":
+            in_use = target.open()
+    assert (in_use.read(), target.read_text()) == ("old", "new")
+    assert [path.name for path in tmp_path.iterdir() if path.is_file()] == ["_C.so"]
 
 
 def test_jobs(monkeypatch):

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from blocks import DTYPES, each_isa
+from blocks import DTYPES, check_magnitudes, each_isa
 
 from river_ext import ops, reference
 
@@ -61,6 +61,12 @@ def test_range_ends(dtype):
             exact = torch.cosine_similarity(x.double() / a, y.double() / b, dim=-1)
             assert (ops.state_similarity(x, y) - exact).abs().max() < 2e-6, (a, b)
             assert (reference.state_similarity(x, y) - exact).abs().max() < 2e-6, (a, b)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_every_magnitude(dtype):
+    check_magnitudes(ops, dtype)
+    check_magnitudes(reference, dtype)
 
 
 def test_bad_arguments():
