@@ -65,6 +65,19 @@ def test_ties_over_threads_go_to_the_lowest_id():
         torch.set_num_threads(threads)
 
 
+@pytest.mark.parametrize("place", [0, 5000, 16383])
+def test_one_thread_sees_the_logit_that_is_not_finite(place):
+    hidden, norm, weight = inputs(torch.bfloat16, vocab=16384)
+    weight[place] = float("nan")
+    threads = torch.get_num_threads()
+    try:
+        for count in (1, 2, 8):
+            torch.set_num_threads(count)
+            assert (ops.lm_head(hidden, norm, weight, 1e-5, return_logits=False)[0] == -1).all()
+    finally:
+        torch.set_num_threads(threads)
+
+
 def sampling(rows, temperature, seeds, positions):
     return dict(
         temperature=torch.full((rows,), temperature), seeds=torch.tensor(seeds), positions=int32(positions)

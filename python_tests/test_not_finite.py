@@ -1,13 +1,18 @@
 """Logits that are NaN or infinite end a request with an error that says why, and no other request."""
 
+import json
 import math
+import shutil
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from tiny_model import random_model, random_prompt
 
+from river_ext import cli
 from river_ext.errors import RiverError
 from river_ext.evaluate import Item, Setting, evaluate
+from river_ext.model import DEMO
 
 CONTROLS = ["auto", "host", "device"]
 DRAWS = [{}, {"temperature": 1.0}, {"temperature": 1.0, "top_k": 9}, {"return_logits": True}]
@@ -141,3 +146,24 @@ def test_score_and_evaluate_raise():
             divergence=False,
             max_new_tokens=3,
         )
+
+
+def test_commands_end_with_the_error(tmp_path, capsys):
+    """What can be said is said first: the texts, or the document."""
+    tensors = load_file(DEMO / "model.safetensors")
+    down = tensors["model.layers.1.mlp.down_proj.weight"]
+    down *= 6e4 / down.abs().max().float()
+    save_file(tensors, tmp_path / "model.safetensors", {"format": "pt"})
+    for name in ("config.json", "tokenizer.json"):
+        shutil.copy(DEMO / name, tmp_path)
+    for arguments in (["def f"], ["def f", "x"], ["def f", "x", "--json"], ["def f", "--compare"]):
+        code = cli.main(["generate", "--model", str(tmp_path), "--dtype", "float16", *arguments])
+        captured = capsys.readouterr()
+        assert code == 2
+        assert (
+            captured.err.startswith("river: error: no token at position ") and captured.err.count("\n") == 1
+        )
+        if "--json" in arguments:
+            outputs = json.loads(captured.out)["outputs"]
+            assert [output["finish_reason"] for output in outputs] == ["error", "error"]
+            assert all("float16" in output["error"] for output in outputs)

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from . import _C  # importing it registers torch.ops.river.*
+from .registration import packed_shape as packed_shape
 from .registration import register
 
 MAX_ROWS: int = _C.MAX_ROWS
@@ -340,8 +341,3 @@ def unpack_w4(
 def dequantize_w4(packed: Tensor, out_features: int, in_features: int, dtype: torch.dtype) -> Tensor:
     """The packed weight as dense [out_features, in_features]: (q - zero) * scale in fp32, then rounded."""
     return _river.dequantize_w4(packed, out_features, in_features, dtype)
-
-
-def packed_shape(out_features: int, in_features: int) -> tuple[int, int, int]:
-    """Shape of the packed form of a weight."""
-    return (-(-out_features // TILE_ROWS), -(-in_features // TILE_COLS), TILE_BYTES)

@@ -101,6 +101,11 @@ def _short(value) -> str:
 # --- fake kernels ----------------------------------------------------------------------------------------
 
 
+def packed_shape(out_features: int, in_features: int) -> tuple[int, int, int]:
+    """Shape of the packed form of a weight."""
+    return (-(-out_features // _C.TILE_ROWS), -(-in_features // _C.TILE_COLS), _C.TILE_BYTES)
+
+
 def _fake(name: str, on_host: tuple[int, ...] = ()):
     """Registers the fake kernel of an op.
 
@@ -175,7 +180,7 @@ def _(x, weight, out_features, bias=None):
 
 @_fake("pack_w4")
 def _(q, scale, zero):
-    return q.new_empty((-(-q.shape[0] // _C.TILE_ROWS), -(-q.shape[1] // _C.TILE_COLS), _C.TILE_BYTES))
+    return q.new_empty(packed_shape(*q.shape))
 
 
 @_fake("unpack_w4")
