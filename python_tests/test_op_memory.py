@@ -19,7 +19,7 @@ def arguments(name: str) -> dict:
     """Every argument of an op that writes, by the names of its schema; no optional tensor is left out."""
     schema = getattr(torch.ops.river, name).default._schema
     if name == "advance":
-        values = list(vars(State()).values())
+        values = list(vars(State(torch.bfloat16)).values())
     else:
         block = Block(Shape(bias=True, qk_norm=True, query_scale=True), torch.bfloat16)
         size, s = block.shape.hidden_size, block.shape
@@ -62,17 +62,24 @@ PAIRS = [
 ]
 
 
-def in_one_memory(values: dict, written: str, other: str, offset: int) -> dict:
+def in_one_memory(values: dict, written: str, other: str, offset: int, device: str = "cpu") -> dict:
     """The arguments, `other` that many bytes behind the start of `written`, and right where they overlap."""
     start, lowest = {written: 0, other: offset}, min(0, offset)
-    memory = torch.zeros(
-        max(at + values[name].nbytes for name, at in start.items()) - lowest, dtype=torch.uint8
-    )
-    moved = {name: v.clone() if isinstance(v, torch.Tensor) else v for name, v in values.items()}
+    end = max(at + values[name].nbytes for name, at in start.items())
+    memory = torch.zeros(end - lowest, dtype=torch.uint8, device=device)
+    moved = {name: own_copy(name, v, device) for name, v in values.items()}
     for name, at in start.items():
         part = memory[at - lowest : at - lowest + values[name].nbytes]
         moved[name] = part.view(values[name].dtype).view(values[name].shape).copy_(values[name])
     return moved
+
+
+def own_copy(name: str, value, device: str):
+    if not isinstance(value, torch.Tensor):
+        return value
+    if device == "cuda" and name == "records":  # the host polls them
+        return value.clone().pin_memory()
+    return value.clone().to(device)
 
 
 def apart(t: torch.Tensor) -> int:
@@ -113,11 +120,18 @@ def test_an_overlap_is_refused(op, written, other):
         assert "\n" not in str(error.value) and same(tensors, before)
 
 
+def test_the_same_address_is_refused_on_every_device(device):
+    for op, written, other in PAIRS:
+        exempt = (op, written, other) == ("advance", "hidden", "before")
+        if not exempt and (device == "cpu" or "records" not in (written, other)):
+            with pytest.raises(RuntimeError, match="overlap in memory"):
+                run(op, in_one_memory(WRITERS[op], written, other, 0, device))
+
+
 @pytest.mark.parametrize("op, written, other", PAIRS)
 def test_neighbours_are_no_overlap(op, written, other):
     values = WRITERS[op]
-    clones = {name: v.clone() if isinstance(v, torch.Tensor) else v for name, v in values.items()}
-    expected = run(op, clones)
+    expected = run(op, {name: own_copy(name, v, "cpu") for name, v in values.items()})
     for offset in (apart(values[written]), -apart(values[other])):
         assert same(run(op, in_one_memory(values, written, other, offset)), expected)
 

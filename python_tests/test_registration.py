@@ -86,6 +86,7 @@ def test_a_gradient_does_not_see_what_has_been_overwritten():
         loss.backward()
 
 
+@pytest.mark.filterwarnings("ignore:Error detected in NoGradientBackward")
 def test_compiled_code_has_no_gradient_either():
     x, weight = torch.randn(2, 64), torch.randn(16, 64, requires_grad=True)
     compiled = torch.compile(lambda x, w: ops.linear(x, w) * 2, fullgraph=True, backend="aot_eager")
