@@ -166,6 +166,7 @@ def test_other_arguments_and_layouts_are_named():
             lambda: ops.unpack_w4(torch.ones(1, 1, 576), 16.5, 64),
             "unpack_w4: out_features is 16.5, expected int",
         ),
+        (lambda: ops.dequantize_w4(x, 1, 1, "int8"), "dequantize_w4: dtype is 'int8', expected torch.dtype"),
         (lambda: ops.linear(x.numpy(), weight), "linear: x is a ndarray, expected a tensor"),
     ]:
         with pytest.raises(RuntimeError) as error:

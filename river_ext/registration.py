@@ -67,7 +67,7 @@ def _with_short_errors(name: str, op: torch._ops.OpOverload) -> Callable:
         try:
             return op(*args)
         except RuntimeError as error:
-            message = _of_wrong_type(op, args, str(error))
+            message = _wrong_type(op, args, str(error))
             if message is None:
                 raise
         raise RuntimeError(f"river::{name}: {message}")
@@ -75,19 +75,23 @@ def _with_short_errors(name: str, op: torch._ops.OpOverload) -> Callable:
     return call
 
 
-def _of_wrong_type(op: torch._ops.OpOverload, args: tuple, error: str) -> str | None:
-    values = {
-        argument.name: (argument, value) for argument, value in zip(op._schema.arguments, args, strict=True)
-    }
-    if found := _MISMATCH.search(error):
-        expected, name = found.groups()
-        expected = "a tensor" if expected == "Tensor" else expected
-        return f"{name} is {_short(values[name][1])}, expected {expected}"
-    for name, (argument, value) in values.items():
-        if str(argument.type) == "Tensor" and value is None:
-            return f"{name} is None, expected a tensor"
+def _wrong_type(op: torch._ops.OpOverload, args: tuple, error: str) -> str | None:
+    """What is wrong with an argument, if that is why torch gave the error."""
+    if not (found := _MISMATCH.search(error)):
+        return _no_tensor(op, args)
+    expected, name = found.groups()
+    value = args[[argument.name for argument in op._schema.arguments].index(name)]
+    expected = "torch.dtype" if name == "dtype" else {"Tensor": "a tensor"}.get(expected, expected)
+    return f"{name} is {_short(value)}, expected {expected}"
+
+
+def _no_tensor(op: torch._ops.OpOverload, args: tuple) -> str | None:
+    """The first None for a tensor, which torch lets pass, or tensor that is not dense."""
+    for argument, value in zip(op._schema.arguments, args, strict=False):  # fewer: the rest are defaults
+        if value is None and str(argument.type) == "Tensor":
+            return f"{argument.name} is None, expected a tensor"
         if isinstance(value, Tensor) and value.layout != torch.strided:
-            return f"{name} is {value.layout}, expected {torch.strided}"
+            return f"{argument.name} is {value.layout}, expected {torch.strided}"
     return None
 
 
@@ -117,6 +121,8 @@ def _fake(name: str, on_host: tuple[int, ...] = ()):
     def register(fake):
         @torch.library.register_fake(f"river::{name}")
         def checked(*args):
+            if message := _no_tensor(getattr(torch.ops.river, name).default, args):
+                raise RuntimeError(f"river::{name}: {message}")
             first, *others = (a for i, a in enumerate(args) if isinstance(a, Tensor) and i not in on_host)
             for other in others:
                 if other.device != first.device:
