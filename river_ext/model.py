@@ -144,7 +144,7 @@ class Model:
 
         The texts joined are the text that `generate` gives, and the stream's `output` is what it returns. A
         character that spans several tokens comes with its last one; what may be the beginning of a stop
-        string is held back until it is certain.
+        string is held back until it is certain. An error is raised in place of the next piece.
         """
         return Stream(self.network, self.text, prompt, Options(**options))
 
