@@ -22,6 +22,8 @@ RIVER_DEVICE void finish_similarities(const AdvanceArgs& a) {
   if (t < a.rows && a.slots[t] >= 0) a.similarities[int64_t(a.layers - 1) * a.rows + t] = similarities[t];
 }
 
+RIVER_DEVICE bool is_drawn(const AdvanceArgs& a, int64_t token) { return token >= 0 && token < a.vocab_size; }
+
 // All but the stamp
 RIVER_DEVICE void write_record(const AdvanceArgs& a, int32_t* record) {
   if (threadIdx.x == 0) {
@@ -29,7 +31,10 @@ RIVER_DEVICE void write_record(const AdvanceArgs& a, int32_t* record) {
     while (depth < a.layers && !a.exited[depth]) depth++;
     record[1] = depth;
   }
-  for (int t = threadIdx.x; t < a.rows; t += kThreads) record[2 + t] = a.slots[t] < 0 ? -1 : int32_t(a.tokens[t]);
+  for (int t = threadIdx.x; t < a.rows; t += kThreads) {
+    const int64_t token = a.tokens[t];
+    record[2 + t] = a.slots[t] < 0 ? kInactive : is_drawn(a, token) ? int32_t(token) : kFailed;
+  }
   for (int i = threadIdx.x; i < a.layers * a.rows; i += kThreads)
     record[2 + a.rows + i] = static_cast<int32_t>(__float_as_uint(a.similarities[i]));
 }
@@ -40,14 +45,14 @@ RIVER_DEVICE void embed(const AdvanceArgs& a) {
   for (int i = threadIdx.x; i < a.rows * pieces; i += kThreads) {
     const int row = i / pieces;
     const int64_t token = a.tokens[row];
-    if (a.slots[row] < 0 || token < 0 || token >= a.vocab_size) continue;
+    if (a.slots[row] < 0 || !is_drawn(a, token)) continue;
     static_cast<uint4*>(a.hidden)[i] = static_cast<const uint4*>(a.embed_tokens)[token * pieces + i % pieces];
   }
 }
 
 RIVER_DEVICE void move_on(const AdvanceArgs& a, int t) {
   if (a.slots[t] < 0) return;
-  bool last = --a.remaining[t] <= 0;
+  bool last = --a.remaining[t] <= 0 || !is_drawn(a, a.tokens[t]);
   for (int i = 0; i < a.num_stop_tokens; i++) last |= a.tokens[t] == a.stop_tokens[i];
   a.draw_positions[t] = ++a.positions[t] + 1;
   if (last) a.slots[t] = -1;

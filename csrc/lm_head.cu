@@ -8,7 +8,10 @@ namespace {
 
 using namespace device;
 
-// Larger for larger values, then for lower ids; 0 is below every key, and stands for token 0.
+// Above every other key: one logit that is NaN or infinite, and the row has no token
+constexpr unsigned long long kFailedKey = ~0ull;
+
+// Larger for larger values, then for lower ids; 0 is below every key.
 RIVER_DEVICE unsigned long long key_of(float value, uint32_t id) {
   const uint32_t bits = __float_as_uint(value + 0.f);  // -0 and 0 are equal
   const uint32_t ordered = bits & 0x80000000u ? ~bits : bits | 0x80000000u;
@@ -37,8 +40,8 @@ struct LmHeadPhase {
     if (row >= kTileRows || t >= a.rows || n >= a.vocab_size) return;
     const float logit = totals(row, t);
     if (a.logits) a.logits[int64_t(t) * a.vocab_size + n] = logit;
-    if (logit != logit) return;
-    const unsigned long long key = key_of(score(logit, t, n), n);
+    const bool finite = magnitude_bits(logit) < 0x7f800000u;
+    const unsigned long long key = finite ? key_of(score(logit, t, n), n) : kFailedKey;
     best = key > best ? key : best;
   }
 
@@ -50,7 +53,8 @@ struct LmHeadPhase {
     if (lane_id() < kMaxRows && best) atomicMax(keys + lane_id(), best);
     if (!readers_arrive_last(counter, gridDim.x) || threadIdx.x >= kMaxRows) return;
     const unsigned long long key = atomicExch(keys + threadIdx.x, 0ull);
-    if (int(threadIdx.x) < a.rows) a.tokens[threadIdx.x] = key ? 0xffffffffu - static_cast<uint32_t>(key) : 0;
+    if (int(threadIdx.x) >= a.rows) return;
+    a.tokens[threadIdx.x] = key == kFailedKey ? kNoToken : int64_t(0xffffffffu - static_cast<uint32_t>(key));
   }
 
  private:

@@ -1,4 +1,5 @@
 // The module river_ext._C: importing it registers the ops (ops*.cpp); what it holds itself are facts and settings.
+#include <pybind11/numpy.h>
 #include <pybind11/pybind11.h>
 
 #include <algorithm>
@@ -7,6 +8,7 @@
 #include <string>
 
 #include "cuda_device.h"
+#include "philox.h"
 #include "read_ring.h"
 #include "river.h"
 
@@ -37,6 +39,11 @@ PYBIND11_MODULE(_C, m) {
   m.def("set_cpu_isa", [](const std::string& name) {
     if (!cpu::set_isa(name.c_str())) throw py::value_error("cpu isa '" + name + "' is not supported on this machine");
   }, "Chooses the instruction set of the CPU kernels, for tests and measurements; not while an op runs");
+  m.def("gumbel", [](int64_t seed, int32_t position, py::array_t<int64_t> tokens) {
+    return py::vectorize([&](int64_t token) { return river::gumbel((uint64_t)seed, position, token); })(tokens);
+  }, "The noise of lm_head for token ids, fp32", py::arg("seed"), py::arg("position"), py::arg("tokens"));
+  m.def("gumbel_of", py::vectorize([](uint32_t word) { return river::gumbel_of(word); }),
+        "The noise that a random word gives, fp32", py::arg("word"));
   m.def("set_overlap", [](const std::string& name) {
     static const char* const names[] = {"none", "launch", "prefetch"};  // as in cuda::Overlap
     const std::string before = names[static_cast<int>(cuda::overlap_setting)];

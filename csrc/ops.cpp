@@ -11,7 +11,7 @@ namespace {
 Tensor decode_attention(const Tensor& query, const Tensor& k_cache, const Tensor& v_cache, const Tensor& slots,
                         const Tensor& positions, std::optional<double> softmax_scale,
                         std::optional<int64_t> sliding_window, const OptionalTensor& kv_valid) {
-  const Check check("decode_attention", "query", query);
+  Check check("decode_attention", "query", query);
   const ScalarType type = query.scalar_type();
   AttentionArgs args{};
   args.dtype = check.model_dtype("query", type);
@@ -28,8 +28,8 @@ Tensor decode_attention(const Tensor& query, const Tensor& k_cache, const Tensor
   args.query = data(query);
   args.k_cache = data(k_cache);
   args.v_cache = data(v_cache);
-  args.slots = data<int32_t>(slots);
-  args.positions = data<int32_t>(positions);
+  args.slots = cache.row_slots;
+  args.positions = cache.row_positions;
   args.kv_valid = kv_valid ? data<bool>(*kv_valid) : nullptr;
   const Tensor out = empty({args.rows, args.num_heads, args.head_dim}, type, query);
   args.out = out.mutable_data_ptr();
@@ -40,7 +40,7 @@ Tensor decode_attention(const Tensor& query, const Tensor& k_cache, const Tensor
 }
 
 Tensor state_similarity(const Tensor& x, const Tensor& y) {
-  const Check check("state_similarity", "x", x);
+  Check check("state_similarity", "x", x);
   StateSimilarityArgs args{};
   args.dtype = check.model_dtype("x", x.scalar_type());
   args.rows = check.rows("x", x, 2);
@@ -61,7 +61,7 @@ Tensor state_similarity(const Tensor& x, const Tensor& y) {
 std::tuple<Tensor, Tensor> lm_head(const Tensor& hidden, const Tensor& norm, const Tensor& weight, double rms_norm_eps,
                                    bool return_logits, const OptionalTensor& temperature, const OptionalTensor& seeds,
                                    const OptionalTensor& positions) {
-  const Check check("lm_head", "hidden", hidden);
+  Check check("lm_head", "hidden", hidden);
   const ScalarType type = hidden.scalar_type();
   LmHeadArgs args{};
   args.dtype = check.model_dtype("hidden", type);
@@ -95,7 +95,7 @@ std::tuple<Tensor, Tensor> lm_head(const Tensor& hidden, const Tensor& norm, con
   return {tokens, logits};
 }
 
-Tensor run_linear(const Check& check, const Tensor& x, const Tensor& weight, bool packed, int64_t out_features,
+Tensor run_linear(Check check, const Tensor& x, const Tensor& weight, bool packed, int64_t out_features,
                   const OptionalTensor& bias) {
   const ScalarType type = x.scalar_type();
   LinearArgs args{};
@@ -145,7 +145,7 @@ void check_levels(const Check& check, const Tensor& q, const Tensor& scale, cons
 }
 
 Tensor pack_w4(const Tensor& q, const Tensor& scale, const Tensor& zero) {
-  const Check check("pack_w4", "q", q);
+  Check check("pack_w4", "q", q);
   check.tensor("q", q, ScalarType::Byte, {kAny, kAny});
   W4Args args{};
   args.out_features = check.size("out_features of q", q.size(0));
@@ -169,7 +169,7 @@ Tensor pack_w4(const Tensor& q, const Tensor& scale, const Tensor& zero) {
   return packed;
 }
 
-W4Args unpacking(const Check& check, const Tensor& packed, int64_t out_features, int64_t in_features) {
+W4Args unpacking(Check& check, const Tensor& packed, int64_t out_features, int64_t in_features) {
   W4Args args{};
   args.out_features = check.size("out_features", out_features);
   args.in_features = check.size("in_features", in_features);
@@ -181,7 +181,7 @@ W4Args unpacking(const Check& check, const Tensor& packed, int64_t out_features,
 
 std::tuple<Tensor, Tensor, Tensor> unpack_w4(const Tensor& packed, int64_t out_features, int64_t in_features,
                                              int64_t group_size) {
-  const Check check("unpack_w4", "packed", packed);
+  Check check("unpack_w4", "packed", packed);
   W4Args args = unpacking(check, packed, out_features, in_features);
   check.require(group_size >= kTileCols && group_size % kTileCols == 0, "group_size is ", group_size,
                 ", expected a multiple of ", kTileCols);
@@ -200,7 +200,7 @@ std::tuple<Tensor, Tensor, Tensor> unpack_w4(const Tensor& packed, int64_t out_f
 }
 
 Tensor dequantize_w4(const Tensor& packed, int64_t out_features, int64_t in_features, ScalarType dtype) {
-  const Check check("dequantize_w4", "packed", packed);
+  Check check("dequantize_w4", "packed", packed);
   W4Args args = unpacking(check, packed, out_features, in_features);
   args.group_tiles = 1;
   args.dtype = check.dense_dtype("dtype", dtype);

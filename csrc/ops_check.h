@@ -1,100 +1,25 @@
-// Argument checks of the ops: device, dtype, shape, layout, range. And torch's stable ABI: one binary serves torch 2.11
-// and later.
+// Argument checks of the ops: device, dtype, shape, layout, range, overlap.
 #pragma once
-
-#define TORCH_TARGET_VERSION (((0ULL + 2) << 56) | ((0ULL + 11) << 48))
-#include <torch/csrc/stable/library.h>
-#include <torch/csrc/stable/ops.h>
-#include <torch/csrc/stable/tensor.h>
-#include <torch/headeronly/core/ScalarType.h>
 
 #include <algorithm>
 #include <cmath>
 #include <cstdint>
+#include <cstring>
 #include <initializer_list>
-#include <optional>
 #include <sstream>
 #include <stdexcept>
 #include <string>
 
-#include "river.h"
+#include "ops_tensor.h"  // before any header of torch
 
 namespace river::ops {
-
-using torch::headeronly::ScalarType;
-using torch::stable::Tensor;
-using OptionalTensor = std::optional<Tensor>;
-using Sizes = std::initializer_list<int64_t>;  // no allocation per check: a block has up to 20 tensors
-
-inline const char* name_of(ScalarType type) {
-  switch (type) {
-    case ScalarType::Float: return "float32";
-    case ScalarType::BFloat16: return "bfloat16";
-    case ScalarType::Half: return "float16";
-    case ScalarType::Double: return "float64";
-    case ScalarType::Byte: return "uint8";
-    case ScalarType::Char: return "int8";
-    case ScalarType::Short: return "int16";
-    case ScalarType::Int: return "int32";
-    case ScalarType::Long: return "int64";
-    case ScalarType::Bool: return "bool";
-    default: return "another dtype";
-  }
-}
-
-inline std::string device_of(const Tensor& t) {
-  if (t.is_cpu()) return "cpu";
-  return t.is_cuda() ? "cuda:" + std::to_string(t.get_device_index()) : "another device";
-}
-
-constexpr int64_t kAny = -1;
-
-template <class Values>
-std::string text(const Values& values) {
-  std::ostringstream out;
-  const char* separator = "";
-  out << "[";
-  for (const int64_t value : values) {
-    out << separator;
-    if (value == kAny) out << "*";
-    else out << value;
-    separator = ", ";
-  }
-  out << "]";
-  return out.str();
-}
-
-template <class T = void>
-const T* data(const Tensor& t) {
-  return static_cast<const T*>(t.const_data_ptr());
-}
-
-template <class T = void>
-T* mutable_data(const Tensor& t) {
-  return static_cast<T*>(t.mutable_data_ptr());
-}
-
-// Contiguous. Not torch::stable::new_empty, which looks its op up by name in every call.
-inline Tensor empty(Sizes sizes, ScalarType type, const Tensor& like) {
-  int64_t strides[4], stride = 1;
-  for (size_t i = sizes.size(); i-- > 0; stride *= sizes.begin()[i]) strides[i] = stride;
-  const auto dtype = torch::stable::detail::to<int32_t>(torch::stable::detail::from(type));
-  int32_t device_type;
-  TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(like.get(), &device_type));
-  AtenTensorHandle out;
-  TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided((int64_t)sizes.size(), sizes.begin(), strides, dtype, device_type,
-                                                  like.get_device_index(), &out));
-  return Tensor(out);
-}
-
-inline int64_t tiles_of(int64_t rows) { return ceil_div(rows, kTileRows); }
-inline int64_t column_tiles_of(int64_t columns) { return ceil_div(columns, kTileCols); }
 
 // Of one op's arguments. The first tensor says where the op runs; all others must be there too. Values in a GPU's
 // memory are not looked at: that would wait for it. Its kernels treat rows out of range as inactive.
 class Check {
  public:
   Check(const char* op, const char* first_name, const Tensor& first) : op_(op), first_name_(first_name) {
+    defined(first_name, first);
     if (first.is_cpu()) return;
     require(RIVER_WITH_CUDA, first_name, " is not on the CPU, and this build has no CUDA kernels");
     require(first.is_cuda(), first_name, " is on another device, expected cpu or cuda");
@@ -113,7 +38,13 @@ class Check {
     throw std::runtime_error(out.str());
   }
 
-  void tensor(const char* name, const Tensor& t, ScalarType type, Sizes sizes) const {
+  // Torch lets None pass for a tensor.
+  void defined(const char* name, const Tensor& t) const {
+    require(t.defined(), name, " is None, expected a tensor");
+  }
+
+  void tensor(const char* name, const Tensor& t, ScalarType type, Sizes sizes) {
+    defined(name, t);
     if (!is_here(t)) {
       const std::string here = on_cuda() ? "cuda:" + std::to_string(gpu_) : "cpu";
       require(false, name, " is on ", device_of(t), ", ", first_name_, " on ", here, ", expected one device");
@@ -122,17 +53,44 @@ class Check {
   }
 
   // Of a tensor whose device is the caller's business
-  void content(const char* name, const Tensor& t, ScalarType type, Sizes sizes) const {
+  void content(const char* name, const Tensor& t, ScalarType type, Sizes sizes) {
     require(t.scalar_type() == type, name, " is ", name_of(t.scalar_type()), ", expected ", name_of(type));
     const auto have = t.sizes();
     bool same = have.size() == sizes.size();
     for (size_t i = 0; same && i < sizes.size(); i++) same = sizes.begin()[i] == kAny || have[i] == sizes.begin()[i];
     require(same, name, " has shape ", text(have), ", expected ", text(sizes));
     require(t.is_contiguous(), name, " is not contiguous");
+    remember(name, t);
+  }
+
+  // The last check: memory that the op writes belongs to one of its tensors alone. Else it would change what was
+  // checked before it is used, or what the op has yet to read. An op that reads `read_first` before it writes anything
+  // takes one tensor for that and for the first of the names.
+  void written(std::initializer_list<const char*> names, const char* read_first = "") const {
+    for (const char* name : names) {
+      const Span* mine = spans_;
+      while (std::strcmp(mine->name, name)) mine++;
+      for (const Span* other = spans_; other != spans_ + num_spans_; other++) {
+        const bool apart = other->end <= mine->begin || mine->end <= other->begin;
+        const bool same = other->begin == mine->begin && other->end == mine->end && !std::strcmp(other->name, read_first);
+        require(other == mine || apart || (same && name == *names.begin()), name, " and ", other->name,
+                " overlap in memory, expected ", name, ", which is written, to have its own");
+      }
+    }
+  }
+
+  // int32 [rows], places of rows in memory: on the CPU a copy that nobody else can change once it has been checked
+  const int32_t* places(const char* name, const Tensor& t, int rows) {
+    tensor(name, t, ScalarType::Int, {rows});
+    if (on_cuda()) return static_cast<const int32_t*>(t.const_data_ptr());
+    int32_t* copy = copies_ + num_copies_;
+    num_copies_ += rows;
+    std::memcpy(copy, t.const_data_ptr(), rows * sizeof(int32_t));
+    return copy;
   }
 
   // A tensor that the CUDA kernels read or write 16 bytes at a time
-  void vectors(const char* name, const Tensor& t, ScalarType type, Sizes sizes) const {
+  void vectors(const char* name, const Tensor& t, ScalarType type, Sizes sizes) {
     tensor(name, t, type, sizes);
     if (!on_cuda()) return;
     const auto remainder = reinterpret_cast<uintptr_t>(t.const_data_ptr()) % 16;
@@ -142,7 +100,7 @@ class Check {
 
   // Null where absent
   template <class T = void>
-  const T* optional(const char* name, const OptionalTensor& t, ScalarType type, Sizes sizes) const {
+  const T* optional(const char* name, const OptionalTensor& t, ScalarType type, Sizes sizes) {
     if (!t) return nullptr;
     tensor(name, *t, type, sizes);
     return data<T>(*t);
@@ -186,18 +144,42 @@ class Check {
   }
 
  private:
+  struct Span {
+    const char* name;
+    uintptr_t begin, end;
+  };
+  static constexpr int kMaxSpans = 48;  // the tensors of one op
+
   bool is_here(const Tensor& t) const { return on_cuda() ? t.is_cuda() && t.get_device_index() == gpu_ : t.is_cpu(); }
+
+  // The memory of a contiguous tensor. A storage may be smaller than its tensors: resize_ does not ask them.
+  void remember(const char* name, const Tensor& t) {
+    const auto size = (int64_t)t.element_size();
+    const int64_t bytes = t.numel() * size;
+    int64_t stored;
+    TORCH_ERROR_CODE_CHECK(aoti_torch_get_storage_size(t.get(), &stored));
+    require(t.storage_offset() * size + bytes <= stored || bytes == 0, name, " has a storage of ", stored,
+            " bytes, expected at least ", t.storage_offset() * size + bytes);
+    require(num_spans_ < kMaxSpans, "more than ", kMaxSpans, " tensors");
+    const auto begin = bytes ? reinterpret_cast<uintptr_t>(t.const_data_ptr()) : 0;
+    spans_[num_spans_++] = {name, begin, begin + bytes};
+  }
 
   const char *op_, *first_name_;
   int gpu_ = -1;  // -1: the CPU
+  Span spans_[kMaxSpans];
+  int num_spans_ = 0;
+  int32_t copies_[2 * kMaxRows];
+  int num_copies_ = 0;
 };
 
 // What decode_attention and the blocks check alike: the caches, and every row's place in them.
 struct Cache {
   int slots, kv_heads, max_len, head_dim;
+  const int32_t *row_slots, *row_positions;  // [T]
 
-  Cache(const Check& check, ScalarType type, int rows, int heads, const Tensor& k, const Tensor& v,
-        const Tensor& slots_, const Tensor& positions, const OptionalTensor& kv_valid) {
+  Cache(Check& check, ScalarType type, int rows, int heads, const Tensor& k, const Tensor& v, const Tensor& slots_,
+        const Tensor& positions, const OptionalTensor& kv_valid) {
     check.vectors("k_cache", k, type, {kAny, kAny, kAny, kAny});
     slots = check.size("slots of k_cache", k.size(0));
     kv_heads = check.size("num_key_value_heads of k_cache", k.size(1));
@@ -210,16 +192,12 @@ struct Cache {
                   heads, ", expected a multiple of num_key_value_heads = ", kv_heads, ", at most ", kMaxGroup,
                   " times as many");
     check.size("num_attention_heads * head_dim", (int64_t)heads * head_dim);
-    check.require(k.const_data_ptr() != v.const_data_ptr(), "k_cache and v_cache are the same memory");
-    check.tensor("slots", slots_, ScalarType::Int, {rows});
-    check.tensor("positions", positions, ScalarType::Int, {rows});
+    row_slots = check.places("slots", slots_, rows);
+    row_positions = check.places("positions", positions, rows);
     check.optional("kv_valid", kv_valid, ScalarType::Bool, {slots, max_len});
-    if (check.on_cuda()) return;
-    const auto* slot = data<int32_t>(slots_);
-    const auto* position = data<int32_t>(positions);
-    for (int row = 0; row < rows; row++) {
-      check.in_place("slots", row, slot[row], -1, slots - 1);
-      if (slot[row] >= 0) check.in_place("positions", row, position[row], 0, max_len - 1);
+    for (int row = 0; row < rows && !check.on_cuda(); row++) {
+      check.in_place("slots", row, row_slots[row], -1, slots - 1);
+      if (row_slots[row] >= 0) check.in_place("positions", row, row_positions[row], 0, max_len - 1);
     }
   }
 };

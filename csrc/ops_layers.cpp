@@ -18,7 +18,7 @@ struct BlockTensors {
 };
 
 // Checks what both layers share and fills their common arguments but out and similarity.
-void fill_block(const Check& check, const BlockTensors& t, BlockArgs& args) {
+void fill_block(Check& check, const BlockTensors& t, BlockArgs& args) {
   const ScalarType type = t.hidden.scalar_type();
   args.dtype = check.model_dtype("hidden", type);
   args.rows = check.rows("hidden", t.hidden, 2);
@@ -34,8 +34,8 @@ void fill_block(const Check& check, const BlockTensors& t, BlockArgs& args) {
   args.head_dim = cache.head_dim;
   args.num_slots = cache.slots;
   args.max_len = cache.max_len;
-  args.slots = data<int32_t>(t.slots);
-  args.positions = data<int32_t>(t.positions);
+  args.slots = cache.row_slots;
+  args.positions = cache.row_positions;
   for (int i = 0; i < args.rows && !check.on_cuda(); i++)
     for (int j = 0; j < i; j++)
       check.require(args.slots[i] < 0 || args.slots[i] != args.slots[j] || args.positions[i] != args.positions[j],
@@ -75,7 +75,7 @@ struct DenseTensors {
 };
 
 // After fill_block
-void fill_dense(const Check& check, ScalarType type, const DenseTensors& t, DecoderBlockArgs& args) {
+void fill_dense(Check& check, ScalarType type, const DenseTensors& t, DecoderBlockArgs& args) {
   const int64_t size = args.hidden_size, q_size = (int64_t)args.num_heads * args.head_dim,
                 kv_size = (int64_t)args.num_kv_heads * args.head_dim;
   check.vectors("q_proj", t.q_proj, type, {q_size, size});
@@ -104,7 +104,7 @@ struct PackedTensors {
 };
 
 // After fill_block. `gate_up_tiles`: the row tiles that the gate and up rows must have, kAny where nothing says
-void fill_packed(const Check& check, const PackedTensors& t, int64_t gate_up_tiles, ExitLayerArgs& args) {
+void fill_packed(Check& check, const PackedTensors& t, int64_t gate_up_tiles, ExitLayerArgs& args) {
   const auto tiles = [&](const PackedTensors::Named& t, int64_t row_tiles, int64_t columns) {
     check.vectors(t.name, t.tensor, ScalarType::Byte, {row_tiles, column_tiles_of(columns), kTileBytes});
     return data<uint8_t>(t.tensor);
@@ -139,7 +139,7 @@ std::tuple<Tensor, Tensor> decoder_block(
     const OptionalTensor& o_bias, const OptionalTensor& q_norm, const OptionalTensor& k_norm,
     const OptionalTensor& query_scale, std::optional<double> softmax_scale, std::optional<int64_t> sliding_window,
     const OptionalTensor& kv_valid) {
-  const Check check("decoder_block", "hidden", hidden);
+  Check check("decoder_block", "hidden", hidden);
   DecoderBlockArgs args{};
   fill_block(check,
              {hidden, input_layernorm, post_attention_layernorm, k_cache, v_cache, slots, positions, cos, sin,
@@ -147,6 +147,7 @@ std::tuple<Tensor, Tensor> decoder_block(
               softmax_scale, sliding_window, kv_valid},
              args);
   fill_dense(check, hidden.scalar_type(), {q_proj, k_proj, v_proj, o_proj, gate_proj, up_proj, down_proj}, args);
+  check.written({"k_cache", "v_cache"});
   const Tensor out = new_out(hidden, args), similarity = new_similarity(hidden, args);
   launch(check, [&] { cpu::launch_decoder_block(args, kParallel); }, [&](auto& gpu) {
     cuda::launch_decoder_block(args, gpu.workspace(cuda::decoder_block_workspace(args)), gpu.stream());
@@ -162,7 +163,7 @@ std::tuple<Tensor, Tensor> exit_layer(
     const OptionalTensor& v_bias, const OptionalTensor& o_bias, const OptionalTensor& q_norm,
     const OptionalTensor& k_norm, const OptionalTensor& query_scale, std::optional<double> softmax_scale,
     std::optional<int64_t> sliding_window, const OptionalTensor& kv_valid) {
-  const Check check("exit_layer", "hidden", hidden);
+  Check check("exit_layer", "hidden", hidden);
   ExitLayerArgs args{};
   fill_block(check,
              {hidden, input_layernorm, post_attention_layernorm, k_cache, v_cache, slots, positions, cos, sin,
@@ -172,6 +173,7 @@ std::tuple<Tensor, Tensor> exit_layer(
   fill_packed(check,
               {{"qkv_proj", qkv_proj}, {"o_proj", o_proj}, {"gate_up_proj", gate_up_proj}, {"down_proj", down_proj}},
               kAny, args);
+  check.written({"k_cache", "v_cache"});
   const Tensor out = new_out(hidden, args), similarity = new_similarity(hidden, args);
   launch(check, [&] { cpu::launch_exit_layer(args, kParallel); }, [&](auto& gpu) {
     cuda::launch_exit_layer(args, gpu.workspace(cuda::exit_layer_workspace(args)), gpu.stream());
@@ -180,7 +182,7 @@ std::tuple<Tensor, Tensor> exit_layer(
 }
 
 // exited int32 [layers] and similarities fp32 [layers, T]; returns the number of layers.
-int check_exits(const Check& check, const Tensor& exited, const Tensor& similarities, int rows) {
+int check_exits(Check& check, const Tensor& exited, const Tensor& similarities, int rows) {
   check.tensor("exited", exited, ScalarType::Int, {kAny});
   const int layers = check.size("layers of exited", exited.size(0));
   check.tensor("similarities", similarities, ScalarType::Float, {layers, rows});
@@ -199,7 +201,7 @@ Tensor dual_layer(
     const OptionalTensor& o_bias, const OptionalTensor& q_norm, const OptionalTensor& k_norm,
     const OptionalTensor& query_scale, std::optional<double> softmax_scale, std::optional<int64_t> sliding_window,
     const OptionalTensor& kv_valid) {
-  const Check check("dual_layer", "hidden", hidden);
+  Check check("dual_layer", "hidden", hidden);
   const ScalarType type = hidden.scalar_type();
   DualLayerArgs args{};
   fill_block(check,
@@ -225,6 +227,7 @@ Tensor dual_layer(
                    .thresholds = data<float>(thresholds), .min_layers = data<int32_t>(min_layers),
                    .limit = data<int32_t>(limit), .exited = mutable_data<int32_t>(exited),
                    .similarities = mutable_data<float>(similarities)};
+  check.written({"exited", "similarities", "k_cache", "v_cache"});
   const Tensor out = new_out(hidden, args.block);
   args.exit_layer.out = args.block.out;
   launch(check, [&] { cpu::launch_dual_layer(args, kParallel); }, [&](auto& gpu) {
@@ -237,7 +240,7 @@ void advance(const Tensor& before, const Tensor& after, const Tensor& tokens, co
              const Tensor& stop_tokens, const Tensor& hidden, const Tensor& slots, const Tensor& positions,
              const Tensor& draw_positions, const Tensor& remaining, const Tensor& exited, const Tensor& similarities,
              const Tensor& step, const Tensor& records) {
-  const Check check("advance", "before", before);
+  Check check("advance", "before", before);
   const ScalarType type = before.scalar_type();
   AdvanceArgs args{};
   args.dtype = check.model_dtype("before", type);
@@ -258,6 +261,7 @@ void advance(const Tensor& before, const Tensor& after, const Tensor& tokens, co
   args.layers = check_exits(check, exited, similarities, rows);
   check.tensor("step", step, ScalarType::Int, {1});
   // The host reads the records while the GPU works: there they are memory of the host.
+  check.defined("records", records);
   check.require(records.is_cpu(), "records is on ", device_of(records), ", expected cpu");
   const int record = check.size("the size of a record", 2 + rows + args.layers * (int64_t)rows);
   check.content("records", records, ScalarType::Int, {kAny, record});
@@ -277,6 +281,9 @@ void advance(const Tensor& before, const Tensor& after, const Tensor& tokens, co
   args.similarities = mutable_data<float>(similarities);
   args.step = mutable_data<int32_t>(step);
   args.records = mutable_data<int32_t>(records);
+  check.written({"hidden", "slots", "positions", "draw_positions", "remaining", "exited", "similarities", "step",
+                 "records"},
+                "before");  // of a network of one layer, whose input `hidden` is
   if (!check.on_cuda()) check.in_place("step", 0, *args.step, 0, INT32_MAX - 1);
   launch(check, [&] { cpu::launch_advance(args, kParallel); }, [&](auto& gpu) {
     check.require(cuda::is_pinned(args.records), "records is not in pinned memory, expected a pinned CPU tensor ",

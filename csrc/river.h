@@ -15,6 +15,8 @@ constexpr int kTileCols = 64;     // 512 B of nibbles, then (fp16 scale, fp16 ze
 constexpr int kTileBytes = 576;
 constexpr int kMaxHeadDim = 256;
 constexpr int kMaxGroup = 64;     // query heads per KV head
+constexpr int kNoToken = -1;      // of a row of which a logit is NaN or infinite
+constexpr int kInactive = -1, kFailed = -2;  // in a record, in place of a token: slot -1; no token was drawn
 
 enum class DType { kFloat32, kBFloat16, kFloat16 };
 
@@ -98,14 +100,14 @@ struct AdvanceArgs {
   const void* embed_tokens;     // [vocab, hidden]
   const int64_t* stop_tokens;   // [num_stop_tokens]
   void* hidden;                 // [T, hidden]: the embedding of an active row's token
-  int32_t *slots, *positions;   // [T]: -1 after a row's last token; one further
+  int32_t *slots, *positions;   // [T]: -1 after a row's last token, or without one; one further
   int32_t* draw_positions;      // [T]: positions + 1
   int32_t* remaining;           // [T], tokens that a row may still draw
   int32_t* exited;              // [layers]: zeros after
   float* similarities;          // [layers, T]
   int32_t* step;                // [1], steps taken
   int32_t* records;             // [num_records, 2 + T + layers * T]: stamp = number of the step from 1, written last;
-                                // exit depth; tokens, -1 = inactive; similarities as fp32
+                                // exit depth; tokens, kInactive or kFailed; similarities as fp32
 };
 
 struct StateSimilarityArgs {
@@ -123,7 +125,7 @@ struct LmHeadArgs {
   const float* temperature;            // [T] or null = greedy
   const int64_t* seeds;                // [T] or null
   const int32_t* positions;            // [T] or null
-  int64_t* tokens;                     // [T]
+  int64_t* tokens;                     // [T], or kNoToken
   float* logits;                       // [T, vocab] or null
 };
 

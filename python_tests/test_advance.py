@@ -98,14 +98,22 @@ def test_steps_follow_each_other_until_no_row_is_left():
     assert sorted(s.records[:, 0].tolist()) == [8, 9, 10, 11, 12]
 
 
-@pytest.mark.parametrize("token", [-1, VOCAB, 1 << 40, -(1 << 40)])
-def test_a_token_without_embedding_leaves_hidden(token):
-    s = State()
-    s.tokens[0] = token
-    s.stop_tokens[1:] = 1
-    before = s.hidden[0].clone()
+@pytest.mark.parametrize("token", [-1, VOCAB, 1 << 40, -(1 << 40), 2**32 + 5, -(2**63)])
+def test_a_row_without_a_token_ends(token):
+    """Its record says so, which is not what it says of an inactive row; its embedding is not read."""
+    s, expected, old = State(), State(), State()
+    s.tokens[0] = expected.tokens[0] = token
+    s.stop_tokens[:] = expected.stop_tokens[:] = 1
     s.advance()
-    assert torch.equal(s.hidden[0], before) and s.positions[0] == 11 and s.slots[0] == 2
+    expected.advance(reference)
+    assert s.record(0)[2] == [-2, -1, 9, 49]
+    assert torch.equal(s.hidden[0], old.hidden[0]) and s.positions[0] == 11
+    assert s.slots.tolist() == [-1, -1, 0, -1]
+    for name in ("hidden", "slots", "positions", "draw_positions", "remaining", "exited", "step"):
+        assert torch.equal(getattr(s, name), getattr(expected, name)), name
+    assert s.record(0)[:3] == expected.record(0)[:3]
+    s.advance()
+    assert s.record(1)[2] == [-1, -1, 9, -1]
 
 
 def test_bad_arguments():

@@ -292,3 +292,48 @@ def test_lm_head_ties_go_to_the_lowest_id(kernels):
     assert kernels.lm_head(hidden, norm, weight, 1e-5)[0].tolist() == [0, 0]
     weight[[77, 200, 299]] = 1
     assert kernels.lm_head(hidden, norm, weight, 1e-5)[0].tolist() == [77, 77]
+
+
+@pytest.mark.parametrize("rows", [1, 8])
+def test_lm_head_without_finite_logits_has_no_token(kernels, rows):
+    g = torch.Generator().manual_seed(rows)
+    norm, weight = torch.ones(128).bfloat16(), (torch.randn(515, 128, generator=g) * 0.3).bfloat16()
+    draw = {
+        "temperature": torch.tensor([0.8, 0.0] * 4)[:rows],
+        "seeds": torch.arange(rows),
+        "positions": int32(list(range(rows))),
+    }
+    nan, inf = float("nan"), float("inf")
+    for value, column, entry in ((nan, 3, 0.5), (inf, 127, 0.5), (1.0, 0, inf), (1.0, 0, -inf)):
+        hidden = torch.randn(rows, 128, generator=g).bfloat16()
+        hidden[:, column] = 0
+        hidden[-1, column] = value  # the last row alone
+        for row, healthy in ((entry, 0.5), (0.5, entry)):
+            changed = weight.clone()
+            changed[514, column] = row
+            changed[17, column] = healthy
+            for options in ({}, draw, {"return_logits": False}):
+                tokens = kernels.lm_head(hidden, norm, changed, 1e-5, **options)[0]
+                assert torch.equal(tokens, reference.lm_head(hidden, norm, changed, 1e-5, **options)[0])
+                assert tokens[-1] == -1
+
+
+@pytest.mark.parametrize("token", [-1, 40, 2**40, -(2**63)])
+def test_advance_ends_a_row_without_a_token(kernels, token):
+    g, results = torch.Generator().manual_seed(0), []
+    before, after, hidden = (torch.randn(3, 64, generator=g).bfloat16() for _ in range(3))
+    embed = torch.randn(40, 64, generator=g).bfloat16()
+    for module in (kernels, reference):
+        written = {
+            "hidden": hidden.clone(), "slots": int32([0, -1, 2]), "positions": int32([4, 5, 6]),
+            "draw_positions": int32([5, 6, 7]), "remaining": int32([9, 9, 9]), "exited": int32([0, 1]),
+            "similarities": torch.ones(2, 3), "step": int32([0]),
+            "records": torch.full((2, 2 + 3 + 6), -9, dtype=torch.int32),
+        }  # fmt: skip
+        tokens = torch.tensor([token, 7, 39])
+        module.advance(before, after, tokens, embed, torch.tensor([5]), *written.values())
+        results.append(written)
+    ours, theirs = results
+    assert all(torch.equal(ours[name], theirs[name]) for name in ours)
+    assert ours["records"][0, 2:5].tolist() == [-2, -1, 39] and ours["slots"].tolist() == [-1, -1, 2]
+    assert torch.equal(ours["hidden"][:2], hidden[:2])

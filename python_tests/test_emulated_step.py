@@ -37,7 +37,7 @@ class Steps:
         self.records = torch.zeros(STEPS, 2 + rows + LAYERS * rows, dtype=torch.int32)
         self.sampled = {
             "temperature": torch.tensor([0.0 if row % 2 else 0.9 for row in range(rows)]),
-            "seeds": torch.arange(rows),
+            "seeds": torch.arange(rows) + 10,
             "positions": self.draw_positions,
         }
 

@@ -65,14 +65,17 @@ def test_ties_over_threads_go_to_the_lowest_id():
         torch.set_num_threads(threads)
 
 
-def test_nan_logits_lose():
-    hidden, norm, weight = inputs(torch.float32)
-    weight[5] = float("nan")
-    tokens, logits = ops.lm_head(hidden, norm, weight, 1e-5)
-    assert logits[:, 5].isnan().all() and (tokens != 5).all()
-    assert torch.equal(tokens, reference.lm_head(hidden, norm, weight, 1e-5)[0])
-    weight[:] = float("nan")
-    assert (ops.lm_head(hidden, norm, weight, 1e-5)[0] == 0).all()
+@pytest.mark.parametrize("place", [0, 5000, 16383])
+def test_one_thread_sees_the_logit_that_is_not_finite(place):
+    hidden, norm, weight = inputs(torch.bfloat16, vocab=16384)
+    weight[place] = float("nan")
+    threads = torch.get_num_threads()
+    try:
+        for count in (1, 2, 8):
+            torch.set_num_threads(count)
+            assert (ops.lm_head(hidden, norm, weight, 1e-5, return_logits=False)[0] == -1).all()
+    finally:
+        torch.set_num_threads(threads)
 
 
 def sampling(rows, temperature, seeds, positions):
@@ -120,14 +123,35 @@ def test_sampling_distribution():
     assert ((counts - expected) ** 2 / expected).sum() < 35  # 11 degrees of freedom: 1 in 4,000
 
 
-def test_philox_known_answer():
-    """The published known-answer vectors of Philox4x32-10 (Random123, kat_vectors)."""
-    zero = torch.zeros(1, dtype=torch.int64)
-    words = [int(w) for w in reference.philox(0, (zero, 0, 0, 0))]
-    assert words == [0x6627E8D5, 0xE169C58D, 0xBC57AC4C, 0x9B00DBD8]
-    ones = 0xFFFFFFFF
-    words = [int(w) for w in reference.philox(-1, (zero + ones, ones, ones, ones))]
-    assert words == [0x408F276D, 0x41C83B0E, 0xA20BC7C6, 0x6D5451FD]
+def broken(kind):
+    """Inputs in which rows 2 and 5 have a logit that is no number, or an infinite one."""
+    hidden, norm, weight = inputs(torch.float32)
+    hidden[:, -1] = 0
+    hidden[[2, 5], -1] = {"nan": float("nan"), "inf": float("inf")}.get(kind, 1.0)
+    if kind == "overflow":  # every number is finite
+        norm[-1] = weight[300, -1] = 1e30
+    elif kind == "one logit":
+        weight[7, -1] = -float("inf")
+        hidden[[0, 1, 3, 4, 6, 7], -1] = 1e-30  # and every other row too
+    return hidden, norm, weight
+
+
+BROKEN = {"nan": [2, 5], "inf": [2, 5], "overflow": [2, 5], "one logit": list(range(8))}
+
+
+@pytest.mark.parametrize("kind", BROKEN)
+def test_a_row_without_finite_logits_has_no_token(kind, isa):
+    hidden, norm, weight = broken(kind)
+    healthy = [row for row in range(8) if row not in BROKEN[kind]]
+    draw = sampling(8, 0.8, list(range(8)), [4] * 8)
+    for options in ({}, draw, {"return_logits": False}, draw | {"return_logits": False}):
+        tokens, _ = ops.lm_head(hidden, norm, weight, 1e-5, **options)
+        assert (tokens[BROKEN[kind]] == -1).all() and (tokens[healthy] >= 0).all()
+        assert torch.equal(tokens, reference.lm_head(hidden, norm, weight, 1e-5, **options)[0])
+        for row in range(8):
+            own = {k: v[row : row + 1] if isinstance(v, torch.Tensor) else v for k, v in options.items()}
+            alone = ops.lm_head(hidden[row : row + 1], norm, weight, 1e-5, **own)[0]
+            assert alone.tolist() == tokens[row : row + 1].tolist()
 
 
 def test_bad_arguments():

@@ -58,10 +58,22 @@ def test_filters_of_a_large_vocabulary_rank_it_all(spread, options):
     assert len(got) == len(order) or before[len(got)] >= sampling.top_p - slack
 
 
-def test_filters_cope_with_nan_and_infinite_logits():
-    assert finite([math.nan, 1.0, -math.inf], temperature=1.0, top_k=2) == [1]
-    assert draw(torch.tensor([math.nan, 1.0, 0.5]), Sampling(1.0, top_k=2), 0, 0) in (1, 2)
-    assert draw(torch.full((4,), -math.inf), Sampling(1.0, top_k=2), 0, 0) == 0
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"temperature": 1.0}, {"temperature": 1.0, "top_k": 2}, {"temperature": 1.0, "top_p": 0.9}],
+)
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_a_row_without_finite_logits_has_no_token(value, options):
+    network = random_model().network
+    hidden = network.embed(torch.arange(8) + 20)
+    seeds, positions = torch.arange(8), torch.full((8,), 3, dtype=torch.int32)
+    expected, _ = next_tokens(network, hidden, Sampling(**options), seeds, positions)
+    hidden[[1, 6], 5] = value
+    expected[[1, 6]] = -1
+    for return_logits in (False, True):
+        tokens, logits = next_tokens(network, hidden, Sampling(**options), seeds, positions, return_logits)
+        assert torch.equal(tokens, expected)
+        assert (logits is not None) == return_logits
 
 
 def chi_square(counts, probabilities):

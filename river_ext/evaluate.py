@@ -10,7 +10,7 @@ import math
 import statistics
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass, field
-from itertools import zip_longest
+from itertools import chain, zip_longest
 
 import torch
 from rich.table import Table
@@ -148,6 +148,8 @@ def evaluate(
             model.generate(prompts, return_logits=divergence, **options, **setting.options)
             for setting in settings
         ]
+        for output in chain.from_iterable(outputs):
+            output.checked()
         for tally, output in zip(tallies, outputs, strict=True):
             tally.add(batch, output, outputs[0])
             if divergence:

@@ -16,7 +16,7 @@ from .prefill import prefill
 from .request import Options, Plan, exit_rule, integer, is_batch, plan, prefill_policy, prompt_tokens
 from .sampling import Sampling
 from .sequence import GenerationOutput, Sequence
-from .step import Rows, decode_step
+from .step import Rows, decode_step, not_finite
 from .text import Text, TextStream
 
 
@@ -38,12 +38,12 @@ class Score(NamedTuple):
 def generate(
     network: Network, text: Text | None, prompt, options: Options
 ) -> GenerationOutput | list[GenerationOutput]:
-    """One output for one prompt, a list for a list."""
+    """One output for one prompt, a list for a list; an error of one prompt alone is raised."""
     sequences = _sequences(text, plan(network.config, text, prompt, options))
     for _ in run(network, sequences):
         pass
     outputs = [sequence.output() for sequence in sequences]
-    return outputs if is_batch(prompt) else outputs[0]
+    return outputs if is_batch(prompt) else outputs[0].checked()
 
 
 class Stream:
@@ -60,6 +60,9 @@ class Stream:
 
     def __next__(self) -> Piece:
         sequence = next(self._run)
+        if sequence.error:
+            self._run.close()
+            raise RiverError(sequence.error)
         return Piece(sequence.news, sequence.tokens[-1], sequence.exit_depths[-1])
 
     @property
@@ -76,7 +79,7 @@ def _sequences(text: Text | None, plan: Plan) -> list[Sequence]:
 
 
 def run(network: Network, sequences: list[Sequence]) -> Iterator[Sequence]:
-    """Generates; yields a sequence whenever it has a new token."""
+    """Generates; yields a sequence whenever it has a new token, or an error in place of one."""
     plan = sequences[0].plan
     # the last new token is never fed back
     max_len = max(map(len, plan.prompts)) + plan.max_new_tokens - 1
@@ -147,4 +150,7 @@ def score(network: Network, tokens, prompt_length: int, options: Options) -> Sco
     for position in range(prompt_length, len(tokens) - 1):
         rows = Rows.of([tokens[position]], [0], [position], [0], rule, cache)
         steps.append(decode_step(network, cache, rows, greedy, return_logits=True))
+    for position, step in enumerate(steps, start=prompt_length):
+        if step.tokens.item() < 0:
+            raise RiverError(not_finite(network.dtype, position, step.similarities[0]))
     return Score(torch.cat([step.logits for step in steps]), [step.exit_depths[0] for step in steps])

@@ -15,7 +15,6 @@ from . import ops, w4
 from .cache import KVCache
 from .config import ModelConfig
 from .network import Layer, Network, Rope
-from .reference import rms_norm, rotate
 from .weights import DecoderBlockWeights, ExitLayerWeights
 
 CHUNK_ROWS = 512  # rows that go through a layer together
@@ -148,6 +147,20 @@ def causal_attention(
         attended = (weights.view(kv_heads, group * n, -1) @ v).view(kv_heads, group, n, head_dim)
         out[begin : begin + n] = attended.permute(2, 0, 1, 3).flatten(1, 2)
     return out
+
+
+def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """x * rsqrt(mean(x^2) + eps) * weight over the last dim in fp32, in x's dtype."""
+    x32 = x.float()
+    return (x32 * torch.rsqrt(x32.square().mean(-1, keepdim=True) + eps) * weight.float()).to(x.dtype)
+
+
+def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """RoPE of fp32 x [rows, heads, head_dim] with cos and sin [rows, rotary_dim / 2]."""
+    half = cos.shape[-1]
+    cos, sin = cos[:, None], sin[:, None]
+    lo, hi = x[..., :half], x[..., half : 2 * half]
+    return torch.cat([lo * cos - hi * sin, hi * cos + lo * sin, x[..., 2 * half :]], dim=-1)
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:

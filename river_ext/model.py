@@ -15,6 +15,7 @@ from .network import Network
 from .request import Options
 from .sequence import GenerationOutput
 from .text import Text
+from .threads import in_own_thread
 from .weights import ExitLayerWeights, ModelWeights
 
 DEMO = Path(__file__).parent / "demo"
@@ -33,8 +34,17 @@ def load(
         device: "cpu", "cuda", or "auto": a GPU if there is one and this build has kernels for it.
         dtype: "bfloat16", "float16", on the CPU also "float32"; "auto" takes the checkpoint's.
         river: a directory that `Model.save_river` wrote for this checkpoint; None quantises the backbone now.
+
+    On the CPU a process may be forked after it has loaded a model, and its children generate. After it has
+    generated itself, OpenMP's threads are missing in its children: there, call `torch.set_num_threads(1)`
+    first, or generate in a new `threading.Thread`.
     """
     device = choose_device(device)
+    # with a GPU, forks are out of the question, and the current device and stream are the calling thread's
+    return (in_own_thread(_load) if device.type == "cpu" else _load)(path, device, dtype, river)
+
+
+def _load(path, device: torch.device, dtype, river) -> "Model":
     checkpoint = load_checkpoint(DEMO if path is None else path, dtype=dtype, device=device)
     config, weights = checkpoint.config, checkpoint.weights
     if river is None:
@@ -96,6 +106,10 @@ class Model:
     ) -> GenerationOutput | list[GenerationOutput]:
         """Continues one prompt, or up to 8 together.
 
+        A prompt whose logits become NaN or infinite (float16 may overflow) gets no more tokens. Alone it
+        raises RiverError; in a list, its output has finish_reason "error" and says why in `error`, and the
+        others go on.
+
         Args:
             prompt: text, a list of token ids, or a list of either; a list of prompts gives a list of outputs.
             max_new_tokens: prompt and new tokens must fit the model's positions.
@@ -130,7 +144,7 @@ class Model:
 
         The texts joined are the text that `generate` gives, and the stream's `output` is what it returns. A
         character that spans several tokens comes with its last one; what may be the beginning of a stop
-        string is held back until it is certain.
+        string is held back until it is certain. An error is raised in place of the next piece.
         """
         return Stream(self.network, self.text, prompt, Options(**options))
 

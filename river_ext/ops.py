@@ -1,10 +1,11 @@
-"""The torch ops, `torch.ops.river.*`, with their contracts and fake kernels.
+"""The torch ops, `torch.ops.river.*`, with their contracts.
 
 Every function here calls the registered op of the same name (csrc/ops*.cpp) and has a plain fp32 twin
 of the same name and arguments in `reference.py`. All tensors are contiguous and on one device; T is
 the number of rows (tokens in flight), 1 <= T <= 8. The model dtype is bfloat16 or float16 (CPU: also
-float32). A bad argument raises RuntimeError with one line that names the value and what is accepted.
-The ops are for inference: they have no autograd.
+float32). A bad argument raises RuntimeError with one line that names the value and what is accepted. Memory
+that an op writes belongs to one of its tensors alone: an overlap with any other is refused.
+The ops are for inference: what they return for inputs that require grad raises in backward().
 
 On CUDA the ops run on the current stream and never wait for it, so that CUDA graphs can hold them:
 run each op once on the stream before capturing it. They cannot look at what tensors hold, then: slots,
@@ -16,14 +17,16 @@ of 8 there, and tensors that are read 16 bytes at a time are aligned to 16 bytes
 import torch
 from torch import Tensor
 
-from . import _C  # noqa: F401  (importing it registers torch.ops.river.*)
+from . import _C  # importing it registers torch.ops.river.*
+from .registration import packed_shape as packed_shape
+from .registration import register
 
 MAX_ROWS: int = _C.MAX_ROWS
 TILE_ROWS: int = _C.TILE_ROWS
 TILE_COLS: int = _C.TILE_COLS
 TILE_BYTES: int = _C.TILE_BYTES
 
-_river = torch.ops.river
+_river = register()
 
 
 def decoder_block(
@@ -226,12 +229,13 @@ def advance(
 
     Args:
         before, after: [T, hidden_size], input and output of the last layer; hidden_size is a multiple of 16.
+            `before` may be `hidden` itself, as it is in a network of one layer.
         tokens: [T] int64, drawn from `after`.
         embed_tokens: [vocab_size, hidden_size].
         stop_tokens: [any number] int64, tokens that end a row; unused entries are -1.
-        hidden: [T, hidden_size]; an active row gets its token's embedding, unless there is none.
-        slots, positions: [T] int32. An active row moves one position on; after its last token its slot
-            becomes -1.
+        hidden: [T, hidden_size]; an active row gets its token's embedding.
+        slots, positions: [T] int32. An active row moves one position on; after its last token, or a number
+            that is no token's (-1 from `lm_head`), its slot becomes -1.
         draw_positions: [T] int32, becomes positions + 1 in active rows: where the next token is drawn.
         remaining: [T] int32, tokens that a row may still draw; one less in active rows, and the end at 0.
         exited: [layers] int32, what `dual_layer` wrote; becomes 0.
@@ -239,8 +243,9 @@ def advance(
         step: [1] int32, steps taken; one more.
         records: [any number, 2 + T + layers * T] int32, on the CPU, and pinned where the others are on CUDA.
             Entry step % records is written: the number of the step from 1; the exit depth; tokens, -1 in
-            inactive rows; the bits of similarities, of which those of exit layers and of inactive rows may
-            hold anything. The number is written last, so that the host may poll it.
+            inactive rows and -2 where an active one drew none; the bits of similarities, of which those of
+            exit layers and of inactive rows may hold anything. The number is written last, so that the host
+            may poll it.
     """
     _river.advance(
         before, after, tokens, embed_tokens, stop_tokens, hidden, slots, positions, draw_positions, remaining,
@@ -296,7 +301,8 @@ def lm_head(
     A token is the argmax of its logits, ties to the lowest id. With temperature [T] fp32, seeds [T] int64
     and positions [T] int32 (all three), rows with temperature > 0 sample instead: the argmax of
     logits / temperature + Gumbel noise (see `reference.gumbel`), which draws from
-    softmax(logits / temperature). `positions` is that of the token being drawn. A NaN logit counts as -inf.
+    softmax(logits / temperature). `positions` is that of the token being drawn. A row of which a logit is NaN
+    or infinite has no token: -1.
     """
     return _river.lm_head(hidden, norm, weight, rms_norm_eps, return_logits, temperature, seeds, positions)
 
@@ -335,100 +341,3 @@ def unpack_w4(
 def dequantize_w4(packed: Tensor, out_features: int, in_features: int, dtype: torch.dtype) -> Tensor:
     """The packed weight as dense [out_features, in_features]: (q - zero) * scale in fp32, then rounded."""
     return _river.dequantize_w4(packed, out_features, in_features, dtype)
-
-
-def packed_shape(out_features: int, in_features: int) -> tuple[int, int, int]:
-    """Shape of the packed form of a weight."""
-    return (-(-out_features // TILE_ROWS), -(-in_features // TILE_COLS), TILE_BYTES)
-
-
-def _fake(name: str, on_host: tuple[int, ...] = ()):
-    """Registers the fake kernel of an op.
-
-    Torch also takes it when one argument alone has no data, so it insists that all tensors are on one device:
-    else the op would return memory that nobody wrote. The arguments at the places `on_host` are on the CPU
-    beside tensors of any device.
-    """
-
-    def register(fake):
-        @torch.library.register_fake(f"river::{name}")
-        def checked(*args):
-            first, *others = (a for i, a in enumerate(args) if isinstance(a, Tensor) and i not in on_host)
-            for other in others:
-                if other.device != first.device:
-                    raise RuntimeError(
-                        f"river::{name}: tensors on {first.device} and {other.device}, expected one device"
-                    )
-            for i in on_host:
-                if args[i].device.type != "cpu":
-                    raise RuntimeError(f"river::{name}: argument {i} is on {args[i].device}, expected cpu")
-            return fake(*args)
-
-    return register
-
-
-@_fake("decoder_block")
-def _(hidden, *args):
-    return torch.empty_like(hidden), hidden.new_empty(hidden.shape[0], dtype=torch.float32)
-
-
-@_fake("exit_layer")
-def _(hidden, *args):
-    return torch.empty_like(hidden), hidden.new_empty(hidden.shape[0], dtype=torch.float32)
-
-
-@_fake("dual_layer")
-def _(index, hidden, *args):
-    return torch.empty_like(hidden)
-
-
-@_fake("advance", on_host=(13,))
-def _(*args):
-    return None
-
-
-@_fake("state_similarity")
-def _(x, y):
-    return x.new_empty(x.shape[0], dtype=torch.float32)
-
-
-@_fake("decode_attention")
-def _(query, *args):
-    return torch.empty_like(query)
-
-
-@_fake("lm_head")
-def _(hidden, norm, weight, rms_norm_eps, return_logits=True, *args):
-    rows = hidden.shape[0]
-    logits = hidden.new_empty(rows if return_logits else 0, weight.shape[0], dtype=torch.float32)
-    return hidden.new_empty(rows, dtype=torch.int64), logits
-
-
-@_fake("linear")
-def _(x, weight, bias=None):
-    return x.new_empty(x.shape[0], weight.shape[0])
-
-
-@_fake("linear_w4")
-def _(x, weight, out_features, bias=None):
-    return x.new_empty(x.shape[0], out_features)
-
-
-@_fake("pack_w4")
-def _(q, scale, zero):
-    return q.new_empty(packed_shape(*q.shape))
-
-
-@_fake("unpack_w4")
-def _(packed, out_features, in_features, group_size=64):
-    groups = -(-in_features // group_size)
-    return (
-        packed.new_empty(out_features, in_features),
-        packed.new_empty(out_features, groups, dtype=torch.float16),
-        packed.new_empty(out_features, groups, dtype=torch.float16),
-    )
-
-
-@_fake("dequantize_w4")
-def _(packed, out_features, in_features, dtype):
-    return packed.new_empty(out_features, in_features, dtype=dtype)

@@ -159,14 +159,15 @@ def advance(
         similarities[-1, active] = state_similarity(before, after)[active]
     record = records[number % len(records)]
     record[1] = next((index for index, exit in enumerate(exited.tolist()) if exit), layers)
-    record[2 : 2 + rows] = torch.where(active, tokens, -1)
+    drawn = (tokens >= 0) & (tokens < len(embed_tokens))
+    record[2 : 2 + rows] = torch.where(active, torch.where(drawn, tokens, -2), -1)
     record[2 + rows :] = similarities.flatten().view(torch.int32)
-    known = active & (tokens >= 0) & (tokens < len(embed_tokens))
+    known = active & drawn
     hidden[known] = embed_tokens[tokens[known]]
     positions += active
     draw_positions[active] = positions[active] + 1
     remaining -= active.int()
-    slots[active & ((remaining <= 0) | torch.isin(tokens, stop_tokens))] = -1
+    slots[active & ((remaining <= 0) | ~drawn | torch.isin(tokens, stop_tokens))] = -1
     exited.zero_()
     step += 1
     record[0] = number + 1  # last of all: the host polls it
@@ -200,7 +201,7 @@ def lm_head(
     hidden, norm, weight, rms_norm_eps, *, return_logits=True, temperature=None, seeds=None, positions=None
 ):
     logits = rms_norm(hidden, norm, rms_norm_eps).float() @ weight.float().T
-    keys = torch.where(logits.isnan(), float("-inf"), logits)
+    keys = logits
     if temperature is not None:
         noise = torch.stack([
             gumbel(seed, position, torch.arange(weight.shape[0]))
@@ -212,6 +213,7 @@ def lm_head(
     best = keys.amax(-1, keepdim=True)
     ids = torch.arange(keys.shape[1], device=keys.device)
     tokens = torch.where(keys == best, ids, keys.shape[1]).amin(-1)
+    tokens = torch.where(logits.isfinite().all(-1), tokens, -1)
     return tokens, logits if return_logits else logits[:0]
 
 
@@ -237,12 +239,48 @@ def _mulhilo(a: int, b: Tensor) -> tuple[Tensor, Tensor]:
 def gumbel(seed: int, position: int, tokens: Tensor, purpose: int = 0) -> Tensor:
     """Gumbel noise of token ids [n] in one draw: a function of (seed, position, purpose, token id) only.
 
-    Token id v takes word v % 4 of Philox counter (v / 4, position, purpose, 0);
-    u = (word / 512 + 0.5) / 2^23 is exact in fp32 and strictly between 0 and 1.
+    Token id v takes word v % 4 of Philox counter (v / 4, position, purpose, 0).
     """
     words = torch.stack(philox(seed, (tokens // 4, position, purpose, 0)), -1)
-    u = ((words.gather(-1, tokens[:, None] % 4).flatten() >> 9).float() + 0.5) * 2.0**-23
-    return -torch.log(-torch.log(u))
+    return gumbel_of(words.gather(-1, tokens[:, None] % 4).flatten())
+
+
+def gumbel_of(words: Tensor) -> Tensor:
+    """-log(-log(1 - v)) for v = (word + 1/2) / 2^32 of int64 words, from -3.13 to 22.87.
+
+    Every sum and product is one of IEEE fp32, rounded once, so that all backends give these very bits. v has
+    the precision where it counts: large noise comes from small v, where 1 - v would round to 1.
+    """
+    v, rest_of_v = ((w.float() + 0.5) * 2.0**-32 for w in (words, 0xFFFFFFFF - words))
+    rest, exponent = _reduced(rest_of_v)
+    return -_log_of(*_reduced(-_log_of(torch.where(exponent == 0, -v, rest), exponent)))
+
+
+SQRT_HALF = 0x3F3504F3  # as fp32
+# log(1 + f) ~ f - f^2 / 2 + f^3 * polynomial, highest power first (Cephes, logf)
+LOG_POLYNOMIAL = (
+    7.0376836292e-2, -1.1514610310e-1, 1.1676998740e-1, -1.2420140846e-1, 1.4249322787e-1,
+    -1.6668057665e-1, 2.0000714765e-1, -2.4999993993e-1, 3.3333331174e-1,
+)  # fmt: skip
+LOG_2 = 0.693359375, -2.12194440e-4  # the first has few bits, so that its multiples are exact
+
+
+def _reduced(x: Tensor) -> tuple[Tensor, Tensor]:
+    """(f, e) in fp32 with x = (1 + f) * 2^e and 1 + f from sqrt(1/2) to sqrt(2)."""
+    shifted = x.view(torch.int32) - SQRT_HALF
+    return ((shifted & 0x7FFFFF) + SQRT_HALF).view(torch.float32) - 1, (shifted >> 23).float()
+
+
+def _log_of(f: Tensor, e: Tensor) -> Tensor:
+    square = f * f
+    p = torch.full_like(f, LOG_POLYNOMIAL[0])
+    for coefficient in LOG_POLYNOMIAL[1:]:
+        p = p * f
+        p = p + coefficient
+    p = p * f * square
+    p = p + e * LOG_2[1]
+    p = p - 0.5 * square
+    return f + p + e * LOG_2[0]
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:

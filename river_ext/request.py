@@ -5,6 +5,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from numbers import Integral, Real
 
+import torch
+
 from . import ops
 from .config import ModelConfig
 from .errors import RiverError
@@ -53,6 +55,7 @@ class Plan:
     stop_tokens: frozenset[int]
     return_logits: bool
     exit_control: str
+    dtype: torch.dtype  # of the model
 
     @property
     def needs_logits(self) -> bool:
@@ -94,6 +97,7 @@ def plan(config: ModelConfig, text: Text | None, prompt, options: Options) -> Pl
         stop_tokens=frozenset(token_ids("stop_tokens", stop_tokens, config)),
         return_logits=bool(options.return_logits),
         exit_control=options.exit_control,
+        dtype=config.dtype,
     )
     check_exit_control(checked)
     return checked

@@ -2,7 +2,7 @@
 
 Sampling is Gumbel-max: the argmax of logits / temperature + noise, the noise being a function of
 (seed, position of the token drawn, token id) alone. The same seed and prompt give the same tokens in
-any batch. Ties go to the lowest id.
+any batch. Ties go to the lowest id. A row of which a logit is NaN or infinite has no token: -1.
 """
 
 from dataclasses import dataclass
@@ -12,7 +12,6 @@ from torch import Tensor
 
 from . import ops
 from .network import Network
-from .reference import gumbel
 
 FIRST_RANKED = 1024  # tokens that top_p looks at before it looks at all
 
@@ -39,7 +38,8 @@ def next_tokens(
     """Final norm, head and choice of a token per row.
 
     hidden is [T, hidden_size], seeds int64 [T], positions int32 [T] those of the tokens that are drawn.
-    Returns tokens int64 [T] and, if asked for, fp32 logits [T, vocab_size] (before any filter).
+    Returns tokens int64 [T], -1 where a row has none, and, if asked for, fp32 logits [T, vocab_size] (before
+    any filter).
     """
     drawn = {}
     if sampling.temperature > 0 and not sampling.filters:
@@ -54,16 +54,20 @@ def next_tokens(
         **drawn,
     )
     if sampling.filters:
-        rows = zip(logits, seeds.tolist(), positions.tolist(), strict=True)
-        tokens = torch.stack([draw(row, sampling, seed, position) for row, seed, position in rows])
+        rows = zip(tokens, logits, seeds.tolist(), positions.tolist(), (tokens < 0).tolist(), strict=True)
+        tokens = torch.stack([
+            none if failed else draw(row, sampling, seed, position)
+            for none, row, seed, position, failed in rows
+        ])  # fmt: skip
     return tokens, logits if return_logits else None
 
 
 def draw(logits: Tensor, sampling: Sampling, seed: int, position: int) -> Tensor:
-    """One token from filtered fp32 logits [vocab_size], as an int64 scalar tensor."""
-    logits = torch.where(logits.isnan(), float("-inf"), logits) / max(sampling.temperature, 1e-30)
+    """One token from filtered fp32 logits [vocab_size], all finite, as an int64 scalar tensor."""
+    logits = logits / max(sampling.temperature, 1e-30)
     tokens = filtered(logits, sampling)
-    scores = logits[tokens] + gumbel(seed, position, tokens.cpu()).to(logits.device)
+    noise = torch.from_numpy(ops._C.gumbel(seed, position, tokens.cpu().numpy()))
+    scores = logits[tokens] + noise.to(logits.device)
     best = (scores == scores.max()).nonzero()[0, 0]  # argmax does not promise the lowest id among ties
     return tokens[best]
 

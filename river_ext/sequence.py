@@ -5,8 +5,9 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from .errors import RiverError
 from .request import Plan
-from .step import StepOutput
+from .step import StepOutput, not_finite
 from .text import TextStream
 
 
@@ -28,9 +29,16 @@ class GenerationOutput:
     tokens: list[int]  # new tokens, a stop token included
     exit_depths: list[int]
     similarities: list[list[float]]  # of the backbone layers that ran
-    finish_reason: str | None  # "stop" or "length"; None in a stream that goes on
+    finish_reason: str | None  # "stop", "length" or "error"; None in a stream that goes on
     stats: Stats
     logits: Tensor | None = None  # fp32 [new tokens, vocab_size], with return_logits
+    error: str | None = None  # why it ended with finish_reason "error"; the tokens before are right
+
+    def checked(self) -> "GenerationOutput":
+        """Itself, or RiverError where it ended with an error."""
+        if self.error:
+            raise RiverError(self.error)
+        return self
 
 
 @dataclass
@@ -47,6 +55,7 @@ class Sequence:
     text: str = ""
     news: str = ""  # what the last token added to the text
     finish_reason: str | None = None
+    error: str | None = None
     prefill_seconds: float = 0.0
     decode_seconds: float = 0.0
 
@@ -56,6 +65,9 @@ class Sequence:
 
     def append(self, token: int, step: StepOutput, row: int) -> None:
         """Takes a new token, its row of the step's output, and decides whether it is the last."""
+        if token < 0:
+            self._fail(step.similarities[row])
+            return
         self.tokens.append(token)
         self.exit_depths.append(step.exit_depths[row])
         self.similarities.append(step.similarities[row])
@@ -74,6 +86,13 @@ class Sequence:
             self.news += self.text_stream.finish()
         self.text += self.news
 
+    def _fail(self, similarities: list[float]) -> None:
+        """Ends without a token, for want of finite logits."""
+        position = len(self.prompt) + len(self.tokens)
+        self.finish_reason, self.error = "error", not_finite(self.plan.dtype, position, similarities)
+        if self.text_stream:
+            self.text += self.text_stream.finish()
+
     def output(self) -> GenerationOutput:
         """What there is; with finish_reason None while more is to come."""
         decoded = max(0, len(self.tokens) - 1)
@@ -87,4 +106,4 @@ class Sequence:
         )
         logits = torch.stack(self.logits) if self.logits else None
         lists = (list(values) for values in (self.tokens, self.exit_depths, self.similarities))
-        return GenerationOutput(self.text, *lists, self.finish_reason, stats, logits)
+        return GenerationOutput(self.text, *lists, self.finish_reason, stats, logits, self.error)

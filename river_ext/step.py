@@ -76,10 +76,28 @@ class Rows:
 class StepOutput:
     """What a step, or a prefill, gives for each of its rows."""
 
-    tokens: Tensor  # int64 [T], the new tokens
+    tokens: Tensor  # int64 [T], the new tokens; negative where a row has none, see not_finite
     logits: Tensor | None  # fp32 [T, vocab_size], if asked for
     exit_depths: list[int]
     similarities: list[list[float]]  # by row: one per backbone layer that it ran
+
+
+WIDER = {
+    torch.float16: "load the model with dtype='bfloat16', or 'float32' on the CPU",
+    torch.bfloat16: "load the model with dtype='float32' on the CPU, or look at the checkpoint's weights",
+    torch.float32: "no dtype is wider, look at the checkpoint's weights",
+}
+
+
+def not_finite(dtype: torch.dtype, position: int, similarities: Sequence[float]) -> str:
+    """Why a row has no token at a position, and what helps: a logit was NaN or infinite.
+
+    Only a vector that is zero or not finite has a similarity of exactly 0, so the first one tells the layer.
+    """
+    layer = next((index for index, similarity in enumerate(similarities) if similarity == 0), None)
+    where = "" if layer is None else f", and so are the hidden states from layer {layer} on"
+    name = str(dtype).removeprefix("torch.")
+    return f"no token at position {position}: its logits are NaN or infinite in {name}{where}; {WIDER[dtype]}"
 
 
 @torch.inference_mode()

@@ -4,76 +4,12 @@
 #include <cmath>
 #include <cstring>
 #include <memory>
-#include <mutex>
 
-#include "kernels.h"
-#include "../philox.h"
+#include "strips.h"
 
 namespace river::cpu {
 
 namespace {
-
-constexpr int64_t kPieceBytes = 64 << 10;  // weights per piece of parallel work; less is not worth a thread
-
-const char* at(const void* p, DType dtype, int64_t i) { return (const char*)p + i * size_of(dtype); }
-char* at(void* p, DType dtype, int64_t i) { return (char*)p + i * size_of(dtype); }
-
-template <class T>
-std::unique_ptr<T[]> scratch(int64_t n) {
-  return std::unique_ptr<T[]>(new T[n]);
-}
-
-// A weight as strips of 16 output rows
-struct Weight {
-  DType dtype;
-  bool packed;
-  const void* data;
-  int64_t rows, cols;
-
-  int64_t strips() const { return ceil_div(rows, kTileRows); }
-  int64_t strip_bytes() const {
-    return packed ? ceil_div(cols, kTileCols) * kTileBytes : kTileRows * cols * size_of(dtype);
-  }
-  int64_t grain() const { return ceil_div(kPieceBytes, strip_bytes()); }
-
-  void strip(int64_t s, const Operand& x, StripOut& out) const {
-    const char* start = (const char*)data + s * strip_bytes();
-    if (packed) kernels().w4_strip(dtype, (const uint8_t*)start, x, out);
-    else kernels().dense_strip(dtype, start, (int)std::min<int64_t>(kTileRows, rows - s * kTileRows), x, out);
-  }
-};
-
-// Activations ready for a Weight
-class Activations {
- public:
-  Activations(DType dtype, bool packed, int rows, int64_t cols)
-      : dtype_(dtype), packed_(packed), operand_{rows, (int)cols, (int)round_up(cols, kTileCols), nullptr, nullptr} {
-    values_ = scratch<float>((int64_t)rows * operand_.padded);
-    sums_ = scratch<float>((int64_t)rows * operand_.padded / kTileCols);
-    operand_.values = values_.get();
-    operand_.sums = sums_.get();
-  }
-  void set(int row, const void* x) { kernels().prepare(dtype_, x, packed_, row, operand_); }
-  const Operand& operand() const { return operand_; }
-
- private:
-  DType dtype_;
-  bool packed_;
-  Operand operand_;
-  std::unique_ptr<float[]> values_, sums_;
-};
-
-// Calls f(first output row, rows in the strip, results) for every strip of the weight
-template <class F>
-void for_strips(const Weight& weight, const Activations& x, const Parallel& parallel, F f) {
-  parallel(weight.strips(), weight.grain(), [&](int64_t begin, int64_t end) {
-    StripOut out;
-    for (int64_t s = begin; s < end; s++) {
-      weight.strip(s, x.operand(), out);
-      f(s * kTileRows, (int)std::min<int64_t>(kTileRows, weight.rows - s * kTileRows), out);
-    }
-  });
-}
 
 // fp32 values of a vector in the model dtype
 std::unique_ptr<float[]> floats(DType dtype, const void* x, int64_t n) {
@@ -405,47 +341,6 @@ void launch_linear(const LinearArgs& a, const Parallel& parallel) {
   }
   linear_into({a.dtype, a.packed, a.weight, a.out_features, a.in_features}, x, a.bias, nullptr, a.out, row_of,
               parallel);
-}
-
-void launch_lm_head(const LmHeadArgs& a, const Parallel& parallel) {
-  Activations x(a.dtype, false, a.rows, a.hidden_size);
-  auto y = scratch<char>(a.hidden_size * size_of(a.dtype));
-  for (int t = 0; t < a.rows; t++) {
-    kernels().rms_norm(a.dtype, at(a.hidden, a.dtype, (int64_t)t * a.hidden_size), a.norm, a.rms_norm_eps,
-                       a.hidden_size, y.get());
-    x.set(t, y.get());
-  }
-  struct Best {
-    float key = -INFINITY;
-    int64_t id = 0;
-    void offer(float key_, int64_t id_) {  // ties to the lowest id, in whatever order the offers come
-      if (key_ > key || (key_ == key && id_ < id)) key = key_, id = id_;
-    }
-  };
-  Best best[kMaxRows];
-  std::mutex mutex;
-  const Weight head{a.dtype, false, a.weight, a.vocab_size, a.hidden_size};
-  parallel(head.strips(), head.grain(), [&](int64_t begin, int64_t end) {
-    Best local[kMaxRows];
-    StripOut logits;
-    for (int64_t s = begin; s < end; s++) {
-      const int64_t first = s * kTileRows;
-      const int count = (int)std::min<int64_t>(kTileRows, a.vocab_size - first);
-      head.strip(s, x.operand(), logits);
-      for (int t = 0; t < a.rows; t++) {
-        if (a.logits) memcpy(a.logits + (int64_t)t * a.vocab_size + first, logits[t], count * sizeof(float));
-        const bool sampled = a.temperature && a.temperature[t] > 0;
-        for (int i = 0; i < count; i++) {
-          if (std::isnan(logits[t][i])) continue;
-          const float noise = sampled ? gumbel((uint64_t)a.seeds[t], a.positions[t], first + i) : 0.f;
-          local[t].offer(sampled ? logits[t][i] / std::max(a.temperature[t], kMinTemperature) + noise : logits[t][i], first + i);
-        }
-      }
-    }
-    std::lock_guard<std::mutex> lock(mutex);
-    for (int t = 0; t < a.rows; t++) best[t].offer(local[t].key, local[t].id);
-  });
-  for (int t = 0; t < a.rows; t++) a.tokens[t] = best[t].id;
 }
 
 }  // namespace river::cpu

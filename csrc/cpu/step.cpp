@@ -45,22 +45,25 @@ void launch_advance(const AdvanceArgs& a, const Parallel& parallel) {
   int depth = 0;
   while (depth < a.layers && !a.exited[depth]) depth++;
 
-  const int32_t n = *a.step;
+  const uint32_t n = *a.step;
   const int64_t count = (int64_t)a.layers * a.rows;
   int32_t* record = a.records + n % a.num_records * (2 + a.rows + count);
   record[1] = depth;
-  for (int t = 0; t < a.rows; t++) record[2 + t] = a.slots[t] < 0 ? -1 : (int32_t)a.tokens[t];
+  const auto is_drawn = [&](int64_t token) { return token >= 0 && token < a.vocab_size; };
+  for (int t = 0; t < a.rows; t++) {
+    const int64_t token = a.tokens[t];
+    record[2 + t] = a.slots[t] < 0 ? kInactive : is_drawn(token) ? (int32_t)token : kFailed;
+  }
   memcpy(record + 2 + a.rows, a.similarities, count * sizeof(float));
 
   const int64_t bytes = a.hidden_size * size_of(a.dtype);
   for (int t = 0; t < a.rows; t++) {
     if (a.slots[t] < 0) continue;
     const int64_t token = a.tokens[t];
-    if (token >= 0 && token < a.vocab_size)
-      memcpy((char*)a.hidden + t * bytes, (const char*)a.embed_tokens + token * bytes, bytes);
+    if (is_drawn(token)) memcpy((char*)a.hidden + t * bytes, (const char*)a.embed_tokens + token * bytes, bytes);
     a.positions[t]++;
     a.draw_positions[t] = a.positions[t] + 1;
-    bool ends = --a.remaining[t] <= 0;
+    bool ends = --a.remaining[t] <= 0 || !is_drawn(token);
     for (int i = 0; i < a.num_stop_tokens; i++) ends |= token == a.stop_tokens[i];
     if (ends) a.slots[t] = -1;
   }

@@ -35,9 +35,12 @@ def run_generate(arguments) -> None:
         outputs = model.generate(prompts, **options)
         if arguments.json:
             print_json({**model_facts(model), "options": options, "outputs": _outputs(prompts, outputs)})
-            return
-        _print_texts(prompts, outputs)
-        note(_summary(model, outputs))
+        else:
+            _print_texts(prompts, outputs)
+        for output in outputs:
+            output.checked()
+        if not arguments.json:
+            note(_summary(model, outputs))
     else:
         stream = model.stream(prompts[0], **options)
         for piece in stream:
