@@ -5,9 +5,11 @@ import json
 import pytest
 import torch
 from conftest import TINY_CONFIG
+from tiny_model import CONFIG, random_model
 
 from river_ext.config import ModelConfig, parse_dtype, read_config
 from river_ext.errors import RiverError
+from river_ext.rope import rope_tables
 
 LLAMA3 = {
     "factor": 8.0,
@@ -124,7 +126,9 @@ def test_families(tmp_path):
 
 
 def test_sliding_window(tmp_path):
-    assert read(tmp_path, sliding_window=32).sliding_window is None  # Llama has none
+    assert read(tmp_path, sliding_window=256).sliding_window is None  # Llama has none
+    assert read(tmp_path, sliding_window=32, use_sliding_window=False).sliding_window is None
+    refusal(tmp_path, "sliding_window", "32", "256", sliding_window=32)
     assert read(tmp_path, model_type="mistral", sliding_window=32).sliding_window == 32
     assert read(tmp_path, model_type="mistral", sliding_window=None).sliding_window is None
     refusal(tmp_path, "sliding_window", "missing", model_type="mistral")
@@ -178,6 +182,14 @@ def test_sliding_window(tmp_path):
         ({"rope_scaling": {"type": "dynamic", "factor": 2.0}, "head_dim": 2}, ("dynamic", "head_dim")),
         ({"rope_scaling": {"rope_type": "llama3", "factor": 8.0}}, ("low_freq_factor", "missing")),
         ({"rope_scaling": {"rope_type": "llama3", **LLAMA3, "high_freq_factor": 1.0}}, ("high_freq",)),
+        ({"rope_scaling": {"rope_type": "llama3", **LLAMA3, "low_freq_factor": 4 - 1e-9}}, ("high_freq",)),
+        ({"rope_scaling": {"factor": 8.0}}, ("rope_scaling.factor", "8.0", "rope_type")),
+        ({"rope_scaling": {"type": "linear", "factor": 2.0, "attention_factor": 1.2}}, ("attention_factor",)),
+        ({"rope_scaling": {"type": "default", "mrope_section": [1, 1]}}, ("mrope_section", "rope_type")),
+        (
+            {"rope_scaling": {"type": "linear", "factor": 2.0}, "rope_parameters": {"factor": 4.0}},
+            ("rope_scaling.factor", "2.0", "rope_parameters.factor"),
+        ),
         ({"rope_scaling": [1]}, ("rope_scaling", "object")),
         ({"rope_parameters": {"full_attention": {"rope_type": "default"}}}, ("all layers",)),
         ({"partial_rotary_factor": 0.5}, ("partial_rotary_factor", "0.5")),
@@ -188,6 +200,193 @@ def test_sliding_window(tmp_path):
 )  # fmt: skip
 def test_refusals(tmp_path, changes, words):
     refusal(tmp_path, *words, **changes)
+
+
+# key: (values that change nothing, values that change the arithmetic)
+FOREIGN_KEYS = {
+    "attn_logit_softcapping": ((None, 0, 0.0), (50.0,)),
+    "final_logit_softcapping": ((None,), (30.0,)),
+    "logits_soft_cap": ((None,), (30,)),
+    "logit_scale": ((None, 1, 1.0), (0.0625, 0)),
+    "logits_scaling": ((1.0,), (8.0,)),
+    "embedding_multiplier": ((1.0,), (12.0, 0)),
+    "residual_multiplier": ((1,), (0.22,)),
+    "attention_multiplier": ((None, 0.25), (0.0078125, 1.0)),
+    "query_pre_attn_scalar": ((None, 16), (256,)),
+    "scale_emb": ((1,), (12,)),
+    "scale_depth": ((1.0,), (1.4,)),
+    "scale_embedding": ((False,), (True,)),
+    "mup_width_multiplier": ((None, 1.0), (8.0,)),
+    "use_mup": ((False,), (True,)),
+    "num_experts": ((None, 0), (8, 1)),
+    "num_local_experts": ((0,), (8,)),
+    "n_routed_experts": ((None,), (64,)),
+    "moe_intermediate_size": ((None, 0), (1408,)),
+    "use_qk_norm": ((None, False), (True,)),
+    "qk_layernorm": ((False,), (True,)),
+    "no_rope_layers": ((None, [], [1, 1, 1]), ([1, 1, 0], [0, 0, 0])),
+    "no_rope_layer_interval": ((None, 0), (4,)),
+    "compression_config": ((None, {}), ({"format": "pack-quantized"},)),
+    "quantization": ((None,), ({"group_size": 64, "bits": 4},)),
+    "clip_qkv": ((None,), (8.0,)),
+    "use_parallel_residual": ((False,), (True,)),
+    "parallel_attn": ((False,), (True,)),
+    "use_post_norm": ((False,), (True,)),
+    "apply_residual_connection_post_layernorm": ((False,), (True,)),
+    "norm_type": (("rmsnorm", "RMSNorm"), ("layernorm", 3)),
+    "norm_add_unit_offset": ((False,), (True,)),
+    "layer_types": ((None, ["full_attention"] * 3), (["full_attention", "sliding_attention"] * 2, [], "x")),
+    "attention_chunk_size": ((None, 0), (8192,)),
+    "attn_temperature_tuning": ((False,), (True,)),
+    "sliding_window_pattern": ((None,), (6,)),
+    "attention_sinks": ((None, False), (4,)),
+    "rope_interleaved": ((False,), (True,)),
+    "partial_rotary_factor": ((1.0, 1), (0.25,)),
+    "rotary_pct": ((1.0,), (0.25,)),
+    "rotary_dim": ((None, 16), (8,)),
+    "rotary_emb_base": ((None, 10000, 10000.0), (500000,)),
+    "rope_local_base_freq": ((10000.0,), (1000000,)),
+    "use_rope": ((True, None), (False,)),
+    "alibi": ((False,), (True,)),
+    "position_embedding_type": (("rope",), ("absolute", "alibi")),
+    "use_dynamic_ntk": ((False,), (True,)),
+    "use_logn_attn": ((False,), (True,)),
+    "kv_lora_rank": ((None,), (512,)),
+    "v_head_dim": ((None, 16), (128,)),
+    "is_causal": ((True,), (False,)),
+    "use_bidirectional_attention": ((False,), (True,)),
+    "add_cross_attention": ((False,), (True,)),
+    "hidden_act": (("silu", "swish", None), ("gelu_pytorch_tanh", "relu2")),
+    "hidden_activation": ((None, "silu"), ("gelu_pytorch_tanh",)),
+    "swiglu_limit": ((None,), (7.0,)),
+    "mamba_d_state": ((None,), (128,)),
+    "linear_num_key_heads": ((None,), (16,)),
+    "hidden_size_per_layer_input": ((0,), (256,)),
+    "num_kv_shared_layers": ((0,), (20,)),
+    "numExperts": ((0,), (8,)),
+    "num-experts": ((0,), (8,)),
+}
+
+
+@pytest.mark.parametrize("key", FOREIGN_KEYS)
+def test_keys_that_change_the_arithmetic_are_refused_by_name(tmp_path, key):
+    neutral, harmful = FOREIGN_KEYS[key]
+    for value in neutral:
+        assert read(tmp_path, **{key: value}) == read(tmp_path), value
+    for value in harmful:
+        refusal(tmp_path, f": {key} is ", "accepted: ", **{key: value})
+    if key != "layer_types" and key != "use_rope" and key != "is_causal":
+        refusal(tmp_path, f": {key} is ", **{key: {"a": [1]}})
+
+
+def test_what_is_neutral_depends_on_the_family(tmp_path):
+    qwen3 = {"model_type": "qwen3", "head_dim": 16}
+    assert read(tmp_path, **qwen3, use_qk_norm=True).model_type == "qwen3"
+    refusal(tmp_path, "use_qk_norm", "false", **qwen3, use_qk_norm=False)
+    mistral = {"model_type": "mistral", "sliding_window": 32}
+    assert read(tmp_path, **mistral, layer_types=["sliding_attention"] * 3).sliding_window == 32
+    refusal(tmp_path, "layer_types", **mistral, layer_types=["full_attention"] * 3)
+    refusal(tmp_path, "layer_types", **mistral, layer_types=["sliding_attention"] * 2)
+    refusal(tmp_path, "layer_types", model_type="qwen2", layer_types=["sliding_attention"] * 3)
+
+
+BOOKKEEPING = {
+    "architectures": ["LlamaForCausalLM"], "_name_or_path": "somebody/something", "transformers_version": "4.46",
+    "attention_dropout": 0.1, "hidden_dropout": 0.1, "resid_pdrop": 0.1, "initializer_range": 0.02,
+    "use_cache": True, "pretraining_tp": 2, "pad_token_id": 0, "output_router_logits": False,
+    "router_aux_loss_coef": 0.001, "unsloth_version": "2024.9", "unsloth_fixed": True, "is_llama_config": True,
+    "_attn_implementation": "eager", "attn_implementation": "flash_attention_2", "use_flash_attn": True,
+    "_flash_attn_2_enabled": True, "use_mrope": False, "gradient_checkpointing": True, "gradient_clipping": 1.0,
+    "activation_checkpointing": True, "torchscript": False, "use_bfloat16": True, "is_decoder": True,
+    "id2label": {"0": "LABEL_0"}, "problem_type": None, "tokenizer_class": "LlamaTokenizer", "pruned_heads": {},
+    "task_specific_params": None, "chunk_size_feed_forward": 0, "temperature": 0.7, "top_k": 50,
+    "repetition_penalty": 1.1, "max_sequence_length": 4096, "model_max_length": 4096, "num_labels": 2,
+    "layer_norm_eps": 1e-5, "rms_norm": 1, "head_size": 16, "ffn_dim_multiplier": 1.3, "multiple_of": 256,
+    "neftune_noise_alpha": 5, "_pre_quantization_dtype": "float16", "max_window_layers": 28, "mup": None,
+    "transformers.js_config": {"kv_cache_dtype": {"q4f16": "float16"}}, "merged_adapter": "x", "license": "mit",
+    "num_nextn_predict_layers": 1, "language": ["en"], "vocab_padding": 64, "seed": 1, "ema": 0.999,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("key", BOOKKEEPING)
+def test_other_keys_are_free(tmp_path, key):
+    assert read(tmp_path, **{key: BOOKKEEPING[key]}) == read(tmp_path)
+
+
+@pytest.mark.parametrize("model_type", ["llama", "mistral", "qwen2", "qwen3"])
+def test_what_transformers_writes_for_a_family_is_read(tmp_path, model_type):
+    """Its config class knows no key that is refused at its default."""
+    transformers = pytest.importorskip("transformers")
+    transformers.AutoConfig.for_model(model_type).save_pretrained(tmp_path)
+    assert read_config(tmp_path).model_type == model_type
+    transformers.AutoConfig.for_model(model_type).to_json_file(tmp_path / "config.json", use_diff=False)
+    assert read_config(tmp_path).model_type == model_type
+
+
+# (changes just inside a limit of the kernels, changes just outside, what the refusal names)
+KERNEL_LIMITS = {
+    "group": (
+        {"num_attention_heads": 64, "num_key_value_heads": 1, "head_dim": 2},
+        {"num_attention_heads": 65, "num_key_value_heads": 1, "head_dim": 2},
+        ("num_attention_heads", "65", "64 times num_key_value_heads, 1"),
+    ),
+    "group of 2": (
+        {"num_attention_heads": 128, "num_key_value_heads": 2, "head_dim": 2},
+        {"num_attention_heads": 130, "num_key_value_heads": 2, "head_dim": 2},
+        ("num_attention_heads", "130", "64 times num_key_value_heads, 2"),
+    ),
+    "head_dim": ({"head_dim": 256}, {"head_dim": 258}, ("head_dim", "258", "256")),
+    "even head_dim": ({"head_dim": 18}, {"head_dim": 17}, ("head_dim", "17", "even")),
+    "heads": (
+        {"num_attention_heads": 3, "num_key_value_heads": 3, "head_dim": 16},
+        {"num_attention_heads": 3, "num_key_value_heads": 2, "head_dim": 16},
+        ("num_key_value_heads", "2", "divisor of num_attention_heads, 3"),
+    ),
+    "hidden_size": ({"hidden_size": 128}, {"hidden_size": 96}, ("hidden_size", "96", "multiple of 64")),
+    "smallest hidden_size": ({"hidden_size": 64}, {"hidden_size": 32}, ("hidden_size", "32", "64")),
+}
+
+
+@pytest.mark.parametrize("limit", KERNEL_LIMITS)
+def test_what_the_kernels_refuse_is_refused_with_the_config(tmp_path, limit):
+    inside, outside, words = KERNEL_LIMITS[limit]
+    read(tmp_path, **inside)
+    refusal(tmp_path, *words, **outside)
+    sizes = {"num_hidden_layers": 1, "intermediate_size": 64}
+
+    def steps(changes):
+        sized = CONFIG | sizes | changes
+        sized["rotary_dim"] = sized["head_dim"] // 2 * 2
+        model = random_model(**{key: sized[key] for key in sized if key != "dtype"})
+        for mode in ("full", "full_w4"):
+            model.generate([1, 2], max_new_tokens=3, mode=mode)
+
+    steps(inside)
+    with pytest.raises(RuntimeError, match="river::"):  # the limit is the ops' own
+        steps(outside)
+
+
+@pytest.mark.parametrize("theta", [1.0, 1e12])
+@pytest.mark.parametrize("positions", [1, 1 << 10])
+@pytest.mark.parametrize(
+    "scaling",
+    [
+        {"rope_type": "default"},
+        {"rope_type": "linear", "factor": 1e4},
+        {"rope_type": "dynamic", "factor": 1e4},
+        {"rope_type": "llama3", "factor": 1e4, "low_freq_factor": 1e-3, "high_freq_factor": 1e6},
+        {"rope_type": "llama3", "factor": 1e4, "low_freq_factor": 1.0, "high_freq_factor": 1 + 2e-7},
+    ],
+)
+def test_numbers_at_their_limits_give_finite_tables(tmp_path, scaling, positions, theta):
+    """All of them are checked as fp64 and used in fp32."""
+    for head_dim in (4, 256):
+        config = read(
+            tmp_path, rope_scaling=scaling, rope_theta=theta, max_position_embeddings=positions, head_dim=head_dim
+        )
+        for seq_len in (None, config.max_length):
+            for table in rope_tables(config, min(config.max_length, 3000), seq_len=seq_len):
+                assert table.isfinite().all()
 
 
 @pytest.mark.parametrize(
@@ -218,6 +417,32 @@ def test_no_directory_and_no_config(tmp_path):
     with pytest.raises(RiverError, match="absent: no such directory"):
         read_config(tmp_path / "absent")
     with pytest.raises(RiverError, match="config.json: missing"):
+        read_config(tmp_path)
+
+
+def test_a_hub_name_is_not_fetched(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(RiverError) as caught:
+        read_config("meta-llama/Llama-3.2-1B")
+    assert "download it first: hf download meta-llama/Llama-3.2-1B --local-dir Llama-3.2-1B" in str(caught.value)
+    for name in ("./a/b", "/a/b", "a/b/c", "plain", "a" * 5000, "a\0b", "x/" + "y" * 300):
+        with pytest.raises(RiverError, match="no such directory"):
+            read_config(name)
+    (tmp_path / "org").mkdir()
+    (tmp_path / "org" / "name").write_text("a file")
+    with pytest.raises(RiverError) as caught:
+        read_config("org/name")
+    assert "download" not in str(caught.value)
+    for name in ("", None, 7):
+        with pytest.raises(RiverError, match="accepted: the path of"):
+            read_config(name)
+
+
+def test_the_size_of_a_json_file_is_bounded(tmp_path):
+    read(tmp_path)
+    with open(tmp_path / "config.json", "r+b") as file:
+        file.truncate(10 << 30)  # a hole: it takes no room
+    with pytest.raises(RiverError, match="config.json: larger than 64 MiB"):
         read_config(tmp_path)
 
 

@@ -42,8 +42,8 @@ def quantize(
         q uint8 [out_features, in_features] with values 0..15, scale and zero fp16 [out_features, groups],
         with weight ~ (q - zero) * scale: what `pack_w4` takes.
 
-    A group whose range is too small for an fp16 scale gets the smallest one, unless that holds for the
-    whole weight, which is then refused.
+    A group whose range is too small for an fp16 scale gets the smallest one, so that a weight that is
+    nearly zero is met to within 2 ** -24. One that needs a scale above the range of fp16 is refused.
     """
     if weight.ndim != 2 or weight.numel() == 0 or weight.dtype not in DTYPES:
         found = f"{weight.dtype} {list(weight.shape)}".removeprefix("torch.")
@@ -73,16 +73,13 @@ def _map(function: Callable, chunks: Sequence[Tensor]) -> list:
 
 
 def _check(step: Tensor, scale: Tensor, name: str) -> None:
-    """Refuses weights with NaN or Inf, which show in a step, and weights out of the range of fp16 scales."""
+    """Refuses weights with NaN or Inf, which show in a step, and weights too large for fp16 scales."""
     if not torch.isfinite(step).all():
         row = int(torch.nonzero(~torch.isfinite(step))[0, 0])
         raise RiverError(f"{name} holds NaN or Inf in row {row}; finite values can be quantised")
-    accepted = f"fp16 scales from {FP16_TINY:.3g} to {FP16_MAX:g} can be stored"
     if torch.isinf(scale).any():
-        raise RiverError(f"{name} needs a scale above {FP16_MAX:g}; {accepted}")
-    largest = float(step.max())
-    if 0 < largest < FP16_TINY:
-        raise RiverError(f"{name} needs scales of at most {largest:.3g}; {accepted}")
+        row = int(torch.nonzero(torch.isinf(scale))[0, 0])
+        raise RiverError(f"{name} needs a scale above {FP16_MAX:g}, the largest in fp16, in row {row}")
 
 
 def _quantize_rows(weight: Tensor, group_size: int, iterations: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:

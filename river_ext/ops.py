@@ -19,6 +19,8 @@ from torch import Tensor
 from . import _C  # noqa: F401  (importing it registers torch.ops.river.*)
 
 MAX_ROWS: int = _C.MAX_ROWS
+MAX_HEAD_DIM: int = _C.MAX_HEAD_DIM
+MAX_GROUP: int = _C.MAX_GROUP  # query heads per KV head
 TILE_ROWS: int = _C.TILE_ROWS
 TILE_COLS: int = _C.TILE_COLS
 TILE_BYTES: int = _C.TILE_BYTES
