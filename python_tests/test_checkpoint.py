@@ -380,7 +380,9 @@ def test_tensors_that_a_model_computes_itself_are_ignored(tiny_checkpoint):
     assert load_checkpoint(directory).fingerprint == fingerprint
 
 
-@pytest.mark.parametrize("name", ["config.json", "generation_config.json", "model.safetensors", "tokenizer.json"])
+@pytest.mark.parametrize(
+    "name", ["config.json", "generation_config.json", "model.safetensors", "tokenizer.json"]
+)
 @pytest.mark.parametrize("kind", ["a FIFO", "a socket", "a directory", "a link to nothing", "a device"])
 def test_only_regular_files_are_opened(tiny_checkpoint, monkeypatch, name, kind):
     """Anything else may wait for ever."""

@@ -217,7 +217,9 @@ def _check_tensors(stored: dict, shapes: dict[str, tuple[int, ...]], directory: 
     where = files.pop() if len(files) == 1 else directory
     missing = [name for name in shapes if name not in stored]
     if missing:
-        raise RiverError(f"{where}: tensor {missing[0]} {list(shapes[missing[0]])} is missing{_more(missing)}")
+        raise RiverError(
+            f"{where}: tensor {missing[0]} {list(shapes[missing[0]])} is missing{_more(missing)}"
+        )
     optional = {HEAD: shapes["model.embed_tokens.weight"]} if HEAD in stored else {}
     for name, shape in (shapes | optional).items():
         tensor = stored[name]

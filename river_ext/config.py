@@ -71,7 +71,9 @@ def checkpoint_directory(directory: str | Path) -> Path:
     """The directory, which must be there: nothing is fetched."""
     name = str(directory)
     if not isinstance(directory, (str, Path)) or not name:
-        raise RiverError(f"checkpoint {name[:80]!r}; accepted: the path of a Hugging Face checkpoint directory")
+        raise RiverError(
+            f"checkpoint {name[:80]!r}; accepted: the path of a Hugging Face checkpoint directory"
+        )
     if not os.path.isdir(directory):
         if HUB_NAME.fullmatch(name) and not os.path.lexists(directory):
             raise RiverError(

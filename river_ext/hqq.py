@@ -23,7 +23,7 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 GROUP_SIZES = (64, 128)
 LEVELS = 15  # q is 0 .. 15
 LP_NORM, BETA, KAPPA = 0.7, 10.0, 1.01  # the splitting's weight and its growth
-FP16_MAX, FP16_TINY = 65504.0, 2.0**-24
+FP16_MAX, FP16_NORMAL, FP16_TINY = 65504.0, 2.0**-14, 2.0**-24
 CHUNK = {"cpu": 1 << 18, "cuda": 1 << 26}  # weights refined at a time; on a CPU by each thread
 
 
@@ -97,7 +97,10 @@ def _quantize_groups(weight: Tensor, iterations: int) -> tuple[Tensor, Tensor, T
     # where the range is tiny against the values, or empty: this keeps |zero| below 1024, where fp16 is exact
     # to half a step, and meets a constant of fp16 or bf16 exactly
     floor = torch.ldexp(torch.ones_like(step), torch.frexp(torch.maximum(high, -low)).exponent - 10)
-    stored_scale = step.maximum(floor).clamp_min(FP16_TINY).half()
+    scale = step.maximum(floor)
+    # fp16 is coarse below its normal range: up, so that the levels span the group
+    scale = torch.where(scale < FP16_NORMAL, (scale / FP16_TINY).ceil().clamp_min(1) * FP16_TINY, scale)
+    stored_scale = scale.half()
     scale = stored_scale.float()
     scaled = weight / scale
     zero = _refine_zeros(scaled.flatten(0, 1), scale.flatten(0, 1), iterations).view_as(scale)
