@@ -261,6 +261,10 @@ FOREIGN_KEYS = {
     "swiglu_limit": ((None,), (7.0,)),
     "mamba_d_state": ((None,), (128,)),
     "linear_num_key_heads": ((None,), (16,)),
+    "conv_L_cache": ((None,), (3,)),
+    "full_attn_idxs": ((None, []), ([0, 2],)),
+    "text_config": ((None, {}), ({"model_type": "llama"},)),
+    "attn_config": ((None,), ({"clip_qkv": 8},)),
     "hidden_size_per_layer_input": ((0,), (256,)),
     "num_kv_shared_layers": ((0,), (20,)),
     "numExperts": ((0,), (8,)),
@@ -309,7 +313,8 @@ BOOKKEEPING = {
     "multiple_of": 256,
     "neftune_noise_alpha": 5, "_pre_quantization_dtype": "float16", "max_window_layers": 28,
     "mup": None,
-    "transformers.js_config": {"kv_cache_dtype": {"q4f16": "float16"}}, "merged_adapter": "x", "license": "mit",
+    "transformers.js_config": {"kv_cache_dtype": {"q4f16": "float16"}}, "merged_adapter": "x",
+    "license": "mit",
     "num_nextn_predict_layers": 1, "language": ["en"], "vocab_padding": 64, "seed": 1, "ema": 0.999,
 }  # fmt: skip
 
@@ -317,6 +322,27 @@ BOOKKEEPING = {
 @pytest.mark.parametrize("key", BOOKKEEPING)
 def test_other_keys_are_free(tmp_path, key):
     assert read(tmp_path, **{key: BOOKKEEPING[key]}) == read(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "model_type",
+    [
+        "cohere", "deepseek_v3", "exaone4", "falcon", "gemma2", "gpt_neox", "gpt_oss", "granite", "llama4_text",
+        "mamba2", "minicpm3", "mixtral", "nanochat", "olmo3", "olmoe", "persimmon", "qwen3_moe", "qwen3_next",
+        "smollm3",
+    ],
+)  # fmt: skip
+def test_other_architectures_that_go_by_the_name_of_llama(tmp_path, model_type):
+    """What their keys add is seen, whatever model_type says."""
+    transformers = pytest.importorskip("transformers")
+    if model_type not in transformers.CONFIG_MAPPING:
+        pytest.skip(f"transformers {transformers.__version__} does not know it")
+    values = transformers.AutoConfig.for_model(model_type).to_dict()
+    values = {key: value for key, value in values.items() if not key.startswith("rope_")} | TINY_CONFIG
+    values |= {"model_type": "llama", "hidden_act": "silu", "head_dim": 16}
+    (tmp_path / "config.json").write_text(json.dumps(values, default=str))
+    with pytest.raises(RiverError, match=r"config.json: \w+ is .*; accepted: "):
+        read_config(tmp_path)
 
 
 @pytest.mark.parametrize("model_type", ["llama", "mistral", "qwen2", "qwen3"])
@@ -436,7 +462,7 @@ def test_a_hub_name_is_not_fetched(tmp_path, monkeypatch):
     assert "download it first: hf download meta-llama/Llama-3.2-1B --local-dir Llama-3.2-1B" in str(
         caught.value
     )
-    for name in ("./a/b", "/a/b", "a/b/c", "plain", "a" * 5000, "a\0b", "x/" + "y" * 300):
+    for name in ("./a/b", "/a/b", "a/b/c", "plain", "a" * 5000, "x/" + "y" * 300):
         with pytest.raises(RiverError, match="no such directory"):
             read_config(name)
     (tmp_path / "org").mkdir()
@@ -444,7 +470,7 @@ def test_a_hub_name_is_not_fetched(tmp_path, monkeypatch):
     with pytest.raises(RiverError) as caught:
         read_config("org/name")
     assert "download" not in str(caught.value)
-    for name in ("", None, 7):
+    for name in ("", None, 7, "a\0b", "\ud800", b"bytes"):
         with pytest.raises(RiverError, match="accepted: the path of"):
             read_config(name)
 

@@ -312,6 +312,16 @@ def test_facts_that_make_no_sense_are_refused(saved, checkpoint, key, value, acc
     assert f"{key} is missing" in refusal(saved, checkpoint)
 
 
+def test_a_path_is_needed(monkeypatch, tmp_path, checkpoint, built):
+    monkeypatch.chdir(tmp_path)
+    for path in ("", None, 7, "a\0b", "\ud800"):
+        with pytest.raises(RiverError, match="river .*accepted: the path of a directory"):
+            river.save_river(path, built, checkpoint.config, checkpoint.fingerprint)
+        with pytest.raises(RiverError, match="river .*accepted: the path of a directory"):
+            river.load_river(path, checkpoint.config, checkpoint.fingerprint)
+    assert not list(tmp_path.glob("river*"))
+
+
 def test_every_fact_is_read(saved, checkpoint):
     facts = json.loads((saved / "river.json").read_text())
     for name, size in facts["block"].items():

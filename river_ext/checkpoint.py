@@ -7,6 +7,7 @@ line that names the file and the tensor.
 """
 
 import hashlib
+import os
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -190,7 +191,10 @@ def _shard_name(index: Path, tensor: str, shard) -> str:
 
 def _what_else(directory: Path) -> str:
     """What to say about a directory without safetensors."""
-    names = sorted(path.name for path in directory.iterdir())
+    try:
+        names = sorted(os.listdir(directory))
+    except OSError as error:
+        return f"the directory cannot be read ({error.strerror})"
     pickled = [name for name in names if name.endswith(PICKLE_SUFFIXES)]
     other = [name for name in names if name.endswith((".safetensors", ".gguf"))]
     if pickled:

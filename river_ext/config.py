@@ -16,7 +16,7 @@ import torch
 from . import ops
 from .errors import RiverError
 from .families import FAMILIES, Family, refuse_foreign_keys, refuse_foreign_rope_keys
-from .files import is_regular
+from .files import is_regular, path_of
 from .json_object import Reader, read_json_object
 
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
@@ -69,11 +69,7 @@ def read_config(directory: str | Path) -> ModelConfig:
 
 def checkpoint_directory(directory: str | Path) -> Path:
     """The directory, which must be there: nothing is fetched."""
-    name = str(directory)
-    if not isinstance(directory, (str, Path)) or not name:
-        raise RiverError(
-            f"checkpoint {name[:80]!r}; accepted: the path of a Hugging Face checkpoint directory"
-        )
+    path, name = path_of(directory, "checkpoint"), str(directory)
     if not os.path.isdir(directory):
         if HUB_NAME.fullmatch(name) and not os.path.lexists(directory):
             raise RiverError(
@@ -81,7 +77,7 @@ def checkpoint_directory(directory: str | Path) -> Path:
                 f"hf download {name} --local-dir {name.split('/')[1]}, and give that directory"
             )
         raise RiverError(f"{name}: no such directory; a Hugging Face checkpoint directory is needed")
-    return Path(directory)
+    return path
 
 
 def parse_dtype(value, where: str) -> torch.dtype:

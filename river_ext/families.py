@@ -103,7 +103,7 @@ ARITHMETIC: tuple[tuple[str, Neutral], ...] = (
     ),
     # which layers there are, and what they share
     (
-        r"per_layer|block_configs|shared_kv|kv_shared|share_kv|cla_share|layer_sharing|share_layers"
+        r"(text|vision|audio|language|llm|attn|ffn)_config$|per_layer|block_configs|shared_kv|kv_shared|share_kv|cla_share|layer_sharing|share_layers"
         r"|num_loops|(^|_)recurren|pruned_heads",
         _always(*OFF),
     ),
@@ -117,7 +117,7 @@ ARITHMETIC: tuple[tuple[str, Neutral], ...] = (
     (
         r"sink|attention_chunk|attn_chunk|local_(attention|attn|window)|window_(size|pattern)|sliding"
         r"|attention_window|attn_window|linear_(attn|attention|key|value|num|conv)|(kv|q)_lora|(^|_)mla(_|$)"
-        r"|lightning|differential|bidirectional|prefix_lm|cross_attention",
+        r"|lightning|differential|bidirectional|prefix_lm|cross_attention|attn_(idx|layer)",
         _always(*OFF),
     ),
     # feed-forward layers of another kind
@@ -126,7 +126,7 @@ ARITHMETIC: tuple[tuple[str, Neutral], ...] = (
         r"hidden_activation|activation_(function|fn|type)|^activation$|act_fn|(mlp|ffn|ff)_act",
         _always(None, "silu", "swish", "swiglu"),
     ),
-    (r"(^|_)mamba|(^|_)ssm(_|$)|rwkv|retnet|hyena|state_space|short_conv|conv_(kernel|size)", _always(*OFF)),
+    (r"(^|_)mamba|(^|_)ssm(_|$)|rwkv|retnet|hyena|state_space|(^|_)conv_", _always(*OFF)),
     # weights that are not what they seem
     (r"quantiz|compress|sparsif|sparsity|kv_cache_scheme", _always(*OFF)),
 )

@@ -19,6 +19,16 @@ KINDS = {
 }
 
 
+def path_of(value, what: str) -> Path:
+    """An argument that is a path. An empty one would be the present directory, which nobody means."""
+    try:
+        if value and isinstance(value, (str, os.PathLike)) and b"\0" not in os.fsencode(value):
+            return Path(os.fsdecode(value))
+    except UnicodeEncodeError:  # not even the bytes that some file systems have for names
+        pass
+    raise RiverError(f"{what} {str(value)[:80]!r}; accepted: the path of a directory")
+
+
 def is_regular(path: str | Path) -> bool:
     """Whether a regular file is at `path`: False where nothing is, and RiverError for anything else."""
     try:

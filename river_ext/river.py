@@ -17,7 +17,7 @@ from safetensors import SafetensorError, safe_open
 from . import hqq
 from .config import ModelConfig
 from .errors import RiverError
-from .files import is_regular
+from .files import is_regular, path_of
 from .json_object import Reader, read_json_object
 from .ops import TILE_COLS, TILE_ROWS, packed_shape
 from .river_store import FACTS, refuse_other_content, sha256_of, tensors_file, write_river
@@ -88,11 +88,11 @@ def save_river(path: str | Path, river: ExitRiver, config: ModelConfig, fingerpr
         river: what `build_river` or `load_river` returned.
         config, fingerprint: of the checkpoint that the river was built from.
     """
-    path = Path(path)
-    refuse_other_content(path)  # before the work
+    path = path_of(path, "river")
     tensors = _tensors(river)
-    _check_metadata(tensors, str(path))
     try:
+        refuse_other_content(path)  # before the work
+        _check_metadata(tensors, str(path))
         write_river(path, tensors, _facts(river, config, fingerprint, sha256_of(tensors)))
     except (OSError, SafetensorError) as error:
         raise RiverError(f"{path}: cannot be written ({error}); a folder with free space is needed") from None
@@ -108,7 +108,7 @@ def load_river(
         config, fingerprint: of the checkpoint at hand. A river that was built from another one is refused.
         device: where the tensors go.
     """
-    path = Path(path)
+    path = path_of(path, "river")
     while True:
         facts = read_facts(path)
         _check_fits(Reader(path / FACTS, facts), config, fingerprint)
@@ -132,7 +132,7 @@ def load_river(
 
 def read_facts(path: str | Path) -> dict:
     """The facts of a saved river, checked: those of `_facts`."""
-    path = Path(path)
+    path = path_of(path, "river")
     if not is_regular(path / FACTS):
         raise RiverError(f"{path}: no {FACTS} in it; a directory that `river convert` wrote is needed")
     facts = Reader(path / FACTS, read_json_object(path / FACTS))

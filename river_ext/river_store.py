@@ -98,6 +98,8 @@ def _locked(path: Path) -> Iterator[None]:
         try:
             lock = os.open(path / LOCK, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o666)
         except FileNotFoundError:  # the directory went with another writer that failed
+            if time.monotonic() > deadline:
+                raise
             continue
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
