@@ -18,7 +18,7 @@ FOREIGN_KEYS = {
     "logits_scaling": ((1.0,), (8.0,)),
     "embedding_multiplier": ((1.0,), (12.0, 0)),
     "residual_multiplier": ((1,), (0.22,)),
-    "attention_multiplier": ((None, 0.25), (0.0078125, 1.0)),
+    "attention_multiplier": ((None, 0.25), (0.0078125, 1.0, 10**400)),
     "query_pre_attn_scalar": ((None, 16), (256,)),
     "scale_emb": ((1,), (12,)),
     "scale_depth": ((1.0,), (1.4,)),

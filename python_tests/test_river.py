@@ -227,6 +227,37 @@ def test_writers_wait_for_each_other_and_readers_for_nobody(tmp_path, checkpoint
     assert sorted(contents(path)) == sorted(["river.json", tensors_of(path).name])
 
 
+def test_a_reader_whose_tensors_were_just_replaced(saved, monkeypatch, checkpoint, other):
+    """It takes the river that is there now."""
+    real, calls = river._stored_tensors, []
+
+    def replaced_first(*args):
+        calls.append(args)
+        if len(calls) == 1:
+            river.save_river(saved, other, checkpoint.config, checkpoint.fingerprint)
+        return real(*args)
+
+    monkeypatch.setattr(river, "_stored_tensors", replaced_first)
+    assert_equal(river.load_river(saved, checkpoint.config, checkpoint.fingerprint), other)
+    assert len(calls) == 2
+
+
+def test_a_lock_that_went_with_its_holder_is_no_lock(tmp_path, monkeypatch):
+    """Between opening and locking it, its holder ended and the next writer may have made a new one."""
+    path, real, calls = tmp_path / "river", river_store.fcntl.flock, []
+
+    def flock(descriptor, kind):
+        calls.append(kind)
+        if len(calls) == 1:
+            (path / ".lock").unlink()
+        return real(descriptor, kind)
+
+    monkeypatch.setattr(river_store.fcntl, "flock", flock)
+    with river_store._locked(path):
+        assert (path / ".lock").exists() and len(calls) == 2
+    assert not path.exists()
+
+
 def test_a_writer_does_not_wait_for_ever(tmp_path, monkeypatch, checkpoint, built):
     monkeypatch.setattr(river_store, "WAIT_SECONDS", 0.1)
     refused = pytest.raises(RiverError, match="river: another process has been writing")

@@ -103,8 +103,8 @@ ARITHMETIC: tuple[tuple[str, Neutral], ...] = (
     ),
     # which layers there are, and what they share
     (
-        r"(text|vision|audio|language|llm|attn|ffn)_config$|per_layer|block_configs|shared_kv|kv_shared|share_kv|cla_share|layer_sharing|share_layers"
-        r"|num_loops|(^|_)recurren|pruned_heads",
+        r"(text|vision|audio|language|llm|attn|ffn)_config$|per_layer|block_configs|shared_kv|kv_shared"
+        r"|share_kv|cla_share|layer_sharing|share_layers|num_loops|(^|_)recurren|pruned_heads",
         _always(*OFF),
     ),
     # attention of another kind
@@ -162,5 +162,5 @@ def _equal(one, other) -> bool:
     if isinstance(one, bool) or isinstance(other, bool):
         return one is other
     if isinstance(one, (int, float)) and isinstance(other, (int, float)):
-        return abs(one - other) <= 1e-6 * abs(other)
+        return other - 1e-6 * abs(other) <= one <= other + 1e-6 * abs(other)
     return one == other
