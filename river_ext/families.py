@@ -73,7 +73,8 @@ ARITHMETIC: tuple[tuple[str, Neutral], ...] = (
     ),
     (r"query_pre_attn_scalar", lambda config: (None, config.head_dim)),
     (
-        r"multiplier|(^|_)mup|logits?_scal|scale_logits|(embed\w*|residual|input|output|width|depth|layer)_scal"
+        r"multiplier|(^|_)mup|logits?_scal|scale_logits"
+        r"|(embed\w*|residual|input|output|width|depth|layer)_scal"
         r"|scale_(emb|depth|width|residual)|normalize_embed|dim_model_base",
         _always(*ONE),
     ),
