@@ -19,6 +19,8 @@ namespace cuda = river::cuda;
 PYBIND11_MODULE(_C, m) {
   m.doc() = "Registers torch.ops.river.* and holds facts about the build.";
   m.attr("MAX_ROWS") = river::kMaxRows;
+  m.attr("MAX_HEAD_DIM") = river::kMaxHeadDim;
+  m.attr("MAX_GROUP") = river::kMaxGroup;
   m.attr("TILE_ROWS") = river::kTileRows;
   m.attr("TILE_COLS") = river::kTileCols;
   m.attr("TILE_BYTES") = river::kTileBytes;

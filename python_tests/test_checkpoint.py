@@ -2,6 +2,8 @@
 
 import dataclasses
 import json
+import os
+import socket
 import subprocess
 import sys
 
@@ -121,13 +123,29 @@ def test_tied_head_is_the_embedding(tiny_checkpoint):
     assert checkpoint.weights.lm_head is checkpoint.weights.embed_tokens
     assert "lm_head.weight" not in tensor_shapes(checkpoint.config)
     # some tied checkpoints store the head as well, and old ones the rotary frequencies
-    edit_tensors(directory, lambda t: t.update({"lm_head.weight": t["model.embed_tokens.weight"] + 1}))
+    edit_tensors(directory, lambda t: t.update({"lm_head.weight": t["model.embed_tokens.weight"] + 0}))
     edit_tensors(
         directory, lambda t: t.update({"model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(8)})
     )
     again = load_checkpoint(directory)
     assert again.weights.lm_head is again.weights.embed_tokens
     assert again.fingerprint == checkpoint.fingerprint
+
+
+def test_a_head_that_differs_from_the_embedding_is_used(tiny_checkpoint):
+    """tie_word_embeddings or not: it has been tuned, or an adapter was merged into it."""
+    directory = tiny_checkpoint(tie_word_embeddings=True)
+    tied = load_checkpoint(directory)
+    head = tied.weights.embed_tokens.flip(0).contiguous()
+    edit_tensors(directory, lambda t: t.update({"lm_head.weight": head}))
+    own = load_checkpoint(directory)
+    assert torch.equal(own.weights.lm_head, head) and own.weights.lm_head is not own.weights.embed_tokens
+    assert not own.config.tie_word_embeddings and own.fingerprint != tied.fingerprint
+    again = load_checkpoint(tiny_checkpoint("untied"))
+    assert "lm_head.weight" in tensor_shapes(again.config)
+    for bad in (head[1:], head.double()):
+        edit_tensors(directory, lambda t, bad=bad: t.update({"lm_head.weight": bad.contiguous()}))
+        refusal(directory, "lm_head.weight")
 
 
 def test_dtypes(tiny_checkpoint):
@@ -326,10 +344,69 @@ def test_tensors_that_do_not_fit_the_config(tiny_checkpoint):
         (lambda t: t.update({"a\nb\x1b[31m": torch.ones(64)}), ("a b?[31m", "no place")),
         (lambda t: t.pop("lm_head.weight"), ("lm_head.weight", "missing")),
     ]
+    surplus = {
+        "norms of Qwen3": "model.layers.1.self_attn.q_norm.weight",
+        "norms of Gemma": "model.layers.1.pre_feedforward_layernorm.weight",
+        "a bias of the MLP": "model.layers.1.mlp.down_proj.bias",
+        "a bias of the head": "lm_head.bias",
+        "an expert": "model.layers.1.mlp.experts.0.up_proj.weight",
+        "scales of int8": "model.layers.1.mlp.down_proj.weight_scale",
+        "an adapter": "base_model.model.model.layers.1.self_attn.q_proj.lora_A.weight",
+        "no rotary frequencies": "model.layers.1.self_attn.inv_freq.weight",
+    }
+    for extra in surplus.values():
+        cases.append((lambda t, extra=extra: t.update({extra: torch.ones(64)}), (extra, "no place")))
+    more = [f"model.layers.{index}.mlp.up_proj.weight" for index in (3, 4, 5)]
+    cases += [
+        (lambda t: t.update({other: torch.ones(1) for other in more}),
+         (more[0], "and 2 more", more[2], "no place")),
+        (lambda t: [t.pop(f"model.layers.{index}.mlp.up_proj.weight") for index in (1, 2)],
+         (name, "missing", "and 1 more", "layers.2")),
+    ]  # fmt: skip
     for number, (edit, words) in enumerate(cases):
         directory = tiny_checkpoint(str(number))
         edit_tensors(directory, edit)
         refusal(directory, str(directory / "model.safetensors"), *words)
+
+
+def test_tensors_that_a_model_computes_itself_are_ignored(tiny_checkpoint):
+    directory = tiny_checkpoint()
+    fingerprint = load_checkpoint(directory).fingerprint
+    names = ("rotary_emb.inv_freq", "rotary_emb.cos_cached", "rotary_emb.sin_cached", "attn.masked_bias")
+    edit_tensors(
+        directory, lambda t: t.update({f"model.layers.0.self_attn.{name}": torch.ones(8) for name in names})
+    )
+    edit_tensors(directory, lambda t: t.update({"model.rotary_emb.inv_freq": torch.ones(8)}))
+    assert load_checkpoint(directory).fingerprint == fingerprint
+
+
+@pytest.mark.parametrize(
+    "name", ["config.json", "generation_config.json", "model.safetensors", "tokenizer.json"]
+)
+@pytest.mark.parametrize("kind", ["a FIFO", "a socket", "a directory", "a link to nothing", "a device"])
+def test_only_regular_files_are_opened(tiny_checkpoint, monkeypatch, name, kind):
+    """Anything else may wait for ever."""
+    path = tiny_checkpoint() / name
+    path.unlink(missing_ok=True)
+    if kind == "a FIFO":
+        os.mkfifo(path)
+    elif kind == "a socket":
+        monkeypatch.chdir(path.parent)  # the path may be too long for a socket
+        with socket.socket(socket.AF_UNIX) as server:
+            server.bind(name)
+    elif kind == "a directory":
+        path.mkdir()
+    else:
+        path.symlink_to("/dev/zero" if kind == "a device" else "nowhere")
+    refusal(path.parent, str(path), kind, "accepted: a regular file")
+
+
+def test_links_to_regular_files_are_followed(tiny_checkpoint):
+    directory = tiny_checkpoint()
+    for name in ("config.json", "model.safetensors"):
+        (directory / name).rename(directory / f"blob of {name}")
+        (directory / name).symlink_to(f"blob of {name}")
+    assert load_checkpoint(directory).fingerprint == load_checkpoint(tiny_checkpoint("plain")).fingerprint
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])

@@ -274,7 +274,7 @@ def test_an_interrupted_convert_leaves_nothing(river, tmp_path, monkeypatch):
     def interrupted(*arguments):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("river_ext.river.save_file", interrupted)
+    monkeypatch.setattr("river_ext.river_store.save_file", interrupted)
     code, _, err = river("convert", "--demo", "--output", tmp_path / "river")
     assert code == 130 and "interrupted" in err
     assert list(tmp_path.iterdir()) == []

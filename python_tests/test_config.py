@@ -5,9 +5,11 @@ import json
 import pytest
 import torch
 from conftest import TINY_CONFIG
+from tiny_model import CONFIG, random_model
 
 from river_ext.config import ModelConfig, parse_dtype, read_config
 from river_ext.errors import RiverError
+from river_ext.rope import rope_tables
 
 LLAMA3 = {
     "factor": 8.0,
@@ -124,7 +126,9 @@ def test_families(tmp_path):
 
 
 def test_sliding_window(tmp_path):
-    assert read(tmp_path, sliding_window=32).sliding_window is None  # Llama has none
+    assert read(tmp_path, sliding_window=256).sliding_window is None  # Llama has none
+    assert read(tmp_path, sliding_window=32, use_sliding_window=False).sliding_window is None
+    refusal(tmp_path, "sliding_window", "32", "256", sliding_window=32)
     assert read(tmp_path, model_type="mistral", sliding_window=32).sliding_window == 32
     assert read(tmp_path, model_type="mistral", sliding_window=None).sliding_window is None
     refusal(tmp_path, "sliding_window", "missing", model_type="mistral")
@@ -178,6 +182,14 @@ def test_sliding_window(tmp_path):
         ({"rope_scaling": {"type": "dynamic", "factor": 2.0}, "head_dim": 2}, ("dynamic", "head_dim")),
         ({"rope_scaling": {"rope_type": "llama3", "factor": 8.0}}, ("low_freq_factor", "missing")),
         ({"rope_scaling": {"rope_type": "llama3", **LLAMA3, "high_freq_factor": 1.0}}, ("high_freq",)),
+        ({"rope_scaling": {"rope_type": "llama3", **LLAMA3, "low_freq_factor": 4 - 1e-9}}, ("high_freq",)),
+        ({"rope_scaling": {"factor": 8.0}}, ("rope_scaling.factor", "8.0", "rope_type")),
+        ({"rope_scaling": {"type": "linear", "factor": 2.0, "attention_factor": 1.2}}, ("attention_factor",)),
+        ({"rope_scaling": {"type": "default", "mrope_section": [1, 1]}}, ("mrope_section", "rope_type")),
+        (
+            {"rope_scaling": {"type": "linear", "factor": 2.0}, "rope_parameters": {"factor": 4.0}},
+            ("rope_scaling.factor", "2.0", "rope_parameters.factor"),
+        ),
         ({"rope_scaling": [1]}, ("rope_scaling", "object")),
         ({"rope_parameters": {"full_attention": {"rope_type": "default"}}}, ("all layers",)),
         ({"partial_rotary_factor": 0.5}, ("partial_rotary_factor", "0.5")),
@@ -188,6 +200,75 @@ def test_sliding_window(tmp_path):
 )  # fmt: skip
 def test_refusals(tmp_path, changes, words):
     refusal(tmp_path, *words, **changes)
+
+
+# (changes just inside a limit of the kernels, changes just outside, what the refusal names)
+KERNEL_LIMITS = {
+    "group": (
+        {"num_attention_heads": 64, "num_key_value_heads": 1, "head_dim": 2},
+        {"num_attention_heads": 65, "num_key_value_heads": 1, "head_dim": 2},
+        ("num_attention_heads", "65", "64 times num_key_value_heads, 1"),
+    ),
+    "group of 2": (
+        {"num_attention_heads": 128, "num_key_value_heads": 2, "head_dim": 2},
+        {"num_attention_heads": 130, "num_key_value_heads": 2, "head_dim": 2},
+        ("num_attention_heads", "130", "64 times num_key_value_heads, 2"),
+    ),
+    "head_dim": ({"head_dim": 256}, {"head_dim": 258}, ("head_dim", "258", "256")),
+    "heads": (
+        {"num_attention_heads": 3, "num_key_value_heads": 3, "head_dim": 16},
+        {"num_attention_heads": 3, "num_key_value_heads": 2, "head_dim": 16},
+        ("num_key_value_heads", "2", "divisor of num_attention_heads, 3"),
+    ),
+    "hidden_size": ({"hidden_size": 128}, {"hidden_size": 96}, ("hidden_size", "96", "multiple of 64")),
+    "smallest hidden_size": ({"hidden_size": 64}, {"hidden_size": 32}, ("hidden_size", "32", "64")),
+}
+
+
+@pytest.mark.parametrize("limit", KERNEL_LIMITS)
+def test_what_the_kernels_refuse_is_refused_with_the_config(tmp_path, limit):
+    inside, outside, words = KERNEL_LIMITS[limit]
+    read(tmp_path, **inside)
+    refusal(tmp_path, *words, **outside)
+    sizes = {"num_hidden_layers": 1, "intermediate_size": 64}
+
+    def steps(changes):
+        sized = CONFIG | sizes | changes
+        sized["rotary_dim"] = sized["head_dim"] // 2 * 2
+        model = random_model(**{key: sized[key] for key in sized if key != "dtype"})
+        for mode in ("full", "full_w4"):
+            model.generate([1, 2], max_new_tokens=3, mode=mode)
+
+    steps(inside)
+    with pytest.raises(RuntimeError, match="river::"):  # the limit is the ops' own
+        steps(outside)
+
+
+@pytest.mark.parametrize("theta", [1.0, 1e12])
+@pytest.mark.parametrize("positions", [1, 1 << 10])
+@pytest.mark.parametrize(
+    "scaling",
+    [
+        {"rope_type": "default"},
+        {"rope_type": "linear", "factor": 1e4},
+        {"rope_type": "dynamic", "factor": 1e4},
+        {"rope_type": "llama3", "factor": 1e4, "low_freq_factor": 1e-3, "high_freq_factor": 1e6},
+        {"rope_type": "llama3", "factor": 1e4, "low_freq_factor": 1.0, "high_freq_factor": 1 + 2e-7},
+    ],
+)
+def test_numbers_at_their_limits_give_finite_tables(tmp_path, scaling, positions, theta):
+    """All of them are checked as fp64 and used in fp32."""
+    for head_dim in (4, 256):
+        config = read(
+            tmp_path,
+            rope_scaling=scaling,
+            rope_theta=theta,
+            max_position_embeddings=positions,
+            head_dim=head_dim,
+        )
+        for seq_len in (None, config.max_length):
+            for table in rope_tables(config, min(config.max_length, 3000), seq_len=seq_len):
+                assert table.isfinite().all()
 
 
 @pytest.mark.parametrize(
@@ -218,6 +299,34 @@ def test_no_directory_and_no_config(tmp_path):
     with pytest.raises(RiverError, match="absent: no such directory"):
         read_config(tmp_path / "absent")
     with pytest.raises(RiverError, match="config.json: missing"):
+        read_config(tmp_path)
+
+
+def test_a_hub_name_is_not_fetched(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(RiverError) as caught:
+        read_config("meta-llama/Llama-3.2-1B")
+    assert "download it first: hf download meta-llama/Llama-3.2-1B --local-dir Llama-3.2-1B" in str(
+        caught.value
+    )
+    for name in ("./a/b", "/a/b", "a/b/c", "plain", "a" * 5000, "x/" + "y" * 300):
+        with pytest.raises(RiverError, match="no such directory"):
+            read_config(name)
+    (tmp_path / "org").mkdir()
+    (tmp_path / "org" / "name").write_text("a file")
+    with pytest.raises(RiverError) as caught:
+        read_config("org/name")
+    assert "download" not in str(caught.value)
+    for name in ("", None, 7, "a\0b", "\ud800", b"bytes"):
+        with pytest.raises(RiverError, match="accepted: the path of"):
+            read_config(name)
+
+
+def test_the_size_of_a_json_file_is_bounded(tmp_path):
+    read(tmp_path)
+    with open(tmp_path / "config.json", "r+b") as file:
+        file.truncate(10 << 30)  # a hole: it takes no room
+    with pytest.raises(RiverError, match="config.json: larger than 64 MiB"):
         read_config(tmp_path)
 
 

@@ -5,6 +5,7 @@ Both the engine and the specification (reference.py) are compared, in fp32, at f
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 import river_ext
 from river_ext import reference
@@ -120,3 +121,38 @@ def test_greedy_generation_equals_transformers(case, hf_checkpoint):
         error = (logits - expected_logits).abs().max() / expected_logits.abs().max()
         print(f"{case}, {greedy.__name__}: relative error of the logits {error:.1e}")
         assert error < TOLERANCE, greedy.__name__
+
+
+def edit(directory, change) -> None:
+    tensors = load_file(directory / "model.safetensors")
+    change(tensors)
+    save_file(tensors, directory / "model.safetensors", {"format": "pt"})
+
+
+def assert_equals_transformers(directory, mode: str = "river") -> None:
+    prompt = list(range(3, 20))
+    expected = hf_greedy(directory, prompt)[0]
+    assert len(set(expected)) > 20, "the random model repeats itself: the test would show little"
+    model = river_ext.load(directory, device="cpu")
+    options = {"mode": "full"} if mode == "full" else {"threshold": float("inf")}
+    assert model.generate(prompt, max_new_tokens=NEW_TOKENS, stop_tokens=(), **options).tokens == expected
+    assert len(model.generate(prompt, max_new_tokens=8, mode="full_w4", stop_tokens=()).tokens) == 8
+
+
+def test_a_stored_head_counts_in_a_tied_model(hf_checkpoint):
+    directory = hf_checkpoint(tie_word_embeddings=True)
+    head = load_file(directory / "model.safetensors")["model.embed_tokens.weight"].flip(0) * 2
+    edit(directory, lambda tensors: tensors.update({"lm_head.weight": head.contiguous()}))
+    assert_equals_transformers(directory)
+
+
+@pytest.mark.parametrize("size", [0.0, 1e-30, 1e-9, 1e-6])
+def test_layers_that_do_almost_nothing(hf_checkpoint, size):
+    directory = hf_checkpoint()
+
+    def shrink(tensors):
+        for name in ("self_attn.q_proj", "self_attn.o_proj", "mlp.up_proj", "mlp.down_proj"):
+            tensors[f"model.layers.1.{name}.weight"] *= size
+
+    edit(directory, shrink)
+    assert_equals_transformers(directory, mode="full")

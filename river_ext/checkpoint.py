@@ -7,6 +7,7 @@ line that names the file and the tensor.
 """
 
 import hashlib
+import os
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -16,10 +17,16 @@ from safetensors import SafetensorError, safe_open
 from tokenizers import Tokenizer
 from torch import Tensor
 
-from .config import FAMILIES, ModelConfig, parse_dtype, read_config, read_json_object
+from .config import ModelConfig, checkpoint_directory, parse_dtype, read_config
 from .errors import RiverError
+from .families import FAMILIES
+from .files import is_regular
+from .json_object import read_json_object
 from .weights import DecoderBlockWeights, ModelWeights
 
+HEAD = "lm_head.weight"
+# what older files hold beside the weights, and what the model computes itself
+HARMLESS = (".rotary_emb.inv_freq", ".rotary_emb.cos_cached", ".rotary_emb.sin_cached", ".attn.masked_bias")
 STORED_DTYPES = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}
 PICKLE_SUFFIXES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 FINGERPRINT_BLOCK = 4096  # bytes
@@ -50,7 +57,7 @@ def load_checkpoint(
         check_finite: refuse weights with NaN or Inf. This reads every byte once, so a mapped file is in
             memory afterwards; without it, weights are read when they are first used.
     """
-    directory = Path(directory)
+    directory = checkpoint_directory(directory)
     config = read_config(directory)
     stored = _stored_tensors(directory)
     _check_tensors(stored, tensor_shapes(config), directory)
@@ -68,6 +75,10 @@ def load_checkpoint(
         return tensor
 
     embed_tokens = load("model.embed_tokens.weight")
+    lm_head = load(HEAD) if HEAD in stored else embed_tokens
+    # a head that is stored in spite of tie_word_embeddings counts, as in transformers: it may have been tuned
+    tied = config.tie_word_embeddings and (lm_head is embed_tokens or torch.equal(lm_head, embed_tokens))
+    config = replace(config, tie_word_embeddings=tied)
     weights = ModelWeights(
         embed_tokens=embed_tokens,
         layers=[
@@ -75,7 +86,7 @@ def load_checkpoint(
             for layer in range(config.num_hidden_layers)
         ],
         norm=load("model.norm.weight"),
-        lm_head=embed_tokens if config.tie_word_embeddings else load("lm_head.weight"),
+        lm_head=embed_tokens if tied else lm_head,
     )
     used = {name: stored[name] for name in tensor_shapes(config)}
     return Checkpoint(directory, config, weights, tokenizer, _fingerprint(used))
@@ -99,7 +110,7 @@ def tensor_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
     for layer in range(config.num_hidden_layers):
         shapes |= {name: shape for _, name, shape in _layer_tensors(config, layer)}
     if not config.tie_word_embeddings:
-        shapes["lm_head.weight"] = (config.vocab_size, config.hidden_size)
+        shapes[HEAD] = (config.vocab_size, config.hidden_size)
     return shapes
 
 
@@ -145,9 +156,9 @@ class _StoredTensor:
 def _stored_tensors(directory: Path) -> dict[str, _StoredTensor]:
     """Every tensor of the checkpoint, from model.safetensors or from the shards that its index names."""
     single, index = directory / "model.safetensors", directory / "model.safetensors.index.json"
-    if single.is_file():
+    if is_regular(single):
         return _open_safetensors(single)
-    if not index.is_file():
+    if not is_regular(index):
         raise RiverError(f"{single}: missing; {_what_else(directory)}")
     weight_map = read_json_object(index).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
@@ -156,7 +167,7 @@ def _stored_tensors(directory: Path) -> dict[str, _StoredTensor]:
         )
     stored: dict[str, _StoredTensor] = {}
     for shard in dict.fromkeys(_shard_name(index, name, shard) for name, shard in weight_map.items()):
-        if not (directory / shard).is_file():
+        if not is_regular(directory / shard):
             raise RiverError(f"{directory / shard}: missing; {index.name} names it")
         for name, tensor in _open_safetensors(directory / shard).items():
             if name in stored:
@@ -180,7 +191,10 @@ def _shard_name(index: Path, tensor: str, shard) -> str:
 
 def _what_else(directory: Path) -> str:
     """What to say about a directory without safetensors."""
-    names = sorted(path.name for path in directory.iterdir())
+    try:
+        names = sorted(os.listdir(directory))
+    except OSError as error:
+        return f"the directory cannot be read ({error.strerror})"
     pickled = [name for name in names if name.endswith(PICKLE_SUFFIXES)]
     other = [name for name in names if name.endswith((".safetensors", ".gguf"))]
     if pickled:
@@ -203,13 +217,16 @@ def _open_safetensors(path: Path) -> dict[str, _StoredTensor]:
 
 def _check_tensors(stored: dict, shapes: dict[str, tuple[int, ...]], directory: Path) -> None:
     """Refuses tensors that are missing, surplus, or of another shape or dtype than config.json says."""
-    for name, shape in shapes.items():
-        tensor = stored.get(name)
-        if tensor is None:
-            where = (
-                next(iter(stored.values())).path if len({t.path for t in stored.values()}) == 1 else directory
-            )
-            raise RiverError(f"{where}: tensor {name} {list(shape)} is missing")
+    files = {tensor.path for tensor in stored.values()}
+    where = files.pop() if len(files) == 1 else directory
+    missing = [name for name in shapes if name not in stored]
+    if missing:
+        raise RiverError(
+            f"{where}: tensor {missing[0]} {list(shapes[missing[0]])} is missing{_more(missing)}"
+        )
+    optional = {HEAD: shapes["model.embed_tokens.weight"]} if HEAD in stored else {}
+    for name, shape in (shapes | optional).items():
+        tensor = stored[name]
         if tensor.shape != shape:
             raise RiverError(
                 f"{tensor.path}: tensor {name} has shape {list(tensor.shape)}; "
@@ -220,12 +237,16 @@ def _check_tensors(stored: dict, shapes: dict[str, tuple[int, ...]], directory: 
                 f"{tensor.path}: tensor {name} is stored as {tensor.dtype_name}; "
                 f"accepted: {', '.join(STORED_DTYPES)}"
             )
-    for name in sorted(stored.keys() - shapes.keys()):
-        # older files hold the rotary frequencies as well, and some both names of a tied head
-        if not name.endswith(".rotary_emb.inv_freq") and name != "lm_head.weight":
-            raise RiverError(
-                f"{stored[name].path}: tensor {name[:120]} has no place in the model of config.json"
-            )
+    surplus = sorted(name for name in stored.keys() - shapes.keys() - {HEAD} if not name.endswith(HARMLESS))
+    if surplus:
+        raise RiverError(
+            f"{stored[surplus[0]].path}: tensor {surplus[0][:120]}{_more(surplus)} has no place "
+            f"in the model of config.json"
+        )
+
+
+def _more(names: list[str]) -> str:
+    return f" (and {len(names) - 1} more, such as {names[-1][:120]})" if len(names) > 1 else ""
 
 
 def _all_finite(tensor: Tensor) -> bool:
@@ -252,7 +273,7 @@ def _fingerprint(tensors: dict[str, _StoredTensor]) -> str:
 
 def _load_tokenizer(directory: Path) -> Tokenizer | None:
     path = directory / "tokenizer.json"
-    if not path.is_file():
+    if not is_regular(path):
         return None
     try:
         return Tokenizer.from_file(str(path))

@@ -2,43 +2,27 @@
 
 Names are Hugging Face's. Both spellings are read: `rope_scaling` + `rope_theta` and `rope_parameters`,
 `torch_dtype` and `dtype`, `type` and `rope_type`. A key that is read and makes no sense is refused with
-one line; a key that is not read (`auto_map` included) has no effect, and no code is ever run.
+one line, and so is one that would change the arithmetic (families.py), and a size that the ops do not take.
+Other keys (`auto_map` included) have no effect, and no code is ever run.
 """
 
-import json
-from collections.abc import Iterable
+import os
+import re
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
+from . import ops
 from .errors import RiverError
+from .families import FAMILIES, Family, refuse_foreign_keys, refuse_foreign_rope_keys
+from .files import is_regular, path_of
+from .json_object import Reader, read_json_object
 
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 ROPE_TYPES = ("default", "linear", "dynamic", "llama3")
-MAX_JSON_BYTES = 64 << 20
 MAX_POSITIONS = 1 << 24
-MAX_HEAD_DIM = 256
-
-
-@dataclass(frozen=True)
-class Family:
-    """What a model_type implies beyond the keys of its config.json, and which optional tensors it has."""
-
-    qkv_bias: bool | None = None  # None: the key attention_bias decides
-    o_bias: bool = True  # o has a bias where q, k and v have one
-    qk_norm: bool = False
-    sliding_window: str | None = None  # "key": sliding_window itself; "switch": only if use_sliding_window
-    default_head_dim: int | None = None  # None: hidden_size / num_attention_heads
-
-
-# A family belongs here once test_hf_parity.py compares it with transformers.
-FAMILIES = {
-    "llama": Family(),
-    "mistral": Family(qkv_bias=False, sliding_window="key"),
-    "qwen2": Family(qkv_bias=True, o_bias=False, sliding_window="switch"),
-    "qwen3": Family(qk_norm=True, sliding_window="switch", default_head_dim=128),
-}
+HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
 
 
 @dataclass(frozen=True)
@@ -74,34 +58,26 @@ class ModelConfig:
 
 def read_config(directory: str | Path) -> ModelConfig:
     """Reads `config.json` of a checkpoint directory, and its `generation_config.json` for bos and eos ids."""
-    directory = Path(directory)
-    if not directory.is_dir():
-        raise RiverError(f"{directory}: no such directory; a Hugging Face checkpoint directory is needed")
+    directory = checkpoint_directory(directory)
     path = directory / "config.json"
-    if not path.is_file():
+    if not is_regular(path):
         raise RiverError(f"{path}: missing; a checkpoint directory holds config.json and *.safetensors")
     generation_path = directory / "generation_config.json"
-    generation = read_json_object(generation_path) if generation_path.is_file() else {}
-    return _model_config(_Reader(path, read_json_object(path)), _Reader(generation_path, generation))
+    generation = read_json_object(generation_path) if is_regular(generation_path) else {}
+    return _model_config(Reader(path, read_json_object(path)), Reader(generation_path, generation))
 
 
-def read_json_object(path: Path) -> dict:
-    """The JSON object in a file; anything else is refused."""
-    try:
-        if path.stat().st_size > MAX_JSON_BYTES:
+def checkpoint_directory(directory: str | Path) -> Path:
+    """The directory, which must be there: nothing is fetched."""
+    path, name = path_of(directory, "checkpoint"), str(directory)
+    if not os.path.isdir(directory):
+        if HUB_NAME.fullmatch(name) and not os.path.lexists(directory):
             raise RiverError(
-                f"{path}: larger than {MAX_JSON_BYTES >> 20} MiB, not a JSON file of a checkpoint"
+                f"{name}: no such directory. If it is a model's name on a hub, download it first: "
+                f"hf download {name} --local-dir {name.split('/')[1]}, and give that directory"
             )
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise RiverError(f"{path}: cannot be read ({error.strerror})") from None
-    except (ValueError, RecursionError) as error:
-        if isinstance(error, RiverError):
-            raise
-        raise RiverError(f"{path}: not valid JSON ({str(error)[:160]})") from None
-    if not isinstance(value, dict):
-        raise RiverError(f"{path}: a JSON object is needed, found {_json_type(value)}")
-    return value
+        raise RiverError(f"{name}: no such directory; a Hugging Face checkpoint directory is needed")
+    return path
 
 
 def parse_dtype(value, where: str) -> torch.dtype:
@@ -112,68 +88,7 @@ def parse_dtype(value, where: str) -> torch.dtype:
     return DTYPES[name]
 
 
-class _Reader:
-    """One JSON object whose keys are checked as they are read."""
-
-    def __init__(self, path: Path, values: dict, prefix: str = ""):
-        self.path, self.values, self.prefix = path, values, prefix
-
-    def fail(self, key: str, accepted: str):
-        found = json.dumps(self.values[key]) if key in self.values else "missing"
-        found = found if len(found) <= 60 else found[:57] + "..."
-        raise RiverError(f"{self.path}: {self.prefix}{key} is {found}; accepted: {accepted}")
-
-    def owner(self, key: str, other: "_Reader") -> "_Reader":
-        """This object if it holds the key, else the other one."""
-        return self if self.values.get(key) is not None else other
-
-    def choice(self, key: str, accepted: Iterable[str], default: str | None = None) -> str:
-        value = default if self.values.get(key) is None else self.values[key]
-        if not isinstance(value, str) or value not in accepted:
-            self.fail(key, ", ".join(accepted))
-        return value
-
-    def strings(self, key: str) -> list[str]:
-        value = self.values[key]
-        if not isinstance(value, list) or not all(isinstance(item, str) for item in value):
-            self.fail(key, "an array of strings")
-        return value
-
-    def integer(self, key: str, low: int, high: int, default: int | None = None) -> int:
-        value = self.values.get(key)
-        if value is None and default is not None:
-            return default
-        if isinstance(value, bool) or not isinstance(value, int) or not low <= value <= high:
-            self.fail(key, f"an integer from {low} to {high}")
-        return value
-
-    def number(self, key: str, low: float, high: float, default: float | None = None) -> float:
-        value = self.values.get(key)
-        if value is None and default is not None:
-            return default
-        is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
-        if not is_number or not low <= value <= high:  # NaN fails both comparisons
-            self.fail(key, f"a number from {low:g} to {high:g}")
-        return float(value)
-
-    def boolean(self, key: str, default: bool) -> bool:
-        value = self.values.get(key)
-        if value is None:
-            return default
-        if not isinstance(value, bool):
-            self.fail(key, "true or false")
-        return value
-
-    def token_ids(self, key: str, vocab_size: int) -> tuple[int, ...]:
-        value = self.values.get(key)
-        ids = value if isinstance(value, list) else [] if value is None else [value]
-        # ids past the vocabulary exist in public configs (-1 too, for "none"); such an id is never generated
-        if not all(isinstance(i, int) and not isinstance(i, bool) for i in ids):
-            self.fail(key, "a token id, a list of token ids or null")
-        return tuple(dict.fromkeys(i for i in ids if 0 <= i < vocab_size))
-
-
-def _model_config(top: _Reader, generation: _Reader) -> ModelConfig:
+def _model_config(top: Reader, generation: Reader) -> ModelConfig:
     family = FAMILIES[top.choice("model_type", FAMILIES)]
     _refuse_unsupported(top)
     vocab_size = top.integer("vocab_size", 1, 1 << 24)
@@ -185,8 +100,11 @@ def _model_config(top: _Reader, generation: _Reader) -> ModelConfig:
     kv_heads = top.integer("num_key_value_heads", 1, 1024, default=heads)
     if heads % kv_heads:
         top.fail("num_key_value_heads", f"a divisor of num_attention_heads, {heads}")
+    if heads // kv_heads > ops.MAX_GROUP:
+        most = f"at most {ops.MAX_GROUP} times num_key_value_heads, {kv_heads}"
+        top.fail("num_attention_heads", f"a number of query heads {most}")
     even_split = hidden_size // heads if hidden_size % heads == 0 else None
-    head_dim = top.integer("head_dim", 2, MAX_HEAD_DIM, default=family.default_head_dim or even_split)
+    head_dim = top.integer("head_dim", 2, ops.MAX_HEAD_DIM, default=family.default_head_dim or even_split)
     if head_dim % 2:
         top.fail(
             "head_dim", f"an even number, also where it is hidden_size / num_attention_heads, {head_dim}"
@@ -198,7 +116,7 @@ def _model_config(top: _Reader, generation: _Reader) -> ModelConfig:
         key: generation.token_ids(key, vocab_size) or top.token_ids(key, vocab_size)
         for key in ("bos_token_id", "eos_token_id")
     }
-    return ModelConfig(
+    config = ModelConfig(
         model_type=top.values["model_type"],
         vocab_size=vocab_size,
         hidden_size=hidden_size,
@@ -217,31 +135,38 @@ def _model_config(top: _Reader, generation: _Reader) -> ModelConfig:
         dtype=_dtype(top),
         bos_token_id=ids["bos_token_id"][0] if ids["bos_token_id"] else None,
         eos_token_ids=ids["eos_token_id"],
-        sliding_window=_sliding_window(top, family, num_hidden_layers),
+        sliding_window=_sliding_window(top, family, num_hidden_layers, max_position_embeddings),
     )
+    refuse_foreign_keys(top, config)
+    return config
 
 
-def _refuse_unsupported(top: _Reader) -> None:
-    if top.values.get("quantization_config") is not None:
+def _refuse_unsupported(top: Reader) -> None:
+    if top.values.get("quantization_config") not in (None, {}):
         top.fail("quantization_config", "none, a checkpoint in bfloat16, float16 or float32 is needed")
     if top.boolean("mlp_bias", False):
         top.fail("mlp_bias", "false")
     top.choice("hidden_act", ("silu", "swish"), default="silu")
 
 
-def _dtype(top: _Reader) -> torch.dtype | None:
+def _dtype(top: Reader) -> torch.dtype | None:
     key = "dtype" if top.values.get("dtype") is not None else "torch_dtype"
     value = top.values.get(key)
     return None if value is None else parse_dtype(value, f"{top.path}: {key}")
 
 
-def _rope(top: _Reader, head_dim: int, max_position_embeddings: int) -> tuple[float, dict | None]:
+def _rope(top: Reader, head_dim: int, max_position_embeddings: int) -> tuple[float, dict | None]:
     """rope_theta and the normalised rope_scaling, from either spelling."""
     key = "rope_scaling" if top.values.get("rope_scaling") else "rope_parameters"
     values = top.values.get(key) or {}
     if not isinstance(values, dict) or any(isinstance(value, dict) for value in values.values()):
         top.fail(key, "an object with rope_type, the same for all layers")
-    rope = _Reader(top.path, values, prefix=f"{key}.")
+    rope = Reader(top.path, values, prefix=f"{key}.")
+    refuse_foreign_rope_keys(rope)
+    other = top.values.get("rope_parameters")
+    for name in values.keys() & other.keys() if isinstance(other, dict) else ():
+        if other[name] != values[name]:
+            rope.fail(name, f"what rope_parameters.{name} is, or only one of the two objects")
     theta = rope.owner("rope_theta", top).number("rope_theta", 1.0, 1e12, default=10000.0)
     partial = rope.owner("partial_rotary_factor", top)
     if partial.number("partial_rotary_factor", 0.0, 1.0, default=1.0) != 1.0:
@@ -250,6 +175,8 @@ def _rope(top: _Reader, head_dim: int, max_position_embeddings: int) -> tuple[fl
     type_key = "rope_type" if values.get("rope_type") is not None else "type"
     rope_type = rope.choice(type_key, ROPE_TYPES, default="default")
     if rope_type == "default":
+        if rope.number("factor", 1.0, 1e4, default=1.0) != 1:
+            rope.fail("factor", f"1, or a {key}.rope_type that takes a factor")
         return theta, None
     factor = rope.number("factor", 1.0, 1e4)
     if rope_type != "llama3":
@@ -260,7 +187,7 @@ def _rope(top: _Reader, head_dim: int, max_position_embeddings: int) -> tuple[fl
         return theta, {"rope_type": rope_type, "factor": factor}
     low = rope.number("low_freq_factor", 1e-3, 1e6)
     high = rope.number("high_freq_factor", 1e-3, 1e6)
-    if high <= low:
+    if not torch.tensor(high) > torch.tensor(low):  # in fp32, where their difference divides
         rope.fail("high_freq_factor", f"a number above low_freq_factor, {low:g}")
     original = "original_max_position_embeddings"
     owner = top.owner(original, rope)  # where both say it, transformers takes the outer one
@@ -273,18 +200,29 @@ def _rope(top: _Reader, head_dim: int, max_position_embeddings: int) -> tuple[fl
     }
 
 
-def _sliding_window(top: _Reader, family: Family, num_hidden_layers: int) -> int | None:
+def _sliding_window(top: Reader, family: Family, num_hidden_layers: int, max_positions: int) -> int | None:
     """The window that every layer has, or None; models where only some layers have one are refused."""
-    if family.sliding_window is None:
-        return None
+    window = _window(top, family, num_hidden_layers, max_positions)
+    if top.values.get("layer_types") is not None:
+        kind = "full_attention" if window is None else "sliding_attention"
+        if top.strings("layer_types") != [kind] * num_hidden_layers:
+            top.fail("layer_types", f"{kind!r} for each of the {num_hidden_layers} layers")
+    return window
+
+
+def _window(top: Reader, family: Family, num_hidden_layers: int, max_positions: int) -> int | None:
     if family.sliding_window == "key":
         if "sliding_window" not in top.values:
             top.fail("sliding_window", "the window's positions, or null for none")
-    elif not top.boolean("use_sliding_window", False):
+    elif not top.boolean("use_sliding_window", family.sliding_window is None):
         return None
     if top.values.get("sliding_window") is None:
         return None
     window = top.integer("sliding_window", 1, MAX_POSITIONS)
+    if family.sliding_window is None:
+        if window < max_positions:
+            top.fail("sliding_window", f"null, or all of the {max_positions} positions, in such a model")
+        return None
     if family.sliding_window == "key":
         return window
     first = top.integer("max_window_layers", 0, 1 << 16, default=28)
@@ -294,8 +232,3 @@ def _sliding_window(top: _Reader, family: Family, num_hidden_layers: int) -> int
     if any(windowed) and not (all(windowed) and len(windowed) == num_hidden_layers):
         top.fail("use_sliding_window", "false, or a window in every layer")
     return window if any(windowed) else None
-
-
-def _json_type(value) -> str:
-    names = {list: "an array", str: "a string", bool: "a boolean", type(None): "null"}
-    return names.get(type(value), "a number")

@@ -23,7 +23,7 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 GROUP_SIZES = (64, 128)
 LEVELS = 15  # q is 0 .. 15
 LP_NORM, BETA, KAPPA = 0.7, 10.0, 1.01  # the splitting's weight and its growth
-FP16_MAX, FP16_TINY = 65504.0, 2.0**-24
+FP16_MAX, FP16_NORMAL, FP16_TINY = 65504.0, 2.0**-14, 2.0**-24
 CHUNK = {"cpu": 1 << 18, "cuda": 1 << 26}  # weights refined at a time; on a CPU by each thread
 
 
@@ -42,8 +42,8 @@ def quantize(
         q uint8 [out_features, in_features] with values 0..15, scale and zero fp16 [out_features, groups],
         with weight ~ (q - zero) * scale: what `pack_w4` takes.
 
-    A group whose range is too small for an fp16 scale gets the smallest one, unless that holds for the
-    whole weight, which is then refused.
+    A group whose range is too small for an fp16 scale gets the smallest one, so that a weight that is
+    nearly zero is met to within 2 ** -24. One that needs a scale above the range of fp16 is refused.
     """
     if weight.ndim != 2 or weight.numel() == 0 or weight.dtype not in DTYPES:
         found = f"{weight.dtype} {list(weight.shape)}".removeprefix("torch.")
@@ -73,16 +73,13 @@ def _map(function: Callable, chunks: Sequence[Tensor]) -> list:
 
 
 def _check(step: Tensor, scale: Tensor, name: str) -> None:
-    """Refuses weights with NaN or Inf, which show in a step, and weights out of the range of fp16 scales."""
+    """Refuses weights with NaN or Inf, which show in a step, and weights too large for fp16 scales."""
     if not torch.isfinite(step).all():
         row = int(torch.nonzero(~torch.isfinite(step))[0, 0])
         raise RiverError(f"{name} holds NaN or Inf in row {row}; finite values can be quantised")
-    accepted = f"fp16 scales from {FP16_TINY:.3g} to {FP16_MAX:g} can be stored"
     if torch.isinf(scale).any():
-        raise RiverError(f"{name} needs a scale above {FP16_MAX:g}; {accepted}")
-    largest = float(step.max())
-    if 0 < largest < FP16_TINY:
-        raise RiverError(f"{name} needs scales of at most {largest:.3g}; {accepted}")
+        row = int(torch.nonzero(torch.isinf(scale))[0, 0])
+        raise RiverError(f"{name} needs a scale above {FP16_MAX:g}, the largest in fp16, in row {row}")
 
 
 def _quantize_rows(weight: Tensor, group_size: int, iterations: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -100,7 +97,10 @@ def _quantize_groups(weight: Tensor, iterations: int) -> tuple[Tensor, Tensor, T
     # where the range is tiny against the values, or empty: this keeps |zero| below 1024, where fp16 is exact
     # to half a step, and meets a constant of fp16 or bf16 exactly
     floor = torch.ldexp(torch.ones_like(step), torch.frexp(torch.maximum(high, -low)).exponent - 10)
-    stored_scale = step.maximum(floor).clamp_min(FP16_TINY).half()
+    scale = step.maximum(floor)
+    # fp16 is coarse below its normal range: up, so that the levels span the group
+    scale = torch.where(scale < FP16_NORMAL, (scale / FP16_TINY).ceil().clamp_min(1) * FP16_TINY, scale)
+    stored_scale = scale.half()
     scale = stored_scale.float()
     scaled = weight / scale
     zero = _refine_zeros(scaled.flatten(0, 1), scale.flatten(0, 1), iterations).view_as(scale)

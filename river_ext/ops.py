@@ -22,6 +22,8 @@ from .registration import packed_shape as packed_shape
 from .registration import register
 
 MAX_ROWS: int = _C.MAX_ROWS
+MAX_HEAD_DIM: int = _C.MAX_HEAD_DIM
+MAX_GROUP: int = _C.MAX_GROUP  # query heads per KV head
 TILE_ROWS: int = _C.TILE_ROWS
 TILE_COLS: int = _C.TILE_COLS
 TILE_BYTES: int = _C.TILE_BYTES

@@ -1,14 +1,11 @@
 """The exit river of a model: built from its backbone, saved to a directory, loaded from it.
 
-A saved river is a directory of two files: `river.safetensors`, which holds `layers.<l>.<field>` for every
-field of `ExitLayerWeights` in the layout of w4.py, and `river.json`, which says what they are (`_facts`).
+A saved river is the tensors `layers.<l>.<field>`, for every field of `ExitLayerWeights`, in the layout of
+w4.py, and a JSON object that says what they are (`_facts`). river_store.py writes both.
 """
 
-import json
-import os
-import shutil
+import re
 import sys
-import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, fields
@@ -16,17 +13,19 @@ from pathlib import Path
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 
 from . import hqq
-from .config import ModelConfig, read_json_object
+from .config import ModelConfig
 from .errors import RiverError
-from .ops import packed_shape
+from .files import is_regular, path_of
+from .json_object import Reader, read_json_object
+from .ops import TILE_COLS, TILE_ROWS, packed_shape
+from .river_store import FACTS, refuse_other_content, sha256_of, tensors_file, write_river
 from .w4 import BlockShape, pack_exit_layer
 from .weights import DecoderBlockWeights, ExitLayerWeights, ModelWeights
 
-FORMAT, FORMAT_VERSION = "river_ext W4", 1
-TENSORS, FACTS = "river.safetensors", "river.json"
+FORMAT, FORMAT_VERSION = "river_ext W4", 2  # version 1 had no sha256
+HASH = re.compile("[0-9a-f]{64}")
 
 
 class ExitRiver(list[ExitLayerWeights]):
@@ -89,14 +88,12 @@ def save_river(path: str | Path, river: ExitRiver, config: ModelConfig, fingerpr
         river: what `build_river` or `load_river` returned.
         config, fingerprint: of the checkpoint that the river was built from.
     """
-    path = Path(path)
-    _refuse_other_content(path)
+    path = path_of(path, "river")
+    tensors = _tensors(river)
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with _replacing(path) as directory:
-            save_file(_tensors(river), directory / TENSORS)
-            facts = _facts(river, config, fingerprint)
-            (directory / FACTS).write_text(json.dumps(facts, indent=2) + "\n", encoding="utf-8")
+        refuse_other_content(path)  # before the work
+        _check_metadata(tensors, str(path))
+        write_river(path, tensors, _facts(river, config, fingerprint, sha256_of(tensors)))
     except (OSError, SafetensorError) as error:
         raise RiverError(f"{path}: cannot be written ({error}); a folder with free space is needed") from None
 
@@ -111,14 +108,20 @@ def load_river(
         config, fingerprint: of the checkpoint at hand. A river that was built from another one is refused.
         device: where the tensors go.
     """
-    path = Path(path)
-    facts = read_facts(path)
-    if facts["fingerprint"] != fingerprint:
-        raise RiverError(
-            f"{path / FACTS}: built from another checkpoint, fingerprint {str(facts['fingerprint'])[:64]}; "
-            f"accepted is a river of the one at hand, {fingerprint}"
-        )
-    stored = _stored_tensors(path / TENSORS, _packed_shapes(config))
+    path = path_of(path, "river")
+    while True:
+        facts = read_facts(path)
+        _check_fits(Reader(path / FACTS, facts), config, fingerprint)
+        try:
+            stored = _stored_tensors(tensors_file(path, facts["sha256"]), _packed_shapes(config))
+            break
+        except RiverError:
+            if read_facts(path) == facts:
+                raise  # else another river took its place in between, tensors and all
+    file = tensors_file(path, facts["sha256"])
+    if sha256_of(stored) != facts["sha256"]:
+        raise RiverError(f"{file}: not what was saved, its sha256 is not the one in {FACTS}; convert again")
+    _check_metadata(stored, str(file))
     names = [field.name for field in fields(ExitLayerWeights)]
     layers = [
         ExitLayerWeights(**{name: stored[f"layers.{index}.{name}"].to(device) for name in names})
@@ -129,38 +132,56 @@ def load_river(
 
 def read_facts(path: str | Path) -> dict:
     """The facts of a saved river, checked: those of `_facts`."""
-    path = Path(path)
-    if not (path / FACTS).is_file():
+    path = path_of(path, "river")
+    if not is_regular(path / FACTS):
         raise RiverError(f"{path}: no {FACTS} in it; a directory that `river convert` wrote is needed")
-    facts = read_json_object(path / FACTS)
+    facts = Reader(path / FACTS, read_json_object(path / FACTS))
+    facts.exactly("format", FORMAT)
+    facts.exactly("format_version", FORMAT_VERSION, f"{FORMAT_VERSION}; convert the checkpoint again")
+    facts.choice("quantiser", ("hqq",))
+    if facts.integer("group_size", 0, 1 << 20) not in hqq.GROUP_SIZES:
+        facts.fail("group_size", ", ".join(map(str, hqq.GROUP_SIZES)))
+    for key in ("fingerprint", "sha256"):
+        if not isinstance(facts.values.get(key), str) or not HASH.fullmatch(facts.values[key]):
+            facts.fail(key, "64 hexadecimal digits")
+    facts.integer("num_hidden_layers", 1, 1 << 20)
+    shape = facts.values.get("block")
+    names = list(BlockShape.__dataclass_fields__)
+    if not isinstance(shape, dict) or shape.keys() != set(names):
+        facts.fail("block", f"an object with {', '.join(names)}")
+    for name in names:
+        Reader(facts.path, shape, prefix="block.").integer(name, 0, 1 << 30)
+    for key in facts.values.keys() - FACT_NAMES:
+        facts.fail(key, f"no such key; those of a river are {', '.join(FACT_NAMES)}")
+    return facts.values
 
-    def refuse(key: str, accepted: str):
-        found = repr(facts[key])[:80] if key in facts else "missing"
-        raise RiverError(f"{path / FACTS}: {key} is {found}; accepted: {accepted}")
 
-    if facts.get("format") != FORMAT:
-        refuse("format", repr(FORMAT))
-    if facts.get("format_version") != FORMAT_VERSION:
-        refuse("format_version", str(FORMAT_VERSION))
-    if facts.get("group_size") not in hqq.GROUP_SIZES:
-        refuse("group_size", ", ".join(map(str, hqq.GROUP_SIZES)))
-    for key in ("quantiser", "fingerprint"):
-        if not isinstance(facts.get(key), str):
-            refuse(key, "a string")
-    return facts
+def _check_fits(facts: Reader, config: ModelConfig, fingerprint: str) -> None:
+    """Refuses a river of another checkpoint."""
+    if facts.values["fingerprint"] != fingerprint:
+        raise RiverError(
+            f"{facts.path}: built from another checkpoint, fingerprint {facts.values['fingerprint']}; "
+            f"accepted is a river of the one at hand, {fingerprint}"
+        )
+    facts.exactly("num_hidden_layers", config.num_hidden_layers)
+    block = Reader(facts.path, facts.values["block"], prefix="block.")
+    for name, size in asdict(BlockShape.of(config)).items():
+        block.exactly(name, size, f"{size}, as the checkpoint's config.json has it")
 
 
-def _facts(river: ExitRiver, config: ModelConfig, fingerprint: str) -> dict:
-    """What river.json holds; block is the shape of a decoder block."""
-    return {
-        "format": FORMAT,
-        "format_version": FORMAT_VERSION,
-        "quantiser": river.quantiser,
-        "group_size": river.group_size,
-        "fingerprint": fingerprint,
-        "num_hidden_layers": len(river),
-        "block": asdict(BlockShape.of(config)),
-    }
+FACT_NAMES = (
+    "format", "format_version", "quantiser", "group_size", "fingerprint", "sha256",
+    "num_hidden_layers", "block",
+)  # fmt: skip
+
+
+def _facts(river: ExitRiver, config: ModelConfig, fingerprint: str, sha256: str) -> dict:
+    """What river.json holds; block is the shape of a decoder block, sha256 that of the tensors."""
+    values = (
+        FORMAT, FORMAT_VERSION, river.quantiser, river.group_size, fingerprint, sha256, len(river),
+        asdict(BlockShape.of(config)),
+    )  # fmt: skip
+    return dict(zip(FACT_NAMES, values, strict=True))
 
 
 def _tensors(river: ExitRiver) -> dict[str, torch.Tensor]:
@@ -182,6 +203,8 @@ def _packed_shapes(config: ModelConfig) -> dict[str, tuple[int, int, int]]:
 
 def _stored_tensors(path: Path, shapes: dict[str, tuple[int, int, int]]) -> dict[str, torch.Tensor]:
     """Views of the tensors in a file, which must be those of `shapes`."""
+    if not is_regular(path):
+        raise RiverError(f"{path}: missing; {FACTS} names it: convert again")
     try:
         with safe_open(path, framework="pt", device="cpu") as file:
             stored = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (safe_open is no dict)
@@ -201,35 +224,9 @@ def _stored_tensors(path: Path, shapes: dict[str, tuple[int, int, int]]) -> dict
     return stored
 
 
-def _refuse_other_content(path: Path) -> None:
-    """Only nothing, an empty directory or a saved river may be at `path`."""
-    if not os.path.lexists(path):
-        return
-    if (
-        path.is_symlink()
-        or not path.is_dir()
-        or not {entry.name for entry in path.iterdir()} <= {TENSORS, FACTS}
-    ):
-        raise RiverError(
-            f"{path}: exists and is not a saved river; accepted: a new directory, or one to replace"
-        )
-
-
-@contextmanager
-def _replacing(path: Path) -> Iterator[Path]:
-    """Yields a temporary directory beside `path` that becomes `path` at the end, or vanishes on any error."""
-    scratch = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}."))
-    fresh, old = scratch / "new", scratch / "old"
-    try:
-        fresh.mkdir()
-        yield fresh
-        if path.exists():
-            path.rename(old)
-        try:
-            fresh.rename(path)
-        except BaseException:
-            if old.exists():
-                old.rename(path)
-            raise
-    finally:
-        shutil.rmtree(scratch, ignore_errors=True)
+def _check_metadata(tensors: dict[str, torch.Tensor], where: str) -> None:
+    """Refuses scales and zeros that are not finite: they follow the nibbles of a tile."""
+    for name, tensor in tensors.items():
+        metadata = tensor[..., TILE_ROWS * TILE_COLS // 2 :].contiguous().view(torch.float16)
+        if not metadata.isfinite().all():
+            raise RiverError(f"{where}: tensor {name} has a scale or a zero that is not finite")

@@ -1,0 +1,167 @@
+"""The accepted families of models, and what keys of a config.json would say that a model is none of them.
+
+Checkpoints of a derived architecture often go by the model_type that they were derived from, and then
+transformers ignores what they add. A key that names a change of the arithmetic is therefore refused unless
+its value says that there is no such change. Which names do so is told by their words (`ARITHMETIC`), since
+no list can hold what is yet to be invented; all other keys that are not read are free, as configs are full
+of bookkeeping. What adds, drops or reshapes tensors shows in the tensors as well (checkpoint.py).
+"""
+
+import json
+import re
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from .json_object import Reader
+
+if TYPE_CHECKING:
+    from .config import ModelConfig
+
+
+@dataclass(frozen=True)
+class Family:
+    """What a model_type implies beyond the keys of its config.json, and which optional tensors it has."""
+
+    qkv_bias: bool | None = None  # None: the key attention_bias decides
+    o_bias: bool = True  # o has a bias where q, k and v have one
+    qk_norm: bool = False
+    sliding_window: str | None = None  # "key": sliding_window itself; "switch": only if use_sliding_window
+    default_head_dim: int | None = None  # None: hidden_size / num_attention_heads
+
+
+# A family belongs here once test_hf_parity.py compares it with transformers.
+FAMILIES = {
+    "llama": Family(),
+    "mistral": Family(qkv_bias=False, sliding_window="key"),
+    "qwen2": Family(qkv_bias=True, o_bias=False, sliding_window="switch"),
+    "qwen3": Family(qk_norm=True, sliding_window="switch", default_head_dim=128),
+}
+
+# Read by config.py, which checks them itself
+READ_KEYS = {
+    "rope_theta", "rope_scaling", "rope_parameters", "partial_rotary_factor", "mlp_bias", "hidden_act",
+    "sliding_window", "use_sliding_window", "max_window_layers", "layer_types", "quantization_config",
+}  # fmt: skip
+READ_ROPE_KEYS = {
+    "type", "rope_type", "rope_theta", "factor", "partial_rotary_factor", "low_freq_factor",
+    "high_freq_factor", "original_max_position_embeddings",
+}  # fmt: skip
+
+OFF = (None, False, 0, "", [], {})
+ONE = (None, False, 1)
+
+Neutral = Callable[["ModelConfig"], tuple]
+
+
+def _always(*values) -> Neutral:
+    return lambda config: values
+
+
+# (words in a key, the values that change nothing). The first row that matches a key decides.
+ARITHMETIC: tuple[tuple[str, Neutral], ...] = (
+    # training, bookkeeping and what follows from other keys
+    (
+        r"dropout|loss|jitter|grad|optim|learning_rate|pretraining|^ffn_dim_multiplier$|pre_quantiz",
+        lambda config: None,
+    ),
+    # scores and logits
+    (r"soft_?cap|capping|logits?_cap|tanh_cap|clip|clamp|(swiglu|glu|act)_limit", _always(*OFF)),
+    (
+        r"attention_multiplier|(attn|attention|softmax)_scal(e|ing)$",
+        lambda config: (None, False, config.head_dim**-0.5),
+    ),
+    (r"query_pre_attn_scalar", lambda config: (None, config.head_dim)),
+    (
+        r"multiplier|(^|_)mup|logits?_scal|scale_logits"
+        r"|(embed\w*|residual|input|output|width|depth|layer)_scal"
+        r"|scale_(emb|depth|width|residual)|normalize_embed|dim_model_base",
+        _always(*ONE),
+    ),
+    # positions
+    (r"no_?rope|nope", lambda config: (*OFF, [1] * config.num_hidden_layers)),
+    (r"^use_(rope|rotary\w*)$|^rope$|^rotary$", _always(None, True)),
+    (r"(rope|rotary)_(pct|percent\w*|ratio|factor|scaling_factor)$", _always(None, 1)),
+    (r"^(rope|rotary)_(ndims|dims?)$", lambda config: (None, config.rotary_dim)),
+    (r"(rope|rotary)\w*_(base|freq)$", lambda config: (None, int(config.rope_theta), config.rope_theta)),
+    (r"^rope_type$", _always(None, "default")),
+    (r"position_embedding_type|pos_emb", _always(None, "rope", "rotary")),
+    (r"rope|rotary|alibi|xpos|logn|(^|_)ntk|yarn|longrope|temperature_tuning", _always(*OFF)),
+    # norms and the order of a block
+    (
+        r"q_?k_?(layer_?)?norm|query_key_(layer_?)?norm|^qk_ln",
+        lambda config: (None, True) if FAMILIES[config.model_type].qk_norm else OFF,
+    ),
+    (
+        r"norm_?(type|class|name)$|^normalization(_type)?$",
+        _always(None, "rmsnorm", "rms_norm", "RMSNorm", "RmsNorm", "rms"),
+    ),
+    (r"norm\w*(offset|unit|plus_one)|zero_cent|layernorm_1p", _always(*OFF)),
+    (
+        r"parallel_(residual|attn|attention|block)|sandwich|(use|has|apply)_\w*post\w*_?norm|post_layernorm"
+        r"|post_norm|(pre|post)_(feedforward|ffn)|hyper_connection|value_residual|altup|laurel",
+        _always(*OFF),
+    ),
+    # which layers there are, and what they share
+    (
+        r"(text|vision|audio|language|llm|attn|ffn)_config$|per_layer|block_configs|shared_kv|kv_shared"
+        r"|share_kv|cla_share|layer_sharing|share_layers|num_loops|(^|_)recurren|pruned_heads",
+        _always(*OFF),
+    ),
+    # attention of another kind
+    (r"is_causal|^causal$", _always(None, True)),
+    (r"v_head_dim", lambda config: (None, config.head_dim)),
+    (
+        r"(attn|attention)_types?$",
+        _always(None, "full", "full_attention", "softmax", "gqa", "mha", "mqa", "causal"),
+    ),
+    (
+        r"sink|attention_chunk|attn_chunk|local_(attention|attn|window)|window_(size|pattern)|sliding"
+        r"|attention_window|attn_window|linear_(attn|attention|key|value|num|conv)|(kv|q)_lora|(^|_)mla(_|$)"
+        r"|lightning|differential|bidirectional|prefix_lm|cross_attention|attn_(idx|layer)",
+        _always(*OFF),
+    ),
+    # feed-forward layers of another kind
+    (r"(^|_)experts?(_|$)|(^|_)moe(_|$)|router|mixture_of", _always(*OFF)),
+    (
+        r"hidden_activation|activation_(function|fn|type)|^activation$|act_fn|(mlp|ffn|ff)_act",
+        _always(None, "silu", "swish", "swiglu"),
+    ),
+    (r"(^|_)mamba|(^|_)ssm(_|$)|rwkv|retnet|hyena|state_space|(^|_)conv_", _always(*OFF)),
+    # weights that are not what they seem
+    (r"quantiz|compress|sparsif|sparsity|kv_cache_scheme", _always(*OFF)),
+)
+_PATTERNS = [(re.compile(words), neutral) for words, neutral in ARITHMETIC]
+
+
+def refuse_foreign_keys(top: Reader, config: "ModelConfig") -> None:
+    """Refuses a key that changes the arithmetic of the family's models, unless its value changes nothing."""
+    for key, value in top.values.items():
+        if key in READ_KEYS:
+            continue
+        neutral = neutral_values(key, config)
+        if neutral is not None and not any(_equal(value, other) for other in neutral):
+            listed = ", ".join(dict.fromkeys(json.dumps(other) for other in neutral))
+            top.fail(key, f"{listed}, or no such key: {config.model_type} models have nothing else")
+
+
+def refuse_foreign_rope_keys(rope: Reader) -> None:
+    """The same for the object that rope_scaling or rope_parameters is: all its keys are arithmetic."""
+    for key, value in rope.values.items():
+        if key not in READ_ROPE_KEYS | {"finetuned"} and not any(_equal(value, other) for other in ONE):
+            rope.fail(key, f"no such key; those that are read: {', '.join(sorted(READ_ROPE_KEYS))}")
+
+
+def neutral_values(key: str, config: "ModelConfig") -> tuple | None:
+    """The values that change nothing of a key that names arithmetic; None for a key that does not."""
+    words = re.sub(r"(?<=[a-z0-9])(?=[A-Z])", "_", key).lower().replace("-", "_")
+    return next((neutral(config) for pattern, neutral in _PATTERNS if pattern.search(words)), None)
+
+
+def _equal(one, other) -> bool:
+    """true is not 1, but 1.0 is, and so is what differs from it by rounding alone."""
+    if isinstance(one, bool) or isinstance(other, bool):
+        return one is other
+    if isinstance(one, (int, float)) and isinstance(other, (int, float)):
+        return other - 1e-6 * abs(other) <= one <= other + 1e-6 * abs(other)
+    return one == other
