@@ -7,6 +7,7 @@ from tiny_model import CONFIG, demo_model
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 
 from river_ext.config import ModelConfig
+from river_ext.stop_strings import StopStrings
 from river_ext.text import Text, TextStream
 
 
@@ -40,7 +41,7 @@ def text_of(tokenizer, bos=None, directory=None):
 
 def pieces(text, tokens, prompt=(), stop=()):
     """What each token adds, then what `finish` adds."""
-    stream = TextStream(text, list(prompt), tuple(stop))
+    stream = TextStream(text, list(prompt), StopStrings(stop))
     out = []
     for token in tokens:
         out.append(stream.feed(token))

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from .config import FAMILIES, ModelConfig, parse_dtype, read_config, read_json_object
 from .errors import RiverError
+from .tokenizer import load_tokenizer
 from .weights import DecoderBlockWeights, ModelWeights
 
 STORED_DTYPES = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}
@@ -59,7 +60,7 @@ def load_checkpoint(
     device = parse_device(device)
     if device.type == "cuda":
         check_gpu_kernels(config)
-    tokenizer = _load_tokenizer(directory)
+    tokenizer = load_tokenizer(directory)
 
     def load(name: str) -> Tensor:
         tensor = stored[name].read().to(device=device, dtype=config.dtype)
@@ -248,16 +249,6 @@ def _fingerprint(tensors: dict[str, _StoredTensor]) -> str:
         for start in (0, last // 2, last):
             digest.update(data[start : start + FINGERPRINT_BLOCK].numpy().tobytes())
     return digest.hexdigest()
-
-
-def _load_tokenizer(directory: Path) -> Tokenizer | None:
-    path = directory / "tokenizer.json"
-    if not path.is_file():
-        return None
-    try:
-        return Tokenizer.from_file(str(path))
-    except Exception as error:  # the tokenizers library raises plain Exception
-        raise RiverError(f"{path}: not a tokenizer ({str(error)[:160]})") from None
 
 
 def parse_device(device: torch.device | str) -> torch.device:

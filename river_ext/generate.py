@@ -17,6 +17,7 @@ from .request import Options, Plan, exit_rule, integer, is_batch, plan, prefill_
 from .sampling import Sampling
 from .sequence import GenerationOutput, Sequence
 from .step import Rows, decode_step
+from .stop_strings import StopStrings
 from .text import Text, TextStream
 
 
@@ -69,8 +70,9 @@ class Stream:
 
 
 def _sequences(text: Text | None, plan: Plan) -> list[Sequence]:
+    stop = StopStrings(plan.stop)
     return [
-        Sequence(plan, slot, TextStream(text, prompt, plan.stop) if text else None)
+        Sequence(plan, slot, TextStream(text, prompt, stop) if text else None)
         for slot, prompt in enumerate(plan.prompts)
     ]
 

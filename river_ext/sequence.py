@@ -72,6 +72,8 @@ class Sequence:
             self.finish_reason = "length"
         if self.finish_reason and self.text_stream and not self.text_stream.stopped:
             self.news += self.text_stream.finish()
+            if self.text_stream.stopped:  # by an unfinished character
+                self.finish_reason = "stop"
         self.text += self.news
 
     def output(self) -> GenerationOutput:
