@@ -39,7 +39,7 @@ class Decoder:
     def text(self, settled: list[str], waiting: list[str]) -> str:
         """The text if no more pieces come."""
         pieces = settled + [NO_CHARACTER] * len(waiting)
-        if self._decoder is None:
+        if self._decoder is None or not pieces:
             return " ".join(pieces)
         try:
             return self._decoder.decode(pieces)

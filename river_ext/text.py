@@ -84,7 +84,8 @@ class TextStream:
         self._window, self._waiting = self._decoder.settle(_last(text, prompt, context))
         before = self._decoder.text(self._window, self._waiting)
         self._before: str | None = before  # the prompt's, until it is known whether its end still changes
-        self._shown = len(before) - len(self._waiting) - self._decoder.unfinished(self._window, before)
+        unfinished = len(self._waiting) + self._decoder.unfinished(self._window, before)
+        self._shown = 0 if context is None else len(before) - unfinished
 
     def feed(self, token: int) -> str:
         """The text that this token makes certain, often its own."""
