@@ -17,7 +17,8 @@ from .config import MAX_JSON_BYTES, read_json_object
 from .errors import RiverError
 
 NAMED = tuple(f"{name}_token" for name in ("bos", "eos", "unk", "sep", "pad", "cls", "mask"))
-FLAGS = ("single_word", "lstrip", "rstrip", "normalized", "special")
+FLAGS = ("add_bos_token", "split_special_tokens")
+TOKEN_FLAGS = ("single_word", "lstrip", "rstrip", "normalized", "special")
 WALL_SECONDS = 120  # for the trial; its processor time is limited more tightly
 RUN_TRIAL = "import runpy, sys; sys.path[:] = sys.argv[2:]; runpy.run_path(sys.argv[1], run_name='__main__')"
 
@@ -82,12 +83,16 @@ class TokenizerSettings:
     def read(cls, directory: Path) -> "TokenizerSettings":
         path = directory / "tokenizer_config.json"
         values = dict(read_json_object(path)) if path.is_file() else {}
+        flags = {key: values.pop(key, None) or False for key in FLAGS}
+        for key, value in flags.items():
+            if not isinstance(value, bool):
+                raise RiverError(f"{path}: {key} is {json.dumps(value)[:60]}; accepted: true or false")
         if "additional_special_tokens" in values and not values.get("extra_special_tokens"):
             values["extra_special_tokens"] = values.pop("additional_special_tokens")  # its older name
         own = _own_roles(values)
         legacy = values.get("added_tokens_decoder") is None
         if legacy:
-            own |= _read_special_tokens_map(directory / "special_tokens_map.json", values)
+            own = _read_special_tokens_map(directory / "special_tokens_map.json", values) | own
         older_name = "extra_special_tokens" not in values
         extra = values.get("additional_special_tokens" if older_name else "extra_special_tokens") or []
         if not isinstance(extra, list):
@@ -99,11 +104,7 @@ class TokenizerSettings:
             special = [named[key] for key in NAMED if key in named] + ([] if older_name else extra)
             listed = _legacy_tokens(directory / "added_tokens.json", {t["content"] for t in special})
         else:
-            listed = _by_id(path, "added_tokens_decoder", values["added_tokens_decoder"])
-        flags = {key: values.get(key) or False for key in ("add_bos_token", "split_special_tokens")}
-        for key, value in flags.items():
-            if not isinstance(value, bool):
-                raise RiverError(f"{path}: {key} is {json.dumps(value)[:60]}; accepted: true or false")
+            listed = _listed_tokens(path, values["added_tokens_decoder"])
         bos_token = named["bos_token"]["content"] if "bos_token" in named else None
         return cls(listed, list(named.values()), extra, legacy, bos_token, **flags)
 
@@ -131,29 +132,34 @@ def _read_special_tokens_map(path: Path, values: dict) -> dict:
 def _legacy_tokens(path: Path, special: set[str]) -> list[tuple[int, dict]]:
     """added_tokens.json: ids by text."""
     ids = read_json_object(path) if path.is_file() else {}
-    tokens = {
-        index: {"content": content, "normalized": content not in special, "special": content in special}
+    return [
+        (
+            _token_id(path, index),
+            {"content": content, "normalized": content not in special, "special": content in special},
+        )
         for content, index in ids.items()
-        if isinstance(index, int)
-    }
-    return _by_id(path, "added_tokens.json", tokens)
+    ]
 
 
-def _by_id(path: Path, key: str, tokens) -> list[tuple[int, dict]]:
-    try:
-        return [(int(index), _token(path, key, token)) for index, token in tokens.items()]
-    except (AttributeError, TypeError, ValueError) as error:
-        if isinstance(error, RiverError):
-            raise
-        raise RiverError(f"{path}: {key} is no object of token ids and tokens") from None
+def _listed_tokens(path: Path, tokens) -> list[tuple[int, dict]]:
+    """added_tokens_decoder: tokens by id."""
+    if not isinstance(tokens, dict):
+        raise RiverError(f"{path}: added_tokens_decoder is no object of token ids and tokens")
+    return [(_token_id(path, index), _token(path, index, token)) for index, token in tokens.items()]
+
+
+def _token_id(path: Path, value) -> int:
+    if isinstance(value, bool) or not str(value).isdecimal() or len(str(value)) > 9:
+        raise RiverError(f"{path}: {json.dumps(value)[:60]} is no token id; accepted: an integer from 0")
+    return int(value)
 
 
 def _token(path: Path, key: str, value) -> dict:
     """A token from its text, or from an object with its text and flags."""
     token = {"content": value, "special": True} if isinstance(value, str) else value
     if isinstance(token, dict) and isinstance(token.get("content"), str) and token["content"]:
-        token = {name: token[name] for name in ("content", *FLAGS) if name in token}
-        if all(isinstance(token[name], bool) for name in FLAGS if name in token):
+        token = {name: token[name] for name in ("content", *TOKEN_FLAGS) if name in token}
+        if all(isinstance(token[name], bool) for name in TOKEN_FLAGS if name in token):
             return token
     raise RiverError(
         f"{path}: {key} holds {json.dumps(value)[:60]}; accepted: a token's text, or an object with it"

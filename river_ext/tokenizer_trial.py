@@ -12,7 +12,7 @@ import sys
 
 MEMORY = 4 << 30  # bytes of address space
 CPU_SECONDS = 30
-MAX_GROWTH = 100  # characters that replacements may make of one
+MAX_GROWTH = 100  # characters or tokens that may be made of one character
 SAMPLE = (
     "".join(map(chr, range(256)))
     + " The quick brown fox jumps over 1,234,567 lazy dogs; isn't it?\r\n\t\t    x = [0.5] * 10\n\n"
@@ -66,13 +66,18 @@ def _flat(step: dict) -> list[dict]:
 
 def growth(steps: list[dict]) -> float:
     """Characters that the replacements among the steps make of one at most."""
-    replaced = [step for step in steps if step["type"] == "Replace"]
-    return math.prod(
-        max(1.0, len(step["content"]) / max(1, len(step["pattern"]["String"])))
-        if step["pattern"].get("String")
-        else 1.0 + len(step["content"])  # an expression may match nothing between two characters
-        for step in replaced
-    )
+    from tokenizers import Regex
+    from tokenizers.normalizers import Replace
+
+    factors = []
+    for step in steps:
+        if step["type"] == "Replace":
+            content, literal = step["content"], step["pattern"].get("String")
+            shortest = len(literal) if literal else 1
+            factors.append(len(content) / shortest)
+            if literal is None and Replace(Regex(step["pattern"]["Regex"]), content).normalize_str(""):
+                factors[-1] += 1  # it also matches nothing, between two characters
+    return math.prod(max(1.0, factor) for factor in factors)
 
 
 def try_out(tokenizer) -> None:
@@ -85,13 +90,12 @@ def try_out(tokenizer) -> None:
     for part in (tokenizer.normalizer, tokenizer.pre_tokenizer, tokenizer.post_processor):
         texts.append(part.__getstate__().decode()[: 1 << 16] if part is not None else "")
     for text in texts:
-        normal = tokenizer.normalizer.normalize_str(text) if tokenizer.normalizer else text
-        if len(normal) > MAX_GROWTH * len(text) + 1000:
-            raise ValueError(f"the normalizer makes {len(normal)} characters of {len(text)}")
-        plain = tokenizer.encode(text, add_special_tokens=False).ids
+        most = MAX_GROWTH * (len(text) + 1)
+        if tokenizer.normalizer and len(tokenizer.normalizer.normalize_str(text)) > most:
+            raise ValueError(f"the normalizer makes more than {most} characters of {len(text)}")
         ids = tokenizer.encode(text).ids
-        if len(ids) > 2 * len(plain) + 100:
-            raise ValueError(f"the post-processor makes {len(ids)} tokens of {len(plain)}")
+        if len(ids) > most:
+            raise ValueError(f"{len(text)} characters become {len(ids)} tokens; accepted: {most}")
         tokenizer.decode(ids, skip_special_tokens=False)
     everything = sorted(tokenizer.get_vocab().values())
     for first in range(0, len(everything), DECODED):
