@@ -28,6 +28,10 @@ class Piece(NamedTuple):
     token: int
     exit_depth: int
 
+    def to_dict(self) -> dict:
+        """For `json.dumps`."""
+        return self._asdict()
+
 
 class Score(NamedTuple):
     """Teacher forcing: row i belongs to token prompt_length + i of the sequence."""

@@ -1,6 +1,6 @@
 """A request on its way: what has been generated for it so far, and whether that is all."""
 
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 
 import torch
 from torch import Tensor
@@ -19,6 +19,10 @@ class Stats:
     tokens_per_second: float  # new tokens after the first, per decoding second; 0 if there is none
     mean_exit_depth: float  # over all new tokens
 
+    def to_dict(self) -> dict:
+        """For `json.dumps`."""
+        return asdict(self)
+
 
 @dataclass(frozen=True)
 class GenerationOutput:
@@ -31,6 +35,11 @@ class GenerationOutput:
     finish_reason: str | None  # "stop" or "length"; None in a stream that goes on
     stats: Stats
     logits: Tensor | None = None  # fp32 [new tokens, vocab_size], with return_logits
+
+    def to_dict(self) -> dict:
+        """All but the logits, for `json.dumps`."""
+        values = {name: value for name, value in vars(self).items() if name != "logits"}
+        return values | {"stats": self.stats.to_dict()}
 
 
 @dataclass
