@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 from tiny_model import demo_model, random_model, random_prompt
+from tokenizers import Tokenizer, decoders, models
 
 import river_ext
 from river_ext.errors import RiverError
@@ -251,6 +252,20 @@ def test_stop_strings(choose):
     assert out.text in demo_model().text.decode(out.tokens), "the tokens go on to the end of the stop string"
     if not places:
         assert out.tokens == whole.tokens
+
+
+def test_a_stop_string_before_an_unfinished_character_is_the_reason():
+    """The last token allowed ends with a stop string and with the first byte of a character."""
+    tokens = random_model().generate(PROMPTS[1], max_new_tokens=3, mode="full").tokens
+    assert tokens[2] not in tokens[:2]
+    words = {"end\u00e2" if i == tokens[2] else chr(0x141 + i): i for i in range(80)}  # \u00e2 is byte 0xE2
+    tokenizer = Tokenizer(models.WordLevel(words, unk_token=next(iter(words))))
+    tokenizer.decoder = decoders.ByteLevel()
+    options = {"max_new_tokens": 3, "mode": "full"}
+    for stop, reason, tail in (("end", "stop", ""), ("\ufffd", "stop", "end"), ("no", "length", "end\ufffd")):
+        out = random_model(tokenizer=tokenizer).generate(PROMPTS[1], stop=stop, **options)
+        assert (out.tokens, out.finish_reason) == (tokens, reason)
+        assert out.text == "".join(chr(0x141 + i) for i in tokens[:2]) + tail
 
 
 def test_a_stop_string_ends_only_its_own_row():
