@@ -61,7 +61,15 @@ def test_arrays_and_encodings_are_prompts():
         "input_ids": torch.tensor([[0, 0, *ids]]),
         "attention_mask": torch.tensor([[0, 0] + [1] * len(ids)]),
     }
-    for prompt in (one_row, one_row.numpy(), np.array(ids), range(7), {"input_ids": ids}, padded):
+    for prompt in (
+        one_row,
+        one_row.numpy(),
+        np.array(ids),
+        list(one_row[0]),
+        range(7),
+        {"input_ids": ids},
+        padded,
+    ):
         expected = alone if not isinstance(prompt, range) else model.generate(list(prompt), **options)
         assert model.generate(prompt, **options).tokens == expected.tokens
         stream = model.stream(prompt, **options)
@@ -84,7 +92,7 @@ def test_a_batch_encoding_is_a_prompt():
 
 
 def test_values_per_request_as_arrays():
-    model, options = random_model(), {"max_new_tokens": 6, "temperature": np.float32(1.0)}
+    model, options = random_model(), {"max_new_tokens": np.array(6), "temperature": torch.tensor(1.0)}
     lists = model.generate(
         PROMPTS, threshold=[0.5, 0.7, 0.9, 2], min_layers=[1, 2, 3, 4], seed=[1, 2, 3, 4], **options
     )
@@ -427,7 +435,7 @@ REFUSED = {
     "dictionary of seeds": ([1], {"seed": {0: 1}}, "seed is a dict"),
     "array of thresholds": ([[1], [2]], {"threshold": np.ones(3)}, "threshold has 3 values for 2 prompts"),
     "rows of thresholds": ([[1]], {"threshold": np.ones((1, 2))}, r"threshold=\[1.0, 1.0\]"),
-    "array of temperatures": ([1], {"temperature": np.ones(2)}, "temperature=array"),
+    "array of temperatures": ([1], {"temperature": np.ones(2)}, r"temperature=\[1.0, 1.0\]"),
     "array for a name": ([1], {"mode": np.array(["river", "full"])}, "mode=array.*accepted: 'river'"),
     "array for a policy": ([1], {"prefill": np.array(["full", "min"])}, "prefill=array.*accepted: 'full'"),
     "array of flags": ([1], {"return_logits": np.array([True, False])}, "return_logits=.*True or False"),

@@ -138,7 +138,7 @@ def test_dropout_of_the_training_is_ignored(tmp_path):
     ],
 )
 def test_settings_that_make_no_sense_are_refused(tmp_path, stem, values):
-    with pytest.raises(RiverError, match=stem if stem == "added_tokens" else "tokenizer_config|special"):
+    with pytest.raises(RiverError, match=f"{stem}.json: "):
         load_tokenizer(write(tmp_path, **{stem: values}))
 
 

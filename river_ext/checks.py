@@ -43,6 +43,7 @@ def listed(name: str, value):
 
 
 def number(name: str, value) -> float:
+    value = listed(name, value)
     try:
         result = float(value) if isinstance(value, Real) and not isinstance(value, bool) else math.nan
     except OverflowError:
@@ -60,6 +61,7 @@ def flag(name: str, value) -> bool:
 
 
 def integer(name: str, value, low: int, high: int | None = None) -> int:
+    value = listed(name, value)
     fits = isinstance(value, Integral) and not isinstance(value, bool)
     if not fits or value < low or (high is not None and value > high):
         raise RiverError(

@@ -84,9 +84,11 @@ def prompt_list(prompt) -> tuple[list, bool]:
     if isinstance(prompt, Mapping):  # as the tokenizers of transformers return
         prompt = encoded(prompt)
     prompt = one_row("prompt", prompt)
-    if isinstance(prompt, (list, tuple)) and len(prompt) > 0 and not isinstance(prompt[0], Real):
-        return list(prompt), True
-    return [prompt], False
+    if not isinstance(prompt, (list, tuple)) or not prompt:
+        return [prompt], False
+    if isinstance(listed("prompt", prompt[0]), Real):  # a token id, which may be an array of one itself
+        return [[listed("prompt", token) for token in prompt]], False
+    return list(prompt), True
 
 
 def encoded(encoding: Mapping):

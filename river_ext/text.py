@@ -47,9 +47,10 @@ class Text:
         if self._bos is None:
             return tokens
         tokens = [self._bos, *tokens] if self._adds_bos else tokens
-        while tokens[:2] == [self._bos] * 2:
-            del tokens[0]
-        return tokens
+        start = 0
+        while tokens[start : start + 2] == [self._bos] * 2:
+            start += 1
+        return tokens[start:]
 
     def decode(self, tokens: list[int]) -> str:
         """The text of tokens, special ones left out."""

@@ -122,6 +122,9 @@ def _read_special_tokens_map(path: Path, values: dict) -> dict:
     """Puts what special_tokens_map.json says in the place of the values; returns the model's own roles."""
     newer = dict(read_json_object(path)) if path.is_file() else {}
     own = _own_roles(newer)
+    for key in (*NAMED, *own):
+        if (newer | own).get(key) is not None:
+            _token(path, key, (newer | own)[key])
     if isinstance(newer.get("extra_special_tokens"), list):
         older = values.get("extra_special_tokens") or []
         newer["extra_special_tokens"] = [*older, *newer["extra_special_tokens"]]
@@ -145,7 +148,10 @@ def _listed_tokens(path: Path, tokens) -> list[tuple[int, dict]]:
     """added_tokens_decoder: tokens by id."""
     if not isinstance(tokens, dict):
         raise RiverError(f"{path}: added_tokens_decoder is no object of token ids and tokens")
-    return [(_token_id(path, index), _token(path, index, token)) for index, token in tokens.items()]
+    return [
+        (_token_id(path, index), _token(path, f"added_tokens_decoder.{index}", token))
+        for index, token in tokens.items()
+    ]
 
 
 def _token_id(path: Path, value) -> int:
