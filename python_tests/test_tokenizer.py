@@ -7,11 +7,14 @@ import time
 from pathlib import Path
 
 import pytest
-from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers
+from tiny_model import CONFIG
+from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
 
 from river_ext import tokenizer as tokenizer_module
 from river_ext import tokenizer_trial
+from river_ext.config import ModelConfig
 from river_ext.errors import RiverError
+from river_ext.text import Text
 from river_ext.tokenizer import load_tokenizer
 
 HELLO = "hi <s> a</s>b  <new> <|end|> x<tool> </s>  <mine> <more> q"
@@ -179,6 +182,9 @@ HOSTILE = {
     "of what no sample has": with_part("normalizer", nested(12, "\u0436\u0437", "\u0436\u0437" * 10)),
     "of nothing": with_part("normalizer", nested(12, Regex("(?=[\u0436-\u0437]?)"), "\u0436")),
     "in the decoder": with_part("decoder", TWELVE_DECODERS),
+    "an expression that backtracks": with_part(
+        "pre_tokenizer", pre_tokenizers.Split(Regex("(a+)+$"), "isolated")
+    ),
     "a template of many copies": changed(
         byte_tokenizer(),
         post_processor={
@@ -222,17 +228,10 @@ def test_the_trial_has_limits(tmp_path, monkeypatch, limit, value, message):
     script.write_text("\n".join(lines))
     monkeypatch.setattr(tokenizer_trial, "__file__", str(script))
     tokenizer = byte_tokenizer()
-    tokenizer.post_processor = None
-    expression = {
-        "type": "Split",
-        "pattern": {"Regex": "(a|a|aa)*$"},
-        "behavior": "Isolated",
-        "invert": False,
-    }
+    tokenizer.normalizer = normalizers.Sequence([normalizers.Replace("qq", "qq")] * 5000)
+    document = json.loads(tokenizer.to_str())
+    document["model"]["vocab"] |= {f"{i:x}": i for i in range(300_000)}
     write(tmp_path)
-    vocab = {f"{i:x}": i for i in range(600_000)}
-    document = json.loads(tokenizer.to_str()) | {"pre_tokenizer": expression}
-    document["model"]["vocab"] |= vocab
     (tmp_path / "tokenizer.json").write_text(json.dumps(document))
     with pytest.raises(RiverError, match=message):
         load_tokenizer(tmp_path)
@@ -244,3 +243,42 @@ def test_a_trial_leaves_no_process_behind(tmp_path, monkeypatch):
         load_tokenizer(write(tmp_path))
     children = Path(f"/proc/self/task/{os.getpid()}/children").read_text().split()
     assert not any("tokenizer_trial" in Path(f"/proc/{c}/cmdline").read_text() for c in children)
+
+
+VALUES = [
+    *(None, True, 0, -1, 2**32, 10**19, 1.5, "", "x", "\u2581", "(", "(a+)+$", [], {}, ["a", "b"]),
+    *({"String": "a"}, {"Regex": "a*"}, {"Fixed": 10**10}, "Right", "ByteLevel", "Sequence", "Replace"),
+]
+
+
+def places(value, path=()) -> list[tuple]:
+    """The paths to values in JSON, but for most of a vocabulary."""
+    items = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
+    below = [place for key, item in list(items)[:12] for place in places(item, (*path, key))]
+    return [path, *below] if path else below
+
+
+@pytest.mark.parametrize("seed", range(60))
+def test_changed_files_are_refused_or_work(tmp_path, seed):
+    rng = random.Random(seed)
+    tokenizer = byte_tokenizer()
+    tokenizer.normalizer = normalizers.Sequence([normalizers.NFKC(), normalizers.Replace("x", "y")])
+    tokenizer.post_processor = processors.TemplateProcessing("<s> $A", special_tokens=[("<s>", 256)])
+    tokenizer.enable_padding()
+    document = json.loads(tokenizer.to_str())
+    for _ in range(rng.choice([1, 1, 2])):
+        *path, key = rng.choice(places(document))
+        parent = document
+        for step in path:
+            parent = parent[step]
+        if isinstance(parent, list) and rng.random() < 0.3:
+            parent.extend([parent[key]] * 12)
+        else:
+            parent[key] = rng.choice(VALUES)
+    write(tmp_path)
+    (tmp_path / "tokenizer.json").write_text(json.dumps(document))
+    try:
+        text = Text(load_tokenizer(tmp_path), ModelConfig(**CONFIG), tmp_path)
+        assert isinstance(text.decode(text.encode(HELLO * 20)), str)
+    except RiverError as error:
+        assert "\n" not in str(error) and len(str(error)) < 400

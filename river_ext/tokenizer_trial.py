@@ -19,6 +19,7 @@ SAMPLE = (
     + "Größe naïve Ελλάδα Москва עברית العربية हिन्दी ไทย 中文字符 日本語 한국어 "
     + "\u2581 \u1000 \U0001f600 \ufffd \u0301 e\u0301"
 )
+REPEATED = 2000  # times a character comes in texts that expressions may backtrack on
 DECODED = 1000  # tokens of the vocabulary that are decoded together
 
 
@@ -86,7 +87,7 @@ def try_out(tokenizer) -> None:
         times = growth(stages(part))
         if times > MAX_GROWTH:
             raise ValueError(f"the {name} makes {times:.3g} characters of one; accepted: {MAX_GROWTH}")
-    texts = ["", "a", SAMPLE]
+    texts = ["", "a", SAMPLE, *(character * REPEATED + "!" for character in "a 0\n")]
     for part in (tokenizer.normalizer, tokenizer.pre_tokenizer, tokenizer.post_processor):
         texts.append(part.__getstate__().decode()[: 1 << 16] if part is not None else "")
     for text in texts:
