@@ -246,7 +246,7 @@ def test_any_characters_are_text(prompt):
 
 def test_a_text_that_cannot_fit_is_not_even_encoded():
     text = text_of(byte_tokenizer())
-    limit = 256 * config(None).max_length
+    limit = 64 * config(None).max_length
     assert len(text.encode("x" * limit)) == limit
     with pytest.raises(RiverError, match=f"a text of {limit + 1} characters; accepted: at most {limit}"):
         text.encode("x" * (limit + 1))

@@ -12,7 +12,7 @@ from .stop_strings import StopStrings
 from .tokenizer import TokenizerSettings
 from .tokenizer_trial import complaint_of
 
-TOKEN_CHARACTERS = 256  # a text with more of them per position of the model is not even encoded
+TOKEN_CHARACTERS = 64  # a text with more of them per position of the model is not even encoded
 
 
 class Text:
