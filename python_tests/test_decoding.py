@@ -68,6 +68,8 @@ def random_tokens(rng: random.Random, text: Text, count: int) -> list[int]:
             if rng.random() < 0.4:
                 data[rng.randrange(len(data))] = rng.randrange(256)
             tokens += [firsts[0] + byte for byte in data]
+        if rng.random() < 0.1:
+            tokens += [rng.randrange(size)] * rng.randrange(30)
         tokens += [rng.randrange(size + 3) for _ in range(rng.randrange(6))]  # ids without a token, too
     return tokens[:count]
 

@@ -157,6 +157,7 @@ def test_the_stop_string_is_not_sought_in_the_prompt():
         (("</s>",), ["<", "/", "s", ">", "b"], ""),  # written out, it is text
         (("ab",), ["a", 257, "b"], ""),  # between two characters of the text is nothing
         (("b<s>", "bc"), ["a", "b", 257, "c"], "a"),
+        ((">", "</s>c"), ["a", 257, "b"], None),
     ],
 )
 def test_stop_strings_with_special_tokens(stop, tokens, expected):

@@ -76,8 +76,9 @@ def growth(steps: list[dict]) -> float:
             content, literal = step["content"], step["pattern"].get("String")
             shortest = len(literal) if literal else 1
             factors.append(len(content) / shortest)
-            if literal is None and Replace(Regex(step["pattern"]["Regex"]), content).normalize_str(""):
-                factors[-1] += 1  # it also matches nothing, between two characters
+            if literal is None:
+                made = Replace(Regex(step["pattern"]["Regex"]), content).normalize_str("a")
+                factors[-1] += len(made) > max(1, len(content))  # it matches nothing before a character
     return math.prod(max(1.0, factor) for factor in factors)
 
 
