@@ -1,10 +1,13 @@
 """The generation loop, streaming, teacher forcing, and every refusal."""
 
+import json
 import math
 
+import numpy as np
 import pytest
 import torch
 from tiny_model import demo_model, random_model, random_prompt
+from tokenizers import Tokenizer, decoders, models
 
 import river_ext
 from river_ext.errors import RiverError
@@ -47,6 +50,101 @@ def test_one_prompt_one_output_a_list_a_list():
     outputs = model.generate([QUESTION, ids], **options)
     assert [out.tokens for out in outputs] == [alone.tokens] * 2
     assert [out.text for out in model.generate([ids], **options)] == [alone.text]
+
+
+def test_arrays_and_encodings_are_prompts():
+    model, ids = random_model(), PROMPTS[1]
+    options = {"max_new_tokens": 4, "mode": "full"}
+    alone = model.generate(ids, **options)
+    one_row = torch.tensor([ids])
+    padded = {
+        "input_ids": torch.tensor([[0, 0, *ids]]),
+        "attention_mask": torch.tensor([[0, 0] + [1] * len(ids)]),
+    }
+    for prompt in (
+        one_row,
+        one_row.numpy(),
+        np.array(ids),
+        list(one_row[0]),
+        range(7),
+        {"input_ids": ids},
+        padded,
+    ):
+        expected = alone if not isinstance(prompt, range) else model.generate(list(prompt), **options)
+        assert model.generate(prompt, **options).tokens == expected.tokens
+        stream = model.stream(prompt, **options)
+        assert [piece.token for piece in stream] == expected.tokens
+    batches = ([one_row, np.array(ids)], [ids], {"input_ids": [ids, ids]}, [padded, {"input_ids": ids}])
+    for batch in batches:
+        assert {tuple(out.tokens) for out in model.generate(batch, **options)} == {tuple(alone.tokens)}
+    ragged = {"input_ids": [[0, *ids], ids[:3]], "attention_mask": [[0] + [1] * len(ids), [1, 1, 1]]}
+    assert model.generate(ragged, **options)[0].tokens == alone.tokens
+    assert model.generate(ragged, **options)[1].tokens == model.generate(ids[:3], **options).tokens
+    assert model.score(one_row, prompt_length=1).exit_depths == model.score(ids, prompt_length=1).exit_depths
+
+
+def test_a_batch_encoding_is_a_prompt():
+    encoding = pytest.importorskip("transformers").BatchEncoding
+    ids = PROMPTS[1]
+    alone = random_model().generate(ids, max_new_tokens=3)
+    tensors = encoding({"input_ids": [ids], "attention_mask": [[1] * len(ids)]}, tensor_type="pt")
+    assert random_model().generate(tensors, max_new_tokens=3).tokens == alone.tokens
+
+
+def test_values_per_request_as_arrays():
+    model, options = random_model(), {"max_new_tokens": np.array(6), "temperature": torch.tensor(1.0)}
+    lists = model.generate(
+        PROMPTS, threshold=[0.5, 0.7, 0.9, 2], min_layers=[1, 2, 3, 4], seed=[1, 2, 3, 4], **options
+    )
+    arrays = model.generate(
+        PROMPTS,
+        threshold=np.array([0.5, 0.7, 0.9, 2]),
+        min_layers=torch.tensor([1, 2, 3, 4]),
+        seed=range(1, 5),
+        stop_tokens=np.array([], int),
+        return_logits=np.bool_(True),
+        **options,
+    )
+    assert [out.tokens for out in arrays] == [out.tokens for out in lists]
+    one = model.generate(PROMPTS, threshold=torch.tensor(0.7), seed=np.int64(3), **options)
+    assert [out.tokens for out in one] == [
+        out.tokens for out in model.generate(PROMPTS, threshold=0.7, seed=3, **options)
+    ]
+
+
+def test_outputs_are_json():
+    stream = demo_model().stream(QUESTION, max_new_tokens=5, return_logits=True)
+    pieces = [json.loads(json.dumps(piece.to_dict())) for piece in stream]
+    out = stream.output
+    assert [piece["token"] for piece in pieces] == out.tokens
+    document = json.loads(json.dumps(out.to_dict(), allow_nan=False))
+    assert document.pop("stats") == out.stats.to_dict() == vars(out.stats)
+    assert document == {k: v for k, v in vars(out).items() if k not in ("logits", "stats")}
+
+
+@pytest.mark.parametrize("options", [{}, {"top_k": 3}, {"top_p": 0.9}])
+def test_temperatures_at_the_limits_of_fp32(options):
+    """The smallest are greedy; the largest draw from a flat distribution."""
+    model, options = random_model(), {"max_new_tokens": 12, "mode": "full", **options}
+    greedy = model.generate(PROMPTS[1], **options).tokens
+    for temperature in (1e-300, 1e-45, 1e-38, 1e-30):
+        assert model.generate(PROMPTS[1], temperature=temperature, **options).tokens == greedy
+    assert model.generate(PROMPTS[1], temperature=3.4e38, **options).tokens != greedy
+
+
+def test_limits_of_fp32_elsewhere():
+    model, options = random_model(), {"max_new_tokens": 12}
+    never = model.generate(PROMPTS[1], threshold=math.inf, **options)
+    always = model.generate(PROMPTS[1], threshold=-math.inf, **options)
+    assert model.generate(PROMPTS[1], threshold=1e300, **options).exit_depths == never.exit_depths
+    assert model.generate(PROMPTS[1], threshold=-1e300, **options).exit_depths == always.exit_depths
+    greedy = model.generate(PROMPTS[1], **options).tokens
+    for top_p in (1e-300, 1e-45):
+        assert model.generate(PROMPTS[1], temperature=1, top_p=top_p, **options).tokens == greedy
+    alike = [{"top_p": 1.0}, {"top_p": 1 - 1e-12}, {"top_k": 10**30}, {"top_k": 80}]
+    drawn = [model.generate(PROMPTS[1], temperature=1, seed=2**63 - 1, **options, **o).tokens for o in alike]
+    assert drawn == drawn[:1] * 4 and drawn[0] != greedy
+    assert model.generate(PROMPTS[1], temperature=1, seed=-(2**63), **options).tokens
 
 
 def test_logits_outlive_the_call_as_ordinary_tensors():
@@ -162,6 +260,20 @@ def test_stop_strings(choose):
     assert out.text in demo_model().text.decode(out.tokens), "the tokens go on to the end of the stop string"
     if not places:
         assert out.tokens == whole.tokens
+
+
+def test_a_stop_string_before_an_unfinished_character_is_the_reason():
+    """The last token allowed ends with a stop string and with the first byte of a character."""
+    tokens = random_model().generate(PROMPTS[1], max_new_tokens=3, mode="full").tokens
+    assert tokens[2] not in tokens[:2]
+    words = {"end\u00e2" if i == tokens[2] else chr(0x141 + i): i for i in range(80)}  # \u00e2 is byte 0xE2
+    tokenizer = Tokenizer(models.WordLevel(words, unk_token=next(iter(words))))
+    tokenizer.decoder = decoders.ByteLevel()
+    options = {"max_new_tokens": 3, "mode": "full"}
+    for stop, reason, tail in (("end", "stop", ""), ("\ufffd", "stop", "end"), ("no", "length", "end\ufffd")):
+        out = random_model(tokenizer=tokenizer).generate(PROMPTS[1], stop=stop, **options)
+        assert (out.tokens, out.finish_reason) == (tokens, reason)
+        assert out.text == "".join(chr(0x141 + i) for i in tokens[:2]) + tail
 
 
 def test_a_stop_string_ends_only_its_own_row():
@@ -283,7 +395,24 @@ REFUSED = {
     "negative id": ([1, -1], {}, "prompt holds -1"),
     "float id": ([1.5], {}, "prompt holds 1.5"),
     "bool id": ([True], {}, "prompt holds True"),
-    "two dimensions": (torch.ones(2, 2, dtype=torch.long), {}, r"prompt holds \[1, 1\]"),
+    "two rows": (torch.ones(2, 2, dtype=torch.long), {}, r"an array \[2, 2\]; accepted: \[n\] or \[1, n\]"),
+    "three dimensions": (torch.ones(1, 1, 2, dtype=torch.long), {}, r"an array \[1, 1, 2\]"),
+    "two rows in a batch": ([[1], np.ones((2, 2), int)], {}, r"an array \[2, 2\]"),
+    "floats": (np.ones(3), {}, "prompt holds 1.0"),
+    "booleans": (np.ones(3, bool), {}, "prompt holds True"),
+    "no data": (torch.ones(3, device="meta"), {}, "prompt is a Tensor that cannot be read"),
+    "set": ({1, 2}, {}, "prompt is a set"),
+    "sets": ([{1, 2}], {}, "prompt is a set"),
+    "generator": ((i for i in [1]), {}, "prompt is a generator"),
+    "dictionary": ({"ids": [1]}, {}, "prompt is a dict without input_ids"),
+    "mask of another length": (
+        {"input_ids": [1, 2], "attention_mask": [1]},
+        {},
+        "attention_mask does not fit",
+    ),
+    "mask of nothing": ({"input_ids": [1], "attention_mask": [0]}, {}, "prompt is empty"),
+    "no ids": ({"input_ids": None}, {}, "prompt is a NoneType"),
+    "number of ids": ({"input_ids": 3, "attention_mask": 1}, {}, "attention_mask does not fit"),
     "no prompt": (None, {}, "prompt is a NoneType"),
     "bytes": (b"abc", {}, "prompt is a bytes"),
     "batch of bytes": ([b"abc"], {}, "prompt is a bytes"),
@@ -297,12 +426,27 @@ REFUSED = {
     "nan threshold of one": ([[1], [2]], {"threshold": [0.5, math.nan]}, "threshold=nan"),
     "text threshold": ([1], {"threshold": "0.5"}, "threshold='0.5'"),
     "huge threshold": ([1], {"threshold": 10**400}, "threshold=1000"),
+    "endless threshold": ([1], {"threshold": 10**5000}, "threshold=a int that cannot be shown"),
+    "set of thresholds": (
+        [[1], [2]],
+        {"threshold": {0.5, 0.7}},
+        "threshold is a set; accepted: one value, or",
+    ),
+    "dictionary of seeds": ([1], {"seed": {0: 1}}, "seed is a dict"),
+    "array of thresholds": ([[1], [2]], {"threshold": np.ones(3)}, "threshold has 3 values for 2 prompts"),
+    "rows of thresholds": ([[1]], {"threshold": np.ones((1, 2))}, r"threshold=\[1.0, 1.0\]"),
+    "array of temperatures": ([1], {"temperature": np.ones(2)}, r"temperature=\[1.0, 1.0\]"),
+    "array for a name": ([1], {"mode": np.array(["river", "full"])}, "mode=array.*accepted: 'river'"),
+    "array for a policy": ([1], {"prefill": np.array(["full", "min"])}, "prefill=array.*accepted: 'full'"),
+    "array of flags": ([1], {"return_logits": np.array([True, False])}, "return_logits=.*True or False"),
+    "text for a flag": ([1], {"return_logits": "no"}, "return_logits='no'; accepted: True or False"),
     "thresholds": ([[1], [2]], {"threshold": [0.5] * 3}, "threshold has 3 values for 2 prompts"),
     "min_layers 0": ([1], {"min_layers": 0}, "min_layers=0; accepted: an integer from 1 to 4"),
     "min_layers 5": ([1], {"min_layers": 5}, "min_layers=5; accepted: an integer from 1 to 4"),
     "min_layers list": ([1], {"min_layers": [1, 2]}, "min_layers has 2 values for 1 prompts"),
     "policy": ([1], {"batch_policy": "row"}, "batch_policy='row'; accepted: 'min'"),
     "prefill": ([1], {"prefill": "half"}, "prefill='half'; accepted"),
+    "endless depth": ([1], {"prefill": "depth:" + "1" * 5000}, "prefill='depth:1111.*; accepted.*0 to 4"),
     "prefill depth": ([1], {"prefill": "depth:5"}, "prefill='depth:5'; accepted.*0 to 4"),
     "mode": ([1], {"mode": "lossless"}, "mode='lossless'; accepted: 'river', 'full', 'full_w4'"),
     "mode of a strange type": ([1], {"mode": ["river"]}, "mode=\\['river'\\]; accepted"),
@@ -310,6 +454,11 @@ REFUSED = {
     "kv_strategy": ([1], {"kv_strategy": "mask"}, "kv_strategy='mask'; accepted: 'share'"),
     "temperature": ([1], {"temperature": -0.1}, "temperature=-0.1"),
     "nan temperature": ([1], {"temperature": math.nan}, "temperature=nan"),
+    "temperature past fp32": (
+        [1],
+        {"temperature": 1e39},
+        r"temperature=1e\+39; accepted: .* to 3.40282e\+38",
+    ),
     "infinite temperature": ([1], {"temperature": math.inf}, "temperature=inf"),
     "top_p 0": ([1], {"top_p": 0.0}, "top_p=0.0"),
     "top_p 2": ([1], {"top_p": 2}, "top_p=2"),
@@ -317,6 +466,10 @@ REFUSED = {
     "seed": ([1], {"seed": 2**63}, "seed=9223372036854775808"),
     "seeds": ([1], {"seed": [1, 2]}, "seed has 2 values for 1 prompts"),
     "stop without a tokenizer": ([1], {"stop": "x"}, "need a tokenizer"),
+    "array of stop strings": ([1], {"stop": np.array([1])}, "stop="),
+    "endless stop strings": ([1], {"stop": ["x" * 40_000] * 2}, "stop has 80000 characters; accepted: 65536"),
+    "nothing to stop at": ([1], {"stop": None}, "stop=None; accepted: a string that is not empty"),
+    "flag as a stop token": ([1], {"stop_tokens": True}, "stop_tokens holds True"),
     "empty stop": ([1], {"stop": ""}, "stop=''"),
     "stop of numbers": ([1], {"stop": [1]}, r"stop=\[1\]"),
     "stop token": ([1], {"stop_tokens": [80]}, "stop_tokens holds 80"),

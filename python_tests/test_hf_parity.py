@@ -6,6 +6,7 @@ Both the engine and the specification (reference.py) are compared, in fp32, at f
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
 import river_ext
 from river_ext import reference
@@ -156,3 +157,38 @@ def test_layers_that_do_almost_nothing(hf_checkpoint, size):
 
     edit(directory, shrink)
     assert_equals_transformers(directory, mode="full")
+
+
+@pytest.mark.parametrize("stop", ["<|end|>", "7<|end|>", "<|end|>!"])
+def test_a_special_token_as_a_stop_string_equals_transformers(stop, hf_checkpoint):
+    """The vocabulary is made so that the model writes 7<|end|>!, the middle one being special."""
+    directory = hf_checkpoint("llama", vocab_size=300)
+    prompt = [5, 9, 3]
+    whole = river_ext.load(directory, device="cpu").generate(prompt, max_new_tokens=12, mode="full")
+    before, special, after = whole.tokens[4:7]
+    assert len({before, special, after}) == 3 and special not in whole.tokens[:5]
+    rest = iter(sorted(set(pre_tokenizers.ByteLevel.alphabet()) - {"7", "!"}))
+    names = {before: "7", special: "<|end|>", after: "!"}
+    words = {names.get(i) or next(rest, f"{i}"): i for i in range(300)}
+    tokenizer = Tokenizer(models.BPE(words, []))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.add_special_tokens(["<|end|>"])
+    tokenizer.save(str(directory / "tokenizer.json"))
+
+    model = transformers.AutoModelForCausalLM.from_pretrained(directory).eval()
+    expected = model.generate(
+        torch.tensor([prompt]),
+        attention_mask=torch.ones(1, 3, dtype=torch.long),
+        max_new_tokens=12,
+        do_sample=False,
+        eos_token_id=None,
+        stop_strings=[stop],
+        tokenizer=transformers.AutoTokenizer.from_pretrained(directory),
+    )[0, 3:].tolist()
+    assert expected == whole.tokens[: len(expected)] and len(expected) < 12
+    model = river_ext.load(directory, device="cpu")
+    out = model.generate(prompt, max_new_tokens=12, mode="full", stop=stop, stop_tokens=())
+    assert (out.tokens, out.finish_reason) == (expected, "stop")
+    cut = model.text.decode(expected[:-1] if stop.endswith("!") else expected)
+    assert out.text == (cut[:-1] if stop.startswith("7") else cut)

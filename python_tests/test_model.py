@@ -33,6 +33,12 @@ def test_the_bundled_model():
     assert model.network.dtype == torch.bfloat16
 
 
+def test_repr():
+    text = repr(demo_model())
+    assert text.startswith("Model(llama, 16 layers, hidden 128, vocabulary 512, bfloat16 on cpu, '")
+    assert repr(random_model()) == "Model(llama, 4 layers, hidden 64, vocabulary 80, float32 on cpu)"
+
+
 def test_dtype():
     model = river_ext.load(device="cpu", dtype="float32")
     assert model.network.dtype == torch.float32

@@ -7,7 +7,11 @@ from tiny_model import CONFIG, demo_model
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 
 from river_ext.config import ModelConfig
+from river_ext.decoding import Decoder
+from river_ext.errors import RiverError
+from river_ext.stop_strings import StopStrings
 from river_ext.text import Text, TextStream
+from river_ext.tokenizer import load_tokenizer
 
 
 def byte_tokenizer() -> Tokenizer:
@@ -40,7 +44,7 @@ def text_of(tokenizer, bos=None, directory=None):
 
 def pieces(text, tokens, prompt=(), stop=()):
     """What each token adds, then what `finish` adds."""
-    stream = TextStream(text, list(prompt), tuple(stop))
+    stream = TextStream(text, list(prompt), StopStrings(stop))
     out = []
     for token in tokens:
         out.append(stream.feed(token))
@@ -136,31 +140,153 @@ def test_the_stop_string_is_not_sought_in_the_prompt():
     assert pieces(text, text.encode("bc"), prompt=text.encode("a"), stop=("ab",))[0] == ["b", "c", ""]
 
 
-def test_bos_without_a_post_processor():
-    assert text_of(byte_tokenizer(), bos=256).encode("a")[0] == 256
-    assert text_of(byte_tokenizer(), bos=256).encode("<s>a").count(256) == 1
-    assert 256 not in text_of(byte_tokenizer()).encode("a")
+# --- special tokens -------------------------------------------------------------------------------------
 
 
-def test_the_post_processor_decides_about_bos():
-    tokenizer = byte_tokenizer()
-    tokenizer.post_processor = processors.ByteLevel(trim_offsets=True)  # as Qwen's: adds nothing
-    assert 256 not in text_of(tokenizer, bos=256).encode("a")
-    tokenizer.post_processor = processors.TemplateProcessing("<s> $A", special_tokens=[("<s>", 256)])
-    assert text_of(tokenizer, bos=256).encode("a").count(256) == 1
-    assert text_of(tokenizer).encode("a").count(256) == 1
+@pytest.mark.parametrize(
+    ("stop", "tokens", "expected"),
+    [
+        (("</s>",), ["a", 257, "b"], "a"),
+        (("b</s>",), ["a", "b", 257, "c"], "a"),
+        (("</s>b",), ["a", 257, "b", "c"], "a"),
+        (("b</s><s>c",), ["a", "b", 257, 256, "c"], "a"),
+        (("b</s>c",), ["a", "b", 257, "d"], None),
+        (("b</s>c",), ["a", "b", 257, 257, "c"], "a"),  # the second one is nothing
+        (("abd", "b</s>d"), ["a", "b", 257, "c"], None),
+        (("/s",), ["a", 257, "b"], None),  # a part of the name is no token
+        (("</s>",), ["<", "/", "s", ">", "b"], ""),  # written out, it is text
+        (("ab",), ["a", 257, "b"], ""),  # between two characters of the text is nothing
+        (("b<s>", "bc"), ["a", "b", 257, "c"], "a"),
+        ((">", "</s>c"), ["a", 257, "b"], None),
+    ],
+)
+def test_stop_strings_with_special_tokens(stop, tokens, expected):
+    text = text_of(byte_tokenizer())
+    tokens = [token if isinstance(token, int) else text.encode(token)[0] for token in tokens]
+    out, stopped = pieces(text, tokens, stop=stop)
+    assert stopped == (expected is not None)
+    assert "".join(out) == (expected if stopped else text.decode(tokens))
+
+
+def test_text_before_an_unfinished_character_is_searched_at_once():
+    """Two tokens of one text each: the second has the stop string and the first byte of a character."""
+    tokenizer = Tokenizer(models.WordLevel({"ab": 0, "c!\u00e2": 1, "\u0124": 2}, unk_token="ab"))  # 2: 0x82
+    tokenizer.decoder = decoders.ByteLevel()
+    assert pieces(text_of(tokenizer), [0, 1, 2], stop=("bc",)) == (["a", ""], True)
+    assert pieces(text_of(tokenizer), [0, 1, 2]) == (["ab", "c!", "", "\ufffd"], False)
+    assert pieces(text_of(tokenizer), [0, 1], stop=("\ufffd",)) == (["ab", "c!", ""], True)
+
+
+# --- how a prompt starts --------------------------------------------------------------------------------
+
+
+def template(single="<s> $A"):
+    return processors.TemplateProcessing(single, special_tokens=[("<s>", 256), ("</s>", 257)])
+
+
+PROCESSORS = {
+    "none": None,
+    "byte level": processors.ByteLevel(trim_offsets=True),  # as Qwen's: adds nothing
+    "bos": template(),
+    "eos": template("$A </s>"),
+    "both": template("<s> $A </s>"),
+    "sequence": processors.Sequence([processors.ByteLevel(trim_offsets=False), template()]),  # as Llama 3's
+}
 
 
 @pytest.mark.parametrize("add", [True, False, None])
-def test_tokenizer_config_decides_about_bos(tmp_path, add):
-    (tmp_path / "tokenizer_config.json").write_text(json.dumps({"add_bos_token": add}))
+@pytest.mark.parametrize("name", PROCESSORS)
+def test_the_post_processor_decides_about_bos(tmp_path, name, add):
+    """As in transformers, but for files like DeepSeek's: add_bos_token beside one that adds nothing."""
+    transformers = pytest.importorskip("transformers")
     tokenizer = byte_tokenizer()
-    assert (256 in text_of(tokenizer, 256, tmp_path).encode("a")) == (add is not False)
-    tokenizer.post_processor = processors.ByteLevel(trim_offsets=True)
-    assert (256 in text_of(tokenizer, 256, tmp_path).encode("a")) == (add is True)
+    if PROCESSORS[name] is not None:
+        tokenizer.post_processor = PROCESSORS[name]
+    tokenizer.save(str(tmp_path / "tokenizer.json"))
+    settings = {"tokenizer_class": "LlamaTokenizerFast", "bos_token": "<s>", "eos_token": "</s>"}
+    settings |= {} if add is None else {"add_bos_token": add}
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(settings))
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "llama", "bos_token_id": 257}))
+    expected = transformers.AutoTokenizer.from_pretrained(tmp_path)("hi").input_ids
+    if add and name in ("none", "byte level"):
+        expected = [256, *expected]
+    assert text_of(load_tokenizer(tmp_path), 257, tmp_path).encode("hi") == expected
+
+
+@pytest.mark.parametrize("name", PROCESSORS)
+def test_bos_never_comes_twice(tmp_path, name):
+    """A prompt from a chat template begins with it already."""
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps({"bos_token": "<s>", "add_bos_token": True}))
+    tokenizer = byte_tokenizer()
+    if PROCESSORS[name] is not None:
+        tokenizer.post_processor = PROCESSORS[name]
+    tokens = text_of(tokenizer, 257, tmp_path).encode("<s>hi<s>")
+    assert tokens[:2] == [256, tokenizer.token_to_id("h")] and tokens.count(256) == 2
+
+
+def test_config_json_alone_adds_no_bos():
+    assert 256 not in text_of(byte_tokenizer(), bos=256).encode("a")
 
 
 def test_demo_prompts_start_with_the_document_separator():
     tokens = demo_model().text.encode("Question: x")
     assert tokens[0] == demo_model().config.bos_token_id == 0
     assert demo_model().text.decode(tokens) == "Question: x"
+
+
+# --- texts that are hard to take ------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "prompt", ["\0", "a\0b", "\uffff\ufdd0", "\u202e\u0301", "\ufeffa\r\n", "\U0010ffff"]
+)
+def test_any_characters_are_text(prompt):
+    text = text_of(byte_tokenizer())
+    assert text.decode(text.encode(prompt)) == prompt
+
+
+def test_a_text_that_cannot_fit_is_not_even_encoded():
+    text = text_of(byte_tokenizer())
+    limit = 64 * config(None).max_length
+    assert len(text.encode("x" * limit)) == limit
+    with pytest.raises(RiverError, match=f"a text of {limit + 1} characters; accepted: at most {limit}"):
+        text.encode("x" * (limit + 1))
+
+
+class Panic(BaseException):
+    """As the tokenizers library raises where its code fails."""
+
+
+@pytest.mark.parametrize("error", [Panic("index out\nof bounds"), ValueError("no"), Panic()])
+def test_errors_of_the_library_are_one_line(monkeypatch, error):
+    class Broken:
+        def __getattr__(self, name):
+            raise error
+
+    text = text_of(byte_tokenizer())
+    text.tokenizer = text.decoder._decoder = Broken()
+    with pytest.raises(RiverError, match="the tokenizer cannot encode the text") as caught:
+        text.encode("a")
+    assert "\n" not in str(caught.value)
+    with pytest.raises(RiverError, match="the tokenizer cannot decode tokens"):
+        text.decoder.text(["a"], [])
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt, SystemExit])
+def test_interrupts_are_no_errors_of_the_library(error):
+    class Interrupted:
+        def encode(self, text):
+            raise error
+
+    text = text_of(byte_tokenizer())
+    text.tokenizer = Interrupted()
+    with pytest.raises(error):
+        text.encode("a")
+
+
+def test_a_decoder_that_fails_is_an_error():
+    """One that fails on a user's tokens only: of the library, by a text that its trial does not have."""
+    tokenizer = byte_tokenizer()
+    tokenizer.decoder = decoders.Strip(" ", 0, 3)
+    with pytest.raises(RiverError, match="the tokenizer cannot decode tokens"):
+        Decoder(tokenizer).text([""], [])

@@ -22,6 +22,7 @@ from .errors import RiverError
 from .families import FAMILIES
 from .files import is_regular
 from .json_object import read_json_object
+from .tokenizer import load_tokenizer
 from .weights import DecoderBlockWeights, ModelWeights
 
 HEAD = "lm_head.weight"
@@ -66,7 +67,7 @@ def load_checkpoint(
     device = parse_device(device)
     if device.type == "cuda":
         check_gpu_kernels(config)
-    tokenizer = _load_tokenizer(directory)
+    tokenizer = load_tokenizer(directory)
 
     def load(name: str) -> Tensor:
         tensor = stored[name].read().to(device=device, dtype=config.dtype)
@@ -269,16 +270,6 @@ def _fingerprint(tensors: dict[str, _StoredTensor]) -> str:
         for start in (0, last // 2, last):
             digest.update(data[start : start + FINGERPRINT_BLOCK].numpy().tobytes())
     return digest.hexdigest()
-
-
-def _load_tokenizer(directory: Path) -> Tokenizer | None:
-    path = directory / "tokenizer.json"
-    if not is_regular(path):
-        return None
-    try:
-        return Tokenizer.from_file(str(path))
-    except Exception as error:  # the tokenizers library raises plain Exception
-        raise RiverError(f"{path}: not a tokenizer ({str(error)[:160]})") from None
 
 
 def parse_device(device: torch.device | str) -> torch.device:

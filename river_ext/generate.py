@@ -17,6 +17,7 @@ from .request import Options, Plan, exit_rule, integer, is_batch, plan, prefill_
 from .sampling import Sampling
 from .sequence import GenerationOutput, Sequence
 from .step import Rows, decode_step, not_finite
+from .stop_strings import StopStrings
 from .text import Text, TextStream
 
 
@@ -26,6 +27,10 @@ class Piece(NamedTuple):
     text: str
     token: int
     exit_depth: int
+
+    def to_dict(self) -> dict:
+        """For `json.dumps`."""
+        return self._asdict()
 
 
 class Score(NamedTuple):
@@ -72,8 +77,9 @@ class Stream:
 
 
 def _sequences(text: Text | None, plan: Plan) -> list[Sequence]:
+    stop = StopStrings(plan.stop)
     return [
-        Sequence(plan, slot, TextStream(text, prompt, plan.stop) if text else None)
+        Sequence(plan, slot, TextStream(text, prompt, stop) if text else None)
         for slot, prompt in enumerate(plan.prompts)
     ]
 

@@ -84,6 +84,15 @@ class Model:
         self.text = Text(tokenizer, config, directory) if tokenizer else None
         self.tokenizer = tokenizer
 
+    def __repr__(self) -> str:
+        config = self.config
+        dtype = str(self.network.dtype).removeprefix("torch.")
+        where = "" if self.directory is None else f", {str(self.directory)!r}"
+        return (
+            f"Model({config.model_type}, {config.num_hidden_layers} layers, hidden {config.hidden_size}, "
+            f"vocabulary {config.vocab_size}, {dtype} on {self.network.device}{where})"
+        )
+
     def generate(
         self,
         prompt: str | Sequence,
@@ -111,7 +120,8 @@ class Model:
         others go on.
 
         Args:
-            prompt: text, a list of token ids, or a list of either; a list of prompts gives a list of outputs.
+            prompt: text, token ids (a list, a tensor or an array [n] or [1, n], or what a tokenizer of
+                transformers returns), or a list of these; a list of prompts gives a list of outputs.
             max_new_tokens: prompt and new tokens must fit the model's positions.
             threshold: exit when the similarity is above it (strictly); inf never exits, -2 always. One number
                 for all prompts or a list with one for each; so too min_layers and seed.
@@ -125,7 +135,8 @@ class Model:
             top_k: draw among the k likeliest tokens; 0 is all.
             top_p: draw among the likeliest tokens that together have this probability; 1 is all.
             seed: the same seed and prompt give the same tokens, whatever else is in the batch.
-            stop: strings that end the text, and are not part of it.
+            stop: strings that end the text, and are not part of it. Special tokens are no text, but a
+                string that is or contains the name of one ends it there.
             stop_tokens: ids that end the generation; None takes the checkpoint's end-of-sequence ids.
             return_logits: keep the fp32 logits of every new token.
             exit_control: where exits are decided, which changes no result: "host", after reading similarities

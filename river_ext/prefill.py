@@ -13,6 +13,7 @@ from torch import Tensor
 
 from . import ops
 from .cache import KVCache
+from .checks import short
 from .errors import RiverError
 from .exit import ExitRule
 from .matmul import MatmulPrompt
@@ -32,14 +33,16 @@ class PrefillPolicy:
 
     @classmethod
     def parse(cls, text: str, depth: int) -> "PrefillPolicy":
-        if text == "full":
-            return cls(depth)
-        if text in ("min", "last"):
-            return cls(depth, judged=text)
-        name, _, number = text.partition(":") if isinstance(text, str) else (None, None, "")
-        if name == "depth" and number.isascii() and number.isdigit() and int(number) <= depth:
-            return cls(int(number))
-        raise RiverError(f"prefill={text!r}; accepted: {POLICIES} with k from 0 to {depth}")
+        if isinstance(text, str):
+            if text == "full":
+                return cls(depth)
+            if text in ("min", "last"):
+                return cls(depth, judged=text)
+            name, _, number = text.partition(":")
+            digits = number.isascii() and number.isdigit() and len(number) <= 9
+            if name == "depth" and digits and int(number) <= depth:
+                return cls(int(number))
+        raise RiverError(f"prefill={short(text)}; accepted: {POLICIES} with k from 0 to {depth}")
 
 
 class OpsPrompt:

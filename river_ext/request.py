@@ -1,13 +1,27 @@
 """What a user asks for, checked before anything runs: a refusal names the value and what is accepted."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from numbers import Integral, Real
 
 import torch
 
 from . import ops
+from .checks import (
+    FP32_MAX,
+    FP32_MIN,
+    choice,
+    flag,
+    fp32,
+    integer,
+    listed,
+    number,
+    one_row,
+    per_request,
+    strings,
+    token_ids,
+)
 from .config import ModelConfig
 from .errors import RiverError
 from .exit import BATCH_POLICIES, ExitRule
@@ -65,12 +79,42 @@ class Plan:
 
 def is_batch(prompt) -> bool:
     """Whether a prompt is a list of prompts: a list whose first item is no token id."""
-    return isinstance(prompt, (list, tuple)) and len(prompt) > 0 and not isinstance(prompt[0], Real)
+    return prompt_list(prompt)[1]
+
+
+def prompt_list(prompt) -> tuple[list, bool]:
+    """The prompts in what a user gives, and whether that is a list of them."""
+    if isinstance(prompt, Mapping):  # as the tokenizers of transformers return
+        prompt = encoded(prompt)
+    prompt = one_row("prompt", prompt)
+    if not isinstance(prompt, (list, tuple)) or not prompt:
+        return [prompt], False
+    if isinstance(listed("prompt", prompt[0]), Real):  # a token id, which may be an array of one itself
+        return [[listed("prompt", token) for token in prompt]], False
+    return list(prompt), True
+
+
+def encoded(encoding: Mapping):
+    """The token ids of an encoding, without those that its attention_mask leaves out."""
+    if "input_ids" not in encoding:
+        raise RiverError(f"prompt is a {type(encoding).__name__} without input_ids; accepted: one with them")
+    ids = one_row("input_ids", encoding["input_ids"])
+    mask = encoding.get("attention_mask")
+    if mask is None:
+        return ids
+    mask = one_row("attention_mask", mask)
+    try:
+        nested = bool(ids) and isinstance(ids[0], (list, tuple))
+        pairs = zip(ids, mask, strict=True) if nested else [(ids, mask)]
+        kept = [[i for i, keep in zip(*pair, strict=True) if keep] for pair in pairs]
+    except (TypeError, ValueError, KeyError):
+        raise RiverError("attention_mask does not fit input_ids; accepted: one value per token") from None
+    return kept if nested else kept[0]
 
 
 def plan(config: ModelConfig, text: Text | None, prompt, options: Options) -> Plan:
     """Checks prompt and options against the model."""
-    prompts = list(prompt) if is_batch(prompt) else [prompt]
+    prompts, _ = prompt_list(prompt)
     if len(prompts) > ops.MAX_ROWS:
         raise RiverError(f"{len(prompts)} prompts; accepted: 1 to {ops.MAX_ROWS} at a time")
     prompts = [prompt_tokens(config, text, prompt) for prompt in prompts]
@@ -85,17 +129,20 @@ def plan(config: ModelConfig, text: Text | None, prompt, options: Options) -> Pl
     if stop and text is None:
         raise RiverError("stop strings need a tokenizer, and this checkpoint has no tokenizer.json")
     stop_tokens = config.eos_token_ids if options.stop_tokens is None else options.stop_tokens
+    stop_tokens = listed("stop_tokens", stop_tokens)
     stop_tokens = [stop_tokens] if isinstance(stop_tokens, Integral) else stop_tokens
+    if isinstance(stop_tokens, (set, frozenset)):
+        stop_tokens = list(stop_tokens)
     checked = Plan(
         prompts=prompts,
         seeds=per_request("seed", options.seed, len(prompts), integer, -(2**63), 2**63 - 1),
         rule=exit_rule(config, options, len(prompts)),
         prefill=prefill_policy(config, options),
-        sampling=sampling(options),
+        sampling=sampling(config, options),
         max_new_tokens=max_new_tokens,
         stop=stop,
         stop_tokens=frozenset(token_ids("stop_tokens", stop_tokens, config)),
-        return_logits=bool(options.return_logits),
+        return_logits=flag("return_logits", options.return_logits),
         exit_control=options.exit_control,
         dtype=config.dtype,
     )
@@ -119,7 +166,9 @@ def prompt_tokens(config: ModelConfig, text: Text | None, prompt) -> list[int]:
         if text is None:
             raise RiverError("a text prompt needs a tokenizer, and this checkpoint has no tokenizer.json")
         prompt = text.encode(prompt) if prompt else []
-    tokens = token_ids("prompt", prompt, config)
+    elif isinstance(prompt, Mapping):
+        prompt = encoded(prompt)
+    tokens = token_ids("prompt", one_row("prompt", prompt), config)
     if not tokens:
         raise RiverError("the prompt is empty; accepted: at least one token")
     return tokens
@@ -149,70 +198,12 @@ def prefill_policy(config: ModelConfig, options: Options) -> PrefillPolicy:
     return PrefillPolicy.parse("depth:0", 0) if options.mode == "full_w4" else policy
 
 
-def sampling(options: Options) -> Sampling:
+def sampling(config: ModelConfig, options: Options) -> Sampling:
+    """Numbers as the ops will see them, in fp32."""
     temperature, top_p = number("temperature", options.temperature), number("top_p", options.top_p)
-    if not 0 <= temperature < math.inf:
-        raise RiverError(f"temperature={temperature}; accepted: a finite number from 0 (greedy)")
+    if not 0 <= temperature <= FP32_MAX:
+        raise RiverError(f"temperature={temperature}; accepted: a number from 0 (greedy) to {FP32_MAX:.6g}")
     if not 0 < top_p <= 1:
         raise RiverError(f"top_p={top_p}; accepted: above 0, up to 1")
-    return Sampling(temperature, integer("top_k", options.top_k, 0), top_p)
-
-
-def per_request(name: str, value, rows: int, check, *limits) -> list:
-    """One checked value per request from one for all or a list."""
-    values = list(value) if isinstance(value, (list, tuple)) else [value] * rows
-    if len(values) != rows:
-        raise RiverError(
-            f"{name} has {len(values)} values for {rows} prompts; accepted: one, or one per prompt"
-        )
-    return [check(name, v, *limits) for v in values]
-
-
-def number(name: str, value) -> float:
-    try:
-        result = float(value) if isinstance(value, Real) and not isinstance(value, bool) else math.nan
-    except OverflowError:
-        result = math.nan
-    if math.isnan(result):
-        raise RiverError(f"{name}={short(value)}; accepted: a number, not NaN")
-    return result
-
-
-def integer(name: str, value, low: int, high: int | None = None) -> int:
-    fits = isinstance(value, Integral) and not isinstance(value, bool)
-    if not fits or value < low or (high is not None and value > high):
-        raise RiverError(
-            f"{name}={short(value)}; accepted: an integer from {low}"
-            + (f" to {high}" if high is not None else "")
-        )
-    return int(value)
-
-
-def strings(name: str, value) -> tuple[str, ...]:
-    values = (value,) if isinstance(value, str) else value
-    if not isinstance(values, (list, tuple)) or not all(isinstance(v, str) and v for v in values):
-        raise RiverError(f"{name}={short(value)}; accepted: a string that is not empty, or a list of them")
-    return tuple(values)
-
-
-def token_ids(name: str, value, config: ModelConfig) -> list[int]:
-    value = value.tolist() if hasattr(value, "tolist") else value  # a tensor, an array
-    if not isinstance(value, (list, tuple, set, frozenset, range)):
-        raise RiverError(f"{name} is a {type(value).__name__}; accepted: text or a list of token ids")
-    for token in value:
-        if not isinstance(token, Integral) or isinstance(token, bool) or not 0 <= token < config.vocab_size:
-            raise RiverError(
-                f"{name} holds {short(token)}; accepted: token ids from 0 to {config.vocab_size - 1}"
-            )
-    return [int(token) for token in value]
-
-
-def choice(name: str, value, accepted: tuple[str, ...]) -> None:
-    if value not in accepted:
-        raise RiverError(f"{name}={short(value)}; accepted: {', '.join(map(repr, accepted))}")
-
-
-def short(value) -> str:
-    """repr, cut to what fits a one-line message."""
-    text = repr(value)
-    return text if len(text) <= 60 else text[:57] + "..."
+    top_k = min(integer("top_k", options.top_k, 0), config.vocab_size)
+    return Sampling(fp32(temperature), top_k, max(fp32(top_p), FP32_MIN))

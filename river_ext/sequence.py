@@ -1,6 +1,6 @@
 """A request on its way: what has been generated for it so far, and whether that is all."""
 
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 
 import torch
 from torch import Tensor
@@ -19,6 +19,10 @@ class Stats:
     decode_seconds: float  # of the steps that this request took part in
     tokens_per_second: float  # new tokens after the first, per decoding second; 0 if there is none
     mean_exit_depth: float  # over all new tokens
+
+    def to_dict(self) -> dict:
+        """For `json.dumps`."""
+        return asdict(self)
 
 
 @dataclass(frozen=True)
@@ -39,6 +43,11 @@ class GenerationOutput:
         if self.error:
             raise RiverError(self.error)
         return self
+
+    def to_dict(self) -> dict:
+        """All but the logits, for `json.dumps`."""
+        values = {name: value for name, value in vars(self).items() if name != "logits"}
+        return values | {"stats": self.stats.to_dict()}
 
 
 @dataclass
@@ -84,6 +93,8 @@ class Sequence:
             self.finish_reason = "length"
         if self.finish_reason and self.text_stream and not self.text_stream.stopped:
             self.news += self.text_stream.finish()
+            if self.text_stream.stopped:  # by an unfinished character
+                self.finish_reason = "stop"
         self.text += self.news
 
     def _fail(self, similarities: list[float]) -> None:

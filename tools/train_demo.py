@@ -23,7 +23,7 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from torch import nn
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -196,7 +196,13 @@ def train_tokenizer(seed, vocab_size):
         vocab_size=vocab_size, special_tokens=["<s>", "</s>"], initial_alphabet=alphabet, show_progress=False
     )
     tokenizer.train_from_iterator((item.prompt + item.completion for item in items), trainer)
+    tokenizer.post_processor = processors.TemplateProcessing("<s> $A", special_tokens=[("<s>", 0)])
     return tokenizer
+
+
+def encode(tokenizer, text):
+    """Without the document separator that starts a prompt of the finished model."""
+    return tokenizer.encode(text, add_special_tokens=False).ids
 
 
 def batch_of(step, tokenizer, args, rank=0):
@@ -211,8 +217,8 @@ def batch_of(step, tokenizer, args, rank=0):
         ids, weight = ([0], [0.0]) if rng.random() < 0.5 else ([], [])
         while len(ids) < args.length + 1:
             item = generator.train_item(rng, args.functions)
-            prompt = tokenizer.encode(item.prompt).ids
-            completion = tokenizer.encode(item.completion).ids + [0]
+            prompt = encode(tokenizer, item.prompt)
+            completion = encode(tokenizer, item.completion) + [0]
             ids += prompt + completion
             weight += [args.prompt_weight] * len(prompt) + [1.0] * len(completion)
         tokens[row] = torch.tensor(ids[: args.length + 1])
@@ -255,7 +261,7 @@ def greedy(model, prompts, limit=120, batch=100):
 def score(model, tokenizer, problems, functions):
     """(problems right, functions right) as lists of bool, and all continuations as lists of ids."""
     items = problems + functions
-    written = greedy(model, [tokenizer.encode(item.prompt).ids for item in items])
+    written = greedy(model, [encode(tokenizer, item.prompt) for item in items])
     texts = [tokenizer.decode(ids) for ids in written]
     right = [generator.score_problem(t, i) for t, i in zip(texts, problems, strict=False)]
     right_f = [generator.score_function(t, i) for t, i in zip(texts[len(problems) :], functions, strict=True)]
@@ -309,7 +315,7 @@ def transplant(model, tokenizer, folder):
     weights = other.state_dict()
     rows, vocab = weights["model.embed_tokens.weight"], old.get_vocab()
     pieces = [
-        [vocab[token]] if token in vocab else old.encode(tokenizer.decode([i])).ids
+        [vocab[token]] if token in vocab else encode(old, tokenizer.decode([i]))
         for token, i in sorted(tokenizer.get_vocab().items(), key=lambda pair: pair[1])
     ]
     weights["model.embed_tokens.weight"] = torch.stack([rows[ids].mean(0) for ids in pieces])
