@@ -11,8 +11,9 @@ import torch
 from conftest import write_tiny_checkpoint
 from tiny_model import demo_model
 
-from river_ext import __version__, cli
-from river_ext.cli import shared, terminal
+import river_cli as cli
+from river_cli import shared, terminal
+from river_ext import __version__
 from river_ext.model import DEMO
 
 PROMPT = "Question: Ana has 21 coins and buys 12 more at the fair. How many coins does Ana have?\nAnswer:"
@@ -70,7 +71,7 @@ def refused(river):
 
 
 def subprocess_river(*arguments, input=None, **environment):
-    command = [sys.executable, "-m", "river_ext.cli", *arguments]
+    command = [sys.executable, "-m", "river_cli", *arguments]
     environment = os.environ | {"OMP_NUM_THREADS": "1"} | environment
     return subprocess.run(command, input=input, capture_output=True, env=environment, timeout=300)
 

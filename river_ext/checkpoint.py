@@ -18,6 +18,7 @@ from torch import Tensor
 
 from .config import FAMILIES, ModelConfig, parse_dtype, read_config, read_json_object
 from .errors import RiverError
+from .progress import progress_bar
 from .weights import DecoderBlockWeights, ModelWeights
 
 STORED_DTYPES = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}
@@ -65,18 +66,20 @@ def load_checkpoint(
         tensor = stored[name].read().to(device=device, dtype=config.dtype)
         if check_finite and not _all_finite(tensor):
             raise RiverError(f"{stored[name].path}: tensor {name} holds NaN or Inf in {config.dtype}")
+        advance()
         return tensor
 
-    embed_tokens = load("model.embed_tokens.weight")
-    weights = ModelWeights(
-        embed_tokens=embed_tokens,
-        layers=[
-            DecoderBlockWeights(**{field: load(name) for field, name, _ in _layer_tensors(config, layer)})
-            for layer in range(config.num_hidden_layers)
-        ],
-        norm=load("model.norm.weight"),
-        lm_head=embed_tokens if config.tie_word_embeddings else load("lm_head.weight"),
-    )
+    with progress_bar("loading", len(tensor_shapes(config)), wanted=check_finite) as advance:
+        embed_tokens = load("model.embed_tokens.weight")
+        weights = ModelWeights(
+            embed_tokens=embed_tokens,
+            layers=[
+                DecoderBlockWeights(**{field: load(name) for field, name, _ in _layer_tensors(config, layer)})
+                for layer in range(config.num_hidden_layers)
+            ],
+            norm=load("model.norm.weight"),
+            lm_head=embed_tokens if config.tie_word_embeddings else load("lm_head.weight"),
+        )
     used = {name: stored[name] for name in tensor_shapes(config)}
     return Checkpoint(directory, config, weights, tokenizer, _fingerprint(used))
 

@@ -9,7 +9,7 @@ from tokenizers import Tokenizer
 from . import river as river_files
 from .checkpoint import load_checkpoint, parse_device
 from .config import ModelConfig
-from .errors import RiverError
+from .errors import RiverError, memory_for
 from .generate import Score, Stream, generate, score
 from .network import Network
 from .request import Options
@@ -20,6 +20,7 @@ from .weights import ExitLayerWeights, ModelWeights
 DEMO = Path(__file__).parent / "demo"
 
 
+@memory_for("the model and its river")
 def load(
     path: str | Path | None = None,
     device: str | torch.device = "auto",
@@ -34,6 +35,9 @@ def load(
         dtype: "bfloat16", "float16", on the CPU also "float32"; "auto" takes the checkpoint's.
         river: a directory that `Model.save_river` wrote for this checkpoint; None quantises the backbone now.
     """
+    for name, value in ("path", path), ("river", river):
+        if value == "":
+            raise RiverError(f"{name}='' names no directory; accepted: a directory, or None")
     device = choose_device(device)
     checkpoint = load_checkpoint(DEMO if path is None else path, dtype=dtype, device=device)
     config, weights = checkpoint.config, checkpoint.weights
@@ -74,6 +78,7 @@ class Model:
         self.text = Text(tokenizer, config, directory) if tokenizer else None
         self.tokenizer = tokenizer
 
+    @memory_for("the prompts and their new tokens")
     def generate(
         self,
         prompt: str | Sequence,
@@ -134,6 +139,7 @@ class Model:
         """
         return Stream(self.network, self.text, prompt, Options(**options))
 
+    @memory_for("the tokens and their logits")
     def score(
         self,
         tokens: Sequence[int],

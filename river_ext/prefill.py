@@ -37,9 +37,15 @@ class PrefillPolicy:
         if text in ("min", "last"):
             return cls(depth, judged=text)
         name, _, number = text.partition(":") if isinstance(text, str) else (None, None, "")
-        if name == "depth" and number.isascii() and number.isdigit() and int(number) <= depth:
+        if (
+            name == "depth"
+            and number.isascii()
+            and number.isdigit()
+            and len(number) < 9
+            and int(number) <= depth
+        ):
             return cls(int(number))
-        raise RiverError(f"prefill={text!r}; accepted: {POLICIES} with k from 0 to {depth}")
+        raise RiverError(f"prefill={repr(text)[:60]}; accepted: {POLICIES} with k from 0 to {depth}")
 
 
 class OpsPrompt:

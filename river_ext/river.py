@@ -7,7 +7,6 @@ field of `ExitLayerWeights` in the layout of w4.py, and `river.json`, which says
 import json
 import os
 import shutil
-import sys
 import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -22,6 +21,7 @@ from . import hqq
 from .config import ModelConfig, read_json_object
 from .errors import RiverError
 from .ops import packed_shape
+from .progress import progress_bar
 from .w4 import BlockShape, pack_exit_layer
 from .weights import DecoderBlockWeights, ExitLayerWeights, ModelWeights
 
@@ -45,10 +45,10 @@ def build_river(
     Args:
         config, weights: the backbone.
         group_size: columns that share a scale and a zero, 64 or 128.
-        progress: show a bar on standard error if that is a terminal.
+        progress: show on standard error how far it is, if it takes long.
     """
     shape = BlockShape.of(config)
-    with _progress_bar(len(weights.layers) * len(shape.projections()), progress) as advance:
+    with progress_bar("quantising", len(weights.layers) * len(shape.projections()), progress) as advance:
         layers = [
             _build_exit_layer(block, shape, group_size, f"layers.{index}", advance)
             for index, block in enumerate(weights.layers)
@@ -65,20 +65,6 @@ def _build_exit_layer(
         quantised[projection] = hqq.quantize(weight, group_size, name=f"{name}.{projection}")
         advance()
     return pack_exit_layer(quantised, shape)
-
-
-@contextmanager
-def _progress_bar(total: int, wanted: bool) -> Iterator[Callable[[], None]]:
-    """Yields what to call after each step."""
-    if not (wanted and sys.stderr is not None and sys.stderr.isatty()):
-        yield lambda: None
-        return
-    from rich.console import Console
-    from rich.progress import Progress
-
-    with Progress(console=Console(stderr=True), transient=True) as bar:
-        task = bar.add_task("quantising", total=total)
-        yield lambda: bar.advance(task)
 
 
 def save_river(path: str | Path, river: ExitRiver, config: ModelConfig, fingerprint: str) -> None:
