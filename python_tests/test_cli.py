@@ -2,9 +2,14 @@
 
 import json
 import os
+import resource
+import shlex
 import shutil
+import signal
 import subprocess
 import sys
+import time
+from pathlib import Path
 
 import pytest
 import torch
@@ -12,10 +17,11 @@ from conftest import write_tiny_checkpoint
 from tiny_model import demo_model
 
 import river_cli as cli
-from river_cli import shared, terminal
+from river_cli import shared, terminal, threads
 from river_ext import __version__
 from river_ext.model import DEMO
 
+ROOT = Path(__file__).resolve().parent.parent
 PROMPT = "Question: Ana has 21 coins and buys 12 more at the fair. How many coins does Ana have?\nAnswer:"
 SHORT = ["--max-new-tokens", "6"]
 
@@ -70,10 +76,12 @@ def refused(river):
     return run
 
 
-def subprocess_river(*arguments, input=None, **environment):
-    command = [sys.executable, "-m", "river_cli", *arguments]
-    environment = os.environ | {"OMP_NUM_THREADS": "1"} | environment
-    return subprocess.run(command, input=input, capture_output=True, env=environment, timeout=300)
+def subprocess_river(*arguments, environment=None, **options):
+    """Runs the program itself; its outputs are bytes."""
+    command = [sys.executable, "-m", "river_cli", *map(str, arguments)]
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)} | (environment or {})
+    streams = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE} | options
+    return subprocess.run(command, env=environment, timeout=300, **streams)
 
 
 # --- generate -------------------------------------------------------------------------------------------
@@ -172,10 +180,34 @@ def test_prompts_of_files(river_json, tmp_path):
     assert [output["prompt"] for output in document["outputs"]] == ["def f", PROMPT]
 
 
+def test_files_of_windows_give_the_same_prompt(river_json, tmp_path):
+    """But only one byte order mark is one, and "\\r" alone is text."""
+    (tmp_path / "crlf").write_bytes(b"\xef\xbb\xbf" + PROMPT.replace("\n", "\r\n").encode() + b"\r\n")
+    (tmp_path / "odd").write_bytes("\ufeff\ufeffdef\rf\n\n".encode())
+    document = river_json(
+        "generate", "--demo", "--file", tmp_path / "crlf", "--file", tmp_path / "odd", PROMPT, *SHORT
+    )
+    plain, crlf, odd = document["outputs"]
+    assert crlf["prompt"] == PROMPT and crlf["tokens"] == plain["tokens"]
+    assert odd["prompt"] == "\ufeffdef\rf\n"
+
+
+def test_text_streams_into_a_pipe():
+    """Each piece as soon as it is certain, and nothing but the text."""
+    command = [sys.executable, "-m", "river_cli", "generate", "--demo", PROMPT]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, cwd=ROOT) as process:
+        pieces = []
+        while piece := os.read(process.stdout.fileno(), 1 << 16):
+            pieces.append(piece)
+    assert len(pieces) > 3
+    assert b"".join(pieces).decode() == demo_model().generate(PROMPT).text + "\n"
+
+
 def test_a_prompt_from_standard_input():
     """And plain text when not on a terminal: no escape sequences, nothing that the encoding lacks."""
     command = ["generate", "--demo", "-", "--compare", *SHORT]
-    done = subprocess_river(*command, input=PROMPT.encode() + b"\n", PYTHONIOENCODING="ascii")
+    ascii_only = {"PYTHONIOENCODING": "ascii"}
+    done = subprocess_river(*command, input=PROMPT.encode() + b"\n", environment=ascii_only)
     assert done.returncode == 0, done.stderr
     assert done.stdout.startswith(demo_model().generate(PROMPT, max_new_tokens=6).text.encode())
     assert b"\x1b" not in done.stdout + done.stderr
@@ -226,11 +258,14 @@ def test_info_says_what_is_padded(river, tmp_path):
 # --- convert --------------------------------------------------------------------------------------------
 
 
-def test_convert(river, river_json, tmp_path):
+def test_convert(river, river_json, refused, tmp_path):
     directory = write_tiny_checkpoint(tmp_path / "model")
     code, out, _ = river("convert", "--model", directory, "--output", tmp_path / "river")
     assert code == 0
     assert "3 exit layers" in out and " s\n" in out and "down_proj" in out
+    use = shlex.split(out.splitlines()[-1])
+    assert use == f"river generate --model {directory} --river {tmp_path / 'river'}".split() + ["a prompt"]
+    assert "no tokenizer.json" in refused(*use[1:]), "all but the text is right"
     document = river_json("info", "--model", directory, "--river", tmp_path / "river")["model"]["river"]
     assert document["group_size"] == 64 and document["directory"] == str(tmp_path / "river")
 
@@ -266,6 +301,7 @@ def test_outputs_that_are_refused_before_the_work(refused, tmp_path, monkeypatch
 
 
 def test_force_replaces_rivers_alone(refused, tmp_path):
+    assert "/: exists and is not a saved river" in refused("convert", "--demo", "--output", "/", "--force")
     (tmp_path / "mine").write_text("mine")
     assert "is not a saved river" in refused("convert", "--demo", "--output", tmp_path, "--force")
     assert [path.name for path in tmp_path.iterdir()] == ["mine"]
@@ -355,6 +391,16 @@ def test_a_river_of_another_model(river, refused, tmp_path):
         (["hi", "--max-new-tokens", "0"], "max_new_tokens=0"),
         (["hi", "--max-new-tokens", "5000"], "from 1 to 511"),
         (["hi", "--prefill", "depth:17"], "prefill='depth:17'"),
+        (["hi", "--prefill", "depth:" + 5000 * "9"], "prefill='depth:999"),
+        (["hi", "--prefill", ""], "prefill=''"),
+        (["hi", "--threads", "0"], "--threads: '0'; accepted: 1 to"),
+        (["hi", "--threads", "1" + 5000 * "0"], "--threads: '1000"),
+        (["hi", "--river", ""], "--river: is empty"),
+        (["hi", "--file", ""], "--file: is empty"),
+        (["hi", "--device", ""], "--device: is empty"),
+        (["hi", "--dtype", ""], "--dtype: is empty"),
+        (["hi", "--seed", 5000 * "9"], "invalid int value: '999"),
+        (["hi", "--stop", "\udcff"], "no UTF-8"),
         (["hi", "--mode", "w4"], "mode='w4'"),
         (["hi", "--mode", "full", "--compare"], "mode='full'"),
         (["--mode", "full_w4"], "mode='full_w4'"),
@@ -381,6 +427,13 @@ def test_requests_that_are_refused(refused, arguments, named):
         (["fly"], "'fly'"),
         (["generate"], "no prompt"),
         (["generate", "hi"], "no model"),
+        (["generate", "--model", "", "hi"], "--model: is empty"),
+        (["info", "--model", ""], "--model: is empty"),
+        (["convert", "--model", "", "--output", "x"], "--model: is empty"),
+        (["convert", "--demo", "--output", ""], "--output: is empty"),
+        (["eval", "--demo", "--model", ""], "--model: is empty"),
+        (["eval", "--demo", "--thresholds", ""], "--thresholds ''"),
+        (["eval", "--demo", "--thresholds", 5000 * "x"], "--thresholds 'xxx"),
         (["convert", "--output", "x"], "--model --demo"),
         (["convert", "--demo"], "--output"),
         (["convert", "--demo", "--output", "x", "--group-size", "32"], "32"),
@@ -399,7 +452,15 @@ def test_commands_that_are_refused(refused, arguments, named):
 def test_files_that_cannot_be_read(refused, tmp_path):
     (tmp_path / "binary").write_bytes(b"ab\xff")
     assert refused("generate", "--demo", "--file", tmp_path / "no").endswith("no: No such file or directory")
-    assert refused("generate", "--demo", "--file", tmp_path).endswith("Is a directory")
+    os.mkfifo(tmp_path / "pipe")
+    with open(tmp_path / "large", "wb") as large:
+        large.truncate(1 << 40)
+    for name in tmp_path, tmp_path / "pipe", "/dev/zero":
+        assert f"{name}: no regular file" in refused("generate", "--demo", "--file", name)
+    assert "large: more than 16 MiB" in refused("generate", "--demo", "--file", tmp_path / "large")
+    with open("/dev/zero") as endless:
+        done = subprocess_river("generate", "--demo", "-", stdin=endless, preexec_fn=limited(500))
+    assert done.returncode == 2 and b"standard input: more than 16 MiB" in done.stderr
     assert "byte 2 is no UTF-8" in refused("generate", "--demo", "--file", tmp_path / "binary")
 
 
@@ -407,6 +468,27 @@ def test_bad_requests_are_refused_before_the_weights_are_read(refused, monkeypat
     monkeypatch.setattr(shared, "load", lambda arguments: pytest.fail("too late"))
     refused("generate", "--demo", "hi", "--top-p", "2")
     refused("eval", "--demo", "--thresholds", "x")
+
+
+def test_threads(river_json):
+    before = torch.get_num_threads()
+    cores = len(os.sched_getaffinity(0))
+    try:
+        for count in {1, cores}:
+            document = river_json("generate", "--demo", "hi", *SHORT, "--threads", str(count))
+            assert document["threads"] == count
+    finally:
+        torch.set_num_threads(before)
+
+
+def test_waiting_threads_sleep_unless_the_user_says_otherwise(monkeypatch):
+    for name in "OMP_WAIT_POLICY", "GOMP_SPINCOUNT":
+        monkeypatch.delenv(name, raising=False)
+    assert cli.main(["info"]) == 0
+    assert os.environ.pop("GOMP_SPINCOUNT") == threads.SPIN_COUNT
+    monkeypatch.setenv("OMP_WAIT_POLICY", "active")
+    assert cli.main(["info"]) == 0
+    assert "GOMP_SPINCOUNT" not in os.environ
 
 
 def test_interrupt(river, monkeypatch):
@@ -432,12 +514,34 @@ def test_bugs_keep_their_traceback(monkeypatch):
 # --- the program ----------------------------------------------------------------------------------------
 
 
-def test_help_and_version(capsys):
-    for arguments, expected in (["--version"], f"river {__version__}"), (["eval", "--help"], "--problems"):
-        with pytest.raises(SystemExit) as exit:
-            cli.main(arguments)
-        assert exit.value.code == 0
-        assert expected in capsys.readouterr().out
+LIGHT = """
+import sys, river_cli
+code = river_cli.main(sys.argv[1:])
+heavy = {"torch", "numpy", "rich", "river_ext"} & sys.modules.keys()
+sys.exit(f"{heavy} imported" if heavy else code)
+"""
+
+
+@pytest.mark.parametrize(
+    "arguments, code, expected",
+    [
+        (["--help"], 0, "generate"),
+        (["--version"], 0, f"river {__version__}"),
+        (["generate", "--help"], 0, "--file FILE"),
+        (["info", "--help"], 0, "--river DIR"),
+        (["convert", "--help"], 0, "--output DIR"),
+        (["eval", "--help"], 0, "--problems N"),
+        (["fly"], 2, "'fly'"),
+        (["generate", "--demo", "--seed", "x"], 2, "'x'"),
+        (["generate", "--demo", ""], 2, "prompt is empty"),
+        (["generate", "--demo", "--file", "/dev/zero"], 2, "no regular file"),
+    ],
+)
+def test_torch_is_not_loaded_for_help_and_errors(arguments, code, expected):
+    command = [sys.executable, "-c", LIGHT, *arguments]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    assert done.returncode == code, done.stderr
+    assert expected in done.stdout + done.stderr
 
 
 def test_errors_of_the_program():
@@ -446,9 +550,112 @@ def test_errors_of_the_program():
     assert done.stderr == b"river: error: threshold=nan; accepted: a number, not NaN\n"
 
 
-def test_a_reader_that_stops_reading(monkeypatch):
-    read, write = os.pipe()
-    os.close(read)
-    with open(write, "w") as closed:
-        monkeypatch.setattr(sys, "stdout", closed)
-        assert cli.main(["info"]) == 1
+def test_a_reader_that_stops_reading():
+    """Also of what argparse prints, which drops such errors."""
+    for arguments in (["info"], ["--help"]):
+        read, write = os.pipe()
+        os.close(read)
+        done = subprocess_river(*arguments, stdout=write)
+        os.close(write)
+        assert (done.returncode, done.stderr) == (1, b"")
+
+
+@pytest.mark.parametrize("arguments", (["info"], ["--help"], ["generate", "--demo", "hi", *SHORT]))
+def test_a_full_standard_output(arguments):
+    with open("/dev/full", "w") as full:
+        done = subprocess_river(*arguments, stdout=full)
+    assert done.returncode == 2
+    *notes, line = done.stderr.decode().splitlines()
+    assert line == "river: error: standard output: No space left on device"
+    assert "Traceback" not in done.stderr.decode()
+
+
+def closing(*descriptors: int):
+    """For subprocess: what a shell does with >&- and <&-."""
+
+    def close():
+        for descriptor in descriptors:
+            os.close(descriptor)
+
+    return close
+
+
+def test_closed_streams():
+    done = subprocess_river("--help", preexec_fn=closing(1))
+    assert (done.returncode, done.stderr) == (2, b"river: error: standard output is closed\n")
+    done = subprocess_river("generate", "--demo", "-", preexec_fn=closing(0))
+    assert (done.returncode, done.stdout) == (2, b"") and b"standard input is closed" in done.stderr
+    done = subprocess_river("generate", "--demo", "def f", *SHORT, preexec_fn=closing(0, 2))
+    assert done.returncode == 0, "notes that nobody can read are no error"
+    assert done.stdout.decode() == demo_model().generate("def f", max_new_tokens=6).text + "\n"
+    done = subprocess_river("generate", "--demo", "", preexec_fn=closing(0, 1, 2))
+    assert done.returncode == 2
+
+
+def test_an_interrupt_while_torch_is_loaded(tmp_path):
+    """Whatever a module makes of a KeyboardInterrupt, there is no traceback."""
+    (tmp_path / "torch.py").write_text(
+        "import time\nprint('loading', flush=True)\n"
+        "try:\n    time.sleep(60)\n"
+        "except BaseException as error:\n    raise ImportError('torch') from error\n"
+    )
+    environment = os.environ | {"PYTHONPATH": f"{tmp_path}:{ROOT}"}
+    command = [sys.executable, "-m", "river_cli", "info"]
+    with subprocess.Popen(command, stdout=-1, stderr=-1, env=environment) as process:
+        assert process.stdout.readline() == b"loading\n"
+        process.send_signal(signal.SIGINT)
+        out, err = process.communicate(timeout=30)
+    assert (process.returncode, err) == (130, b"\nriver: interrupted\n")
+
+
+@pytest.mark.parametrize("seconds", [0.3, 0.8, 1.5, 3])
+def test_an_interrupt_at_any_time(seconds):
+    command = [sys.executable, "-m", "river_cli", "eval", "--demo"]
+    with subprocess.Popen(command, stdout=-1, stderr=-1, cwd=ROOT) as process:
+        time.sleep(seconds)
+        process.send_signal(signal.SIGINT)
+        out, err = process.communicate(timeout=60)
+    assert (process.returncode, out, err) == (130, b"", b"\nriver: interrupted\n")
+
+
+def limited(megabytes: int):
+    return lambda: resource.setrlimit(resource.RLIMIT_AS, (megabytes << 20, megabytes << 20))
+
+
+def test_too_little_memory_to_load_the_library():
+    done = subprocess_river("info", preexec_fn=limited(150))
+    assert (done.returncode, done.stdout) == (2, b"")
+    assert done.stderr.startswith(b"river: error: river_ext cannot be loaded: ")
+    assert done.stderr.count(b"\n") == 1
+
+
+SMALL_MACHINE = """
+import sys, resource, river_ext
+model = river_ext.load(sys.argv[1])
+resource.setrlimit(resource.RLIMIT_AS, (4 << 30, 4 << 30))
+try:
+    model.generate([1, 2], max_new_tokens=9_000_000)
+except river_ext.RiverError as error:
+    print(error)
+"""
+
+
+def test_too_little_memory_for_the_cache(tmp_path):
+    """Of 7 GB, for a tiny model with very many positions."""
+    directory = write_tiny_checkpoint(tmp_path / "model", max_position_embeddings=10**7)
+    command = [sys.executable, "-c", SMALL_MACHINE, str(directory)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
+    assert done.stdout.startswith("not enough memory for a KV cache of 1 x 9000001 positions (")
+    assert done.stdout.count("\n") == 1 and done.stderr == ""
+
+
+ALLOCATOR = "[enforce fail at alloc_cpu.cpp:128] DefaultCPUAllocator: can't allocate memory: you tried to"
+
+
+@pytest.mark.parametrize("error", [MemoryError(), RuntimeError(ALLOCATOR), RuntimeError("std::bad_alloc")])
+def test_memory_that_fails_anywhere_is_one_line(refused, monkeypatch, error):
+    def failing(arguments):
+        raise error
+
+    monkeypatch.setattr(shared, "load", failing)
+    assert refused("generate", "--demo", "hi").startswith("not enough memory")

@@ -20,7 +20,7 @@ from types import ModuleType
 
 from .arguments import parse
 from .errors import UsageError
-from .threads import set_waiting
+from .threads import set_count, set_waiting
 
 
 def program() -> None:
@@ -65,6 +65,7 @@ def _run(argv: Sequence[str] | None) -> None:
     module = _imported(arguments.module)
     if signal.getsignal(signal.SIGINT) is _leave_at_once:
         signal.signal(signal.SIGINT, signal.default_int_handler)
+    set_count(arguments.threads)
     module.run(arguments)
 
 

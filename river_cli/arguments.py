@@ -68,7 +68,7 @@ def _parser() -> argparse.ArgumentParser:
 
     def command(name: str, module: str, text: str) -> argparse.ArgumentParser:
         added = commands.add_parser(name, help=text, description=text[0].upper() + text[1:] + ".")
-        added.set_defaults(module=module)
+        added.set_defaults(module=module, threads=None)
         added.add_argument("--json", action="store_true", help="print one JSON document")
         return added
 

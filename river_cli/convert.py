@@ -13,11 +13,9 @@ from river_ext.river import build_river, save_river
 
 from . import shared
 from .terminal import print_json, printable, size_text
-from .threads import set_count
 
 
 def run(arguments) -> None:
-    set_count(arguments.threads)
     output = Path(arguments.output)
     _check_output(output, arguments.force)
     checkpoint = load_checkpoint(

@@ -38,10 +38,13 @@ def _read_input() -> bytes:
 def _read_file(name: str) -> bytes:
     """Of regular files alone: a pipe may never say anything, and a device never stop."""
     descriptor = os.open(name, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
-    with open(descriptor, "rb") as file:
+    try:
         if not stat.S_ISREG(os.fstat(descriptor).st_mode):
             raise UsageError(f"{name}: no regular file; accepted: a file, or the prompt - for standard input")
-        return _limited(name, file.read(MAX_BYTES + 1))
+        with open(descriptor, "rb", closefd=False) as file:
+            return _limited(name, file.read(MAX_BYTES + 1))
+    finally:
+        os.close(descriptor)
 
 
 def _limited(name: str, data: bytes) -> bytes:

@@ -9,11 +9,9 @@ from river_ext import __version__, ops
 from river_ext.model import DEMO
 
 from .terminal import printable
-from .threads import set_count
 
 
 def load(arguments):
-    set_count(arguments.threads)
     return river_ext.load(arguments.model, arguments.device, arguments.dtype, arguments.river)
 
 
