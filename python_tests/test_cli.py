@@ -19,6 +19,7 @@ from tiny_model import demo_model
 import river_cli as cli
 from river_cli import shared, terminal, threads
 from river_ext import __version__
+from river_ext.evaluate import demo_items
 from river_ext.model import DEMO
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -511,6 +512,64 @@ def test_bugs_keep_their_traceback(monkeypatch):
             cli.main(["generate", "--demo", "hi"])
 
 
+HOSTILE = [
+    "", " ", "-", "--", "-1", "0", "1e999", "nan", "-inf", "0x10", "1_0", "١", "9" * 400, "2147483648",
+    "9223372036854775808", "depth:", "depth:-1", "depth:1e1", "\udcff", "\x1b[2J", "a\nb", "/", ".", "..",
+    "/dev/null", "/dev/zero", "~", "*", "cuda:99999999999", "meta", "cpu:7", "float64", ",", "x" * 5000,
+]  # fmt: skip
+COMMANDS = {
+    ("generate", "--demo", "def f", *SHORT): (
+        "--model --river --device --dtype --threads --file --max-new-tokens --threshold --min-layers "
+        "--prefill --mode --temperature --top-k --top-p --seed --stop --exit-control"
+    ),
+    ("info",): "--model --river",
+    ("info", "--demo"): "--river",
+    ("convert",): "--model",
+    ("convert", "--demo"): "--device --dtype --threads --group-size",
+    ("eval", "--demo", "--problems", "1", "--functions", "0", "--thresholds", "0.9"): (
+        "--model --river --device --dtype --threads --problems --functions --thresholds --seed"
+    ),
+}
+
+
+class Accepted(Exception):
+    """The work begins: the values were good."""
+
+
+def accepted(*arguments, **options):
+    raise Accepted
+
+
+@pytest.mark.parametrize("command", COMMANDS, ids=lambda command: " ".join(command[:2]))
+def test_hostile_values_of_every_option(command, river, short_answers, monkeypatch, tmp_path):
+    """A result or one line, whatever the value."""
+    before = torch.get_num_threads()
+    monkeypatch.chdir(tmp_path)
+    # nothing that the values leave to be done may take long
+    monkeypatch.setattr("river_ext.evaluate.demo_items", lambda *a: demo_items(1, 0))
+    monkeypatch.setattr("river_cli.evaluate.demo_items", lambda *a: demo_items(1, 0))
+    monkeypatch.setattr("river_cli.convert.build_river", accepted)
+    required = ["--output", "new"] if command[0] == "convert" else []
+    refused = 0
+    for option in COMMANDS[command].split():
+        for value in HOSTILE:
+            try:
+                code, out, err = river(*command, *required, f"{option}={value}")
+            except Accepted:
+                continue
+            assert code in (0, 2), (option, value)
+            if code == 2:
+                refused += 1
+                assert out == "" and err.startswith("river: error: ") and err.count("\n") == 1, (
+                    option,
+                    value,
+                )
+                assert len(err) < 700 and err[:-1].isprintable(), (option, value)
+    torch.set_num_threads(before)
+    assert refused > len(HOSTILE) // 2
+    assert list(tmp_path.iterdir()) == []
+
+
 # --- the program ----------------------------------------------------------------------------------------
 
 
@@ -608,10 +667,14 @@ def test_an_interrupt_while_torch_is_loaded(tmp_path):
     assert (process.returncode, err) == (130, b"\nriver: interrupted\n")
 
 
-@pytest.mark.parametrize("seconds", [0.3, 0.8, 1.5, 3])
+READY = "import sys, river_cli; print('ready', file=sys.stderr, flush=True); river_cli.program()"
+
+
+@pytest.mark.parametrize("seconds", [0.1, 0.4, 0.8, 1.6, 3])
 def test_an_interrupt_at_any_time(seconds):
-    command = [sys.executable, "-m", "river_cli", "eval", "--demo"]
+    command = [sys.executable, "-c", READY, "eval", "--demo"]
     with subprocess.Popen(command, stdout=-1, stderr=-1, cwd=ROOT) as process:
+        assert process.stderr.readline() == b"ready\n"
         time.sleep(seconds)
         process.send_signal(signal.SIGINT)
         out, err = process.communicate(timeout=60)

@@ -91,7 +91,7 @@ def _message(error: Exception) -> str | None:
 
 
 def _fail(message: str) -> int:
-    line = " ".join(message.split())
+    line = "".join(c if c.isprintable() else "?" for c in " ".join(message.split()))
     line = line if len(line) <= 600 else line[:597] + "..."
     with suppress(OSError):  # standard error may be as broken as what this is about
         print(f"river: error: {line}", file=sys.stderr, flush=True)

@@ -11,6 +11,10 @@ from .prompts import read_prompts, refuse_surrogates
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     """`module` of the result runs the command; prompts and files have become `prompts`."""
     arguments = _parser().parse_args(argv)
+    for name, value in vars(arguments).items():
+        if name != "prompts" and (value == [] or isinstance(value, list) and [] in value):
+            # what argparse makes of --name=--
+            raise UsageError(f"--{name.replace('_', '-')}: '--' is no value; accepted: see --help")
     if arguments.module == "generate":
         _check_generate(arguments)
     elif arguments.module == "info" and arguments.river is not None and not _names_a_model(arguments):

@@ -1,6 +1,6 @@
 """River-LLM: training-free, token-level early exit for unmodified Hugging Face language models.
 
-model = river_ext.load("path/to/checkpoint")
+model = river_ext.load("path/to/hf-checkpoint")
 print(model.generate("Once upon a time", threshold=0.5).text)
 """
 
