@@ -101,3 +101,12 @@ def test_progress_on_a_terminal_is_a_bar_if_it_takes_long(clock, capsys, monkeyp
         clock[0] = 30.0
         advance()
     assert capsys.readouterr().err == ""
+
+
+def test_loading_shows_progress(capsys, monkeypatch, tiny_checkpoint):
+    directory = tiny_checkpoint()
+    monkeypatch.setattr(progress, "LINE_EVERY", -1.0)
+    river_ext.load(directory)
+    lines = capsys.readouterr().err.splitlines()
+    total = 3 * 9 + 3  # tensors: nine in each of three layers, embedding, norm and head
+    assert lines[total - 1] == f"loading: {total} of {total}" and lines[-1] == "quantising: 21 of 21"
