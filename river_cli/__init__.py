@@ -72,8 +72,8 @@ def _run(argv: Sequence[str] | None) -> None:
 def _imported(name: str) -> ModuleType:
     try:
         return importlib.import_module(f".{name}", __name__)
-    except (ImportError, OSError, MemoryError) as error:
-        raise UsageError(f"river_ext cannot be loaded: {error or 'out of memory'}") from error
+    except Exception as error:  # without memory, the import of torch fails in all possible ways
+        raise UsageError(f"river_ext cannot be loaded: {type(error).__name__}: {error}") from error
 
 
 def _message(error: Exception) -> str | None:
