@@ -482,6 +482,14 @@ def test_threads(river_json):
         torch.set_num_threads(before)
 
 
+@pytest.mark.parametrize("load, count, said", [(1.4, 2, False), (1.6, 2, True), (9.0, 1, False)])
+def test_a_busy_machine_is_said(river, monkeypatch, load, count, said):
+    monkeypatch.setattr(os, "getloadavg", lambda: (load * len(os.sched_getaffinity(0)), 0.0, 0.0))
+    monkeypatch.setattr(torch, "get_num_threads", lambda: count)
+    code, _, err = river("generate", "--demo", "hi", *SHORT)
+    assert code == 0 and ("--threads 1 may be faster" in err) is said
+
+
 def test_waiting_threads_sleep_unless_the_user_says_otherwise(monkeypatch):
     for name in "OMP_WAIT_POLICY", "GOMP_SPINCOUNT":
         monkeypatch.delenv(name, raising=False)

@@ -20,7 +20,7 @@ from types import ModuleType
 
 from .arguments import parse
 from .errors import UsageError
-from .threads import set_count, set_waiting
+from .threads import hint, set_count, set_waiting
 
 
 def program() -> None:
@@ -67,6 +67,8 @@ def _run(argv: Sequence[str] | None) -> None:
         signal.signal(signal.SIGINT, signal.default_int_handler)
     set_count(arguments.threads)
     module.run(arguments)
+    if arguments.module != "info":
+        hint()
 
 
 def _imported(name: str) -> ModuleType:

@@ -2,6 +2,8 @@
 
 import os
 
+from .terminal import note
+
 # Turns that a thread of GNU OpenMP waits in a loop before it sleeps; it takes 300,000 by itself. Where the
 # cores are shared, that loop keeps the core from the very thread that is waited for: bench/NOTES.md.
 SPIN_COUNT = "1000"
@@ -19,3 +21,12 @@ def set_count(count: int | None) -> None:
         import torch
 
         torch.set_num_threads(count)
+
+
+def hint() -> None:
+    """After the work, which itself is a load of one a core at most: a note if others want the cores too."""
+    import torch
+
+    load, cores = os.getloadavg()[0], len(os.sched_getaffinity(0))
+    if load > 1.5 * cores and torch.get_num_threads() > 1:
+        note(f"the machine is busy (load average {load:.1f}, {cores} cores): --threads 1 may be faster")
