@@ -1,4 +1,4 @@
-# Both commands set up everything that they need in .venv; the second time that takes a second.
+# Both commands set up everything that they need in .venv; the second time only what has changed is built.
 #   make demo    generate with the bundled model
 #   make test    lint, then all tests (ARGS="-k name" for some)
 PYTHON ?= python3

@@ -9,6 +9,7 @@ import os
 import platform
 import random
 import subprocess
+import sys
 import tempfile
 import time
 from pathlib import Path
@@ -37,6 +38,7 @@ LAYER_SHAPES = {
 def parser(description: str) -> argparse.ArgumentParser:
     p = argparse.ArgumentParser(description=description)
     p.add_argument("--out", type=Path, default=RESULTS, help="folder of the JSON file (default: %(default)s)")
+    p.add_argument("--force", action="store_true", help="replace the results that are there")
     p.add_argument("--threads", type=int, default=torch.get_num_threads())
     return p
 
@@ -116,11 +118,19 @@ def reader():
     return lambda tensor: read_bytes(tensor.data_ptr(), tensor.nbytes)
 
 
-def save(name: str, folder: Path, result: dict) -> Path:
-    """Writes NAME_<device>.json, to a temporary file first: a stopped run leaves nothing half-written."""
-    device = "".join(c if c.isalnum() else "_" for c in result["machine"]["processor"]).strip("_").lower()
-    folder.mkdir(parents=True, exist_ok=True)
-    path = folder / f"{name}_cpu_{device}_{result['machine']['threads']}t.json"
+def results_path(name: str, args: argparse.Namespace) -> Path:
+    """Where a run saves, asked before it: NAME_<device>.json. Ends with one line if results are there."""
+    device = "".join(c if c.isalnum() else "_" for c in machine()["processor"]).strip("_").lower()
+    path = args.out / f"{name}_cpu_{device}_{args.threads}t.json"
+    if path.exists() and not args.force:
+        print(f"{name}.py: {path} exists; accepted: another folder for --out, or --force", file=sys.stderr)
+        raise SystemExit(2)
+    return path
+
+
+def save(path: Path, result: dict) -> Path:
+    """Through a temporary file: a stopped run leaves nothing half-written."""
+    path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_suffix(".tmp")
     temporary.write_text(json.dumps(result, indent=1) + "\n")
     temporary.replace(path)

@@ -12,7 +12,7 @@ import time
 from statistics import median
 
 import torch
-from common import machine, parser, reader, save
+from common import machine, parser, reader, results_path, save
 
 from river_ext import ops, w4
 from river_ext.config import ModelConfig
@@ -38,6 +38,7 @@ def main() -> None:
     p.add_argument("--compile", action="store_true", help="also transformers under torch.compile (minutes)")
     args = p.parse_args()
     torch.set_num_threads(args.threads)
+    path = results_path("decode", args)
     torch.manual_seed(0)
     config = LLAMA_1B
     weights, river = random_weights(config), random_river(config)
@@ -64,7 +65,7 @@ def main() -> None:
         for name, peer in peers.items():
             seconds[name].append(transformers_seconds(*peer, prompt, args.new_tokens))
         reads.append(read_seconds(weights, river))
-    report(config, weights, river, runs, seconds, reads, args)
+    report(config, weights, river, runs, seconds, reads, args, path)
 
 
 def read_seconds(weights: ModelWeights, river: list[ExitLayerWeights]) -> dict[str, float]:
@@ -84,7 +85,7 @@ def read_seconds(weights: ModelWeights, river: list[ExitLayerWeights]) -> dict[s
     }
 
 
-def report(config, weights, river, runs, seconds, reads, args) -> None:
+def report(config, weights, river, runs, seconds, reads, args, path) -> None:
     block, exit_layer = size_of(weights.layers[0]), size_of(river[0])
     head = weights.lm_head.nbytes
     layers = config.num_hidden_layers
@@ -117,7 +118,7 @@ def report(config, weights, river, runs, seconds, reads, args) -> None:
         **settings,
         "decode": lines,
     }
-    print(save("decode", args.out, result))
+    print(save(path, result))
 
 
 def random(*size: int) -> torch.Tensor:

@@ -11,7 +11,7 @@ from itertools import chain
 from statistics import median
 
 import torch
-from common import LAYER_SHAPES, interleaved, machine, parser, reader, save, times
+from common import LAYER_SHAPES, interleaved, machine, parser, reader, results_path, save, times
 
 from river_ext import ops
 
@@ -25,6 +25,7 @@ def main() -> None:
     p.add_argument("--passes", type=int, default=5, help="over the weights of a shape")
     args = p.parse_args()
     torch.set_num_threads(args.threads)
+    path = results_path("linear", args)
     reader()  # compiles
     print(f"{machine()['processor']}, {args.threads} threads")
     header = f"{'linear':<12}{'T':>2} {'format':<6}{'us':>9}{'GB/s':>7}{'read':>7}{'%':>5}"
@@ -32,7 +33,7 @@ def main() -> None:
     results = []
     for name in args.shapes:
         results += measure(name, args.rows, args.passes)
-    print(save("linear", args.out, {"machine": machine(), "linear": results}))
+    print(save(path, {"machine": machine(), "linear": results}))
 
 
 def measure(name: str, rows: list[int], passes: int) -> list[dict]:

@@ -5,9 +5,21 @@ column 64 g + 32 + j in the high one, so that activations are read in a row; sca
 W = (q - zero) * scale. A program has a few rows and all of K; sums are fp32. Alone, this script checks it.
 """
 
+import argparse
+import sys
+
 import torch
-import triton
-import triton.language as tl
+
+if __name__ == "__main__":
+    argparse.ArgumentParser(description=__doc__.splitlines()[0]).parse_args()
+try:
+    import triton
+    import triton.language as tl
+except ImportError:  # torch for CPUs comes without it
+    if __name__ != "__main__":
+        raise
+    print("triton_w4.py: no triton is installed; it comes with torch for GPUs", file=sys.stderr)
+    raise SystemExit(2) from None
 
 GROUP = 64
 # (rows, groups per step, warps) of a program; the fastest is found by `tune`
@@ -99,6 +111,7 @@ def check() -> float:
 
 if __name__ == "__main__":
     if not torch.cuda.is_available():
-        raise SystemExit("triton_w4.py: no CUDA device is visible to torch")
+        print("triton_w4.py: no CUDA device is visible to torch", file=sys.stderr)
+        raise SystemExit(2)
     torch.set_default_device("cuda")
     print(f"relative error {check():.1e}")

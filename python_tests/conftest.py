@@ -130,3 +130,66 @@ def tiny_checkpoint(tmp_path):
 def hf_checkpoint(tmp_path):
     """Factory: hf_checkpoint(model_type, **config changes) -> directory of a checkpoint by transformers."""
     return lambda model_type="llama", **options: write_hf_checkpoint(tmp_path / "hf", model_type, **options)
+
+
+# --- the command `river` ---
+
+
+@pytest.fixture
+def one_demo_model(monkeypatch):
+    """Commands that want the plain demo model share one."""
+    from tiny_model import demo_model
+
+    from river_cli import shared
+
+    load = shared.load
+
+    def loaded(arguments):
+        plain = (arguments.model, arguments.river, arguments.device, arguments.dtype)
+        return demo_model() if plain == (None, None, "auto", "auto") else load(arguments)
+
+    monkeypatch.setattr(shared, "load", loaded)
+
+
+@pytest.fixture
+def river(capsys, one_demo_model):
+    """Runs a command: (exit code, standard output, standard error)."""
+    import river_cli
+
+    def run(*arguments):
+        code = river_cli.main([str(argument) for argument in arguments])
+        captured = capsys.readouterr()
+        return code, captured.out, captured.err
+
+    return run
+
+
+@pytest.fixture
+def river_json(river):
+    """Runs a command with --json that succeeds: the document."""
+
+    def run(*arguments):
+        code, out, err = river(*arguments, "--json")
+        assert code == 0, err
+        assert out.count("\n") == 1
+        return json.loads(out, parse_constant=pytest.fail)
+
+    return run
+
+
+@pytest.fixture
+def refused(river):
+    """Runs a command that fails: its one line, without the prefix."""
+
+    def run(*arguments):
+        code, out, err = river(*arguments)
+        assert (code, out) == (2, ""), err
+        assert err.startswith("river: error: ") and err.count("\n") == 1 and err.endswith("\n")
+        return err.removeprefix("river: error: ").strip()
+
+    return run
+
+
+@pytest.fixture
+def short_answers(monkeypatch):
+    monkeypatch.setattr("river_ext.evaluate.DEMO_NEW_TOKENS", 6)

@@ -1,79 +1,22 @@
-"""The command `river`: what it prints where, its exit codes, and one line for every bad input."""
+"""The command `river`: what it prints where, and its exit codes."""
 
 import json
 import os
+import shlex
 import shutil
 import subprocess
 import sys
 
 import pytest
 import torch
+from commands import PROMPT, ROOT, SHORT, subprocess_river
 from conftest import write_tiny_checkpoint
 from tiny_model import demo_model
 
-from river_ext import __version__, cli
-from river_ext.cli import shared, terminal
+import river_cli as cli
+from river_cli import shared, terminal, threads
+from river_ext import __version__
 from river_ext.model import DEMO
-
-PROMPT = "Question: Ana has 21 coins and buys 12 more at the fair. How many coins does Ana have?\nAnswer:"
-SHORT = ["--max-new-tokens", "6"]
-
-
-@pytest.fixture(autouse=True)
-def one_demo_model(monkeypatch):
-    """Commands that want the plain demo model share one."""
-    load = shared.load
-
-    def loaded(arguments):
-        plain = (arguments.model, arguments.river, arguments.device, arguments.dtype)
-        return demo_model() if plain == (None, None, "auto", "auto") else load(arguments)
-
-    monkeypatch.setattr(shared, "load", loaded)
-
-
-@pytest.fixture
-def river(capsys):
-    """Runs a command: (exit code, standard output, standard error)."""
-
-    def run(*arguments):
-        code = cli.main([str(argument) for argument in arguments])
-        captured = capsys.readouterr()
-        return code, captured.out, captured.err
-
-    return run
-
-
-@pytest.fixture
-def river_json(river):
-    """Runs a command with --json that succeeds: the document."""
-
-    def run(*arguments):
-        code, out, err = river(*arguments, "--json")
-        assert code == 0, err
-        assert out.count("\n") == 1
-        return json.loads(out, parse_constant=pytest.fail)
-
-    return run
-
-
-@pytest.fixture
-def refused(river):
-    """Runs a command that fails: its one line, without the prefix."""
-
-    def run(*arguments):
-        code, out, err = river(*arguments)
-        assert (code, out) == (2, ""), err
-        assert err.startswith("river: error: ") and err.count("\n") == 1 and err.endswith("\n")
-        return err.removeprefix("river: error: ").strip()
-
-    return run
-
-
-def subprocess_river(*arguments, input=None, **environment):
-    command = [sys.executable, "-m", "river_ext.cli", *arguments]
-    environment = os.environ | {"OMP_NUM_THREADS": "1"} | environment
-    return subprocess.run(command, input=input, capture_output=True, env=environment, timeout=300)
-
 
 # --- generate -------------------------------------------------------------------------------------------
 
@@ -171,10 +114,34 @@ def test_prompts_of_files(river_json, tmp_path):
     assert [output["prompt"] for output in document["outputs"]] == ["def f", PROMPT]
 
 
+def test_files_of_windows_give_the_same_prompt(river_json, tmp_path):
+    """But only one byte order mark is one, and "\\r" alone is text."""
+    (tmp_path / "crlf").write_bytes(b"\xef\xbb\xbf" + PROMPT.replace("\n", "\r\n").encode() + b"\r\n")
+    (tmp_path / "odd").write_bytes("\ufeff\ufeffdef\rf\n\n".encode())
+    document = river_json(
+        "generate", "--demo", "--file", tmp_path / "crlf", "--file", tmp_path / "odd", PROMPT, *SHORT
+    )
+    plain, crlf, odd = document["outputs"]
+    assert crlf["prompt"] == PROMPT and crlf["tokens"] == plain["tokens"]
+    assert odd["prompt"] == "\ufeffdef\rf\n"
+
+
+def test_text_streams_into_a_pipe():
+    """Each piece as soon as it is certain, and nothing but the text."""
+    command = [sys.executable, "-m", "river_cli", "generate", "--demo", PROMPT]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, cwd=ROOT) as process:
+        pieces = []
+        while piece := os.read(process.stdout.fileno(), 1 << 16):
+            pieces.append(piece)
+    assert len(pieces) > 3
+    assert b"".join(pieces).decode() == demo_model().generate(PROMPT).text + "\n"
+
+
 def test_a_prompt_from_standard_input():
     """And plain text when not on a terminal: no escape sequences, nothing that the encoding lacks."""
     command = ["generate", "--demo", "-", "--compare", *SHORT]
-    done = subprocess_river(*command, input=PROMPT.encode() + b"\n", PYTHONIOENCODING="ascii")
+    ascii_only = {"PYTHONIOENCODING": "ascii"}
+    done = subprocess_river(*command, input=PROMPT.encode() + b"\n", environment=ascii_only)
     assert done.returncode == 0, done.stderr
     assert done.stdout.startswith(demo_model().generate(PROMPT, max_new_tokens=6).text.encode())
     assert b"\x1b" not in done.stdout + done.stderr
@@ -225,11 +192,14 @@ def test_info_says_what_is_padded(river, tmp_path):
 # --- convert --------------------------------------------------------------------------------------------
 
 
-def test_convert(river, river_json, tmp_path):
+def test_convert(river, river_json, refused, tmp_path):
     directory = write_tiny_checkpoint(tmp_path / "model")
     code, out, _ = river("convert", "--model", directory, "--output", tmp_path / "river")
     assert code == 0
     assert "3 exit layers" in out and " s\n" in out and "down_proj" in out
+    use = shlex.split(out.splitlines()[-1])
+    assert use == f"river generate --model {directory} --river {tmp_path / 'river'}".split() + ["a prompt"]
+    assert "no tokenizer.json" in refused(*use[1:]), "all but the text is right"
     document = river_json("info", "--model", directory, "--river", tmp_path / "river")["model"]["river"]
     assert document["group_size"] == 64 and document["directory"] == str(tmp_path / "river")
 
@@ -265,6 +235,7 @@ def test_outputs_that_are_refused_before_the_work(refused, tmp_path, monkeypatch
 
 
 def test_force_replaces_rivers_alone(refused, tmp_path):
+    assert "/: exists and is not a saved river" in refused("convert", "--demo", "--output", "/", "--force")
     (tmp_path / "mine").write_text("mine")
     assert "is not a saved river" in refused("convert", "--demo", "--output", tmp_path, "--force")
     assert [path.name for path in tmp_path.iterdir()] == ["mine"]
@@ -281,11 +252,6 @@ def test_an_interrupted_convert_leaves_nothing(river, tmp_path, monkeypatch):
 
 
 # --- eval -----------------------------------------------------------------------------------------------
-
-
-@pytest.fixture
-def short_answers(monkeypatch):
-    monkeypatch.setattr("river_ext.evaluate.DEMO_NEW_TOKENS", 6)
 
 
 def test_eval(river, short_answers):
@@ -317,95 +283,36 @@ def test_eval_of_one_kind_and_of_another_model(river_json, short_answers, tmp_pa
     assert document["rows"][0]["accuracy"].keys() == {"functions"}
 
 
-# --- bad input ------------------------------------------------------------------------------------------
+# --- threads, interrupts, bugs ------------------------------------------------------------------------
 
 
-def test_models_that_are_refused(refused, tmp_path):
-    assert "missing: no such directory" in refused("generate", "--model", tmp_path / "missing", "hi")
-    assert "config.json" in refused("info", "--model", tmp_path)
-    directory = write_tiny_checkpoint(tmp_path / "pickle")
-    (directory / "model.safetensors").rename(directory / "pytorch_model.bin")
-    for command in (["info"], ["convert", "--output", tmp_path / "river"], ["generate", "hi"]):
-        assert "is a pickle" in refused(*command, "--model", directory)
-    assert not (tmp_path / "river").exists()
-    directory = write_tiny_checkpoint(tmp_path / "wordless")
-    assert "no tokenizer.json" in refused("generate", "--model", directory, *SHORT, "hi")
+def test_threads(river_json):
+    before = torch.get_num_threads()
+    cores = len(os.sched_getaffinity(0))
+    try:
+        for count in {1, cores}:
+            document = river_json("generate", "--demo", "hi", *SHORT, "--threads", str(count))
+            assert document["threads"] == count
+    finally:
+        torch.set_num_threads(before)
 
 
-def test_a_river_of_another_model(river, refused, tmp_path):
-    directory = write_tiny_checkpoint(tmp_path / "model")
-    assert river("convert", "--model", directory, "--output", tmp_path / "river")[0] == 0
-    for command in (["generate", "hi"], ["info"], ["eval"]):
-        assert "another checkpoint" in refused(*command, "--demo", "--river", tmp_path / "river")
-    assert "no river.json" in refused("generate", "--demo", "--river", directory, "hi")
-    assert "--river needs" in refused("info", "--river", tmp_path / "river")
+@pytest.mark.parametrize("load, count, said", [(1.4, 2, False), (1.6, 2, True), (9.0, 1, False)])
+def test_a_busy_machine_is_said(river, monkeypatch, load, count, said):
+    monkeypatch.setattr(os, "getloadavg", lambda: (load * len(os.sched_getaffinity(0)), 0.0, 0.0))
+    monkeypatch.setattr(torch, "get_num_threads", lambda: count)
+    code, _, err = river("generate", "--demo", "hi", *SHORT)
+    assert code == 0 and ("--threads 1 may be faster" in err) is said
 
 
-@pytest.mark.parametrize(
-    "arguments, named",
-    [
-        ([""], "prompt is empty"),
-        (["a", ""], "prompt is empty"),
-        (list("abcdefghi"), "9 prompts"),
-        (["\udcff"], "no UTF-8"),
-        (["hi", "--threshold", "nan"], "threshold=nan"),
-        (["hi", "--threshold", "x"], "--threshold: invalid float value: 'x'"),
-        (["hi", "--min-layers", "17"], "min_layers=17"),
-        (["hi", "--max-new-tokens", "0"], "max_new_tokens=0"),
-        (["hi", "--max-new-tokens", "5000"], "from 1 to 511"),
-        (["hi", "--prefill", "depth:17"], "prefill='depth:17'"),
-        (["hi", "--mode", "w4"], "mode='w4'"),
-        (["hi", "--mode", "full", "--compare"], "mode='full'"),
-        (["--mode", "full_w4"], "mode='full_w4'"),
-        (["hi", "--temperature", "-1"], "temperature=-1"),
-        (["hi", "--temperature", "inf"], "temperature=inf"),
-        (["hi", "--top-k", "-1"], "top_k=-1"),
-        (["hi", "--top-p", "0"], "top_p=0"),
-        (["hi", "--seed", str(2**70)], "seed="),
-        (["hi", "--stop", ""], "--stop"),
-        (["hi", "--device", "tpu"], "device 'tpu'"),
-        (["hi", "--dtype", "int8"], "dtype 'int8'"),
-        (["hi", "--model", "x"], "not allowed with"),
-        (["hi", "--max-new", "3"], "unrecognized arguments"),
-    ],
-)
-def test_requests_that_are_refused(refused, arguments, named):
-    assert named in refused("generate", "--demo", *arguments)
-
-
-@pytest.mark.parametrize(
-    "arguments, named",
-    [
-        ([], "required: COMMAND"),
-        (["fly"], "'fly'"),
-        (["generate"], "no prompt"),
-        (["generate", "hi"], "no model"),
-        (["convert", "--output", "x"], "--model --demo"),
-        (["convert", "--demo"], "--output"),
-        (["convert", "--demo", "--output", "x", "--group-size", "32"], "32"),
-        (["eval"], "--demo"),
-        (["eval", "--demo", "--thresholds", "0.5,,1"], "--thresholds '0.5,,1'"),
-        (["eval", "--demo", "--thresholds", "nan"], "nan"),
-        (["eval", "--demo", "--problems", "-1"], "--problems=-1"),
-        (["eval", "--demo", "--problems", "0", "--functions", "0"], "--functions 0"),
-        (["eval", "--demo", "--model", "missing"], "missing"),
-    ],
-)
-def test_commands_that_are_refused(refused, arguments, named):
-    assert named in refused(*arguments)
-
-
-def test_files_that_cannot_be_read(refused, tmp_path):
-    (tmp_path / "binary").write_bytes(b"ab\xff")
-    assert refused("generate", "--demo", "--file", tmp_path / "no").endswith("no: No such file or directory")
-    assert refused("generate", "--demo", "--file", tmp_path).endswith("Is a directory")
-    assert "byte 2 is no UTF-8" in refused("generate", "--demo", "--file", tmp_path / "binary")
-
-
-def test_bad_requests_are_refused_before_the_weights_are_read(refused, monkeypatch):
-    monkeypatch.setattr(shared, "load", lambda arguments: pytest.fail("too late"))
-    refused("generate", "--demo", "hi", "--top-p", "2")
-    refused("eval", "--demo", "--thresholds", "x")
+def test_waiting_threads_sleep_unless_the_user_says_otherwise(monkeypatch):
+    for name in "OMP_WAIT_POLICY", "GOMP_SPINCOUNT":
+        monkeypatch.delenv(name, raising=False)
+    assert cli.main(["info"]) == 0
+    assert os.environ.pop("GOMP_SPINCOUNT") == threads.SPIN_COUNT
+    monkeypatch.setenv("OMP_WAIT_POLICY", "active")
+    assert cli.main(["info"]) == 0
+    assert "GOMP_SPINCOUNT" not in os.environ
 
 
 def test_interrupt(river, monkeypatch):
@@ -426,28 +333,3 @@ def test_bugs_keep_their_traceback(monkeypatch):
         monkeypatch.setattr(shared, "load", broken)
         with pytest.raises(type(bug)):
             cli.main(["generate", "--demo", "hi"])
-
-
-# --- the program ----------------------------------------------------------------------------------------
-
-
-def test_help_and_version(capsys):
-    for arguments, expected in (["--version"], f"river {__version__}"), (["eval", "--help"], "--problems"):
-        with pytest.raises(SystemExit) as exit:
-            cli.main(arguments)
-        assert exit.value.code == 0
-        assert expected in capsys.readouterr().out
-
-
-def test_errors_of_the_program():
-    done = subprocess_river("generate", "--demo", "--json", "--threshold", "nan", "hi")
-    assert (done.returncode, done.stdout) == (2, b"")
-    assert done.stderr == b"river: error: threshold=nan; accepted: a number, not NaN\n"
-
-
-def test_a_reader_that_stops_reading(monkeypatch):
-    read, write = os.pipe()
-    os.close(read)
-    with open(write, "w") as closed:
-        monkeypatch.setattr(sys, "stdout", closed)
-        assert cli.main(["info"]) == 1

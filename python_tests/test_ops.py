@@ -10,8 +10,8 @@ from test_advance import State
 from test_dual_layer import Decision, weights_of
 from torch._subclasses.fake_tensor import FakeTensorMode
 
+from river_cli import info
 from river_ext import ops, reference
-from river_ext.cli import info
 
 HAS_CUDA = ops._C.build_info()["cuda"]
 

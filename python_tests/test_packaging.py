@@ -337,3 +337,36 @@ def test_jobs(monkeypatch):
     monkeypatch.setenv("MAX_JOBS", "many")
     with pytest.raises(river_native.BuildError, match="MAX_JOBS=many"):
         river_native.job_count()
+
+
+@pytest.fixture
+def checkout(tmp_path):
+    """A copy of what a build reads, but for the sources of the extension."""
+    for name in ("pyproject.toml", "setup.py", "README.md"):
+        shutil.copy(ROOT / name, tmp_path)
+    for name in ("river_ext", "river_cli", "build_backend"):
+        shutil.copytree(ROOT / name, tmp_path / name, ignore=shutil.ignore_patterns("*.so", "__pycache__"))
+    return tmp_path
+
+
+def run_setup(checkout, *commands):
+    subprocess.run(
+        [sys.executable, "setup.py", "-q", *commands], cwd=checkout, check=True, capture_output=True
+    )
+
+
+def test_builds_write_into_the_folder_build_alone(checkout):
+    before = {path.name for path in checkout.iterdir()}
+    run_setup(checkout, "egg_info", "build_py")
+    assert {path.name for path in checkout.iterdir()} - before == {"build"}
+    assert list((checkout / "build").rglob("entry_points.txt"))
+
+
+def test_a_module_that_has_gone_is_in_no_wheel(checkout):
+    (checkout / "river_ext" / "gone.py").touch()
+    run_setup(checkout, "build_py")
+    (built,) = (checkout / "build").rglob("gone.py")
+    (checkout / "river_ext" / "gone.py").unlink()
+    run_setup(checkout, "build_py")
+    assert not built.exists() and (built.parent / "model.py").exists()
+    assert (built.parent.parent / "river_cli" / "arguments.py").exists()

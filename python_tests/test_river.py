@@ -463,6 +463,7 @@ def test_the_progress_bar_is_for_terminals(monkeypatch, capsys, checkpoint):
     river.build_river(checkpoint.config, checkpoint.weights)
     assert capsys.readouterr() == ("", "")
     monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
+    monkeypatch.setattr("river_ext.progress.BAR_AFTER", -1.0)
     river.build_river(checkpoint.config, checkpoint.weights, progress=False)
     assert capsys.readouterr() == ("", "")
     river.build_river(checkpoint.config, checkpoint.weights)

@@ -1,6 +1,6 @@
 """River-LLM: training-free, token-level early exit for unmodified Hugging Face language models.
 
-model = river_ext.load("path/to/checkpoint")
+model = river_ext.load("path/to/hf-checkpoint")
 print(model.generate("Once upon a time", threshold=0.5).text)
 """
 
@@ -9,13 +9,26 @@ from importlib import import_module
 from . import ops as ops  # registers torch.ops.river.*
 
 __version__ = "0.1.0"
-__all__ = ["RiverError", "load", "ops", "quantize"]
 
-_HOMES = {"load": "model", "quantize": "hqq", "RiverError": "errors"}
+# Names and their modules, which come when asked for: users of the ops need no tokenizer and no safetensors.
+_HOMES = {
+    "Model": "model",
+    "RiverError": "errors",
+    "load": "model",
+    "quantize": "hqq",
+    "rotary_tables": "rope",
+}
+_MODULES = ("ops", "reference", "w4")
+__all__ = sorted([*_HOMES, *_MODULES])
 
 
 def __getattr__(name: str):
-    """The rest comes when asked for: users of the ops alone need no tokenizer and no safetensors."""
-    if name not in _HOMES:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(import_module(f".{_HOMES[name]}", __name__), name)
+    if name in _HOMES:
+        return getattr(import_module(f".{_HOMES[name]}", __name__), name)
+    if name in _MODULES:
+        return import_module(f".{name}", __name__)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return [*__all__, "__version__"]

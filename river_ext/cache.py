@@ -3,6 +3,8 @@
 import torch
 from torch import Tensor
 
+from .errors import memory_for
+
 
 class KVCache:
     """K and V of all layers, each [layers, slots, num_key_value_heads, max_len, head_dim] in the model dtype.
@@ -13,8 +15,9 @@ class KVCache:
 
     def __init__(self, config, slots: int, max_len: int, dtype: torch.dtype, device="cpu"):
         shape = (config.num_hidden_layers, slots, config.num_key_value_heads, max_len, config.head_dim)
-        self.k = torch.empty(shape, dtype=dtype, device=device)
-        self.v = torch.empty(shape, dtype=dtype, device=device)
+        with memory_for(f"a KV cache of {slots} x {max_len} positions"):
+            self.k = torch.empty(shape, dtype=dtype, device=device)
+            self.v = torch.empty(shape, dtype=dtype, device=device)
         self._layers = list(zip(self.k.unbind(), self.v.unbind(), strict=True))
 
     def layer(self, index: int) -> tuple[Tensor, Tensor]:

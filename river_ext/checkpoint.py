@@ -22,6 +22,7 @@ from .errors import RiverError
 from .families import FAMILIES
 from .files import is_regular
 from .json_object import read_json_object
+from .progress import progress_bar
 from .tokenizer import load_tokenizer
 from .weights import DecoderBlockWeights, ModelWeights
 
@@ -73,22 +74,21 @@ def load_checkpoint(
         tensor = stored[name].read().to(device=device, dtype=config.dtype)
         if check_finite and not _all_finite(tensor):
             raise RiverError(f"{stored[name].path}: tensor {name} holds NaN or Inf in {config.dtype}")
+        advance()
         return tensor
 
-    embed_tokens = load("model.embed_tokens.weight")
-    lm_head = load(HEAD) if HEAD in stored else embed_tokens
+    with progress_bar("loading", len(tensor_shapes(config)), wanted=check_finite) as advance:
+        embed_tokens = load("model.embed_tokens.weight")
+        lm_head = load(HEAD) if HEAD in stored else embed_tokens
+        layers = [
+            DecoderBlockWeights(**{field: load(name) for field, name, _ in _layer_tensors(config, layer)})
+            for layer in range(config.num_hidden_layers)
+        ]
+        norm = load("model.norm.weight")
     # a head that is stored in spite of tie_word_embeddings counts, as in transformers: it may have been tuned
     tied = config.tie_word_embeddings and (lm_head is embed_tokens or torch.equal(lm_head, embed_tokens))
     config = replace(config, tie_word_embeddings=tied)
-    weights = ModelWeights(
-        embed_tokens=embed_tokens,
-        layers=[
-            DecoderBlockWeights(**{field: load(name) for field, name, _ in _layer_tensors(config, layer)})
-            for layer in range(config.num_hidden_layers)
-        ],
-        norm=load("model.norm.weight"),
-        lm_head=embed_tokens if tied else lm_head,
-    )
+    weights = ModelWeights(embed_tokens, layers, norm, embed_tokens if tied else lm_head)
     used = {name: stored[name] for name in tensor_shapes(config)}
     return Checkpoint(directory, config, weights, tokenizer, _fingerprint(used))
 

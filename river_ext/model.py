@@ -9,7 +9,7 @@ from tokenizers import Tokenizer
 from . import river as river_files
 from .checkpoint import load_checkpoint, parse_device
 from .config import ModelConfig
-from .errors import RiverError
+from .errors import RiverError, memory_for
 from .generate import Score, Stream, generate, score
 from .network import Network
 from .request import Options
@@ -21,6 +21,7 @@ from .weights import ExitLayerWeights, ModelWeights
 DEMO = Path(__file__).parent / "demo"
 
 
+@memory_for("the model and its river")
 def load(
     path: str | Path | None = None,
     device: str | torch.device = "auto",
@@ -93,6 +94,7 @@ class Model:
             f"vocabulary {config.vocab_size}, {dtype} on {self.network.device}{where})"
         )
 
+    @memory_for("the prompts and their new tokens")
     def generate(
         self,
         prompt: str | Sequence,
@@ -159,6 +161,7 @@ class Model:
         """
         return Stream(self.network, self.text, prompt, Options(**options))
 
+    @memory_for("the tokens and their logits")
     def score(
         self,
         tokens: Sequence[int],

@@ -5,9 +5,7 @@ w4.py, and a JSON object that says what they are (`_facts`). river_store.py writ
 """
 
 import re
-import sys
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import asdict, fields
 from pathlib import Path
 
@@ -20,6 +18,7 @@ from .errors import RiverError
 from .files import is_regular, path_of
 from .json_object import Reader, read_json_object
 from .ops import TILE_COLS, TILE_ROWS, packed_shape
+from .progress import progress_bar
 from .river_store import FACTS, refuse_other_content, sha256_of, tensors_file, write_river
 from .w4 import BlockShape, pack_exit_layer
 from .weights import DecoderBlockWeights, ExitLayerWeights, ModelWeights
@@ -44,10 +43,10 @@ def build_river(
     Args:
         config, weights: the backbone.
         group_size: columns that share a scale and a zero, 64 or 128.
-        progress: show a bar on standard error if that is a terminal.
+        progress: show on standard error how far it is, if it takes long.
     """
     shape = BlockShape.of(config)
-    with _progress_bar(len(weights.layers) * len(shape.projections()), progress) as advance:
+    with progress_bar("quantising", len(weights.layers) * len(shape.projections()), progress) as advance:
         layers = [
             _build_exit_layer(block, shape, group_size, f"layers.{index}", advance)
             for index, block in enumerate(weights.layers)
@@ -64,20 +63,6 @@ def _build_exit_layer(
         quantised[projection] = hqq.quantize(weight, group_size, name=f"{name}.{projection}")
         advance()
     return pack_exit_layer(quantised, shape)
-
-
-@contextmanager
-def _progress_bar(total: int, wanted: bool) -> Iterator[Callable[[], None]]:
-    """Yields what to call after each step."""
-    if not (wanted and sys.stderr is not None and sys.stderr.isatty()):
-        yield lambda: None
-        return
-    from rich.console import Console
-    from rich.progress import Progress
-
-    with Progress(console=Console(stderr=True), transient=True) as bar:
-        task = bar.add_task("quantising", total=total)
-        yield lambda: bar.advance(task)
 
 
 def save_river(path: str | Path, river: ExitRiver, config: ModelConfig, fingerprint: str) -> None:

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from .config import ModelConfig
+from .errors import RiverError
 
 
 def rope_tables(
@@ -30,13 +31,31 @@ def rope_tables(
         frequencies = dynamic_frequencies(config, torch.tensor(seq_len))
     else:
         frequencies = dynamic_frequencies(config, torch.arange(1, max_len + 1)[:, None])
-    angles = (positions * frequencies).double()
+    return _tables(positions * frequencies, device)
+
+
+def rotary_tables(
+    rotary_dim: int, max_len: int, theta: float = 10000.0, device: torch.device | str | None = None
+) -> tuple[Tensor, Tensor]:
+    """The same without scaling, for layers that belong to no checkpoint; rotary_dim is mostly head_dim."""
+    if not isinstance(rotary_dim, int) or rotary_dim < 2 or rotary_dim % 2:
+        raise RiverError(f"rotary_dim={rotary_dim!r}; accepted: an even integer from 2")
+    if not isinstance(max_len, int) or max_len < 1:
+        raise RiverError(f"max_len={max_len!r}; accepted: an integer from 1")
+    if not isinstance(theta, (int, float)) or not 0 < theta < math.inf:
+        raise RiverError(f"theta={theta!r}; accepted: a finite number above 0")
+    positions = torch.arange(max_len, dtype=torch.float32)[:, None]
+    return _tables(positions * _unscaled_frequencies(rotary_dim, theta), device)
+
+
+def _tables(angles: Tensor, device: torch.device | str | None) -> tuple[Tensor, Tensor]:
+    angles = angles.double()
     return angles.cos().float().to(device), angles.sin().float().to(device)
 
 
 def inverse_frequencies(config: ModelConfig) -> Tensor:
     """[rotary_dim / 2] fp32, where the length of the sequence does not matter."""
-    frequencies = 1.0 / (config.rope_theta ** _exponents(config))
+    frequencies = _unscaled_frequencies(config.rotary_dim, config.rope_theta)
     scaling = config.rope_scaling or {"rope_type": "default"}
     if scaling["rope_type"] == "linear":
         return frequencies / scaling["factor"]
@@ -50,12 +69,16 @@ def dynamic_frequencies(config: ModelConfig, seq_len: Tensor) -> Tensor:
     factor, original, dim = config.rope_scaling["factor"], config.max_position_embeddings, config.rotary_dim
     growth = factor * seq_len.clamp_min(original).double() / original - (factor - 1)
     base = config.rope_theta * growth ** (dim / (dim - 2))
-    scaled = 1.0 / (base.float().double() ** _exponents(config).double()).float()
+    scaled = 1.0 / (base.float().double() ** _exponents(config.rotary_dim).double()).float()
     return torch.where(seq_len > original, scaled, inverse_frequencies(config))
 
 
-def _exponents(config: ModelConfig) -> Tensor:
-    return torch.arange(0, config.rotary_dim, 2, dtype=torch.float32) / config.rotary_dim
+def _unscaled_frequencies(rotary_dim: int, theta: float) -> Tensor:
+    return 1.0 / (theta ** _exponents(rotary_dim))
+
+
+def _exponents(rotary_dim: int) -> Tensor:
+    return torch.arange(0, rotary_dim, 2, dtype=torch.float32) / rotary_dim
 
 
 def _llama3(

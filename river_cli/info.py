@@ -3,17 +3,20 @@
 import math
 from dataclasses import asdict
 
-from .. import __version__
-from ..errors import RiverError
+import torch
+
+from river_ext import __version__, ops
+from river_ext.checkpoint import load_checkpoint
+from river_ext.ops import packed_shape
+from river_ext.river import load_river, read_facts
+from river_ext.w4 import BlockShape
+
+from . import shared
 from .shared import dtype_name, threads
 from .terminal import print_json, printable, size_text
 
 
-def run_info(arguments) -> None:
-    import torch
-
-    from .. import ops
-
+def run(arguments) -> None:
     build = ops._C.build_info()
     gpus = [_gpu_facts(index, build, ops._C) for index in range(torch.cuda.device_count())]
     facts = {
@@ -36,8 +39,6 @@ def run_info(arguments) -> None:
         model_facts, model_lines = _checkpoint_facts(arguments)
         facts["model"] = model_facts
         lines |= model_lines
-    elif arguments.river is not None:
-        raise RiverError("--river needs --model DIR or --demo, the model that it belongs to")
     if arguments.json:
         print_json(facts)
         return
@@ -59,8 +60,6 @@ def _compiled(build: dict) -> list[str]:
 
 def _gpu_facts(index: int, build: dict, module) -> dict:
     """A GPU, and which of the compiled kernels it will run."""
-    import torch
-
     major, minor = torch.cuda.get_device_capability(index)
     facts = {"name": torch.cuda.get_device_name(index), "arch": f"sm_{major}{minor}"}
     if not build["cuda"]:
@@ -81,13 +80,7 @@ def _runs(arch: str, image: dict, compiled: list[str]) -> str:
 
 def _checkpoint_facts(arguments) -> tuple[dict, dict]:
     """The facts of a model for JSON and as lines; its weights are mapped, not read."""
-    from ..checkpoint import load_checkpoint
-    from ..model import DEMO
-    from ..ops import packed_shape
-    from ..river import load_river, read_facts
-    from ..w4 import BlockShape
-
-    checkpoint = load_checkpoint(arguments.model or DEMO, check_finite=False)
+    checkpoint = load_checkpoint(shared.directory(arguments), check_finite=False)
     config, weights, shape = checkpoint.config, checkpoint.weights, BlockShape.of(checkpoint.config)
     around = [weights.embed_tokens, weights.norm]
     if weights.lm_head is not weights.embed_tokens:

@@ -1,21 +1,27 @@
 """What commands share: the model that they run, and what they say of it and of the machine."""
 
-from .. import __version__
+from pathlib import Path
+
+import torch
+
+import river_ext
+from river_ext import __version__, ops
+from river_ext.model import DEMO
+
 from .terminal import printable
 
 
 def load(arguments):
-    from ..model import load
+    return river_ext.load(arguments.model, arguments.device, arguments.dtype, arguments.river)
 
-    return load(arguments.model, arguments.device, arguments.dtype, arguments.river)
+
+def directory(arguments) -> Path:
+    """Of the checkpoint that the arguments name."""
+    return DEMO if arguments.model is None else Path(arguments.model)
 
 
 def model_facts(model) -> dict:
     """What a measurement was made with, for JSON."""
-    import torch
-
-    from .. import ops
-
     build = ops._C.build_info()
     return {
         "version": __version__,
@@ -30,31 +36,23 @@ def model_facts(model) -> dict:
 
 
 def model_line(model) -> str:
-    from ..model import DEMO
-
     name = "the bundled demo model" if model.directory == DEMO else printable(str(model.directory))
     config = model.config
     return f"river {__version__}, {name}: {config.num_hidden_layers} layers, hidden {config.hidden_size}"
 
 
 def machine(model) -> str:
-    from .. import ops
-
     if model.network.device.type == "cuda":
         return _device_name(model)
     return f"the CPU ({ops._C.build_info()['cpu_isa']}, {threads()})"
 
 
 def threads() -> str:
-    import torch
-
     count = torch.get_num_threads()
     return "1 thread" if count == 1 else f"{count} threads"
 
 
 def _device_name(model) -> str:
-    import torch
-
     device = model.network.device
     return torch.cuda.get_device_name(device) if device.type == "cuda" else str(device)
 

@@ -3,44 +3,41 @@
 import time
 from collections.abc import Sequence
 
-from ..errors import RiverError
+from river_ext import evaluate
+from river_ext.config import read_config
+from river_ext.errors import RiverError
+from river_ext.evaluate import DEMO_THRESHOLDS, demo_items, result_table, settings_of
+from river_ext.progress import progress_bar
+from river_ext.request import integer, number, short
+
 from . import shared
 from .shared import machine, model_facts, model_line
-from .terminal import print_json, print_table, progress_bar
+from .terminal import print_json, print_table
 
 
-def run_eval(arguments) -> None:
-    from ..config import read_config
-    from ..evaluate import DEMO_NEW_TOKENS, demo_items, evaluate, result_table, settings_of
-    from ..model import DEMO
-    from ..request import integer
-
-    if not arguments.demo:
-        raise RiverError(
-            "what to evaluate on; accepted: --demo (with --model DIR: another model on its tasks)"
-        )
+def run(arguments) -> None:
     problems = integer("--problems", arguments.problems, 0, 10_000)
     functions = integer("--functions", arguments.functions, 0, 10_000)
     if problems + functions == 0:
         raise RiverError("--problems 0 --functions 0; accepted: at least one of them above 0")
     thresholds = _thresholds(arguments.thresholds)
-    read_config(arguments.model or DEMO)
+    read_config(shared.directory(arguments))
     model = shared.load(arguments)
     items = demo_items(problems, functions, arguments.seed)
     settings = settings_of(model, thresholds)
     start = time.perf_counter()
     with progress_bar("evaluating", len(items)) as advance:
-        rows = evaluate(
+        rows = evaluate.evaluate(
             model,
             [[item] for item in items],
             settings,
-            max_new_tokens=DEMO_NEW_TOKENS,
+            max_new_tokens=evaluate.DEMO_NEW_TOKENS,
             on_batch=lambda batch, outputs: advance(),
         )
     seconds = time.perf_counter() - start
     if arguments.json:
         print_json({**model_facts(model), "problems": problems, "functions": functions,
-                     "seed": arguments.seed, "batch": 1, "max_new_tokens": DEMO_NEW_TOKENS,
+                     "seed": arguments.seed, "batch": 1, "max_new_tokens": evaluate.DEMO_NEW_TOKENS,
                      "seconds": seconds, "rows": [row.as_dict() for row in rows]})  # fmt: skip
         return
     print(f"{model_line(model)}\n{problems} problems, {functions} functions (seed {arguments.seed})\n")
@@ -55,12 +52,11 @@ def run_eval(arguments) -> None:
 
 
 def _thresholds(text: str | None) -> Sequence[float]:
-    from ..evaluate import DEMO_THRESHOLDS
-    from ..request import number
-
     if text is None:
         return DEMO_THRESHOLDS
     try:
         return [number("--thresholds", float(part)) for part in text.split(",")]
     except ValueError:
-        raise RiverError(f"--thresholds {text!r}; accepted: numbers, not NaN, with commas between") from None
+        raise RiverError(
+            f"--thresholds {short(text)}; accepted: numbers, not NaN, with commas between"
+        ) from None

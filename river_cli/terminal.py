@@ -1,10 +1,9 @@
-"""What commands print with: JSON, tables, progress, sizes, and text that a terminal can take."""
+"""What commands print with: JSON, tables, sizes, and text that a terminal can take."""
 
 import json
 import math
 import sys
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import suppress
 from unicodedata import category
 
 
@@ -36,7 +35,9 @@ def printable(text: str) -> str:
 
 
 def note(text: str) -> None:
-    print(text, file=sys.stderr)
+    """For the reader; that there is none, or no room, is no error."""
+    with suppress(OSError):
+        print(text, file=sys.stderr, flush=True)
 
 
 def new_console():
@@ -50,19 +51,3 @@ def print_table(table) -> None:
     if not console.is_terminal:
         console.width = 200  # a file has no edge to wrap at
     console.print(table)
-
-
-@contextmanager
-def progress_bar(label: str, total: int) -> Iterator[Callable[[], None]]:
-    """Yields what to call after each step; the bar shows on a terminal."""
-    from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-
-    columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()
-    console = Console(stderr=True)
-    progress = Progress(
-        *columns, console=console, transient=True, refresh_per_second=2, disable=not console.is_terminal
-    )
-    with progress:
-        task = progress.add_task(label, total=total)
-        yield lambda: progress.advance(task)

@@ -4,10 +4,16 @@ import math
 import sys
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import asdict, fields, replace
-from pathlib import Path
+from dataclasses import fields, replace
 
-from ..errors import RiverError
+from rich.text import Text
+
+from river_ext import evaluate
+from river_ext.config import read_config
+from river_ext.errors import RiverError
+from river_ext.evaluate import Item, demo_items, result_table, settings_of
+from river_ext.request import Options, integer, plan, strings
+
 from . import shared
 from .shared import machine, model_facts, model_line
 from .terminal import new_console, note, print_json, print_table, printable
@@ -15,23 +21,17 @@ from .terminal import new_console, note, print_json, print_table, printable
 DEMO_PROBLEMS, DEMO_FUNCTIONS = 4, 2  # what `river generate --demo` shows
 
 
-def run_generate(arguments) -> None:
-    from ..request import Options
-
+def run(arguments) -> None:
     names = {field.name for field in fields(Options)}
     options = {name: v for name, v in vars(arguments).items() if name in names and v is not None}
-    prompts = _prompts(arguments)
-    if not prompts and not arguments.demo:
-        raise RiverError("no prompt; accepted: 1 to 8 prompts, - for standard input, --file, or --demo")
-    if not arguments.demo and arguments.model is None:
-        raise RiverError("no model; accepted: --model DIR, or --demo for the bundled one")
-    _check_request(arguments, prompts or ["demo"], options)
+    prompts = arguments.prompts
+    _check_request(arguments, options)
     model = shared.load(arguments)
     if not prompts:
         _show_demo(arguments, model, options)
     elif arguments.compare:
         _generate_and_compare(arguments, model, prompts, options)
-    elif arguments.json or len(prompts) > 1 or not sys.stdout.isatty():
+    elif arguments.json or len(prompts) > 1:
         outputs = model.generate(prompts, **options)
         if arguments.json:
             print_json({**model_facts(model), "options": options, "outputs": _outputs(prompts, outputs)})
@@ -49,55 +49,24 @@ def run_generate(arguments) -> None:
         note(_summary(model, [stream.output]))
 
 
-def _prompts(arguments) -> list[str]:
-    """Texts of files and of standard input lose the newline at their end."""
-    prompts = []
-    for prompt in arguments.prompts:
-        prompts.append(_text("standard input", sys.stdin.buffer.read()) if prompt == "-" else prompt)
-    for name in arguments.file or ():
-        prompts.append(_text(name, Path(name).read_bytes()))
-    return prompts
-
-
-def _text(name: str, data: bytes) -> str:
-    try:
-        return data.decode("utf-8").removesuffix("\n")
-    except UnicodeDecodeError as error:
-        raise RiverError(f"{name}: byte {error.start} is no UTF-8; accepted: UTF-8 text") from None
-
-
-def _check_request(arguments, prompts: list[str], options: dict) -> None:
+def _check_request(arguments, options: dict) -> None:
     """Refuses what can be refused before the weights are loaded."""
-    from ..config import read_config
-    from ..model import DEMO
-    from ..request import Options, integer, plan, strings
-
-    for prompt in prompts:
-        if not prompt:
-            raise RiverError("the prompt is empty; accepted: at least one token")
-        if any("\ud800" <= c <= "\udfff" for c in prompt):  # what Python makes of such an argument
-            raise RiverError(f"prompt {prompt[:40]!r} is no UTF-8; accepted: UTF-8 text")
     strings("--stop", options.get("stop", ()))
-    if _compares(arguments) and options.get("mode", "river") != "river":
+    if (arguments.compare or not arguments.prompts) and options.get("mode", "river") != "river":
         raise RiverError(f"mode={options['mode']!r}; accepted: 'river', the comparison runs the others too")
-    config = read_config(arguments.model or DEMO)
+    config = read_config(shared.directory(arguments))
     integer("max_new_tokens", options.get("max_new_tokens", 1), 1, config.max_length - 1)
-    plan(config, None, [[0]] * len(prompts), replace(Options(**options), max_new_tokens=1, stop=()))
-
-
-def _compares(arguments) -> bool:
-    """Whether full depth and full W4 run beside the river; the demo always compares."""
-    return arguments.compare or not (arguments.prompts or arguments.file)
+    plan(
+        config,
+        None,
+        [[0]] * max(1, len(arguments.prompts)),
+        replace(Options(**options), max_new_tokens=1, stop=()),
+    )
 
 
 def _outputs(prompts: Sequence[str], outputs: Sequence) -> list[dict]:
     """For JSON."""
-    return [
-        {"prompt": prompt}
-        | {name: value for name, value in vars(output).items() if name not in ("logits", "stats")}
-        | {"stats": asdict(output.stats)}
-        for prompt, output in zip(prompts, outputs, strict=True)
-    ]
+    return [{"prompt": prompt} | output.to_dict() for prompt, output in zip(prompts, outputs, strict=True)]
 
 
 def _print_texts(prompts: Sequence[str], outputs: Sequence) -> None:
@@ -118,11 +87,9 @@ def _summary(model, outputs: Sequence) -> str:
 
 
 def _generate_and_compare(arguments, model, prompts: list[str], options: dict) -> None:
-    from ..evaluate import Item, evaluate
-
     settings, common = _three_settings(model, options)
     shown = []
-    rows = evaluate(
+    rows = evaluate.evaluate(
         model,
         [[Item(prompt) for prompt in prompts]],
         settings,
@@ -141,9 +108,6 @@ def _generate_and_compare(arguments, model, prompts: list[str], options: dict) -
 
 def _three_settings(model, options: dict) -> tuple[list, dict]:
     """Full depth, full W4 and River, and the options that they have in common."""
-    from ..evaluate import settings_of
-    from ..request import Options
-
     own = {name: options[name] for name in ("min_layers", "prefill") if name in options}
     threshold = options.get("threshold", Options.threshold)
     common = {name: v for name, v in options.items() if name not in ("mode", "threshold", *own)}
@@ -152,11 +116,9 @@ def _three_settings(model, options: dict) -> tuple[list, dict]:
 
 def _show_demo(arguments, model, options: dict) -> None:
     """Held-out prompts through the river, then what that costs and gains."""
-    from ..evaluate import DEMO_NEW_TOKENS, demo_items, evaluate
-
     seed = options.get("seed", 0)
     items = demo_items(DEMO_PROBLEMS, DEMO_FUNCTIONS, seed)
-    settings, common = _three_settings(model, {"max_new_tokens": DEMO_NEW_TOKENS} | options)
+    settings, common = _three_settings(model, {"max_new_tokens": evaluate.DEMO_NEW_TOKENS} | options)
     river = settings[-1]
     shown = []
 
@@ -168,7 +130,9 @@ def _show_demo(arguments, model, options: dict) -> None:
 
     if not arguments.json:
         print(f"{model_line(model)}\n{river.name}, on prompts that are not in its training data:\n")
-    rows = evaluate(model, [[item] for item in items], settings, divergence=False, on_batch=show, **common)
+    rows = evaluate.evaluate(
+        model, [[item] for item in items], settings, divergence=False, on_batch=show, **common
+    )
     if arguments.json:
         print_json({**model_facts(model), "options": options,
                      "outputs": _outputs([item.prompt for item in items], shown),
@@ -182,8 +146,6 @@ def _show_demo(arguments, model, options: dict) -> None:
 
 
 def _print_demo_item(item, text: str) -> None:
-    from rich.text import Text
-
     right = item.is_right(text)
     mark = ("  right", "bold green") if right else ("  wrong", "bold red")
     line = Text.assemble((item.prompt, "dim"), printable(text).rstrip(), mark)
@@ -193,8 +155,6 @@ def _print_demo_item(item, text: str) -> None:
 
 def _print_comparison(model, rows: Sequence, outputs: Sequence) -> None:
     """The table of the three settings, the river's exit depths, and its agreement with full depth."""
-    from ..evaluate import result_table
-
     river = rows[-1]
     print_table(result_table(rows))
     print(f"\nExit depths of {river.name}, {river.new_tokens} tokens:")

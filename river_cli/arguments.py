@@ -1,0 +1,171 @@
+"""The arguments of every command, and what can be refused by them alone."""
+
+import argparse
+import os
+from collections.abc import Sequence
+
+from .errors import UsageError
+from .prompts import read_prompts, refuse_surrogates
+
+
+def parse(argv: Sequence[str] | None) -> argparse.Namespace:
+    """`module` of the result runs the command; prompts and files have become `prompts`."""
+    arguments = _parser().parse_args(argv)
+    for name, value in vars(arguments).items():
+        if name != "prompts" and (value == [] or isinstance(value, list) and [] in value):
+            # what argparse makes of --name=--
+            raise UsageError(f"--{name.replace('_', '-')}: '--' is no value; accepted: see --help")
+    if arguments.module == "generate":
+        _check_generate(arguments)
+    elif arguments.module == "info" and arguments.river is not None and not _names_a_model(arguments):
+        raise UsageError("--river needs --model DIR or --demo, the model that it belongs to")
+    elif arguments.module == "evaluate" and not arguments.demo:
+        raise UsageError(
+            "what to evaluate on; accepted: --demo (with --model DIR: another model on its tasks)"
+        )
+    return arguments
+
+
+def _check_generate(arguments) -> None:
+    if not (arguments.prompts or arguments.file or arguments.demo):
+        raise UsageError("no prompt; accepted: 1 to 8 prompts, - for standard input, --file, or --demo")
+    if not _names_a_model(arguments):
+        raise UsageError("no model; accepted: --model DIR, or --demo for the bundled one")
+    for text in arguments.stop or ():
+        refuse_surrogates("--stop", text)
+    arguments.prompts = read_prompts(arguments.prompts, arguments.file or [])
+
+
+def _names_a_model(arguments) -> bool:
+    return arguments.demo or arguments.model is not None
+
+
+class _Parser(argparse.ArgumentParser):
+    def __init__(self, **options):
+        super().__init__(allow_abbrev=False, **options)
+
+    def error(self, message: str):
+        message = message if len(message) <= 200 else message[:197] + "..."
+        raise UsageError(f"{message} (see {self.prog} --help)")
+
+
+class _Version(argparse.Action):
+    def __call__(self, parser, namespace, values, option_string=None):
+        from importlib.metadata import PackageNotFoundError, version
+
+        try:
+            print("river", version("river_ext"))
+        except PackageNotFoundError:  # a checkout that is not installed
+            from river_ext import __version__
+
+            print("river", __version__)
+        parser.exit()
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = _Parser(
+        prog="river",
+        description="Training-free, token-level early exit for unmodified Hugging Face language models.",
+    )
+    parser.add_argument("--version", action=_Version, nargs=0, help="show the version")
+    commands = parser.add_subparsers(metavar="COMMAND", required=True, parser_class=_Parser)
+
+    def command(name: str, module: str, text: str) -> argparse.ArgumentParser:
+        added = commands.add_parser(name, help=text, description=text[0].upper() + text[1:] + ".")
+        added.set_defaults(module=module, threads=None)
+        added.add_argument("--json", action="store_true", help="print one JSON document")
+        return added
+
+    generate = command("generate", "generate", "continue prompts through the exit river")
+    _add_model(generate, "the bundled model; without a prompt it shows what River does")
+    _add_river(generate, "a saved river; without it one is built, for minutes if the model is large")
+    _add_machine(generate)
+    generate.add_argument("prompts", nargs="*", metavar="PROMPT", help="1 to 8 prompts; - is standard input")
+    generate.add_argument(
+        "--file",
+        action="append",
+        type=_given,
+        metavar="FILE",
+        help="a file that holds a prompt; not of it: its last newline, \\r before \\n, a byte order mark",
+    )
+    generate.add_argument(
+        "--compare", action="store_true", help="also run full depth and full W4, and print a table"
+    )
+    generate.add_argument("--max-new-tokens", type=int, metavar="N", help="default 256")
+    generate.add_argument("--threshold", type=float, metavar="S", help="exit above this similarity (0.5)")
+    generate.add_argument("--min-layers", type=int, metavar="N", help="backbone layers before an exit (1)")
+    generate.add_argument("--prefill", metavar="POLICY", help="full (default), depth:K, min or last")
+    generate.add_argument("--mode", help="river (default), full or full_w4")
+    generate.add_argument("--temperature", type=float, metavar="T", help="0, the default, is greedy")
+    generate.add_argument("--top-k", type=int, metavar="K", help="draw among the K likeliest; 0 is all")
+    generate.add_argument("--top-p", type=float, metavar="P", help="draw among the likeliest; 1 is all")
+    generate.add_argument("--seed", type=int, help="of sampling, and of the demo's prompts (0)")
+    generate.add_argument("--stop", action="append", metavar="TEXT", help="end before this text")
+    generate.add_argument("--exit-control", help="where exits are decided: auto (default), host or device")
+
+    info = command("info", "info", "show what this installation was built with, and the facts of a model")
+    _add_model(info, "the bundled model")
+    _add_river(info, "a saved river of that model, whose facts are shown too")
+
+    convert = command("convert", "convert", "build the 4-bit river of a model and save it")
+    _add_model(convert, "the bundled model", required=True)
+    _add_machine(convert)
+    convert.add_argument(
+        "--output", type=_given, required=True, metavar="DIR", help="the river's new directory"
+    )
+    convert.add_argument(
+        "--group-size", type=int, choices=(64, 128), default=64, help="columns that share a scale (64)"
+    )
+    convert.add_argument("--force", action="store_true", help="replace a river that is there already")
+
+    evaluate = command("eval", "evaluate", "measure quality and speed against full depth")
+    _add_model(evaluate, "the bundled model's held-out problems and functions", exclusive=False)
+    _add_river(evaluate, "a saved river; without it one is built")
+    _add_machine(evaluate)
+    evaluate.add_argument("--problems", type=int, default=300, metavar="N", help="word problems (300)")
+    evaluate.add_argument("--functions", type=int, default=100, metavar="N", help="functions (100)")
+    evaluate.add_argument("--thresholds", metavar="S,S,...", help="of the River rows")
+    evaluate.add_argument("--seed", type=int, default=0, help="which held-out items (0)")
+    return parser
+
+
+def _add_model(
+    parser: argparse.ArgumentParser, demo: str, required: bool = False, exclusive: bool = True
+) -> None:
+    group = parser.add_mutually_exclusive_group(required=required) if exclusive else parser
+    group.add_argument("--model", type=_given, metavar="DIR", help="a Hugging Face checkpoint directory")
+    group.add_argument("--demo", action="store_true", help=demo)
+
+
+def _add_river(parser: argparse.ArgumentParser, text: str) -> None:
+    parser.add_argument("--river", type=_given, metavar="DIR", help=text)
+
+
+def _add_machine(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--device", type=_given, default="auto", help="cpu, cuda or auto (default)")
+    parser.add_argument(
+        "--dtype",
+        type=_given,
+        default="auto",
+        help="bfloat16, float16, float32; auto (default): the model's own",
+    )
+    parser.add_argument(
+        "--threads",
+        type=_threads,
+        metavar="N",
+        help="of the CPU; default: all cores. Fewer may be faster where others use them",
+    )
+
+
+def _given(text: str) -> str:
+    """A shell's unset variable is no name of a file."""
+    if not text:
+        raise argparse.ArgumentTypeError("is empty; accepted: a value, or to leave the option out")
+    return text
+
+
+def _threads(text: str) -> int:
+    cores = len(os.sched_getaffinity(0))
+    if not (text.isascii() and text.isdigit() and len(text) < 6 and 1 <= int(text) <= cores):
+        raise argparse.ArgumentTypeError(f"{text[:40]!r}; accepted: 1 to {cores}, the cores here")
+    return int(text)
