@@ -6,8 +6,8 @@ import pytest
 from fuzz import AREAS, runner
 
 INPUTS = {
-    "checkpoints": 250, "rivers": 150, "saves": 120, "tokenizer_files": 250, "requests": 380, "commands": 300,
-    "op_calls": 700,
+    "configs": 800, "checkpoints": 200, "rivers": 200, "saves": 120, "tokenizer_files": 120, "requests": 380,
+    "commands": 300, "op_calls": 700,
 }  # fmt: skip
 
 

@@ -186,3 +186,11 @@ def test_extreme_numbers_are_refused():
     scale[3, 0] = float("inf")
     with pytest.raises(RuntimeError, match=r"scale\[3, 0\] is not finite"):
         ops.pack_w4(q, scale, zero)
+
+
+@pytest.mark.parametrize("dtype", [63, 10**6, "float32", None, torch.strided])
+def test_a_dtype_that_is_none(dtype):
+    """torch reads past a table of its own for numbers that are no dtypes."""
+    packed = torch.zeros(3, 2, 576, dtype=torch.uint8)
+    with pytest.raises(TypeError, match="^dtype is .*, expected torch.bfloat16, float16 or float32$"):
+        ops.dequantize_w4(packed, 40, 100, dtype)

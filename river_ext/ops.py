@@ -342,4 +342,7 @@ def unpack_w4(
 
 def dequantize_w4(packed: Tensor, out_features: int, in_features: int, dtype: torch.dtype) -> Tensor:
     """The packed weight as dense [out_features, in_features]: (q - zero) * scale in fp32, then rounded."""
+    # torch takes numbers for dtypes, and looks up any of them
+    if not isinstance(dtype, torch.dtype):
+        raise TypeError(f"dtype is {str(dtype)[:60]}, expected torch.bfloat16, float16 or float32")
     return _river.dequantize_w4(packed, out_features, in_features, dtype)

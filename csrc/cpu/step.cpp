@@ -8,12 +8,21 @@ namespace river::cpu {
 
 namespace {
 
+// The similarities [T] of the rows of x and y, of active rows only
+void measure_active(DType dtype, int rows, int hidden_size, const void* x, const void* y, const int32_t* slots,
+                    float* similarities, const Parallel& parallel) {
+  float measured[kMaxRows];
+  launch_state_similarity({dtype, rows, hidden_size, x, y, measured}, parallel);
+  for (int t = 0; t < rows; t++)
+    if (slots[t] >= 0) similarities[t] = measured[t];
+}
+
 // Where the path leaves the backbone, by the layer before and by the rule; measures the similarity it needs.
 bool river_begun(const BlockArgs& a, const ExitDecision& d, const Parallel& parallel) {
   if (d.index == 0) return false;
   if (d.exited[d.index - 1]) return true;
   float* similarity = d.similarities + (int64_t)(d.index - 1) * a.rows;
-  launch_state_similarity({a.dtype, a.rows, a.hidden_size, d.previous, a.hidden, similarity}, parallel);
+  measure_active(a.dtype, a.rows, a.hidden_size, d.previous, a.hidden, a.slots, similarity, parallel);
   for (int t = 0; t < a.rows; t++)
     if (a.slots[t] >= 0 && !(similarity[t] > d.thresholds[t] && d.index >= d.min_layers[t])) return false;
   return true;
@@ -39,9 +48,8 @@ void launch_dual_layer(const DualLayerArgs& a, const Parallel& parallel) {
 
 void launch_advance(const AdvanceArgs& a, const Parallel& parallel) {
   if (!a.exited[a.layers - 1])
-    launch_state_similarity({a.dtype, a.rows, a.hidden_size, a.before, a.after,
-                             a.similarities + (int64_t)(a.layers - 1) * a.rows},
-                            parallel);
+    measure_active(a.dtype, a.rows, a.hidden_size, a.before, a.after, a.slots,
+                   a.similarities + (int64_t)(a.layers - 1) * a.rows, parallel);
   int depth = 0;
   while (depth < a.layers && !a.exited[depth]) depth++;
 

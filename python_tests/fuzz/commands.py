@@ -130,7 +130,7 @@ def command_line(state: State, random: Random) -> list[str]:
 
 def call(arguments: list[str], stdin: str) -> tuple[int, str, str]:
     """Status, standard output and standard error of `river`, in this process."""
-    from river_ext.cli import main
+    from river_cli import main
 
     files = [io.TextIOWrapper(io.BytesIO(), encoding="utf-8") for _ in range(2)]
     kept = sys.stdin

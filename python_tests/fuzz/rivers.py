@@ -60,6 +60,8 @@ def change(state: State, random: Random) -> None:
         replace_file(random, path)
     elif kind == 1:
         path.rename(state.work / random.choice(("x", "river.safetensors.bak", ".river.json")))
+    elif kind == 2 and path.suffix == ".json":  # the same in other words
+        path.write_text(json.dumps(json.loads(path.read_text()), indent=random.choice((None, 7))))
     elif kind < 7 and path.suffix == ".json":
         path.write_bytes(dump_json(random, mutate_json(random, json.loads(path.read_text()))))
     else:
