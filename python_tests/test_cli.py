@@ -333,3 +333,9 @@ def test_bugs_keep_their_traceback(monkeypatch):
         monkeypatch.setattr(shared, "load", broken)
         with pytest.raises(type(bug)):
             cli.main(["generate", "--demo", "hi"])
+
+
+@pytest.mark.parametrize("module", ["river_cli", "river_ext.cli"])
+def test_as_a_module(module):
+    done = subprocess.run([sys.executable, "-m", module, "--version"], capture_output=True, text=True)
+    assert (done.returncode, done.stdout) == (0, f"river {__version__}\n")

@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from tiny_model import random_model, random_prompt
 
-from river_ext import cli
+import river_cli as cli
 from river_ext.errors import RiverError
 from river_ext.evaluate import Item, Setting, evaluate
 from river_ext.model import DEMO

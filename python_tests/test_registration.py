@@ -179,3 +179,13 @@ def test_wrappers_give_what_the_ops_give(name):
     got, expected = wrapper(name, copies(name)), getattr(torch.ops.river, name)(*copies(name))
     for a, b in zip(*(r if isinstance(r, tuple) else (r,) for r in (got, expected)), strict=True):
         assert a is b is None or torch.equal(a.nan_to_num(), b.nan_to_num())
+
+
+def test_none_for_what_is_written_beside_an_input_that_requires_grad():
+    """The op itself says what is missing."""
+    values = list(SAMPLES["decoder_block"])
+    values[0] = values[0].clone().requires_grad_()
+    k_cache = [argument.name for argument in schema("decoder_block").arguments].index("k_cache")
+    values[k_cache] = None
+    with pytest.raises(RuntimeError, match="river::decoder_block: k_cache is None"):
+        torch.ops.river.decoder_block(*values)

@@ -51,7 +51,7 @@ def _without_gradient(name: str, op: torch._ops.OpOverload) -> Callable:
         if not torch.is_grad_enabled() or not torch._C._any_requires_grad(*args):
             return run(keyset, *args)
         for i in written:
-            if args[i].requires_grad:
+            if args[i] is not None and args[i].requires_grad:
                 raise RuntimeError(
                     f"river::{name}: {arguments[i].name} requires grad, and is written in place"
                 )
