@@ -344,5 +344,5 @@ def dequantize_w4(packed: Tensor, out_features: int, in_features: int, dtype: to
     """The packed weight as dense [out_features, in_features]: (q - zero) * scale in fp32, then rounded."""
     # torch takes numbers for dtypes, and looks up any of them
     if not isinstance(dtype, torch.dtype):
-        raise TypeError(f"dtype is {str(dtype)[:60]}, expected torch.bfloat16, float16 or float32")
+        raise RuntimeError(f"river::dequantize_w4: dtype is {repr(dtype)[:60]}, expected torch.dtype")
     return _river.dequantize_w4(packed, out_features, in_features, dtype)
