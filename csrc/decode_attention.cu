@@ -92,7 +92,7 @@ struct SplitAttention {
     const AttentionArgs& a = args.a;
     const T* source = static_cast<const T*>(a.query) + (int64_t(row) * a.num_heads + first_head(head0)) * a.head_dim;
     for (int i = threadIdx.x; i < heads * a.head_dim; i += kThreads)
-      query[i / a.head_dim][i % a.head_dim] = to_float(source[i]) * a.softmax_scale;
+      query[i / a.head_dim][i % a.head_dim] = to_float(load_written(source + i)) * a.softmax_scale;
     __syncthreads();
   }
 
@@ -176,7 +176,7 @@ struct SplitAttention {
   }
 
   RIVER_DEVICE float partial(int head0, int h, int split, int what) const {
-    return load_shared_between_blocks(args.partial(row, first_head(head0) + h, split) + what);
+    return load_written(args.partial(row, first_head(head0) + h, split) + what);
   }
 
   // Sums of all splits for kHeads query heads, kMaxSplit splits at a time: their factors by a warp per head, then each
@@ -218,9 +218,23 @@ struct SplitAttention {
   }
 };
 
+// The K and V of this block's first split, to L2. The places may still be those of the step before: then this asks for
+// what may not be needed, inside of the cache.
+RIVER_DEVICE void prefetch_context(const AttentionArgs& a, int row, int kv_head) {
+  if (threadIdx.x >= 2) return;
+  const int slot = load_hint(a.slots + row), position = load_hint(a.positions + row);
+  if (slot < 0 || slot >= a.num_slots || position < 0 || position >= a.max_len) return;
+  const ContextSplits context(a, position);
+  const int first = context.start + blockIdx.x * context.size, end = min(first + context.size, position + 1);
+  if (first >= end) return;
+  const auto* cache = static_cast<const unsigned char*>(threadIdx.x == 0 ? a.k_cache : a.v_cache);
+  const int64_t place = (int64_t(slot) * a.num_kv_heads + kv_head) * a.max_len + first, bytes = 2 * a.head_dim;
+  bulk_prefetch_to_l2(cache + place * bytes, (end - first) * bytes);
+}
+
 // Budget: 128 threads, 168 registers
 template <class T, int kLanes>
-__global__ void __launch_bounds__(kThreads, kBlocksPerSm) decode_attention_kernel(AttentionKernelArgs<T> args) {
+__global__ void __launch_bounds__(kThreads, kBlocksPerSm) decode_attention_kernel(AttentionKernelArgs<T> args, bool early) {
   static_assert(kWarps == kHeads);
   RIVER_SHARED(float, query, [kHeads][kLanes * 8]);
   RIVER_SHARED(float, weight, [kHeads][kMaxSplit]);
@@ -228,17 +242,20 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerSm) decode_attention_kerne
   RIVER_SHARED(float, state, [kHeads][2]);
   const AttentionArgs& a = args.a;
   const int kv_head = blockIdx.y, row = blockIdx.z, group = a.num_heads / a.num_kv_heads;
-  dependency_trigger();
+  if (warp_id() == 0) {
+    if (early) prefetch_context(a, row, kv_head);
+    dependency_trigger();  // behind that: the next kernel's weights would stand before K and V in the memory's queue
+  }
   dependency_wait();
-  const int slot = slot_in_cache(a, row);
+  const Place place = place_in_cache(a, row);
   T* out = static_cast<T*>(a.out) + (int64_t(row) * a.num_heads + kv_head * group) * a.head_dim;
-  if (slot < 0) {
+  if (!place.active()) {
     if (blockIdx.x == 0)
       for (int i = threadIdx.x; i < group * a.head_dim; i += kThreads) out[i] = from_float<T>(0.f);
     return;
   }
-  const ContextSplits context(a, a.positions[row]);
-  SplitAttention<T, kLanes> attention{args, context, row, slot, kv_head, 0, query, weight, value, state};
+  const ContextSplits context(a, place.position);
+  SplitAttention<T, kLanes> attention{args, context, row, place.slot, kv_head, 0, query, weight, value, state};
   const int blocks = min(context.count, static_cast<int>(gridDim.x));
   if (int(blockIdx.x) >= blocks) return;
   for (int split = blockIdx.x; split < context.count; split += blocks) {
@@ -269,7 +286,8 @@ void launch_decode_attention(const AttentionArgs& a, const Workspace& workspace,
     const int width = std::max(1, kBlocksPerSm * workspace.blocks / (a.num_kv_heads * a.rows));
     const dim3 grid(std::min(args.most_splits, width), a.num_kv_heads, a.rows);
     auto run = [&](auto kernel) {
-      launch(kernel, grid, kThreads, 0, stream, {"decode_attention", workspace.overlap != Overlap::kNone}, args);
+      launch(kernel, grid, kThreads, 0, stream, {"decode_attention", workspace.overlap != Overlap::kNone}, args,
+             workspace.variants.early_attention && workspace.overlap == Overlap::kPrefetch);
     };
     if (a.head_dim <= 64) run(decode_attention_kernel<T, 8>);
     else if (a.head_dim <= 128) run(decode_attention_kernel<T, 16>);

@@ -9,7 +9,7 @@ namespace {
 using namespace device;
 
 template <class T, class Source>
-struct LinearPhase : StatelessPhase {
+struct LinearPhase : PlainPhase {
   Source weight;
   const T *x, *bias;  // [T, in], [out] or null
   T* out;             // [T, out]
@@ -17,7 +17,7 @@ struct LinearPhase : StatelessPhase {
 
   RIVER_DEVICE const Source& source() const { return weight; }
   RIVER_DEVICE void load(StreamInput<T>& input) const { load_rows(input, x); }
-  RIVER_DEVICE void finish(int strip, const StripTotals& totals, State&) const {
+  RIVER_DEVICE void finish(int strip, const StripTotals& totals, const Asked&, State&) const {
     const int row = threadIdx.x / kMaxRows, t = threadIdx.x % kMaxRows, n = strip * kTileRows + row;
     if (row >= kTileRows || t >= rows || n >= out_features) return;
     const float sum = totals(row, t) + (bias ? to_float(bias[n]) : 0.f);

@@ -20,7 +20,14 @@ RIVER_DEVICE unsigned long long key_of(float value, uint32_t id) {
 
 template <class T>
 struct LmHeadPhase {
-  using State = unsigned long long;  // the largest key that this thread has seen
+  struct State {
+    unsigned long long best;  // the largest key that this thread has seen
+    // of its row
+    float temperature;
+    uint64_t seed;
+    int position;
+  };
+  struct Asked {};
 
   MatrixRows<T> weight;
   LmHeadArgs a;
@@ -31,21 +38,28 @@ struct LmHeadPhase {
   RIVER_DEVICE void prefetch(const BlockWork& work, const StreamShape&) const {
     prefetch_norm(static_cast<const T*>(a.norm), work);
   }
+  RIVER_DEVICE State begin() const {
+    const int t = threadIdx.x % kMaxRows;
+    if (!a.temperature || t >= a.rows) return {};
+    return {0, a.temperature[t], static_cast<uint64_t>(a.seeds[t]), load_written(a.positions + t)};
+  }
+  RIVER_DEVICE Asked ask(int, const State&) const { return {}; }
   RIVER_DEVICE void load(StreamInput<T>& input) const {
     load_normalised(input, static_cast<const T*>(a.hidden), static_cast<const T*>(a.norm), a.rms_norm_eps);
   }
 
-  RIVER_DEVICE void finish(int strip, const StripTotals& totals, State& best) const {
+  RIVER_DEVICE void finish(int strip, const StripTotals& totals, const Asked&, State& state) const {
     const int row = threadIdx.x / kMaxRows, t = threadIdx.x % kMaxRows, n = strip * kTileRows + row;
     if (row >= kTileRows || t >= a.rows || n >= a.vocab_size) return;
     const float logit = totals(row, t);
     if (a.logits) a.logits[int64_t(t) * a.vocab_size + n] = logit;
     const bool finite = magnitude_bits(logit) < 0x7f800000u;
-    const unsigned long long key = finite ? key_of(score(logit, t, n), n) : kFailedKey;
-    best = key > best ? key : best;
+    const unsigned long long key = finite ? key_of(score(logit, n, state), n) : kFailedKey;
+    state.best = key > state.best ? key : state.best;
   }
 
-  RIVER_DEVICE void end(State& best) const {
+  RIVER_DEVICE void end(State& state) const {
+    unsigned long long& best = state.best;
     for (int lanes = kMaxRows; lanes < kWarp; lanes *= 2) {  // lanes of a warp hold four output rows for each t
       const unsigned long long other = shuffle_xor(best, lanes);
       best = other > best ? other : best;
@@ -58,9 +72,9 @@ struct LmHeadPhase {
   }
 
  private:
-  RIVER_DEVICE float score(float logit, int t, int n) const {
-    if (!a.temperature || !(a.temperature[t] > 0)) return logit;
-    return logit / fmaxf(a.temperature[t], kMinTemperature) + gumbel(static_cast<uint64_t>(a.seeds[t]), a.positions[t], n);
+  static RIVER_DEVICE float score(float logit, int n, const State& state) {
+    if (!(state.temperature > 0)) return logit;
+    return logit / fmaxf(state.temperature, kMinTemperature) + gumbel(state.seed, state.position, n);
   }
 };
 

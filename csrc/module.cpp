@@ -55,6 +55,14 @@ PYBIND11_MODULE(_C, m) {
     return before;
   }, "How much of this thread's CUDA kernels may happen before the kernels ahead of them end; returns what it was. At "
      "'launch', the default, nothing is read early; at 'prefetch', weights are: they must be complete by then");
+  m.def("variants", [] {
+    py::dict values;
+    for (const cuda::Variant& variant : cuda::kVariants) values[variant.name] = int(cuda::variants.*variant.value);
+    return values;
+  }, "Designs that are compared on hardware (csrc/variants.h), and which of the two each has: 0 or 1");
+  m.def("set_variant", [](const std::string& name, int value) { return int(cuda::set_variant(name, value)); },
+        "Chooses a design for the whole process, for measurements; returns what it was. Results do not depend on it; a "
+        "captured graph keeps what it was captured with", py::arg("name"), py::arg("value"));
 #if RIVER_WITH_CUDA
   m.def("cuda_image", [] {
     const cuda::Image& image = cuda::image();
@@ -72,7 +80,7 @@ PYBIND11_MODULE(_C, m) {
          .blocks_per_sm = blocks_per_sm, .data = reinterpret_cast<const uint8_t*>(data),
          .checksums = reinterpret_cast<uint32_t*>(checksums)},
         {.partials = nullptr, .counters = nullptr, .scratch = nullptr, .blocks = cuda::sm_count(),
-         .overlap = cuda::overlap_setting},
+         .overlap = cuda::overlap_setting, .variants = cuda::variants},
         reinterpret_cast<cuda::Stream>(stream));
   }, "Reads memory of the current GPU through the ring that streams weights, for measurements (csrc/read_ring.h)",
         py::kw_only(), py::arg("data"), py::arg("bytes"), py::arg("stage_bytes"), py::arg("copy_bytes"),

@@ -5,6 +5,8 @@
 
 #include <cstdint>
 
+#include "variants.h"
+
 struct CUstream_st;  // a cudaStream_t points to one
 
 namespace river {
@@ -198,6 +200,7 @@ struct Workspace {
   void* scratch;       // what the kernels of one op hand to each other, 256-byte aligned
   int blocks;          // blocks to launch, one per SM; results do not depend on it
   Overlap overlap;
+  Variants variants;
 };
 
 struct WorkspaceSize {

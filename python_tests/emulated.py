@@ -39,21 +39,30 @@ def emulator():
     return built()
 
 
-SCHEDULES = {  # (order and timing, the GPU): results depend on neither
-    "ascending, late copies": (("first", "last", True, 0), (4, 90, "prefetch")),
-    "descending, early copies": (("last", "first", True, 0), (3, 90, "prefetch")),
-    "shuffled, late prefetch": (("random", "random", True, 1), (5, 90, "launch")),
-    "shuffled, sm_80": (("random", "random", True, 2), (7, 80, "prefetch")),
-    "shuffled, no overlap": (("random", "last", False, 3), (2, 90, "none")),
+VARIANTS = ("late_trigger", "early_attention", "deep_prefetch", "full_grid")  # of those in csrc/variants.h
+
+SCHEDULES = {  # (order and timing, the GPU, variants that are off): results depend on none of it
+    "ascending, late copies": (("first", "last", True, 0), (4, 90, "prefetch"), ()),
+    "descending, early copies": (
+        ("last", "first", True, 0),
+        (3, 90, "prefetch"),
+        ("full_grid", "late_trigger"),
+    ),
+    "shuffled, late prefetch": (("random", "random", True, 1), (5, 90, "launch"), ("early_attention",)),
+    "shuffled, sm_80": (("random", "random", True, 2), (7, 80, "prefetch"), ("deep_prefetch",)),
+    "shuffled, no overlap": (("random", "last", False, 3), (2, 90, "none"), VARIANTS),
 }
 if VARIANT == "sanitized":  # ten times slower; it looks for overruns, which no schedule hides
     SCHEDULES = {name: SCHEDULES[name] for name in ("ascending, late copies", "shuffled, sm_80")}
 
 
 def choose(schedule):
-    (order, copies, early_dependents, seed), (sm_count, arch, overlap) = schedule
+    (order, copies, early_dependents, seed), device, off = schedule
     emulator().set_schedule(order=order, copies=copies, early_dependents=early_dependents, seed=seed)
-    emulator().set_device(sm_count=sm_count, arch=arch, overlap=overlap)
+    names = ("sm_count", "arch", "overlap", "shared_memory")
+    emulator().set_device(**dict(zip(names, device, strict=False)))  # the last may be left out
+    for name in VARIANTS:
+        emulator().set_variant(name, name not in off)
 
 
 class Guarded:

@@ -25,6 +25,20 @@ __global__ void __launch_bounds__(64) right_kernel(float* out) {
 
 __global__ void waitless_kernel(float* out) { out[threadIdx.x] = 1; }
 
+__global__ void arriving_kernel(float* out, unsigned* counter) {
+  dependency_wait();
+  out[threadIdx.x] = 1;
+  if (block_arrives_last(counter, gridDim.x)) out[threadIdx.x] = 2;
+}
+
+__global__ void hasty_kernel(float* out, unsigned* counter) {  // its write may come behind its arrival
+  dependency_wait();
+  gpu_fence();
+  out[threadIdx.x] = 1;
+  __syncthreads();
+  if (threadIdx.x == 0) atomicInc(counter, gridDim.x - 1);
+}
+
 template <int N>
 __global__ void local_kernel(float* out, int i) {  // an array indexed at run time lives in local memory
   dependency_wait();
@@ -66,9 +80,10 @@ def test_planted_faults_are_refused(gate, tmp_path):
     source.write_text(KERNELS.replace("ROOT", str(ROOT)))
     failed, out = gate(source, "--archs", "90a")
     failures = [line for line in out.splitlines() if line.startswith("FAILED")]
-    assert failed and not any("right_kernel" in line for line in failures)
+    assert failed and not any("right_kernel" in line or "arriving_kernel" in line for line in failures)
     for kernel, complaint in [
         ("waitless_kernel", "no dependency_wait"),
+        ("hasty_kernel", "1 atomicInc without a gpu_fence() before"),
         ("local_kernel<64>", "bytes of local memory"),
         ("greedy_kernel", "its budget is 16"),
         ("greedy_kernel", "static shared memory, its budget is 1000"),

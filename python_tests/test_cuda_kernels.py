@@ -163,14 +163,14 @@ def test_dual_layer_agrees_with_the_reference(kernels):
 def test_advance(kernels, rows, hidden_size):
     g, layers, vocab = torch.Generator().manual_seed(rows), 5, 40
     embed = torch.randn(vocab, hidden_size, generator=g).bfloat16()
-    for number, exit_at in enumerate([5, 0, 2, 4]):
+    for number, (exit_at, not_at) in enumerate([(5, 5), (0, 5), (2, 5), (4, 5), (1, 3)]):
         before, after, hidden = (torch.randn(rows, hidden_size, generator=g).bfloat16() for _ in range(3))
         arguments = {
             "slots": int32([row if row % 3 != 1 else -1 for row in range(rows)]),
             "positions": int32(list(range(10, 10 + rows))),
             "draw_positions": int32(list(range(11, 11 + rows))),
             "remaining": int32([1 + (row + number) % 3 for row in range(rows)]),
-            "exited": int32([int(index >= exit_at) for index in range(layers)]),
+            "exited": int32([int(index >= exit_at and index != not_at) for index in range(layers)]),
             "similarities": torch.rand(layers, rows, generator=g),
             "step": int32([number]),
             "records": torch.full((3, 2 + rows + layers * rows), -9, dtype=torch.int32),

@@ -13,7 +13,7 @@ from tiny_model import demo_model, random_model, random_prompt
 
 from river_ext import decoder, generate, graph, ops
 from river_ext.errors import RiverError
-from river_ext.graph import backbone_part, river_part, tail_part, whole_step
+from river_ext.graph import backbone_part, river_part, tail_part, whole_steps
 
 LAYERS, VOCAB = 4, 80
 CONTROLS = ("host", "device")
@@ -47,11 +47,11 @@ def idle(model):
 
 @pytest.fixture
 def replays(monkeypatch):
-    """The parts that are replayed, in order."""
+    """The parts that are replayed, in order; whole steps one by one."""
     parts, replay = [], graph.Runner.replay
 
     def counted(self, network, part, *arguments):
-        parts.append(part)
+        parts.extend([part] * (arguments[0] if part is whole_steps else 1))
         return replay(self, network, part, *arguments)
 
     monkeypatch.setattr(graph.Runner, "replay", counted)
@@ -287,7 +287,7 @@ def test_the_host_waits_where_it_decides_and_for_the_token(model, monkeypatch, o
 def test_the_device_has_one_graph_for_every_rule(model):
     model.generate(PROMPTS[1], max_new_tokens=8, exit_control="device")
     captured = dict(idle(model).graphs)
-    assert set(captured) == {(whole_step,)}
+    assert set(captured) == {(whole_steps, 2), (whole_steps, 1)}, "seven steps"
     for options in ({"mode": "full"}, {"mode": "full_w4"}, {"temperature": 1.0}, {"min_layers": 3}):
         model.generate(PROMPTS[1], max_new_tokens=8, exit_control="device", **options)
     assert idle(model).graphs == captured
@@ -327,22 +327,44 @@ def test_a_capture(monkeypatch):
 def test_no_step_past_the_limit(model, replays, new_tokens, batch):
     outputs = model.generate(PROMPTS[:batch], max_new_tokens=new_tokens, exit_control="device")
     assert lengths(outputs) == [new_tokens] * batch
-    assert replays == [whole_step] * (new_tokens - 1)
+    assert replays == [whole_steps] * (new_tokens - 1)
     assert (idle(model).slots == -1).all(), "the device has ended the rows as well"
 
 
-def test_how_far_ahead(model, replays):
-    stream = model.stream(PROMPTS[1], max_new_tokens=20, exit_control="device")
+@pytest.fixture(params=[0, 1], ids=["single steps", "paired steps"])
+def pairs(request):
+    before = ops._C.set_variant("paired_steps", request.param)
+    yield request.param
+    ops._C.set_variant("paired_steps", before)
+
+
+def in_flight(count, pairs):
+    """Steps that have been replayed when the host waits for step `count`, if no limit is near."""
+    steps = count + decoder.RUN_AHEAD
+    return steps + steps % 2 if pairs else steps
+
+
+@pytest.mark.parametrize("new_tokens", [2, 3, 20, 21])
+def test_how_far_ahead(model, replays, pairs, new_tokens):
+    stream = model.stream(PROMPTS[1], max_new_tokens=new_tokens, exit_control="device")
     for count, _ in enumerate(stream):
-        assert len(replays) == (0 if count == 0 else min(count + decoder.RUN_AHEAD, 19))
-    assert 0 < decoder.RUN_AHEAD < graph.RECORDS, "a record is read before it is written again"
+        assert len(replays) == (0 if count == 0 else min(in_flight(count, pairs), new_tokens - 1))
+    assert 0 < decoder.RUN_AHEAD + pairs < graph.RECORDS, "a record is read before it is written again"
 
 
-def test_steps_after_the_last_stop_token_are_few(model, replays):
+@pytest.mark.parametrize("options", [{"threshold": 0.5}, {"stop_tokens": EVERY_SEVENTH}])
+def test_pairs_of_steps_change_nothing(model, pairs, options):
+    options = {"max_new_tokens": 13, "threshold": 0.7} | options
+    for batch in (1, 3):
+        eager = facts(model.generate(PROMPTS[:batch], **options))
+        assert facts(model.generate(PROMPTS[:batch], exit_control="device", **options)) == eager
+
+
+def test_steps_after_the_last_stop_token_are_few(model, replays, pairs):
     output = model.generate(PROMPTS[1], max_new_tokens=30, exit_control="device", stop_tokens=EVERY_SEVENTH)
     steps = len(output.tokens) - 1
     assert output.finish_reason == "stop" and 0 < steps < 20
-    assert len(replays) == steps + decoder.RUN_AHEAD
+    assert len(replays) == in_flight(steps, pairs)
 
 
 def test_no_step_ahead_of_a_stop_string_in_a_batch(replays):
@@ -363,11 +385,11 @@ def test_no_step_ahead_of_a_stop_string_in_a_batch(replays):
         assert len(replays) == max(0, count // 2), "two rows a step, after two prefills"
     replays.clear()
     demo_model().generate([QUESTION], stop="\N{SNOWMAN}", **options)
-    assert replays == [whole_step] * 11
+    assert replays == [whole_steps] * 11
     replays.clear()
     next(steps := iter(demo_model().stream(QUESTION, stop="\N{SNOWMAN}", **options)))
     next(steps)
-    assert len(replays) == 1 + decoder.RUN_AHEAD, "alone, its extra steps change nothing"
+    assert len(replays) == in_flight(1, pairs=True), "alone, its extra steps change nothing"
 
 
 @pytest.mark.parametrize("control", CONTROLS)
@@ -537,7 +559,7 @@ def test_longer_rope_tables_leave_a_runner_its_own(control):
 
 
 @pytest.mark.parametrize(
-    ("control", "lost"), [("host", backbone_part), ("host", tail_part), ("device", whole_step)]
+    ("control", "lost"), [("host", backbone_part), ("host", tail_part), ("device", whole_steps)]
 )
 def test_a_part_without_a_result_ends_the_run(model, monkeypatch, control, lost):
     """Results of an earlier run on the same runner are not mistaken for it."""

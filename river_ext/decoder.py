@@ -14,14 +14,16 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from . import ops
 from .cache import KVCache
-from .graph import Depths, advance, backbone_part, lend_runner, river_part, tail_part, whole_step
+from .graph import Depths, advance, backbone_part, lend_runner, river_part, tail_part, whole_steps
 from .network import Network
 from .request import Plan
 from .sampling import next_tokens
 from .step import Rows, StepOutput, decode_step
 
-RUN_AHEAD = 4  # steps in flight beyond the one that the host waits for; fewer than graph.RECORDS
+# Steps in flight beyond the one that the host waits for: with the second of a pair, fewer than graph.RECORDS
+RUN_AHEAD = 4
 
 
 class Decoder(Protocol):
@@ -177,16 +179,18 @@ class DeviceDecoder(_GraphDecoder):
     def start(self, rows: Rows) -> None:
         super().start(rows)
         self.replayed = 0  # steps
+        self.pairs = bool(ops._C.variants()["paired_steps"])  # two steps in one graph
 
     @torch.inference_mode()
     def step(self) -> StepOutput:
         # only the host knows stop strings: with several rows, it may have to drop one before the others go on
         ahead = 0 if self.plan.stop and len(self.live) > 1 else RUN_AHEAD
-        until = min(self.taken + 1 + ahead, self.plan.max_new_tokens - 1)
+        last = self.plan.max_new_tokens - 1
         with torch.cuda.stream(self.runner.stream):
-            while self.replayed < until:
-                self.runner.replay(self.network, whole_step)
-                self.replayed += 1
+            while self.replayed < min(self.taken + 1 + ahead, last):
+                count = 2 if self.pairs and ahead and last - self.replayed >= 2 else 1
+                self.runner.replay(self.network, whole_steps, count)
+                self.replayed += count
         self.taken += 1
         depth, tokens, similarities = self.runner.record(self.taken)
         return self._output(tokens, depth, similarities)

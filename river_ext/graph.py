@@ -3,7 +3,7 @@
 A graph holds addresses, not values. So all that a step reads and writes lies in a `Runner`, which the network
 keeps for the next run together with the graphs captured on it. What is captured are the functions at the end
 of this file. Where the host decides on exits, a step is the backbone in parts and then the tail of its exit
-depth; where the device does, it is one graph. On the CPU a graph is the function itself, called again.
+depth; where the device does, two steps are a graph. On the CPU a graph is the function itself, called again.
 """
 
 import time
@@ -221,6 +221,13 @@ def tail_part(network: Network, runner: Runner, depths: Depths) -> tuple:
     """The river from depths[-1] on, the head, and the next token's embedding."""
     before, hidden = river_part(network, runner, depths)
     _draw_and_advance(network, runner, before, hidden)
+    return ()
+
+
+def whole_steps(network: Network, runner: Runner, count: int) -> tuple:
+    """Several whole steps: from one to the next the device does not wait for a graph to start."""
+    for _ in range(count):
+        whole_step(network, runner)
     return ()
 
 

@@ -142,7 +142,7 @@ class Model:
             stop_tokens: ids that end the generation; None takes the checkpoint's end-of-sequence ids.
             return_logits: keep the fp32 logits of every new token.
             exit_control: where exits are decided, which changes no result: "host", after reading similarities
-                back, by CUDA graphs per layer and per exit depth; or on the "device", by one graph per step,
+                back, by CUDA graphs per layer and per exit depth; or on the "device", by graphs of two steps,
                 not together with return_logits, top_k or top_p. "auto" runs op by op on the CPU; on a GPU
                 "device" where it can, which is predicted to be the faster but not yet measured, else "host".
         """

@@ -14,10 +14,12 @@ position is out of range counts as inactive. head_dim, intermediate_size and in_
 of 8 there, and tensors that are read 16 bytes at a time are aligned to 16 bytes, as torch allocates them.
 """
 
+import os
+
 import torch
 from torch import Tensor
 
-from . import _C  # importing it registers torch.ops.river.*
+from . import _C, variants  # importing _C registers torch.ops.river.*
 from .registration import packed_shape as packed_shape
 from .registration import register
 
@@ -29,6 +31,7 @@ TILE_COLS: int = _C.TILE_COLS
 TILE_BYTES: int = _C.TILE_BYTES
 
 _river = register()
+variants.choose(os.environ.get("RIVER_VARIANTS", ""))
 
 
 def decoder_block(

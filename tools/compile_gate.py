@@ -3,7 +3,8 @@
     python tools/compile_gate.py [--archs 80,90a] [file.cu ...]
 
 No kernel may spill registers or use local memory, and each must contain the dependency wait (sm_90), as a
-kernel without one races with its predecessor. A comment above a kernel sets a budget:
+kernel without one races with its predecessor. Before an atomicInc, by which a block says that its sums are
+there, a fence must release them: no emulation can show that. A comment above a kernel sets a budget:
 
     // Budget: 288 threads, 112 registers, 11264 shared, mma
 
@@ -50,6 +51,7 @@ class Kernel:
     stack: int = 0
     mma: int = 0
     waits: bool = False
+    unfenced: int = 0  # atomicInc without a fence before
 
 
 def budgets(sources):
@@ -109,7 +111,23 @@ def read(unit):
     for part in re.split(r"\.entry\s+", ptx)[1:]:
         if kernel := kernels.get(re.match(r"\w+", part)[0]):
             kernel.mma, kernel.waits = part.count("mma.sync"), "griddepcontrol.wait" in part
+            kernel.unfenced = unfenced(part)
     return kernels
+
+
+def unfenced(ptx):
+    """How many atomicInc have no fence before them, with nothing in between that it would not cover."""
+    count, fenced = 0, False
+    for line in ptx.splitlines():
+        instruction = re.sub(r"^\s*(@\S+\s+)?", "", line)
+        if instruction.startswith("fence.acq_rel.gpu"):
+            fenced = True
+        elif re.match(r"atom\.\S*inc\.", instruction):
+            count += not fenced
+            fenced = False
+        elif re.match(r"\$|bra|st\.|red\.|atom\.|bar", instruction):  # $: a label
+            fenced = False
+    return count
 
 
 def readable(names):
@@ -131,6 +149,8 @@ def complaints(kernel, name, arch, budget):
         yield f"spills {kernel.spills} bytes, {kernel.stack} bytes of local memory"
     if arch >= "90" and not kernel.waits:
         yield "has no dependency_wait()"
+    if kernel.unfenced:
+        yield f"has {kernel.unfenced} atomicInc without a gpu_fence() before"
     if budget:
         if kernel.registers > budget.registers:
             yield f"uses {kernel.registers} registers, its budget is {budget.registers}"

@@ -11,16 +11,24 @@ struct Places {
   int num_slots, max_len;
 };
 
-// The slot of row t, -1 if it is inactive. A place outside of the cache makes it so too: the host cannot see it in time.
+// The place of one row; slot -1: it is inactive
+struct Place {
+  int slot = -1, position = 0;
+  RIVER_DEVICE bool active() const { return slot >= 0; }
+};
+
+// Read once, and only what was read is used: a row is inactive if its place is outside of the cache, which the host cannot
+// see in time.
 template <class Args>
-RIVER_DEVICE int slot_in_cache(const Args& a, int t) {
-  const int slot = a.slots[t], position = a.positions[t];
-  return slot >= 0 && slot < a.num_slots && position >= 0 && position < a.max_len ? slot : -1;
+RIVER_DEVICE Place place_in_cache(const Args& a, int t) {
+  const int slot = load_written(a.slots + t), position = load_written(a.positions + t);
+  const bool inside = slot >= 0 && slot < a.num_slots && position >= 0 && position < a.max_len;
+  return {inside ? slot : -1, position};
 }
 
 // 16 bytes of activations: written by the kernel before, so from L2
 RIVER_DEVICE uint4 load_activations(const void* p) {
-  const float4 v = load_shared_between_blocks(static_cast<const float4*>(p));
+  const float4 v = load_written(static_cast<const float4*>(p));
   return {__float_as_uint(v.x), __float_as_uint(v.y), __float_as_uint(v.z), __float_as_uint(v.w)};
 }
 

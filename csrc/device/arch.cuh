@@ -56,7 +56,8 @@ RIVER_MMA(__half, "f16")
 
 // ---- dependent launches (nothing on older chips, where launches are plain) -----------------------
 
-// Lets the next kernel of the stream start; it still waits for this one's end before it touches its results.
+// Lets the next kernel of the stream start, once a thread of every block has come here or every block has ended; it still
+// waits for this kernel's end before it touches its results.
 RIVER_DEVICE void dependency_trigger() {
 #if RIVER_SM90
   asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
@@ -74,19 +75,28 @@ RIVER_DEVICE void dependency_wait() {
 
 RIVER_DEVICE void prefetch_to_l2(const void* p) { asm volatile("prefetch.global.L2 [%0];" ::"l"(p)); }
 
-// Data that other blocks wrote in this kernel: from L2, never from this SM's L1.
-RIVER_DEVICE float load_shared_between_blocks(const float* p) { return __ldcg(p); }
-RIVER_DEVICE float4 load_shared_between_blocks(const float4* p) { return __ldcg(p); }
+// What kernels ahead, or other blocks of this one, wrote: from L2, as this SM's L1 may hold what was there before. It stays
+// on its side of dependency_wait().
+template <class T>
+RIVER_DEVICE T load_written(const T* p) {
+  if constexpr (sizeof(T) == 2) {  // CUDA's own of these types may be moved across the wait: it is no volatile asm
+    const unsigned short bits = __ldcg(reinterpret_cast<const unsigned short*>(p));
+    return reinterpret_cast<const T&>(bits);
+  } else {
+    return __ldcg(p);
+  }
+}
+
+// What a kernel ahead may be writing at this moment: good for hints alone
+RIVER_DEVICE int32_t load_hint(const int32_t* p) {
+  int32_t v;
+  asm volatile("ld.relaxed.gpu.global.s32 %0, [%1];" : "=r"(v) : "l"(p) : "memory");
+  return v;
+}
 
 RIVER_DEVICE uint32_t load_acquire(const uint32_t* p) {
   uint32_t v;
   asm volatile("ld.acquire.gpu.global.u32 %0, [%1];" : "=r"(v) : "l"(p) : "memory");
-  return v;
-}
-
-RIVER_DEVICE uint32_t load_relaxed(const uint32_t* p) {
-  uint32_t v;
-  asm volatile("ld.relaxed.gpu.global.u32 %0, [%1];" : "=r"(v) : "l"(p) : "memory");
   return v;
 }
 
@@ -102,7 +112,6 @@ RIVER_DEVICE void gpu_fence() { asm volatile("fence.acq_rel.gpu;" ::: "memory");
 RIVER_DEVICE void store_release_system(uint32_t* p, uint32_t v) {
   asm volatile("st.release.sys.global.u32 [%0], %1;" ::"l"(p), "r"(v) : "memory");
 }
-RIVER_DEVICE void system_fence() { __threadfence_system(); }
 
 // In every loop that polls memory
 RIVER_DEVICE void spin_hint() { __nanosleep(20); }
@@ -183,6 +192,18 @@ RIVER_DEVICE void bulk_copy(void* to, const void* from, uint32_t bytes, uint64_t
   asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes.L2::cache_hint "
                "[%0], [%1], %2, [%3], %4;"
                ::"r"(shared_address(to)), "l"(from), "r"(bytes), "r"(shared_address(barrier)), "l"(hint) : "memory");
+#endif
+}
+
+// Asks L2 for a piece of memory, any number of bytes in multiples of 16
+RIVER_DEVICE void bulk_prefetch_to_l2(const void* p, uint32_t bytes) {
+#if RIVER_SM90
+  asm volatile("cp.async.bulk.prefetch.L2.global [%0], %1;" ::"l"(p), "r"(bytes) : "memory");
+#endif
+}
+RIVER_DEVICE void bulk_prefetch_to_l2(const void* p, uint32_t bytes, CopyHint hint) {
+#if RIVER_SM90
+  asm volatile("cp.async.bulk.prefetch.L2.global.L2::cache_hint [%0], %1, %2;" ::"l"(p), "r"(bytes), "l"(hint) : "memory");
 #endif
 }
 
@@ -269,7 +290,7 @@ struct StageBarrier {
 };
 
 // True for the last of `count` blocks that call this; the counter wraps to 0 for the next launch. All threads call it.
-// What a block wrote before is then visible to the last one, through load_shared_between_blocks.
+// What a block wrote before is then visible to the last one, through load_written.
 RIVER_DEVICE bool block_arrives_last(unsigned* counter, unsigned count) {
   __syncthreads();
   bool last = false;

@@ -70,7 +70,12 @@ struct GateUpRows {
 // ---- norm + QKV + RoPE + KV append ------------------------------------------------------------------
 
 template <class T, class Source>
-struct QkvPhase : StatelessPhase {
+struct QkvPhase : PlainPhase {
+  using State = Place;  // of the row of this thread
+  struct Asked {
+    float cos, sin;  // of the dims that this thread rotates
+  };
+
   Source weight;
   BlockArgs a;
   QkvOrder order;
@@ -86,7 +91,18 @@ struct QkvPhase : StatelessPhase {
     load_normalised(input, static_cast<const T*>(a.hidden), static_cast<const T*>(a.input_layernorm), a.rms_norm_eps);
   }
 
-  RIVER_DEVICE void finish(int strip, const StripTotals& totals, State&) const {
+  RIVER_DEVICE Place begin() const {
+    const int t = threadIdx.x % kMaxRows;
+    return t < a.rows ? place_in_cache(a, t) : Place{};
+  }
+  RIVER_DEVICE Asked ask(int strip, const Place& place) const {
+    const int r = threadIdx.x / kMaxRows;
+    const QkvRow first = order.row(strip, r % 8);
+    const bool rotates = r < 8 && place.active() && first.kind < 2 && first.head >= 0 && first.dim < a.rotary_dim;
+    return rotates && !a.q_norm ? table(first.dim, place) : Asked{};
+  }
+
+  RIVER_DEVICE void finish(int strip, const StripTotals& totals, const Asked& asked, const Place& place) const {
     int kind;
     const int local = order.within(strip, kind);
     const bool normed = kind < 2 && a.q_norm;
@@ -98,9 +114,9 @@ struct QkvPhase : StatelessPhase {
         raw(first, t, lo);
         raw(second, t, hi);
       } else {
-        if (kind < 2 && first.head >= 0 && slot_in_cache(a, t) >= 0 && first.dim < a.rotary_dim) rotate(first.dim, t, lo, hi);
-        store(first, t, lo);
-        store(second, t, hi);
+        if (kind < 2 && first.dim < a.rotary_dim) rotate(asked, lo, hi);
+        store(first, t, place, lo);
+        store(second, t, place, hi);
       }
     }
     if (!normed) return;
@@ -125,55 +141,66 @@ struct QkvPhase : StatelessPhase {
     if (at.head >= 0) raw_head(at.kind, at.head, t)[at.dim] = value;
   }
 
-  // dims i and i + rotary_dim / 2 of row t
-  RIVER_DEVICE void rotate(int i, int t, float& lo, float& hi) const {
-    const int64_t place = int64_t(a.positions[t]) * (a.rotary_dim / 2) + i;
-    const float c = a.cos[place], s = a.sin[place], x = lo, y = hi;
-    lo = x * c - y * s;
-    hi = y * c + x * s;
+  // Of dims i and i + rotary_dim / 2
+  RIVER_DEVICE Asked table(int i, const Place& place) const {
+    const int64_t entry = int64_t(place.position) * (a.rotary_dim / 2) + i;
+    return {a.cos[entry], a.sin[entry]};
+  }
+  static RIVER_DEVICE void rotate(const Asked& by, float& lo, float& hi) {
+    const float x = lo, y = hi;
+    lo = x * by.cos - y * by.sin;
+    hi = y * by.cos + x * by.sin;
   }
 
-  RIVER_DEVICE void store(const QkvRow& at, int t, float value) const {
-    const int slot = slot_in_cache(a, t);
-    if (at.head < 0 || slot < 0) return;
+  RIVER_DEVICE void store(const QkvRow& at, int t, const Place& place, float value) const {
+    if (at.head < 0 || !place.active()) return;
     if (at.kind == 0) {
-      if (a.query_scale) value *= a.query_scale[a.positions[t]];
+      if (a.query_scale) value *= a.query_scale[place.position];
       query[(int64_t(t) * a.num_heads + at.head) * a.head_dim + at.dim] = from_float<T>(value);
     } else {
       T* cache = static_cast<T*>(at.kind == 1 ? a.k_cache : a.v_cache);
-      const int64_t place = (int64_t(slot) * a.num_kv_heads + at.head) * a.max_len + a.positions[t];
-      cache[place * a.head_dim + at.dim] = from_float<T>(value);
+      const int64_t entry = (int64_t(place.slot) * a.num_kv_heads + at.head) * a.max_len + place.position;
+      cache[entry * a.head_dim + at.dim] = from_float<T>(value);
     }
   }
 
   // Norm and rotation of one head, one warp per row
   RIVER_DEVICE void finish_head(int kind, int head) const {
     const int t = warp_id(), half = a.rotary_dim / 2;
-    if (t >= a.rows || slot_in_cache(a, t) < 0) return;
+    if (t >= a.rows) return;
+    const Place place = place_in_cache(a, t);
+    if (!place.active()) return;
     const float* values = raw_head(kind, head, t);
     const T* norm = static_cast<const T*>(kind == 0 ? a.q_norm : a.k_norm);
     float squares = 0;
     for (int i = lane_id(); i < a.head_dim; i += kWarp) {
-      const float v = load_shared_between_blocks(values + i);
+      const float v = load_written(values + i);
       squares += v * v;
     }
     for (int lanes = kWarp / 2; lanes > 0; lanes /= 2) squares += shuffle_xor(squares, lanes);
     const float inverse = 1.f / sqrtf(squares / a.head_dim + a.rms_norm_eps);
-    auto normed = [&](int i) { return load_shared_between_blocks(values + i) * (inverse * to_float(norm[i])); };
+    auto normed = [&](int i) { return load_written(values + i) * (inverse * to_float(norm[i])); };
     for (int i = lane_id(); i < half; i += kWarp) {
       float lo = normed(i), hi = normed(i + half);
-      rotate(i, t, lo, hi);
-      store({kind, head, i}, t, lo);
-      store({kind, head, i + half}, t, hi);
+      rotate(table(i, place), lo, hi);
+      store({kind, head, i}, t, place, lo);
+      store({kind, head, i + half}, t, place, hi);
     }
-    for (int i = a.rotary_dim + lane_id(); i < a.head_dim; i += kWarp) store({kind, head, i}, t, normed(i));
+    for (int i = a.rotary_dim + lane_id(); i < a.head_dim; i += kWarp) store({kind, head, i}, t, place, normed(i));
   }
 };
 
 // ---- projection + residual --------------------------------------------------------------------------
 
 template <class T, class Source>
-struct ResidualPhase : StatelessPhase {
+struct ResidualPhase : PlainPhase {
+  struct State {
+    bool active;  // the row of this thread
+  };
+  struct Asked {
+    T residual;
+  };
+
   Source weight;
   const T *x, *residual, *bias;  // [T, in], [T, hidden], [hidden] or null
   T* out;                        // [T, hidden]; an inactive row keeps its residual
@@ -181,21 +208,28 @@ struct ResidualPhase : StatelessPhase {
   int rows, hidden_size;
 
   RIVER_DEVICE const Source& source() const { return weight; }
+  RIVER_DEVICE State begin() const {
+    const int t = threadIdx.x % kMaxRows;
+    return {t < rows && place_in_cache(places, t).active()};
+  }
   RIVER_DEVICE void load(StreamInput<T>& input) const { load_rows(input, x); }
-  RIVER_DEVICE void finish(int strip, const StripTotals& totals, State&) const {
+  RIVER_DEVICE Asked ask(int strip, const State&) const {
+    const int row = threadIdx.x / kMaxRows, t = threadIdx.x % kMaxRows;
+    if (row >= kTileRows || t >= rows) return {};
+    return {load_written(residual + int64_t(t) * hidden_size + strip * kTileRows + row)};
+  }
+  RIVER_DEVICE void finish(int strip, const StripTotals& totals, const Asked& asked, const State& state) const {
     const int row = threadIdx.x / kMaxRows, t = threadIdx.x % kMaxRows, n = strip * kTileRows + row;
     if (row >= kTileRows || t >= rows) return;
-    const int64_t place = int64_t(t) * hidden_size + n;
-    const float before = to_float(residual[place]);
-    const float sum = totals(row, t) + (bias ? to_float(bias[n]) : 0.f);
-    out[place] = from_float<T>(slot_in_cache(places, t) < 0 ? before : before + sum);
+    const float before = to_float(asked.residual), sum = totals(row, t) + (bias ? to_float(bias[n]) : 0.f);
+    out[int64_t(t) * hidden_size + n] = from_float<T>(state.active ? before + sum : before);
   }
 };
 
 // ---- norm + gate/up + SwiGLU ------------------------------------------------------------------------
 
 template <class T, class Source>
-struct GateUpPhase : StatelessPhase {
+struct GateUpPhase : PlainPhase {
   Source weight;
   const T *hidden, *norm;  // [T, hidden], [hidden]
   float rms_norm_eps;
@@ -209,7 +243,7 @@ struct GateUpPhase : StatelessPhase {
   RIVER_DEVICE void load(StreamInput<T>& input) const {
     load_normalised(input, hidden, norm, rms_norm_eps);
   }
-  RIVER_DEVICE void finish(int strip, const StripTotals& totals, State&) const {
+  RIVER_DEVICE void finish(int strip, const StripTotals& totals, const Asked&, State&) const {
     const int g = threadIdx.x / kMaxRows, t = threadIdx.x % kMaxRows, channel = strip * 8 + g;
     if (g >= 8 || t >= rows || channel >= inner) return;
     const float gate = totals(g, t), up = totals(g + 8, t);

@@ -7,8 +7,6 @@
 
 namespace river::device {
 
-RIVER_DEVICE uint32_t load_flag(const int32_t* p) { return load_relaxed(reinterpret_cast<const uint32_t*>(p)); }
-
 // Of the kernels after the first
 struct DecidedPath {
   static constexpr bool kDense = true, kPacked = true;
@@ -16,9 +14,9 @@ struct DecidedPath {
   int index;
 
   // The layer's own entry may not be written yet. It is zero between steps, and a token that has left stays outside.
-  RIVER_DEVICE bool guess() const { return load_flag(exited + index) || (index > 0 && load_flag(exited + index - 1)); }
+  RIVER_DEVICE bool guess() const { return load_hint(exited + index) || (index > 0 && load_hint(exited + index - 1)); }
   template <class T>
-  RIVER_DEVICE uint32_t decide(StreamInput<T>&) const { return load_flag(exited + index); }
+  RIVER_DEVICE uint32_t decide(StreamInput<T>&) const { return load_written(exited + index); }
 };
 
 // Of the first kernel
@@ -30,31 +28,40 @@ struct DecidingPath {
   Places places;
   int rows, hidden_size;
 
-  RIVER_DEVICE bool guess() const { return d.index > 0 ? load_flag(d.exited + d.index - 1) : d.limit[0] <= 0; }
+  RIVER_DEVICE bool guess() const { return d.index > 0 ? load_hint(d.exited + d.index - 1) : load_hint(d.limit) <= 0; }
 
   RIVER_DEVICE uint32_t decide(StreamInput<T>& input) const {
-    bool exits = d.index >= d.limit[0];
-    if (d.index > 0) {
-      input.measured = !load_flag(d.exited + d.index - 1);  // the layer before was a decoder block
-      exits = !input.measured || all_rows_exit(input) || exits;
-    }
+    RIVER_SHARED(float, bars, [kMaxRows]);  // a row exits above its bar
+    const int limit = load_written(d.limit), left = d.index > 0 ? load_written(d.exited + d.index - 1) : 1;
+    load_bars(bars);
+    bool exits = d.index >= limit || (d.index > 0 && left);
+    input.measured = !left;  // the layer before was a decoder block
+    if (input.measured) exits = all_rows_exit(input, bars) || exits;
     if (blockIdx.x == 0 && threadIdx.x == 0) d.exited[d.index] = exits;
     return exits;
   }
 
  private:
-  RIVER_DEVICE bool all_rows_exit(StreamInput<T>& input) const {
+  // Asked for together with the other flags: one after the other, each where it is needed, they would be four trips to L2.
+  RIVER_DEVICE void load_bars(float (&bars)[kMaxRows]) const {
+    const int t = threadIdx.x;
+    if (t >= rows) return;
+    const int min_layers = load_written(d.min_layers + t);
+    const float threshold = load_written(d.thresholds + t);
+    const bool active = place_in_cache(places, t).active();
+    bars[t] = !active ? -INFINITY : d.index < min_layers ? INFINITY : threshold;
+  }
+
+  RIVER_DEVICE bool all_rows_exit(StreamInput<T>& input, const float (&bars)[kMaxRows]) const {
     RIVER_SHARED(float, similarities, [kMaxRows]);
     measure_rows(
         static_cast<const T*>(d.previous), hidden, rows, hidden_size, similarities, input.squares,
         [] { barrier_sync(kReaderBarrier, kReaderThreads); },
         [&](int row, int column, const float(&values)[kStrip]) { input.keep(row, column, values); });
     bool all = true;
-    for (int row = 0; row < rows; row++) {
-      if (slot_in_cache(places, row) < 0) continue;
-      all = all && similarities[row] > d.thresholds[row] && d.index >= d.min_layers[row];
-      if (blockIdx.x == 0 && threadIdx.x == 0) d.similarities[int64_t(d.index - 1) * rows + row] = similarities[row];
-    }
+    for (int row = 0; row < rows; row++) all = all && similarities[row] > bars[row];
+    if (blockIdx.x == 0 && int(threadIdx.x) < rows && place_in_cache(places, threadIdx.x).active())
+      d.similarities[int64_t(d.index - 1) * rows + threadIdx.x] = similarities[threadIdx.x];
     return all;
   }
 };

@@ -23,7 +23,7 @@ struct Strip {
     constexpr int kPer16Bytes = 16 / sizeof(T);
 #pragma unroll
     for (int i = 0; i < kStrip; i += kPer16Bytes)
-      piece[i / kPer16Bytes] = load_shared_between_blocks(reinterpret_cast<const float4*>(p + i));
+      piece[i / kPer16Bytes] = load_written(reinterpret_cast<const float4*>(p + i));
   }
 
   RIVER_DEVICE void unpack(float (&out)[kStrip]) const {
@@ -109,6 +109,7 @@ RIVER_DEVICE void sum_over_lanes(float (&sum)[kCount]) {
 // f(first value) for the strips of this lane
 template <class F>
 RIVER_DEVICE void for_each_strip(int part, int hidden_size, F f) {
+#pragma unroll 1  // up to 4,096 values there is one
   for (int i = (part * kWarp + lane_id()) * kStrip; i < hidden_size; i += kParts * kWarp * kStrip) f(i);
 }
 
@@ -130,7 +131,7 @@ RIVER_DEVICE void measure_squares(const T* y, int rows, int hidden_size, RowSqua
   for (int first = 0; first < rows; first += kSquaredRows) {
     float sum[kSquaredRows] = {};
     for_each_strip(part, hidden_size, [&](int i) {
-      Strip<T> strip[kSquaredRows];
+      Strip<T> strip[kSquaredRows] = {};  // left undefined, it would hold registers from the kernel's start
       for_each_row<kSquaredRows>(first, rows, [&](int r) { strip[r].load(y + int64_t(first + r) * hidden_size + i); });
       for_each_row<kSquaredRows>(first, rows, [&](int r) {
         float v[kStrip];
@@ -160,7 +161,7 @@ RIVER_DEVICE void measure_part(const T* x, const T* y, int part, int first, int 
   float sum[3 * kRows] = {};         // dot, a, b
   uint32_t largest[2 * kRows] = {};  // x, y
   for_each_strip(part, hidden_size, [&](int i) {
-    Strip<T> x_strip[kRows], y_strip[kRows];
+    Strip<T> x_strip[kRows] = {}, y_strip[kRows] = {};
     for_each_row<kRows>(first, rows, [&](int r) {
       x_strip[r].load(x + int64_t(first + r) * hidden_size + i);
       y_strip[r].load(y + int64_t(first + r) * hidden_size + i);

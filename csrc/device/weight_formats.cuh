@@ -84,6 +84,11 @@ struct DenseFormat {
     full.arrive_copies();
   }
 
+  static RIVER_DEVICE void prefetch(const T* row, const StreamShape& shape, int tile, int count, CopyHint hint) {
+    const int first = tile * kTileCols, columns = min(count * kTileCols, shape.in_features - first);
+    if (lane_id() < kTileRows) bulk_prefetch_to_l2(row + first, columns * 2, hint);
+  }
+
   // sum += tile `index` of the stage times x; columns: valid columns from the start of the tile
   static RIVER_DEVICE void multiply(float (&sum)[4], const unsigned char* stage, int index, int columns,
                                     const uint32_t (&x)[8], float, float) {
@@ -119,6 +124,10 @@ struct W4Format {
     full.arrive_expect(count * kTileBytes);
     full.copy(stage, strip + int64_t(tile) * kTileBytes, count * kTileBytes, hint);
     full.arrive_copies();
+  }
+
+  static RIVER_DEVICE void prefetch(const uint8_t* strip, const StreamShape&, int tile, int count, CopyHint hint) {
+    if (elect_one()) bulk_prefetch_to_l2(strip + int64_t(tile) * kTileBytes, count * kTileBytes, hint);
   }
 
   static RIVER_DEVICE void multiply(float (&sum)[4], const unsigned char* stage, int index, int,

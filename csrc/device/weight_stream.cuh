@@ -39,8 +39,8 @@ struct StreamActivations {
   float* sums;
   int rows, tiles, stride;  // stride in elements: rows start 16 bytes apart modulo 128, so no bank conflicts
 
-  static __host__ __device__ int stride_of(int tiles) { return tiles * kTileCols + 8; }
-  static __host__ __device__ int bytes(int rows, int tiles, bool with_sums) {
+  static constexpr __host__ __device__ int stride_of(int tiles) { return tiles * kTileCols + 8; }
+  static constexpr __host__ __device__ int bytes(int rows, int tiles, bool with_sums) {
     return rows * stride_of(tiles) * 2 + (with_sums ? tiles * kMaxRows * 4 : 0);
   }
 
@@ -56,20 +56,26 @@ struct StreamActivations {
   // zero past `columns`, a multiple of 8. The eight lanes of a tile's row add it up.
   template <class Load>
   RIVER_DEVICE void fill(int columns, bool with_sums, Load load) {
+    constexpr int kAtOnce = 4;  // loads under way: one after the other they would take a trip to L2 each
     const int row_pieces = tiles * 8, pieces = rows * row_pieces;
-    for (int first = warp_id() * kWarp; first < pieces; first += kReaderThreads) {
-      const int i = first + lane_id(), row = i / row_pieces, column = i % row_pieces * 8;
-      uint4 v{};
-      if (i < pieces) {
-        if (column < columns) v = load(row, column);
-        piece(row, column) = v;
+    for (int first = warp_id() * kWarp; first < pieces; first += kAtOnce * kReaderThreads) {
+      uint4 v[kAtOnce];
+#pragma unroll
+      for (int n = 0; n < kAtOnce; n++) {
+        const int i = first + n * kReaderThreads + lane_id(), row = i / row_pieces, column = i % row_pieces * 8;
+        v[n] = i < pieces && column < columns ? load(row, column) : uint4{};
       }
-      if (!with_sums) continue;
-      float each[8], sum = 0;
-      unpack<T>(v, each);
-      for (int j = 0; j < 8; j++) sum += each[j];
-      for (int lanes = 4; lanes > 0; lanes /= 2) sum += shuffle_xor(sum, lanes);
-      if (i < pieces && i % 8 == 0) sums[column / kTileCols * kMaxRows + row] = sum;
+#pragma unroll
+      for (int n = 0; n < kAtOnce; n++) {
+        const int i = first + n * kReaderThreads + lane_id(), row = i / row_pieces, column = i % row_pieces * 8;
+        if (i < pieces) piece(row, column) = v[n];
+        if (!with_sums) continue;
+        float each[8], sum = 0;
+        unpack<T>(v[n], each);
+        for (int j = 0; j < 8; j++) sum += each[j];
+        for (int lanes = 4; lanes > 0; lanes /= 2) sum += shuffle_xor(sum, lanes);
+        if (i < pieces && i % 8 == 0) sums[column / kTileCols * kMaxRows + row] = sum;
+      }
     }
     barrier_sync(kReaderBarrier, kReaderThreads);
   }
@@ -118,19 +124,19 @@ struct Ring {
   }
 };
 
-// Which strips a block takes, and where its split lies
+// Which strips a block takes, and where its split lies. Any grid of at least `splits` blocks is right; some may have none.
 struct BlockWork {
   int split, first_strip, strip_step, strips, first_tile, tiles;
 
   RIVER_DEVICE BlockWork(const StreamShape& shape) {
-    const int blocks = gridDim.x / shape.splits;  // per split; the launcher makes the grid a multiple
     split = blockIdx.x % shape.splits;
     first_strip = blockIdx.x / shape.splits;
-    strip_step = blocks;
+    strip_step = gridDim.x / shape.splits;  // blocks per split
     first_tile = split * shape.split_tiles;
     tiles = min(shape.split_tiles, shape.tiles - first_tile);
     strips = max(0, (shape.strips - first_strip + strip_step - 1) / strip_step);
   }
+  RIVER_DEVICE bool idle(const StreamShape& shape) const { return first_strip >= min(strip_step, shape.strips); }
   RIVER_DEVICE int strip(int n) const { return first_strip + n * strip_step; }
 };
 
@@ -164,6 +170,19 @@ RIVER_DEVICE int copy_weights(Ring<kBulk>& ring, CopyPlace& place, int limit, un
 
 constexpr int kAll = 1 << 30;
 
+// The stages that come behind those copied so far, at most `count`, to L2: with its ring full, a copying warp would leave
+// the memory idle until the kernels ahead have ended.
+template <class Format, class Source>
+RIVER_DEVICE void prefetch_weights(CopyPlace place, int count, const Source& source, const StreamShape& shape,
+                                   const BlockWork& work) {
+  const CopyHint hint = evict_first();
+  for (; count > 0 && place.strip < shape.strips; place.tile = 0, place.strip += work.strip_step) {
+    const auto start = Format::start(source, shape, place.strip);
+    for (; count > 0 && place.tile < work.tiles; count--, place.tile += Format::kStageTiles)
+      Format::prefetch(start, shape, work.first_tile + place.tile, min(Format::kStageTiles, work.tiles - place.tile), hint);
+  }
+}
+
 // How a launch cuts the memory before the activations: stages of either format
 struct RingSizes {
   int dense_stages, packed_stages, bytes;
@@ -174,7 +193,7 @@ struct RingSizes {
 template <class T, class Path, bool kBulk, class Weight>
 RIVER_DEVICE void copy_decided_weights(Ring<kBulk> (&rings)[2], const RingSizes& sizes, unsigned char* stages,
                                        const Path& path, const int& decision, const Weight& weight,
-                                       const StreamShape& shape, const BlockWork& work) {
+                                       const StreamShape& shape, const BlockWork& work, bool deep) {
   bool packed = shuffle(static_cast<int>(path.guess()), 0);  // it may change under the loads: one lane's for all
   CopyPlace place(sizes.stages(packed), work);
   const auto copy = [&](int limit) {
@@ -186,6 +205,11 @@ RIVER_DEVICE void copy_decided_weights(Ring<kBulk> (&rings)[2], const RingSizes&
     return copied;
   };
   const int guessed = copy(sizes.stages(packed));
+  if (deep)
+    with_format<T, Path>(packed, [&](auto type) {
+      using Format = typename decltype(type)::type;
+      prefetch_weights<Format>(place, sizes.stages(packed), source_of<Format>(weight), shape, work);
+    });
   barrier_sync(kDecisionBarrier, kStreamThreads);
   if (packed != static_cast<bool>(decision)) {
     for (int i = 0; i < guessed; i++) rings[packed].full[i].wait(0);  // landed: the memory is free, nobody reads it
@@ -266,9 +290,13 @@ struct StreamInput {
   }
 };
 
-// Two blocks per SM: half of 228 KB less 1 KB each for the system
 constexpr int kBlockBytes = 113 << 10;
 constexpr int kStaticBytes = 11 << 10;  // of these, at most, are static: the gate checks it
+static_assert(2 * (kBlockBytes + (1 << 10)) <= 228 << 10, "two blocks, and what the system takes of each, fit an SM");
+static_assert(StreamActivations<bf16>::bytes(kMaxRows, kSplitColumns / kTileCols, true) +
+                      std::max(DenseFormat<bf16>::kStageBytes, W4Format<bf16>::kStageBytes) <=
+                  kBlockBytes - kStaticBytes,
+              "the most activations of a block leave room for a stage");
 
 // The finished sums of a strip: of the readers of this block, or of the splits, in the order of K
 struct StripTotals {
@@ -282,7 +310,7 @@ struct StripTotals {
     float sum = 0;
 #pragma unroll 4
     for (int split = 0; split < splits; split++)  // all loads before the first sum, as far as they are unrolled
-      sum += load_shared_between_blocks(partials + (split * kTileRows + row) * kMaxRows + t);
+      sum += load_written(partials + (split * kTileRows + row) * kMaxRows + t);
     return sum;
   }
 };
@@ -346,13 +374,18 @@ class SplitStrips {
   uint32_t arrival_ = 0;  // of kArriver: how many had come to the strip before this block
 };
 
-// A Phase has: source(), the weight; prefetch(work, shape), which may ask for what never changes; load(input), which
-// fills the activations once the predecessors are done; finish(strip, totals, state), which all readers call with the
-// finished sums of a strip; end(state), once per block. State lives in a reader's registers over all strips.
-struct StatelessPhase {
+// A Phase has: source(), the weight; prefetch(work, shape), which may ask for what never changes; begin(), the state of a
+// reader, and load(input), which fills the activations, once the predecessors are done; ask(strip, state), for what a strip
+// wants beside its sums, which is under way while it is multiplied; finish(strip, totals, asked, state), which all readers
+// call with the finished sums of a strip; end(state), once per block, idle ones too. All of it lives in registers.
+struct PlainPhase {
   struct State {};
+  struct Asked {};
   RIVER_DEVICE void prefetch(const BlockWork&, const StreamShape&) const {}
-  RIVER_DEVICE void end(State&) const {}
+  RIVER_DEVICE State begin() const { return {}; }
+  RIVER_DEVICE Asked ask(int, const State&) const { return {}; }
+  template <class AnyState>
+  RIVER_DEVICE void end(AnyState&) const {}
 };
 
 // Budget: 288 threads, 112 registers, 11264 shared, mma
@@ -366,20 +399,35 @@ __global__ void __launch_bounds__(kStreamThreads, 2) stream_kernel(Phase phase, 
   RIVER_SHARED(int, decision, [1]);
   RIVER_SHARED(int, last, [2]);
   const BlockWork work(shape);
-  dependency_trigger();
+  const bool late = workspace.variants.late_trigger, deep = workspace.variants.deep_prefetch && prefetch;
+  const bool idle = work.idle(shape);
+  if (!late || idle) dependency_trigger();
+  if (idle) {  // It keeps a place on its SM, as long as the kernels ahead run: one whose copies all fit its ring triggers by then.
+    dependency_wait();
+    typename Phase::State none{};
+    if (warp_id() < kReaders) phase.end(none);
+    return;
+  }
   if (Path::kDense) rings[0].init(sizes.dense_stages);
   if (Path::kPacked) rings[1].init(sizes.packed_stages);
   if (warp_id() == kReaders) {
     if (!prefetch) dependency_wait();
     if constexpr (kDecides<Path>) {
-      copy_decided_weights<T>(rings, sizes, memory, path, decision[0], phase.source(), shape, work);
+      copy_decided_weights<T>(rings, sizes, memory, path, decision[0], phase.source(), shape, work, deep);
     } else {
-      CopyPlace place(sizes.stages(Path::kPacked), work);
+      const int stages = sizes.stages(Path::kPacked);
+      CopyPlace place(stages, work);
       with_format<T, Path>(Path::kPacked, [&](auto type) {
         using Format = typename decltype(type)::type;
+        copy_weights<Format>(rings[Path::kPacked], place, deep ? stages : kAll, memory, phase.source(), shape, work);
+        if (!deep) return;
+        prefetch_weights<Format>(place, stages, phase.source(), shape, work);
         copy_weights<Format>(rings[Path::kPacked], place, kAll, memory, phase.source(), shape, work);
       });
     }
+    // Only now: a successor that fills its ring while this kernel streams has nothing left to ask for when this one's last
+    // bytes have come, and memory idles until its first stage is free.
+    if (late) dependency_trigger();
     dependency_wait();
     return;
   }
@@ -387,21 +435,23 @@ __global__ void __launch_bounds__(kStreamThreads, 2) stream_kernel(Phase phase, 
   StreamInput<T> input{x, work, shape, squares[0], Path::kPacked};
   phase.prefetch(work, shape);
   dependency_wait();
+  uint32_t decided = Path::kPacked;
+  if constexpr (kDecides<Path>) decided = path.decide(input);  // may be on its way while the activations come
+  typename Phase::State state = phase.begin();
+  phase.load(input);
   bool packed = Path::kPacked;
   if constexpr (kDecides<Path>) {
-    const uint32_t decided = path.decide(input);  // may be on its way from memory while the activations come
-    phase.load(input);
-    packed = decided != 0;
-    if (threadIdx.x == 0) decision[0] = packed;
+    if (threadIdx.x == 0) decision[0] = decided != 0;
     barrier_sync(kDecisionBarrier, kStreamThreads);
-  } else {
-    phase.load(input);
+    packed = decision[0];
   }
   Cursor cursor(sizes.stages(packed));
-  typename Phase::State state{};
   SplitStrips splits(shape, work, workspace, last);
+  typename Phase::Asked asked[3] = {};  // for strips n, n - 1, n - 2
   for (int n = 0; n < work.strips + splits.steps_behind(); n++) {
     float sum[4] = {};
+    asked[2] = asked[1], asked[1] = asked[0];
+    if (n < work.strips) asked[0] = phase.ask(work.strip(n), state);
     if (n < work.strips)
       with_format<T, Path>(packed, [&](auto type) {
         multiply_strip<T, typename decltype(type)::type>(sum, rings[packed], cursor, memory, x, shape, work);
@@ -410,11 +460,11 @@ __global__ void __launch_bounds__(kStreamThreads, 2) stream_kernel(Phase phase, 
     sums[0].put(n % 2, sum);
     const StripTotals own{&sums[0], n % 2, nullptr, 1};
     if (!splits.used()) {
-      phase.finish(work.strip(n), own, state);
+      phase.finish(work.strip(n), own, asked[0], state);
       continue;
     }
     splits.after_barrier(n, own);
-    if (splits.to_finish(n)) phase.finish(work.strip(n - 2), splits.totals(n - 2), state);
+    if (splits.to_finish(n)) phase.finish(work.strip(n - 2), splits.totals(n - 2), asked[2], state);
   }
   phase.end(state);
 }
@@ -431,7 +481,8 @@ void launch_stream(const Phase& phase, const Path& path, const StreamShape& shap
   constexpr int kDenseBytes = DenseFormat<T>::kStageBytes, kPackedBytes = W4Format<T>::kStageBytes;
   RingSizes sizes{stages(Path::kDense, kDenseBytes), stages(Path::kPacked, kPackedBytes), 0};
   sizes.bytes = std::max(sizes.dense_stages * kDenseBytes, sizes.packed_stages * kPackedBytes);
-  const int blocks = std::max(1, std::min(workspace.blocks / shape.splits, shape.strips)) * shape.splits;
+  const int busy = std::max(1, std::min(workspace.blocks / shape.splits, shape.strips)) * shape.splits;
+  const int blocks = workspace.variants.full_grid ? std::max(busy, workspace.blocks) : busy;
   const bool overlap = workspace.overlap != Overlap::kNone && device_facts().arch >= 90;
   const bool prefetch = workspace.overlap == Overlap::kPrefetch;
   auto run = [&](auto kernel) {

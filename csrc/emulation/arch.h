@@ -60,14 +60,13 @@ inline void dependency_trigger() {}  // dependents start as early as possible in
 inline void dependency_wait() { emulation::wait_for_dependency(); }
 
 inline void prefetch_to_l2(const void*) {}
-inline float load_shared_between_blocks(const float* p) { return *p; }
-inline float4 load_shared_between_blocks(const float4* p) { return *p; }
+template <class T>
+T load_written(const T* p) { return *p; }
+inline int32_t load_hint(const int32_t* p) { return *p; }
 inline uint32_t load_acquire(const uint32_t* p) { return *p; }
-inline uint32_t load_relaxed(const uint32_t* p) { return *p; }
 inline void store_release(uint32_t* p, uint32_t v) { *p = v; }
 inline void store_release_system(uint32_t* p, uint32_t v) { *p = v; }
 inline void gpu_fence() {}
-inline void system_fence() {}
 inline void spin_hint() { emulation::spin(); }
 
 inline bool elect_one() { return threadIdx.x % 32 == 0; }
@@ -88,6 +87,7 @@ inline CopyHint evict_first() { return 0; }
 inline void bulk_copy(void* to, const void* from, uint32_t bytes, uint64_t* barrier, CopyHint) {
   emulation::start_copy({{to, from, bytes}}, barrier, bytes);
 }
+inline void bulk_prefetch_to_l2(const void* p, uint32_t bytes, CopyHint = {}) { emulation::check_prefetch(p, bytes); }
 inline void async_copy16(void* to, const void* from, CopyHint) {
   emulation::current->async_copies.push_back({to, from, 16});
 }

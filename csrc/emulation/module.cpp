@@ -122,7 +122,7 @@ void run_calls(const std::vector<Call>& calls) {
   const Memory counters("the counters", size.counters * sizeof(uint32_t), 0);
   const Memory scratch("the scratch memory", size.scratch, 0xff);
   const cuda::Workspace workspace{partials.as<float>(), counters.as<uint32_t>(), scratch.as<void>(),
-                                  device().sm_count, device().overlap};
+                                  device().sm_count, device().overlap, cuda::variants};
   run([&] {
     for (const Call& call : calls) call.launch(workspace);
   });
@@ -269,8 +269,11 @@ PYBIND11_MODULE(river_emulation, m) {
       py::kw_only(), py::arg("order"), py::arg("copies"), py::arg("early_dependents"), py::arg("seed"));
   m.def(
       "set_device",
-      [](int sm_count, int arch, const std::string& overlap) { device() = {sm_count, arch, overlap_of(overlap)}; },
-      py::kw_only(), py::arg("sm_count"), py::arg("arch"), py::arg("overlap"));
+      [](int sm_count, int arch, const std::string& overlap, int shared_memory) {
+        device() = {sm_count, arch, overlap_of(overlap), shared_memory};
+      },
+      py::kw_only(), py::arg("sm_count"), py::arg("arch"), py::arg("overlap"), py::arg("shared_memory") = 0);
+  m.def("set_variant", cuda::set_variant, py::arg("name"), py::arg("value"));
 
   using Op = Call (*)(const py::kwargs&);
   static const std::map<std::string, Op> kOps{

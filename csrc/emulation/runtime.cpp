@@ -236,6 +236,7 @@ void advance(Grid& grid, size_t max_resident) {
     }
     const int64_t ready = grid.runnable.size() - grid.head;
     if (grid.idle_spins > ready && !land_one(grid) && grid.idle_spins > kMaxSpins * ready) report_deadlock(grid);
+    if (schedule().order == Choice::kRandom) std::swap(grid.runnable[grid.head], grid.runnable[grid.head + draw(grid, ready)]);
     Thread* thread = grid.runnable[grid.head++];
     if (grid.head > 4096) {
       grid.runnable.erase(grid.runnable.begin(), grid.runnable.begin() + grid.head);
@@ -467,6 +468,13 @@ void start_copy(std::vector<Piece> pieces, uint64_t* barrier, uint32_t transacti
   block.copies.push_back({std::move(pieces), barrier, transaction_bytes});
   const Choice when = schedule().copies;
   if (when == Choice::kFirst || (when == Choice::kRandom && draw(*block.grid, 2))) land(block, block.copies.size() - 1);
+}
+
+void check_prefetch(const void* p, uint32_t bytes) {
+  if (reinterpret_cast<uintptr_t>(p) % 16 || bytes == 0 || bytes % 16) fail("a prefetch is not of multiples of 16 bytes");
+  const auto* data = static_cast<const volatile unsigned char*>(p);
+  for (uint32_t i = 0; i < bytes; i += 16) (void)data[i];
+  (void)data[bytes - 1];
 }
 
 }  // namespace river::emulation

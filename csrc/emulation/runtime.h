@@ -26,7 +26,7 @@ namespace river::emulation {
 enum class Choice { kFirst, kLast, kRandom };
 
 struct Schedule {
-  Choice order = Choice::kFirst;   // of threads and blocks: ascending, descending, shuffled
+  Choice order = Choice::kFirst;   // of threads and blocks: ascending, descending, shuffled at every step
   Choice copies = Choice::kLast;   // land at once, as late as allowed, either
   bool early_dependents = true;    // a PDL launch runs up to its dependency wait before its predecessor starts
   uint64_t seed = 0;
@@ -36,7 +36,10 @@ struct Device {
   int sm_count = 4;
   int arch = 90;
   cuda::Overlap overlap = cuda::Overlap::kPrefetch;  // what launchers are to use
-  int shared_memory_per_block() const { return (arch == 90 ? 227 : arch == 80 ? 163 : 99) * 1024; }
+  int shared_memory = 0;  // KB of a block; 0: what the chip has
+  int shared_memory_per_block() const {
+    return (shared_memory ? shared_memory : arch == 90 ? 227 : arch == 80 ? 163 : 99) * 1024;
+  }
 };
 
 Schedule& schedule();
@@ -152,5 +155,6 @@ void mbarrier_init(uint64_t* barrier, int count);
 void mbarrier_arrive(uint64_t* barrier, uint32_t expect_bytes);
 void mbarrier_wait(uint64_t* barrier, uint32_t parity);
 void start_copy(std::vector<Piece> pieces, uint64_t* barrier, uint32_t transaction_bytes);
+void check_prefetch(const void* p, uint32_t bytes);  // reads it, so that the sanitizer sees where it ends
 
 }  // namespace river::emulation

@@ -135,7 +135,7 @@ __global__ void last_arriver(float* out, float* partial, unsigned* counter) {
   if (kBroken ? blockIdx.x != kBlocks - 1 : !last) return;
   float sum = 0;
   for (int block = 0; block < kBlocks; block++)
-    sum += load_shared_between_blocks(partial + block * kThreads + threadIdx.x);
+    sum += load_written(partial + block * kThreads + threadIdx.x);
   for (int block = 0; block < kBlocks; block++)
     out[block * kThreads + threadIdx.x] = block * kThreads + threadIdx.x + sum - kBlocks;
 }
