@@ -104,7 +104,7 @@ def commit() -> str | None:
 
 def variants() -> dict[str, int]:
     """Every switch of this build between two designs, and what it is set to."""
-    return ops._C.variants() if hasattr(ops._C, "variants") else {}
+    return ops._C.variants()
 
 
 def driver() -> str | None:

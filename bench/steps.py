@@ -23,17 +23,29 @@ from suite_summary import step_lines, variant_lines
 
 from river_ext import ops
 from river_ext.generate import generate
-from river_ext.graph import Runner, whole_step
+from river_ext.graph import Runner, whole_steps
 from river_ext.network import Network
 from river_ext.request import Options
 
 CONTEXT = 1024  # of the budgets, at batch 1
-MARGIN = 64  # positions of the cache past the context; every replay takes one
+STEPS = 2  # of one replay: device control captures two together, unless the variant paired_steps is off
+MARGIN = 128  # positions of the cache past the context; every step takes one
 TOKENS = (33, 97)  # generate's new tokens, short and long: the difference is decoding alone
 
 
+class Replays:
+    """A graph that is replayed `count` times for once."""
+
+    def __init__(self, graph: torch.cuda.CUDAGraph, count: int):
+        self.graph, self.count = graph, count
+
+    def replay(self) -> None:
+        for _ in range(self.count):
+            self.graph.replay()
+
+
 class Step:
-    """The state of a decoding step at one context and batch, and its graph, of one design."""
+    """The state of decoding steps at one context and batch, and the graph of STEPS of them, of one design."""
 
     def __init__(self, network: Network, rows: int, context: int, design: str = variants.DEFAULT):
         self.network, self.context, self.rows = network, context, rows
@@ -44,7 +56,9 @@ class Step:
         self.layers = network.config.num_hidden_layers
         self.set_depth(self.layers)
         with variants.using(design):
-            self.graph = gpu.capture(torch.inference_mode()(lambda: whole_step(network, self.runner)))
+            count = STEPS if ops._C.variants()["paired_steps"] else 1
+            run = torch.inference_mode()(lambda: whole_steps(network, self.runner, count))
+            self.graph = Replays(gpu.capture(run), STEPS // count)
 
     def set_depth(self, depth: int) -> None:
         """By the rule itself, as a caller would."""
@@ -96,7 +110,7 @@ def device_times(steps: dict[str, Step], depth: int, repeats: int) -> dict[str, 
     for step in steps.values():
         step.set_depth(depth)
     times = gpu.time_together(
-        {design: (step.graph, 1, step.reset) for design, step in steps.items()}, repeats
+        {design: (step.graph, STEPS, step.reset) for design, step in steps.items()}, repeats
     )
     for step in steps.values():
         step.check(depth)
@@ -205,10 +219,10 @@ def main() -> None:
     p.add_argument("--depths", type=int, nargs="+", help="exit depths (default: all of the table)")
     p.add_argument("--no-generate", action="store_true", help="leave out the wall clock of generate")
     p.add_argument("--repeats", type=int, default=10)
-    variants.add_argument(p)
+    variants.add_argument(p, whole_steps=True)
     args = p.parse_args()
-    if args.repeats > MARGIN // 2:
-        p.error(f"--repeats {args.repeats}; accepted: up to {MARGIN // 2}")
+    if args.repeats > MARGIN // STEPS:
+        p.error(f"--repeats {args.repeats}; accepted: up to {MARGIN // STEPS}")
     if args.quick:
         args.models, args.contexts, args.rows, args.no_generate = ["1B"], [CONTEXT], [1], True
     gpu.require_cuda()

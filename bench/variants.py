@@ -13,26 +13,25 @@ import gpu
 from river_ext import ops
 
 DEFAULT = ""
+OF_STEPS = ("paired_steps",)  # they show in whole steps alone
 
 
 def switch(text: str) -> tuple[str, list[int]]:
     """NAME=VALUE[,VALUE...] of a command line."""
     name, _, values = text.partition("=")
     if name not in gpu.variants():
-        raise argparse.ArgumentTypeError(
-            f"no variant {name!r}; accepted: {', '.join(gpu.variants()) or 'none'}"
-        )
+        raise argparse.ArgumentTypeError(f"no variant {name!r}; accepted: {', '.join(gpu.variants())}")
     try:
         return name, [int(value) for value in values.split(",")]
     except ValueError:
         raise argparse.ArgumentTypeError(f"{text!r} is not NAME=0,1") from None
 
 
-def add_argument(p: argparse.ArgumentParser) -> None:
+def add_argument(p: argparse.ArgumentParser, whole_steps: bool = False) -> None:
     p.add_argument(
         "--variants", nargs="*", type=switch, metavar="NAME=0,1",
-        default=[(name, [0, 1]) for name in gpu.variants()],
-        help="what to compare (default: 0 and 1 of every variant of this build; no NAME: nothing)",
+        default=[(name, [0, 1]) for name in gpu.variants() if whole_steps or name not in OF_STEPS],
+        help="what to compare (default: 0 and 1 of every variant that can show here; no NAME: nothing)",
     )  # fmt: skip
 
 
