@@ -1,0 +1,243 @@
+"""Plants mistakes of the kind a person makes, one at a time, and says which the tests let through.
+
+    python tools/mutate.py [--list] [NAME ...]
+
+Each entry of MUTANTS is an edit and the check that must fail on it: a pytest selection, or "gate" and a
+kernel's file. To add one: pick a property that no test seems to hold, write the edit, see it survive, write the test.
+Runs on demand (minutes: edits of C++ are compiled), in the tree as it is, which it leaves as it was.
+"""
+
+import argparse
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+BUILT = (".cpp", ".h", ".cu", ".cuh")
+
+
+@dataclass(frozen=True)
+class Mutant:
+    name: str
+    file: str
+    old: str  # stands there exactly once
+    new: str
+    check: str  # arguments of pytest; "gate FILE": of the compile gate
+
+
+MUTANTS = [
+    Mutant(
+        "seeds by row",
+        "river_ext/generate.py",
+        "plan.seeds[slot] for slot in slots",
+        "plan.seeds[row] for row, _ in enumerate(slots)",
+        "test_graph.py -k first_ends",
+    ),
+    Mutant(
+        "thresholds by row",
+        "river_ext/generate.py",
+        "rule=plan.rule.keep(slots),",
+        "rule=plan.rule.keep(list(range(len(slots)))),",
+        "test_graph.py -k first_ends",
+    ),
+    Mutant(
+        "kv_valid by row",
+        "csrc/cpu/layers.cpp",
+        "a.kv_valid[(int64_t)a.slots[row] * a.max_len + p]",
+        "a.kv_valid[(int64_t)row * a.max_len + p]",
+        "test_decoder_block.py -k options",
+    ),
+    Mutant(
+        "kv_valid by row, CUDA",
+        "csrc/decode_attention.cu",
+        "a.kv_valid[int64_t(slot) * a.max_len + p]",
+        "a.kv_valid[int64_t(row) * a.max_len + p]",
+        "test_cuda_kernels.py -k layer_options",
+    ),
+    Mutant(
+        "ties to any id",
+        "csrc/cpu/lm_head.cpp",
+        "if (score_ > score || (score_ == score && id_ < id))",
+        "if (score_ > score)",
+        "test_lm_head.py -k ties",
+    ),
+    Mutant(
+        "similarity unscaled too far",
+        "csrc/cpu/kernels.cpp",
+        "max >= 0x1p-40f && max <= 0x1p40f",
+        "max >= 0x1p-40f && max <= 0x1p70f",
+        "test_state_similarity.py -k magnitude",
+    ),
+    Mutant(
+        "similarity unscaled too far, CUDA",
+        "csrc/device/similarity.cuh",
+        "max >= 0x1p-40f && max <= 0x1p40f",
+        "max >= 0x1p-40f && max <= 0x1p70f",
+        "test_cuda_kernels.py -k magnitude",
+    ),
+    Mutant(
+        "a merge that swallows NaN",
+        "csrc/cpu/kernels.cpp",
+        "if (split.sum == 0) continue;",
+        "if (!(split.sum > 0)) continue;",
+        "test_decode_attention.py -k nan",
+    ),
+    Mutant(
+        "a merge that swallows NaN, CUDA",
+        "csrc/decode_attention.cu",
+        "state[h][1] == 0 ? 0.f",
+        "!(state[h][1] > 0) ? 0.f",
+        "test_cuda_kernels.py -k nan",
+    ),
+    Mutant(
+        "no wait before weights are copied",
+        "csrc/device/weight_stream.cuh",
+        "    if (!prefetch) dependency_wait();\n",
+        "",
+        "test_emulated_ring.py -k kernel_ahead",
+    ),
+    Mutant(
+        "a stage released too soon",
+        "csrc/device/weight_stream.cuh",
+        "    __syncwarp();\n    if (lane_id() == 0) ring",
+        "    if (lane_id() == 0) ring",
+        "test_emulated_ring.py -k one_stage",
+    ),
+    Mutant(
+        "no PTX by default",
+        "build_backend/river_native.py",
+        'ARCHS = "8.0;8.6;8.9;9.0+PTX"',
+        'ARCHS = "8.0;8.6;8.9;9.0"',
+        "test_packaging.py -k by_default",
+    ),
+    Mutant(
+        "a module overwritten in place",
+        "build_backend/river_native.py",
+        "shutil.copyfile(library, temporary)",
+        "shutil.copyfile(library, target); shutil.copyfile(library, temporary)",
+        "test_packaging.py -k in_use",
+    ),
+    Mutant(
+        "a block larger than half an SM",
+        "csrc/device/weight_stream.cuh",
+        "kBlockBytes = 113 << 10",
+        "kBlockBytes = 114 << 10",
+        "test_cuda_kernels.py -k test_linear",
+    ),
+    Mutant(
+        "no fence before an arrival",
+        "csrc/device/weight_stream.cuh",
+        "      gpu_fence();  // the sums of strip n - 1",
+        "      // the sums of strip n - 1",
+        "gate csrc/linear.cu",
+    ),
+    Mutant(
+        "a failed row goes on",
+        "csrc/cpu/step.cpp",
+        "--a.remaining[t] <= 0 || !is_drawn(token)",
+        "--a.remaining[t] <= 0",
+        "test_advance.py test_not_finite.py",
+    ),
+    Mutant(
+        "a failed row goes on, CUDA",
+        "csrc/advance.cu",
+        "remaining <= 0 || !is_drawn(a, token)",
+        "remaining <= 0",
+        "test_cuda_kernels.py -k advance",
+    ),
+    Mutant(
+        "idle blocks do not arrive",
+        "csrc/device/weight_stream.cuh",
+        "if (warp_id() < kReaders) phase.end(none);",
+        ";",
+        "test_cuda_kernels.py -k lm_head",
+    ),
+    Mutant(
+        "a step past the last one of a pair",
+        "river_ext/decoder.py",
+        "last - self.replayed >= 2",
+        "last > self.replayed",
+        "test_graph.py -k how_far",
+    ),
+    Mutant(
+        "noise by 31 bits",
+        "csrc/philox.h",
+        "const float high = product((float)(int32_t)(word >> 16), 65536.f)",
+        "word &= ~1u; const float high = product((float)(int32_t)(word >> 16), 65536.f)",
+        "test_philox.py",
+    ),
+    Mutant(
+        "caches that overlap",
+        "csrc/ops_layers.cpp",
+        'check.written({"exited", "similarities", "k_cache", "v_cache"});',
+        'check.written({"exited", "similarities"});',
+        "test_op_memory.py",
+    ),
+    Mutant(
+        "a river that is not hashed",
+        "river_ext/river.py",
+        'if sha256_of(stored) != facts["sha256"]:',
+        "if False:",
+        "test_river.py",
+    ),
+]
+
+
+def survives(mutant: Mutant) -> bool:
+    """Whether the check passes with the edit in place."""
+    path = ROOT / mutant.file
+    original = path.read_bytes()
+    text = original.decode()
+    if text.count(mutant.old) != 1:
+        sys.exit(f"{mutant.name}: its text stands {text.count(mutant.old)} times in {mutant.file}, not once")
+    try:
+        path.write_text(text.replace(mutant.old, mutant.new))
+        return built(path) and passes(mutant.check)
+    finally:
+        path.write_bytes(original)
+        built(path)
+
+
+def built(path: Path) -> bool:
+    """The extension with this file as it is. The tests build the emulated GPU themselves."""
+    if path.suffix not in BUILT:
+        return True
+    command = [sys.executable, "setup.py", "-q", "build_ext", "--inplace"]
+    return subprocess.run(command, cwd=ROOT, capture_output=True).returncode == 0
+
+
+def passes(check: str) -> bool:
+    words = check.split()
+    if words[0] == "gate":
+        command = [sys.executable, "tools/compile_gate.py", "--archs", "90a", *words[1:]]
+    else:
+        files = [f"python_tests/{word}" if word.endswith(".py") else word for word in words]
+        command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", *files]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    if done.returncode == 5:
+        sys.exit(f"{check}: selects no test")
+    return done.returncode == 0
+
+
+def main() -> int:
+    p = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    p.add_argument("names", nargs="*", metavar="NAME", help="of mutants, or parts of names (default: all)")
+    p.add_argument("--list", action="store_true", help="name the mutants and end")
+    args = p.parse_args()
+    chosen = [m for m in MUTANTS if not args.names or any(name in m.name for name in args.names)]
+    if not chosen:
+        p.error(f"no mutant {args.names[0]!r}; --list names them")
+    survivors = []
+    for mutant in chosen:
+        if args.list:
+            print(f"{mutant.name:36} {mutant.file}")
+            continue
+        survived = survives(mutant)
+        survivors += [mutant.name] if survived else []
+        print(f"{'SURVIVED' if survived else 'caught':9} {mutant.name}", flush=True)
+    return 1 if survivors else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
