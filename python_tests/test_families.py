@@ -74,6 +74,33 @@ FOREIGN_KEYS = {
     "attn_config": ((None,), ({"clip_qkv": 8},)),
     "hidden_size_per_layer_input": ((0,), (256,)),
     "num_kv_shared_layers": ((0,), (20,)),
+    "mlp_type": ((None, "swiglu"), ("relu2", "default")),
+    "ffn_type": ((None,), ("gelu",)),
+    "mlp_hidden_act": (("silu",), ("relu2",)),
+    "swiglu_alpha": ((None,), (1.7, 1.0)),
+    "logit_temperature": ((None, 1.0), (2.0,)),
+    "attn_temperature": ((1.0,), (2.0,)),
+    "query_key_scaling": ((None, False), (True,)),
+    "value_scale": ((1.0,), (0.5,)),
+    "pre_norm": ((None, True), (False,)),
+    "use_pre_norm": ((True,), (False,)),
+    "norm_after": ((False,), (True,)),
+    "use_swiglu": ((True,), (False,)),
+    "glu": ((True,), (False,)),
+    "gated_mlp": ((True,), (False,)),
+    "skip_layers": ((None, []), ([3],)),
+    "loop_count": ((None, 1), (2,)),
+    "num_loops": ((1,), (3,)),
+    "cross_layer_attention": ((None, False), (True, 2)),
+    "kv_sharing": ((False,), (True,)),
+    "sparse_attention": ((None,), (True, {"block": 64})),
+    "relative_attention": ((False,), (True,)),
+    "dual_chunk_attention_config": ((None,), ({"chunk_size": 262144},)),
+    "weight_bits": ((None, 16), (1,)),
+    "input_bits": ((None,), (8,)),
+    "bits": ((None,), (4,)),
+    "quant_method": ((None,), ("awq",)),
+    "is_encoder_decoder": ((False,), (True,)),
     "numExperts": ((0,), (8,)),
     "num-experts": ((0,), (8,)),
 }
@@ -99,6 +126,21 @@ def test_what_is_neutral_depends_on_the_family(tmp_path):
     refusal(tmp_path, "layer_types", **mistral, layer_types=["full_attention"] * 3)
     refusal(tmp_path, "layer_types", **mistral, layer_types=["sliding_attention"] * 2)
     refusal(tmp_path, "layer_types", model_type="qwen2", layer_types=["sliding_attention"] * 3)
+
+
+def test_an_architecture_of_another_family(tmp_path):
+    for fine in (
+        None,
+        [],
+        ["LlamaForCausalLM"],
+        "LlamaForCausalLM",
+        ["TinyLlamaModel"],
+        ["X", "LlamaForTasks"],
+    ):
+        assert read(tmp_path, architectures=fine) == read(tmp_path)
+    for other in (["BitnetForCausalLM"], "Qwen2ForCausalLM", [None], {"a": 1}, 3):
+        refusal(tmp_path, ": architectures is ", "accepted: a class of llama models", architectures=other)
+    assert read(tmp_path, model_type="qwen2", architectures=["Qwen2ForCausalLM"]).model_type == "qwen2"
 
 
 BOOKKEEPING = {

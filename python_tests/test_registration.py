@@ -3,6 +3,7 @@
 import pytest
 import torch
 from test_ops import SAMPLES
+from torch.autograd import forward_ad
 
 from river_ext import ops
 
@@ -189,3 +190,20 @@ def test_none_for_what_is_written_beside_an_input_that_requires_grad():
     values[k_cache] = None
     with pytest.raises(RuntimeError, match="river::decoder_block: k_cache is None"):
         torch.ops.river.decoder_block(*values)
+
+
+@pytest.mark.parametrize("name", ["linear", "state_similarity", "decoder_block"])
+def test_tangents_are_refused(name):
+    """Forward-mode differentiation would go on with a derivative of zero."""
+    op, values = getattr(torch.ops.river, name), copies(name, 0)
+    with forward_ad.dual_level():
+        call(op, values)
+        values[0] = forward_ad.make_dual(values[0].detach(), torch.ones_like(values[0]))
+        with pytest.raises(RuntimeError, match=f"river::{name} has no derivative"):
+            op(*values)
+
+
+def test_jvp_is_refused():
+    weight = torch.ones(4, 64)
+    with pytest.raises(RuntimeError, match="river::linear has no derivative"):
+        torch.func.jvp(lambda h: ops.linear(h, weight), (torch.ones(1, 64),), (torch.ones(1, 64),))

@@ -43,6 +43,8 @@ def _read_file(name: str) -> bytes:
             raise UsageError(f"{name}: no regular file; accepted: a file, or the prompt - for standard input")
         with open(descriptor, "rb", closefd=False) as file:
             return _limited(name, file.read(MAX_BYTES + 1))
+    except OSError as error:
+        raise UsageError(f"{name}: {error.strerror}") from None
     finally:
         os.close(descriptor)
 

@@ -10,7 +10,7 @@ from .config import ModelConfig
 from .errors import RiverError
 
 MAX_CHARACTERS = 1 << 16  # of all strings of an option together
-FP32_MAX, FP32_MIN = torch.finfo(torch.float32).max, torch.finfo(torch.float32).tiny
+FP32_MAX = torch.finfo(torch.float32).max
 
 
 def per_request(name: str, value, rows: int, check, *limits) -> list:
@@ -84,7 +84,8 @@ def strings(name: str, value) -> tuple[str, ...]:
 
 def token_ids(name: str, value, config: ModelConfig) -> list[int]:
     if not isinstance(value, (list, tuple, range)):
-        raise RiverError(f"{name} is a {type(value).__name__}; accepted: text or a list of token ids")
+        text = "text or " if name == "prompt" else ""
+        raise RiverError(f"{name} is a {type(value).__name__}; accepted: {text}a list of token ids")
     for token in value:
         if not isinstance(token, Integral) or isinstance(token, bool) or not 0 <= token < config.vocab_size:
             raise RiverError(

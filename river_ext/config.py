@@ -15,7 +15,13 @@ import torch
 
 from . import ops
 from .errors import RiverError
-from .families import FAMILIES, Family, refuse_foreign_keys, refuse_foreign_rope_keys
+from .families import (
+    FAMILIES,
+    Family,
+    refuse_foreign_architectures,
+    refuse_foreign_keys,
+    refuse_foreign_rope_keys,
+)
 from .files import is_regular, path_of
 from .json_object import Reader, read_json_object
 
@@ -137,6 +143,7 @@ def _model_config(top: Reader, generation: Reader) -> ModelConfig:
         eos_token_ids=ids["eos_token_id"],
         sliding_window=_sliding_window(top, family, num_hidden_layers, max_position_embeddings),
     )
+    refuse_foreign_architectures(top)
     refuse_foreign_keys(top, config)
     return config
 

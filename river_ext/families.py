@@ -75,7 +75,8 @@ ARITHMETIC: tuple[tuple[str, Neutral], ...] = (
     (
         r"multiplier|(^|_)mup|logits?_scal|scale_logits"
         r"|(embed\w*|residual|input|output|width|depth|layer)_scal"
-        r"|scale_(emb|depth|width|residual)|normalize_embed|dim_model_base",
+        r"|scale_(emb|depth|width|residual)|normalize_embed|dim_model_base"
+        r"|(logits?|softmax|attn|attention)_temperature|(query_?key|value|head|attn_head)_scal(e|ing)",
         _always(*ONE),
     ),
     # positions
@@ -96,6 +97,8 @@ ARITHMETIC: tuple[tuple[str, Neutral], ...] = (
         r"norm_?(type|class|name)$|^normalization(_type)?$",
         _always(None, "rmsnorm", "rms_norm", "RMSNorm", "RmsNorm", "rms"),
     ),
+    (r"pre_?norm|norm_(first|before)|normalize_before", _always(None, True)),
+    (r"norm_(after|last)", _always(*OFF)),
     (r"norm\w*(offset|unit|plus_one)|zero_cent|layernorm_1p", _always(*OFF)),
     (
         r"parallel_(residual|attn|attention|block)|sandwich|(use|has|apply)_\w*post\w*_?norm|post_layernorm"
@@ -105,9 +108,11 @@ ARITHMETIC: tuple[tuple[str, Neutral], ...] = (
     # which layers there are, and what they share
     (
         r"(text|vision|audio|language|llm|attn|ffn)_config$|per_layer|block_configs|shared_kv|kv_shared"
-        r"|share_kv|cla_share|layer_sharing|share_layers|num_loops|(^|_)recurren|pruned_heads",
+        r"|share_kv|kv_sharing|cross_layer|cla_share|layer_sharing|share_layers|skip_layer|layer_skip"
+        r"|(^|_)recurren|pruned_heads|is_encoder_decoder",
         _always(*OFF),
     ),
+    (r"(num|n)_loops?$|loop_count|loops?_num", _always(*ONE)),
     # attention of another kind
     (r"is_causal|^causal$", _always(None, True)),
     (r"v_head_dim", lambda config: (None, config.head_dim)),
@@ -118,18 +123,23 @@ ARITHMETIC: tuple[tuple[str, Neutral], ...] = (
     (
         r"sink|attention_chunk|attn_chunk|local_(attention|attn|window)|window_(size|pattern)|sliding"
         r"|attention_window|attn_window|linear_(attn|attention|key|value|num|conv)|(kv|q)_lora|(^|_)mla(_|$)"
-        r"|lightning|differential|bidirectional|prefix_lm|cross_attention|attn_(idx|layer)",
+        r"|lightning|differential|bidirectional|prefix_lm|cross_attention|attn_(idx|layer)"
+        r"|(sparse|relative|chunk|chunked)_(attn|attention)|dual_chunk",
         _always(*OFF),
     ),
     # feed-forward layers of another kind
     (r"(^|_)experts?(_|$)|(^|_)moe(_|$)|router|mixture_of", _always(*OFF)),
     (
-        r"hidden_activation|activation_(function|fn|type)|^activation$|act_fn|(mlp|ffn|ff)_act",
+        r"hidden_activation|activation_(function|fn|type)|^activation$|act_fn|(mlp|ffn|ff)_(hidden_)?act"
+        r"|^(mlp|ffn|ff)_type$",
         _always(None, "silu", "swish", "swiglu"),
     ),
+    (r"(use|is|has)_\w*glu$|^\w*glu$|gated_(mlp|ffn)|(mlp|ffn)_gated", _always(None, True)),
+    (r"glu_alpha|glu_beta", _always(None, False)),
     (r"(^|_)mamba|(^|_)ssm(_|$)|rwkv|retnet|hyena|state_space|(^|_)conv_", _always(*OFF)),
     # weights that are not what they seem
-    (r"quantiz|compress|sparsif|sparsity|kv_cache_scheme", _always(*OFF)),
+    (r"quantiz|compress|sparsif|sparsity|kv_cache_scheme|quant_(method|type|config)", _always(*OFF)),
+    (r"^(w|a|weight|input|activation)?_?bits$", _always(None, False, 16, 32)),
 )
 _PATTERNS = [(re.compile(words), neutral) for words, neutral in ARITHMETIC]
 
@@ -143,6 +153,16 @@ def refuse_foreign_keys(top: Reader, config: "ModelConfig") -> None:
         if neutral is not None and not any(_equal(value, other) for other in neutral):
             listed = ", ".join(dict.fromkeys(json.dumps(other) for other in neutral))
             top.fail(key, f"{listed}, or no such key: {config.model_type} models have nothing else")
+
+
+def refuse_foreign_architectures(top: Reader) -> None:
+    """`architectures` names classes: one of another family is a model that only goes by this model_type."""
+    value, family = top.values.get("architectures"), top.values["model_type"]
+    names = [value] if isinstance(value, str) else value
+    if names in (None, []):
+        return
+    if not isinstance(names, list) or not any(isinstance(n, str) and family in n.lower() for n in names):
+        top.fail("architectures", f"a class of {family} models, whose name has that in it, or no such key")
 
 
 def refuse_foreign_rope_keys(rope: Reader) -> None:

@@ -6,6 +6,7 @@ from types import SimpleNamespace
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from . import _C
 
@@ -48,6 +49,8 @@ def _without_gradient(name: str, op: torch._ops.OpOverload) -> Callable:
             )
 
     def kernel(keyset, *args):
+        if forward_ad._current_level >= 0 and any(map(_has_tangent, args)):
+            raise RuntimeError(f"river::{name} has no derivative; accepted: tensors without tangents")
         if not torch.is_grad_enabled() or not torch._C._any_requires_grad(*args):
             return run(keyset, *args)
         for i in written:
@@ -58,6 +61,10 @@ def _without_gradient(name: str, op: torch._ops.OpOverload) -> Callable:
         return NoGradient.apply(keyset, *args)
 
     return kernel
+
+
+def _has_tangent(value) -> bool:
+    return isinstance(value, torch.Tensor) and forward_ad.unpack_dual(value).tangent is not None
 
 
 def _with_short_errors(name: str, op: torch._ops.OpOverload) -> Callable:

@@ -3,8 +3,8 @@
     python tools/mutate.py [--list] [NAME ...]
 
 Each entry of MUTANTS is an edit and the check that must fail on it: a pytest selection, or "gate" and a
-kernel's file. To add one: pick a property that no test seems to hold, write the edit, see it survive, write the test.
-Runs on demand (minutes: edits of C++ are compiled), in the tree as it is, which it leaves as it was.
+kernel's file. To add one: pick a property that no test seems to hold, write the edit, see it survive, write
+the test. Runs on demand (minutes: edits of C++ are compiled), in the tree as it is, and leaves it so.
 """
 
 import argparse
