@@ -334,7 +334,7 @@ def build(root, version, target, say=lambda text: print(text, flush=True)):
         raise BuildError(f"only Linux is supported, this is {sys.platform}")
     sources = read_sources(root)
     if not sources["ops"]:
-        raise BuildError(f"csrc/ops.cpp is not in {root}: the source tree is incomplete")
+        raise BuildError(f"csrc/ops is not in {root}: the source tree is incomplete")
     torch = find_torch()
     cuda = decide_cuda(sources, torch)
     units, link = plan(root, version, torch, cuda, sources)

@@ -5,7 +5,7 @@
 
 #include <cstdint>
 
-#include "variants.h"
+#include "cuda/variants.h"
 
 struct CUstream_st;  // a cudaStream_t points to one
 

@@ -3,7 +3,8 @@
 import torch
 
 import river_ext
-from river_ext import ops, w4
+from river_ext import ops
+from river_ext.quant import w4
 
 hidden_size, heads, kv_heads, head_dim, inner, max_len = 512, 8, 2, 64, 1024, 128
 shape = w4.BlockShape(hidden_size, heads, kv_heads, head_dim, head_dim, inner)

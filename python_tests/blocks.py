@@ -5,7 +5,8 @@ from dataclasses import dataclass
 
 import torch
 
-from river_ext import ops, w4
+from river_ext import ops
+from river_ext.quant import w4
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 # largest error against the reference, relative to the largest value: one rounding step of the dtype

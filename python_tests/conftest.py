@@ -31,7 +31,7 @@ def cuda_missing() -> str:
 
 CUDA_MISSING = cuda_missing()
 GPU = ["cuda"] if CUDA_REQUIRED or not CUDA_MISSING else []
-collect_ignore = [] if GPU else ["test_gpu.py"]
+collect_ignore = [] if GPU else ["cuda/test_gpu.py"]
 
 
 def pytest_report_header():
@@ -76,8 +76,8 @@ TINY_CONFIG = {
 
 def write_tiny_checkpoint(directory: Path, seed: int = 0, **changes) -> Path:
     """A random checkpoint: model.safetensors, and config.json of TINY_CONFIG with changes (None: no key)."""
-    from river_ext.checkpoint import tensor_shapes
-    from river_ext.config import read_config
+    from river_ext.loading.checkpoint import tensor_shapes
+    from river_ext.loading.config import read_config
 
     directory = Path(directory)
     directory.mkdir(parents=True, exist_ok=True)

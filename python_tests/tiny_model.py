@@ -5,10 +5,10 @@ from functools import cache
 import torch
 
 import river_ext
-from river_ext import river
-from river_ext.config import ModelConfig
+from river_ext.loading.config import ModelConfig
+from river_ext.loading.weights import DecoderBlockWeights, ModelWeights
 from river_ext.model import Model
-from river_ext.weights import DecoderBlockWeights, ModelWeights
+from river_ext.quant import exit_river as river
 
 CONFIG = {
     "model_type": "llama",

@@ -5,11 +5,11 @@ from collections.abc import Sequence
 
 from river_ext import evaluate
 from river_ext.checks import short
-from river_ext.config import read_config
+from river_ext.engine.request import integer, number
 from river_ext.errors import RiverError
 from river_ext.evaluate import DEMO_THRESHOLDS, demo_items, result_table, settings_of
+from river_ext.loading.config import read_config
 from river_ext.progress import progress_bar
-from river_ext.request import integer, number
 
 from . import shared
 from .shared import machine, model_facts, model_line

@@ -9,10 +9,10 @@ from dataclasses import fields, replace
 from rich.text import Text
 
 from river_ext import evaluate
-from river_ext.config import read_config
+from river_ext.engine.request import Options, integer, plan, strings
 from river_ext.errors import RiverError
 from river_ext.evaluate import Item, demo_items, result_table, settings_of
-from river_ext.request import Options, integer, plan, strings
+from river_ext.loading.config import read_config
 
 from . import shared
 from .shared import machine, model_facts, model_line

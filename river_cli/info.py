@@ -6,10 +6,10 @@ from dataclasses import asdict
 import torch
 
 from river_ext import __version__, ops
-from river_ext.checkpoint import load_checkpoint
+from river_ext.loading.checkpoint import load_checkpoint
 from river_ext.ops import packed_shape
-from river_ext.river import load_river, read_facts
-from river_ext.w4 import BlockShape
+from river_ext.quant.exit_river import load_river, read_facts
+from river_ext.quant.w4 import BlockShape
 
 from . import shared
 from .shared import dtype_name, threads

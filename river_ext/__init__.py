@@ -15,10 +15,10 @@ _HOMES = {
     "Model": "model",
     "RiverError": "errors",
     "load": "model",
-    "quantize": "hqq",
-    "rotary_tables": "rope",
+    "quantize": "quant.hqq",
+    "rotary_tables": "loading.rope",
 }
-_MODULES = ("ops", "reference", "w4")
+_MODULES = {"ops": "ops", "reference": "reference", "w4": "quant.w4"}
 __all__ = sorted([*_HOMES, *_MODULES])
 
 
@@ -26,7 +26,7 @@ def __getattr__(name: str):
     if name in _HOMES:
         return getattr(import_module(f".{_HOMES[name]}", __name__), name)
     if name in _MODULES:
-        return import_module(f".{name}", __name__)
+        return import_module(f".{_MODULES[name]}", __name__)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 

@@ -6,8 +6,8 @@ from numbers import Integral, Real
 
 import torch
 
-from .config import ModelConfig
 from .errors import RiverError
+from .loading.config import ModelConfig
 
 MAX_CHARACTERS = 1 << 16  # of all strings of an option together
 FP32_MAX = torch.finfo(torch.float32).max

@@ -17,11 +17,11 @@ from rich.table import Table
 from torch import Tensor
 
 from . import ops
-from .config import ModelConfig
+from .engine.sequence import GenerationOutput
+from .loading.config import ModelConfig
+from .loading.weights import ExitLayerWeights, ModelWeights
 from .model import Model
-from .sequence import GenerationOutput
-from .w4 import BlockShape, split_gate_up, split_qkv
-from .weights import ExitLayerWeights, ModelWeights
+from .quant.w4 import BlockShape, split_gate_up, split_qkv
 
 DEMO_THRESHOLDS = (0.5, 0.9, 0.98, 0.99, 0.995)  # from the river's speed to near full depth
 DEMO_NEW_TOKENS = 128  # the longest of the demo's answers has 90 tokens

@@ -6,17 +6,17 @@ from pathlib import Path
 import torch
 from tokenizers import Tokenizer
 
-from . import river as river_files
-from .checkpoint import load_checkpoint, parse_device
-from .config import ModelConfig
+from .engine.generate import Score, Stream, generate, score
+from .engine.network import Network
+from .engine.request import Options
+from .engine.sequence import GenerationOutput
 from .errors import RiverError, memory_for
-from .generate import Score, Stream, generate, score
-from .network import Network
-from .request import Options
-from .sequence import GenerationOutput
-from .text import Text
+from .loading.checkpoint import load_checkpoint, parse_device
+from .loading.config import ModelConfig
+from .loading.text import Text
+from .loading.weights import ExitLayerWeights, ModelWeights
+from .quant import exit_river as river_files
 from .threads import in_own_thread
-from .weights import ExitLayerWeights, ModelWeights
 
 DEMO = Path(__file__).parent / "demo"
 

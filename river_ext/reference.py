@@ -104,7 +104,7 @@ def exit_layer(
     hidden, input_layernorm, qkv_proj, o_proj, post_attention_layernorm, gate_up_proj, down_proj, k_cache,
     v_cache, slots, positions, cos, sin, num_attention_heads, rms_norm_eps, **options,
 ):  # fmt: skip
-    from . import w4  # the row orders of the packed weights
+    from .quant import w4  # the row orders of the packed weights
 
     head_dim, hidden_size = k_cache.shape[-1], hidden.shape[1]
     shape = w4.BlockShape(

@@ -59,7 +59,7 @@ def budgets(sources):
     found = {}
     pattern = r"// Budget: (\d+) threads, (\d+) registers(?:, (\d+) shared)?(, mma)?\n"
     pattern += r"(?:(?!__global__)[^\n]*\n)?__global__[^(]*?(?:__launch_bounds__\([^)]*\)\s*)?(\w+)\("
-    for path in [*sources, *sorted((ROOT / "csrc" / "device").glob("*.cuh"))]:
+    for path in [*sources, *sorted((ROOT / "csrc" / "cuda" / "device").glob("*.cuh"))]:
         text = path.read_text()
         matches = re.findall(pattern, text)
         if len(matches) != text.count("// Budget:"):
@@ -165,10 +165,10 @@ def complaints(kernel, name, arch, budget):
 
 def main(arguments=None):
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("sources", nargs="*", type=Path, help="default: csrc/*.cu")
+    parser.add_argument("sources", nargs="*", type=Path, help="default: csrc/cuda/*.cu")
     parser.add_argument("--archs", default=ARCHS, help=f"default: {ARCHS}")
     options = parser.parse_args(arguments)
-    sources = [path.resolve() for path in options.sources] or sorted((ROOT / "csrc").glob("*.cu"))
+    sources = [path.resolve() for path in options.sources] or sorted((ROOT / "csrc" / "cuda").glob("*.cu"))
     archs = options.archs.split(",")
     nvcc = river_native.find_nvcc()
     if not nvcc:

@@ -29,28 +29,28 @@ class Mutant:
 MUTANTS = [
     Mutant(
         "seeds by row",
-        "river_ext/generate.py",
+        "river_ext/engine/generate.py",
         "plan.seeds[slot] for slot in slots",
         "plan.seeds[row] for row, _ in enumerate(slots)",
         "test_graph.py -k first_ends",
     ),
     Mutant(
         "thresholds by row",
-        "river_ext/generate.py",
+        "river_ext/engine/generate.py",
         "rule=plan.rule.keep(slots),",
         "rule=plan.rule.keep(list(range(len(slots)))),",
         "test_graph.py -k first_ends",
     ),
     Mutant(
         "kv_valid by row",
-        "csrc/cpu/layers.cpp",
+        "csrc/cpu/layer.cpp",
         "a.kv_valid[(int64_t)a.slots[row] * a.max_len + p]",
         "a.kv_valid[(int64_t)row * a.max_len + p]",
         "test_decoder_block.py -k options",
     ),
     Mutant(
         "kv_valid by row, CUDA",
-        "csrc/decode_attention.cu",
+        "csrc/cuda/decode_attention.cu",
         "a.kv_valid[int64_t(slot) * a.max_len + p]",
         "a.kv_valid[int64_t(row) * a.max_len + p]",
         "test_cuda_kernels.py -k layer_options",
@@ -64,42 +64,42 @@ MUTANTS = [
     ),
     Mutant(
         "similarity unscaled too far",
-        "csrc/cpu/kernels.cpp",
+        "csrc/cpu/isa/kernels.cpp",
         "max >= 0x1p-40f && max <= 0x1p40f",
         "max >= 0x1p-40f && max <= 0x1p70f",
         "test_state_similarity.py -k magnitude",
     ),
     Mutant(
         "similarity unscaled too far, CUDA",
-        "csrc/device/similarity.cuh",
+        "csrc/cuda/device/row_sums.cuh",
         "max >= 0x1p-40f && max <= 0x1p40f",
         "max >= 0x1p-40f && max <= 0x1p70f",
         "test_cuda_kernels.py -k magnitude",
     ),
     Mutant(
         "a merge that swallows NaN",
-        "csrc/cpu/kernels.cpp",
+        "csrc/cpu/isa/kernels.cpp",
         "if (split.sum == 0) continue;",
         "if (!(split.sum > 0)) continue;",
         "test_decode_attention.py -k nan",
     ),
     Mutant(
         "a merge that swallows NaN, CUDA",
-        "csrc/decode_attention.cu",
+        "csrc/cuda/decode_attention.cu",
         "state[h][1] == 0 ? 0.f",
         "!(state[h][1] > 0) ? 0.f",
         "test_cuda_kernels.py -k nan",
     ),
     Mutant(
         "no wait before weights are copied",
-        "csrc/device/weight_stream.cuh",
+        "csrc/cuda/device/stream.cuh",
         "    if (!prefetch) dependency_wait();\n",
         "",
         "test_emulated_ring.py -k kernel_ahead",
     ),
     Mutant(
         "a stage released too soon",
-        "csrc/device/weight_stream.cuh",
+        "csrc/cuda/device/stream.cuh",
         "    __syncwarp();\n    if (lane_id() == 0) ring",
         "    if (lane_id() == 0) ring",
         "test_emulated_ring.py -k one_stage",
@@ -120,17 +120,17 @@ MUTANTS = [
     ),
     Mutant(
         "a block larger than half an SM",
-        "csrc/device/weight_stream.cuh",
+        "csrc/cuda/device/stream.cuh",
         "kBlockBytes = 113 << 10",
         "kBlockBytes = 114 << 10",
         "test_cuda_kernels.py -k test_linear",
     ),
     Mutant(
         "no fence before an arrival",
-        "csrc/device/weight_stream.cuh",
+        "csrc/cuda/device/stream.cuh",
         "      gpu_fence();  // the sums of strip n - 1",
         "      // the sums of strip n - 1",
-        "gate csrc/linear.cu",
+        "gate csrc/cuda/linear.cu",
     ),
     Mutant(
         "a failed row goes on",
@@ -141,21 +141,21 @@ MUTANTS = [
     ),
     Mutant(
         "a failed row goes on, CUDA",
-        "csrc/advance.cu",
+        "csrc/cuda/advance.cu",
         "remaining <= 0 || !is_drawn(a, token)",
         "remaining <= 0",
         "test_cuda_kernels.py -k advance",
     ),
     Mutant(
         "idle blocks do not arrive",
-        "csrc/device/weight_stream.cuh",
+        "csrc/cuda/device/stream.cuh",
         "if (warp_id() < kReaders) phase.end(none);",
         ";",
         "test_cuda_kernels.py -k lm_head",
     ),
     Mutant(
         "a step past the last one of a pair",
-        "river_ext/decoder.py",
+        "river_ext/engine/decoder.py",
         "last - self.replayed >= 2",
         "last > self.replayed",
         "test_graph.py -k how_far",
@@ -169,14 +169,14 @@ MUTANTS = [
     ),
     Mutant(
         "caches that overlap",
-        "csrc/ops_layers.cpp",
+        "csrc/ops/layers.cpp",
         'check.written({"exited", "similarities", "k_cache", "v_cache"});',
         'check.written({"exited", "similarities"});',
         "test_op_memory.py",
     ),
     Mutant(
         "a river that is not hashed",
-        "river_ext/river.py",
+        "river_ext/quant/exit_river.py",
         'if sha256_of(stored) != facts["sha256"]:',
         "if False:",
         "test_river.py",
@@ -212,7 +212,9 @@ def passes(check: str) -> bool:
     if words[0] == "gate":
         command = [sys.executable, "tools/compile_gate.py", "--archs", "90a", *words[1:]]
     else:
-        files = [f"python_tests/{word}" if word.endswith(".py") else word for word in words]
+        files = [
+            str(*(ROOT / "python_tests").rglob(word)) if word.endswith(".py") else word for word in words
+        ]
         command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", *files]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     if done.returncode == 5:

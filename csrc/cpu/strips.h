@@ -6,7 +6,7 @@
 #include <cstdint>
 #include <memory>
 
-#include "kernels.h"
+#include "isa/kernels.h"
 
 namespace river::cpu {
 

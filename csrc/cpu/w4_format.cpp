@@ -1,5 +1,5 @@
 // The W4 tile format on the CPU: pack, unpack, dequantise. The layout is described in river_ext/w4.py.
-#include "kernels.h"
+#include "isa/kernels.h"
 
 #include <cstring>
 

@@ -28,8 +28,8 @@ def prepare(folder: Path) -> Path:
 
 def attempt(folder: Path, random: Random) -> str:
     from river_ext import RiverError
-    from river_ext.config import read_config
-    from river_ext.rope import rope_tables
+    from river_ext.loading.config import read_config
+    from river_ext.loading.rope import rope_tables
 
     text = json.dumps(changed(random)).encode()
     (folder / "config.json").write_bytes(mutate_bytes(random, text) if random.random() < 0.1 else text)

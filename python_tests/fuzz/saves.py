@@ -51,7 +51,7 @@ def writes(arguments: tuple) -> bool:
 
 
 def other_river(model):
-    from river_ext.river import build_river
+    from river_ext.quant.exit_river import build_river
 
     return build_river(model.config, model.weights, group_size=128, progress=False)
 
@@ -66,7 +66,7 @@ def disk_full() -> None:
 
 def attempt(state: State, random: Random) -> str:
     from river_ext import RiverError
-    from river_ext.river import save_river
+    from river_ext.quant.exit_river import save_river
 
     shutil.rmtree(state.parent, ignore_errors=True)
     state.parent.mkdir()
@@ -125,7 +125,7 @@ def loaded(state: State, target: Path):
     import torch
 
     from river_ext import RiverError
-    from river_ext.river import load_river
+    from river_ext.quant.exit_river import load_river
 
     try:
         return load_river(target, state.config, state.fingerprint, torch.device("cpu"))

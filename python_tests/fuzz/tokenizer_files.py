@@ -91,7 +91,7 @@ def attempt(state: State, random: Random) -> str:
 
 def check_stream(text, prompt: list[int], new: list[int]) -> None:
     """The text of new tokens is that of all tokens less that of the prompt."""
-    from river_ext.text import TextStream
+    from river_ext.loading.text import TextStream
 
     stream = TextStream(text, prompt)
     pieces = "".join([*map(stream.feed, new), stream.finish()])

@@ -1,0 +1,103 @@
+"""Dense and W4 linears at T = 1..8 in the layer shapes of Llama-3.2-1B and Llama-3.1-8B, on the CPU.
+
+One line per result: us | GB/s of weights | GB/s of a plain read of the same weights | % of that |
+x torch's dense bf16 linear | x torch's own int4 linear (W4 only; group 64, the kernel behind torch's CPU int4
+quantisation). Weights cycle over at least 1 GB, so that no cache holds them. All that is compared, the read
+included, takes turns on some 60 MB of them, or on a single larger one; us and GB/s are medians of calls,
+% and x medians of turns.
+"""
+
+from itertools import chain
+from statistics import median
+
+import torch
+
+from bench.lib.common import LAYER_SHAPES, interleaved, machine, parser, reader, results_path, save, times
+from river_ext import ops
+
+WORKING_SET = 1.0e9  # bytes
+
+
+def main() -> None:
+    p = parser(__doc__.splitlines()[0])
+    p.add_argument("--rows", type=int, nargs="+", default=[1, 2, 4, 8])
+    p.add_argument("--shapes", nargs="+", default=list(LAYER_SHAPES), choices=LAYER_SHAPES)
+    p.add_argument("--passes", type=int, default=5, help="over the weights of a shape")
+    args = p.parse_args()
+    torch.set_num_threads(args.threads)
+    path = results_path("linear", args)
+    reader()  # compiles
+    print(f"{machine()['processor']}, {args.threads} threads")
+    header = f"{'linear':<12}{'T':>2} {'format':<6}{'us':>9}{'GB/s':>7}{'read':>7}{'%':>5}"
+    print(header + f"{'x dense':>9}{'x int4':>8}")
+    results = []
+    for name in args.shapes:
+        results += measure(name, args.rows, args.passes)
+    print(save(path, {"machine": machine(), "linear": results}))
+
+
+def measure(name: str, rows: list[int], passes: int) -> list[dict]:
+    n, k = LAYER_SHAPES[name]
+    weights = {"dense": dense_weights(n, k), "w4": packed_weights(n, k)}
+    int4, read = int4_weights(n, k), reader()
+    lines = []
+    for t in rows:
+        x = torch.randn(t, k).bfloat16()
+        calls = {
+            "dense": (weights["dense"], lambda w, x=x: ops.linear(x, w)),
+            "read dense": (weights["dense"], read),
+            "torch": (weights["dense"], lambda w, x=x: torch.nn.functional.linear(x, w)),
+            "w4": (weights["w4"], lambda w, x=x: ops.linear_w4(x, w, n)),
+            "read w4": (weights["w4"], read),
+            "torch int4": (int4, lambda w, x=x: int4_linear(x, w)),
+        }
+        seconds = interleaved(calls, passes)
+        us = {label: 1e6 * median(chain.from_iterable(turns)) for label, turns in seconds.items()}
+        for label in weights:
+            size = weights[label][0].nbytes
+            line = {
+                "shape": name, "out_features": n, "in_features": k, "rows": t, "format": label,
+                "us": us[label], "gb_s": size / us[label] / 1e3,
+                "read_gb_s": size / us[f"read {label}"] / 1e3,
+                "percent_of_read": 100 * times(seconds, label, f"read {label}"),
+                "x_torch_dense": times(seconds, label, "torch"),
+                "x_torch_int4": times(seconds, label, "torch int4") if label == "w4" else None,
+            }  # fmt: skip
+            lines.append(line)
+            x_int4 = f"{line['x_torch_int4']:8.2f}" if label == "w4" else ""
+            print(
+                f"{name:<12}{t:>2} {label:<6}{us[label]:9.0f}{line['gb_s']:7.1f}{line['read_gb_s']:7.1f}"
+                f"{line['percent_of_read']:5.0f}{line['x_torch_dense']:9.2f}{x_int4}",
+                flush=True,
+            )
+    return lines
+
+
+def copied(weight: torch.Tensor) -> list[torch.Tensor]:
+    return [weight.clone() for _ in range(max(2, int(WORKING_SET // weight.nbytes)))]
+
+
+def dense_weights(n: int, k: int) -> list[torch.Tensor]:
+    return copied((torch.randn(n, k) * k**-0.5).bfloat16())
+
+
+def packed_weights(n: int, k: int) -> list[torch.Tensor]:
+    packed = torch.randint(0, 256, ops.packed_shape(n, k), dtype=torch.uint8)
+    metadata = torch.stack([torch.full((16,), 0.01), torch.full((16,), 7.5)], -1).half().flatten()
+    packed[..., 512:] = metadata.view(torch.uint8)
+    return copied(packed)
+
+
+def int4_weights(n: int, k: int) -> list[tuple]:
+    packed = torch._convert_weight_to_int4pack_for_cpu(torch.randint(0, 16, (n, k), dtype=torch.int32), 1)
+    scale_and_zero = (torch.rand(k // 64, n, 2) * 0.01).bfloat16()
+    return [(weight, scale_and_zero.clone()) for weight in copied(packed)]
+
+
+def int4_linear(x: torch.Tensor, weight: tuple) -> torch.Tensor:
+    packed, scale_and_zero = weight
+    return torch._weight_int4pack_mm_for_cpu(x, packed, 64, scale_and_zero)
+
+
+if __name__ == "__main__":
+    main()

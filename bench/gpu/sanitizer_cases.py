@@ -1,0 +1,110 @@
+"""Every CUDA op once or twice on small odd shapes, for compute-sanitizer (gpu_suite.sh).
+
+Alone it only shows that nothing is refused. Tensors come straight from the driver (no caching allocator), so
+that a tool sees the end of each.
+"""
+
+import os
+
+import torch
+
+from bench.gpu import ring
+from bench.lib import gpu
+from bench.lib.models import TINY, random_network
+from river_ext import ops
+from river_ext.engine.graph import Runner, whole_step
+
+DONE = "all cases ran"
+
+
+def int32(*values: int) -> torch.Tensor:
+    return torch.tensor(values, dtype=torch.int32, device="cuda")
+
+
+def random(*shape: int, dtype: torch.dtype = torch.bfloat16) -> torch.Tensor:
+    return torch.randn(shape).to(dtype).cuda()
+
+
+def packed(n: int, k: int) -> torch.Tensor:
+    q = torch.randint(0, 16, (n, k), dtype=torch.uint8)
+    groups = -(-k // ops.TILE_COLS)
+    return ops.pack_w4(q, 0.1 * torch.rand(n, groups).half(), 7 + torch.rand(n, groups).half()).cuda()
+
+
+def linears() -> None:
+    for n, k in ((40, 192), (33, 4160)):  # the second one splits K
+        for rows, dtype in ((1, torch.bfloat16), (3, torch.float16), (8, torch.bfloat16)):
+            x, bias = random(rows, k, dtype=dtype), random(n, dtype=dtype)
+            ops.linear(x, random(n, k, dtype=dtype), bias)
+            ops.linear_w4(x, packed(n, k), n, bias)
+
+
+def w4_format() -> None:
+    tiles = packed(40, 192)
+    q, scale, zero = ops.unpack_w4(tiles, 40, 192)
+    ops.pack_w4(q, scale, zero)
+    ops.dequantize_w4(tiles, 40, 192, torch.bfloat16)
+
+
+def attention() -> None:
+    k, v = (random(2, 2, 300, 32) for _ in range(2))
+    ops.decode_attention(random(3, 6, 32), k, v, int32(0, 1, -1), int32(299, 64, 0))
+    ops.decode_attention(random(1, 6, 32), k, v, int32(1), int32(0), sliding_window=5)
+
+
+def heads() -> None:
+    hidden, norm, weight = random(2, 192), random(192), random(300, 192)
+    ops.lm_head(hidden, norm, weight, 1e-5)
+    sampling = {
+        "temperature": torch.tensor([0.0, 0.7]).cuda(), "seeds": torch.tensor([1, 2]).cuda(),
+        "positions": int32(3, 4),
+    }  # fmt: skip
+    ops.lm_head(hidden, norm, weight, 1e-5, return_logits=False, **sampling)
+
+
+def similarity() -> None:
+    ops.state_similarity(random(3, 192), random(3, 192))
+
+
+def read_ring() -> None:
+    with torch.device("cuda"):
+        for mode in ("prefetch", "none"):
+            ring.verify((1024, 256, 3, 2), mode)
+
+
+@torch.inference_mode()
+def layers_and_steps() -> None:
+    """Layers alone, and device-controlled steps that exit after one layer, at once, and never."""
+    network = random_network(TINY)
+    runner = Runner(network, 2, 64, 4)
+    runner.cache.k.normal_()
+    runner.cache.v.normal_()
+    hidden = random(2, 192)
+    runner.slots.copy_(int32(0, -1))
+    runner.positions.copy_(int32(40, 0))
+    network.decoder_block(0, hidden, *runner.place)
+    network.exit_layer(0, hidden, *runner.place)
+    runner.remaining.fill_(100)
+    for threshold, limit in ((-2.0, 3), (-2.0, 0), (2.0, 3)):
+        runner.hidden.copy_(hidden)
+        runner.thresholds.fill_(threshold)
+        runner.min_layers.fill_(1)
+        runner.limit.fill_(limit)
+        whole_step(network, runner)
+
+
+def main() -> None:
+    gpu.parser(__doc__.splitlines()[0]).parse_args()
+    gpu.require_cuda(warm=False)
+    os.environ["PYTORCH_NO_CUDA_MEMORY_CACHING"] = "1"  # torch looks at its first allocation
+    for mode in ("prefetch", "none"):
+        with gpu.overlap(mode):
+            for case in (similarity, w4_format, linears, heads, attention, read_ring, layers_and_steps):
+                case()
+                torch.cuda.synchronize()
+                print(f"{mode}: {case.__name__}", flush=True)
+    print(DONE, flush=True)
+
+
+if __name__ == "__main__":
+    main()

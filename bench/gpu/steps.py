@@ -1,0 +1,257 @@
+"""Whole decoding steps: random weights in the shapes of Llama-3.2-1B and Llama-3.1-8B, against the budgets.
+
+Three times per exit depth, context and batch:
+  kernels   the layers of that depth and the head in one graph: no decision, and nothing handed to a next step
+  device    a whole step of device control, replayed: decisions, token, embedding and record on the GPU too
+  host      a token of `generate` with host control (and with device control, as a user gets it), wall clock
+What device control costs is `device` - `kernels`. Floors count the weights and the cache once, at the ring's
+read-only ceiling of this very run. A fixed depth d is threshold -2 with min_layers d; full bf16 is threshold
+inf; full W4 is limit 0. What the budgets ask comes first, there with every variant beside the default.
+"""
+
+import math
+import statistics
+
+import torch
+
+from bench.gpu import ring
+from bench.gpu.suite_summary import step_lines, variant_lines
+from bench.lib import clocks, gpu, variants
+from bench.lib.gpu import Time
+from bench.lib.models import BUDGETS, CONFIGS, Budget, exit_depths, fill_cache, random_network, step_bytes
+from river_ext import ops
+from river_ext.engine.generate import generate
+from river_ext.engine.graph import Runner, whole_steps
+from river_ext.engine.network import Network
+from river_ext.engine.request import Options
+
+CONTEXT = 1024  # of the budgets, at batch 1
+STEPS = 2  # of one replay: device control captures two together, unless the variant paired_steps is off
+MARGIN = 128  # positions of the cache past the context; every step takes one
+TOKENS = (33, 97)  # generate's new tokens, short and long: the difference is decoding alone
+
+
+class Replays:
+    """A graph that is replayed `count` times for once."""
+
+    def __init__(self, graph: torch.cuda.CUDAGraph, count: int):
+        self.graph, self.count = graph, count
+
+    def replay(self) -> None:
+        for _ in range(self.count):
+            self.graph.replay()
+
+
+class Step:
+    """The state of decoding steps at one context and batch, and the graph of STEPS of them, of one design."""
+
+    def __init__(self, network: Network, rows: int, context: int, design: str = variants.DEFAULT):
+        self.network, self.context, self.rows = network, context, rows
+        with variants.using(design):
+            self.runner = Runner(network, rows, context + MARGIN, 16)
+        fill_cache(self.runner.cache)
+        self.tokens = torch.randint(0, network.config.vocab_size, (rows,), device=network.device)
+        self.layers = network.config.num_hidden_layers
+        self.set_depth(self.layers)
+        with variants.using(design):
+            count = STEPS if ops._C.variants()["paired_steps"] else 1
+            run = torch.inference_mode()(lambda: whole_steps(network, self.runner, count))
+            self.graph = Replays(gpu.capture(run), STEPS // count)
+
+    def set_depth(self, depth: int) -> None:
+        """By the rule itself, as a caller would."""
+        runner = self.runner
+        runner.limit.fill_(self.layers if depth else 0)
+        runner.thresholds.fill_(-2.0 if depth < self.layers else math.inf)
+        runner.min_layers.fill_(max(depth, 1))
+        self.reset()
+
+    @torch.inference_mode()
+    def reset(self) -> None:
+        runner = self.runner
+        runner.hidden.copy_(self.network.embed(self.tokens))
+        runner.slots.copy_(torch.arange(self.rows))
+        runner.positions.fill_(self.context)
+        runner.draw_positions.fill_(self.context + 1)
+        runner.remaining.fill_(1 << 30)
+        runner.stop_tokens.fill_(-1)
+        runner.temperature.zero_()
+        for state in (runner.exited, runner.steps_taken):
+            state.zero_()
+
+    def check(self, depth: int) -> None:
+        """What the last replay did must be what was asked."""
+        taken = int(self.runner.steps_taken.item())
+        got = self.runner.records[(taken - 1) % len(self.runner.records)][:2].tolist()
+        if got != [taken, depth]:
+            raise SystemExit(
+                f"steps: the device took step {got[0]} at depth {got[1]}, not {taken} at {depth}"
+            )
+
+    @torch.inference_mode()
+    def kernels_time(self, depth: int, repeats: int) -> Time:
+        network, runner, eps = self.network, self.runner, self.network.config.rms_norm_eps
+
+        def run() -> None:
+            hidden = runner.hidden
+            for index in range(self.layers):
+                layer = network.decoder_block if index < depth else network.exit_layer
+                hidden, _ = layer(index, hidden, *runner.place)
+            ops.lm_head(hidden, network.norm, network.lm_head, eps, return_logits=False)
+
+        self.reset()
+        return gpu.time_graph(gpu.capture(run), 1, repeats)
+
+
+def device_times(steps: dict[str, Step], depth: int, repeats: int) -> dict[str, Time]:
+    """Of every design, in turns."""
+    for step in steps.values():
+        step.set_depth(depth)
+    times = gpu.time_together(
+        {design: (step.graph, STEPS, step.reset) for design, step in steps.items()}, repeats
+    )
+    for step in steps.values():
+        step.check(depth)
+    return times
+
+
+def options_at(depth: int, layers: int, **more) -> Options:
+    if depth == 0:
+        return Options(mode="full_w4", stop_tokens=(), **more)
+    if depth == layers:
+        return Options(mode="full", stop_tokens=(), **more)
+    return Options(threshold=-2.0, min_layers=depth, stop_tokens=(), **more)
+
+
+def generate_us(network: Network, depth: int, context: int, control: str, repeats: int) -> float:
+    """Wall clock of a token at about this context, batch 1: long runs less short ones."""
+    prompt = torch.randint(0, network.config.vocab_size, (context - TOKENS[0],)).tolist()
+    layers = network.config.num_hidden_layers
+
+    def seconds(count: int) -> float:
+        options = options_at(depth, layers, max_new_tokens=count, exit_control=control)
+        output = generate(network, None, prompt, options)
+        depths = set(output.exit_depths[1:])
+        if depths != {depth}:
+            raise SystemExit(f"steps: {control} control exited at {sorted(depths)}, not at {depth}")
+        return output.stats.decode_seconds
+
+    short, long = TOKENS
+    seconds(long)  # captures
+    differences = [seconds(long) - seconds(short) for _ in range(repeats)]
+    return 1e6 * statistics.median(differences) / (long - short)
+
+
+def measure(
+    results: gpu.Results, ceiling: float, model: str, network: Network, rows: int, context: int,
+    depths: list[int], repeats: int,
+) -> None:  # fmt: skip
+    step = Step(network, rows, context)
+    for depth in depths:
+        kernels = step.kernels_time(depth, repeats)
+        device = device_times({variants.DEFAULT: step}, depth, repeats)[variants.DEFAULT]
+        line = step_fields(model, depth, context, rows, ceiling, device)
+        line |= {
+            "variant": variants.DEFAULT,
+            "kernels": kernels.fields(),
+            "control_us": device.us - kernels.us,
+        }
+        results(
+            "step", f"{text_of(line)}, kernels {kernels.us:.0f} us, control {line['control_us']:.1f}", **line
+        )
+
+
+def compare(
+    results: gpu.Results, ceiling: float, model: str, network: Network, design: str, depths: list[int],
+    repeats: int,
+) -> None:  # fmt: skip
+    """A design in turns with the default, on the steps of the budgets."""
+    steps = {name: Step(network, 1, CONTEXT, name) for name in (variants.DEFAULT, design)}
+    for depth in depths:
+        times = device_times(steps, depth, repeats)
+        line = step_fields(model, depth, CONTEXT, 1, ceiling, times[design])
+        line |= {"variant": design, "beside_us": times[variants.DEFAULT].us}
+        results("step", f"{text_of(line)}, default {line['beside_us']:.0f} us", **line)
+
+
+def step_fields(model: str, depth: int, context: int, rows: int, ceiling: float, device: Time) -> dict:
+    config = CONFIGS[model]
+    size = step_bytes(config, depth, context, rows)
+    floor = size / ceiling / 1e3
+    asked = [b for b in BUDGETS if (b.model, b.depth, CONTEXT, 1) == (model, depth, context, rows)]
+    goal, best_public = (asked[0].goal, asked[0].best_public) if asked else (None, None)
+    return {
+        "model": model, "depth": depth, "layers": config.num_hidden_layers, "context": context, "rows": rows,
+        "bytes": size, "ceiling_gb_s": ceiling, "floor_us": floor, "device": device.fields(),
+        "x_floor": device.us / floor, "gb_s": size / device.us / 1e3, "goal": goal,
+        "best_public": best_public, "tokens_per_second": rows * 1e6 / device.us,
+    }  # fmt: skip
+
+
+def text_of(line: dict) -> str:
+    return (
+        f"{line['model']} depth {line['depth']:>2} context {line['context']:>4} T={line['rows']} "
+        f"{line['variant']}: {line['device']['us']:.0f} us, {line['gb_s']:.0f} GB/s, "
+        f"(spread {line['device']['spread_percent']:.1f} %), {line['x_floor']:.3f} x floor"
+    )
+
+
+def rest(args, asked: dict[str, list[Budget]]) -> list[tuple[str, int, int, list[int]]]:
+    """(model, context, rows, depths) of what no budget asks."""
+    cases = []
+    for context in args.contexts:
+        for rows in args.rows:
+            for model in args.models:
+                depths = args.depths or exit_depths(CONFIGS[model])
+                if (rows, context) == (1, CONTEXT):
+                    depths = [depth for depth in depths if depth not in [b.depth for b in asked[model]]]
+                cases.append((model, context, rows, depths))
+    return cases
+
+
+def main() -> None:
+    p = gpu.parser(__doc__.splitlines()[0])
+    p.add_argument("--models", nargs="+", choices=CONFIGS, default=list(CONFIGS))
+    p.add_argument("--contexts", type=int, nargs="+", default=[32, 1024, 8192])
+    p.add_argument("--rows", type=int, nargs="+", choices=[1, 2, 4, 8], default=[1, 2, 4, 8])
+    p.add_argument("--depths", type=int, nargs="+", help="exit depths (default: all of the table)")
+    p.add_argument("--no-generate", action="store_true", help="leave out the wall clock of generate")
+    p.add_argument("--repeats", type=int, default=10)
+    variants.add_argument(p, whole_steps=True)
+    args = p.parse_args()
+    if args.repeats > MARGIN // STEPS:
+        p.error(f"--repeats {args.repeats}; accepted: up to {MARGIN // STEPS}")
+    if args.quick:
+        args.models, args.contexts, args.rows, args.no_generate = ["1B"], [CONTEXT], [1], True
+    gpu.require_cuda()
+    results = gpu.Results("steps", args)
+    ceiling, networks = ring.ceiling(results), {}
+    asked = {
+        model: [b for b in BUDGETS if b.model == model and b.depth in (args.depths or [b.depth])]
+        for model in args.models
+    }
+    for model in args.models:
+        networks[model] = random_network(CONFIGS[model])
+        depths = [budget.depth for budget in asked[model]]
+        measure(results, ceiling, model, networks[model], 1, CONTEXT, depths, args.repeats)
+        for design in variants.designs(args)[1:]:
+            try:
+                compare(results, ceiling, model, networks[model], design, depths, args.repeats)
+            except (Exception, SystemExit) as error:  # the default's numbers are worth more
+                reason = (str(error).splitlines() or [repr(error)])[0]
+                results("not run", f"{model} {design}: {reason}", model=model, variant=design, reason=reason)
+    for model, network in networks.items():
+        for budget in () if args.no_generate else asked[model]:
+            for control in ("host", "device"):
+                us = generate_us(network, budget.depth, CONTEXT, control, repeats=3)
+                text = f"{model} depth {budget.depth:>2}: generate, {control} control: {us:.0f} us a token"
+                results("generate", text, model=model, depth=budget.depth, control=control, us=us)
+    for model, context, rows, depths in () if args.quick else rest(args, asked):
+        measure(results, ceiling, model, networks[model], rows, context, depths, args.repeats)
+    for model, network in networks.items():
+        results("clocks", model=model, **clocks.under_load(Step(network, 1, 32).graph))
+    print("\n".join([*variant_lines(results.lines), *step_lines(results.lines)]))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,99 @@
+// lm_head: final norm and head for T = 1..8 rows, with the token chosen in the epilogue. A key orders logits and
+// breaks ties to the lowest id, so that the largest key over all blocks, whatever their order, is the token.
+#include "device/activations.cuh"
+#include "../philox.h"
+
+namespace river::cuda {
+namespace {
+
+using namespace device;
+
+// Above every other key: one logit that is NaN or infinite, and the row has no token
+constexpr unsigned long long kFailedKey = ~0ull;
+
+// Larger for larger values, then for lower ids; 0 is below every key.
+RIVER_DEVICE unsigned long long key_of(float value, uint32_t id) {
+  const uint32_t bits = __float_as_uint(value + 0.f);  // -0 and 0 are equal
+  const uint32_t ordered = bits & 0x80000000u ? ~bits : bits | 0x80000000u;
+  return static_cast<unsigned long long>(ordered) << 32 | (0xffffffffu - id);
+}
+
+template <class T>
+struct LmHeadPhase {
+  struct State {
+    unsigned long long best;  // the largest key that this thread has seen
+    // of its row
+    float temperature;
+    uint64_t seed;
+    int position;
+  };
+  struct Asked {};
+
+  MatrixRows<T> weight;
+  LmHeadArgs a;
+  unsigned long long* keys;  // [8], zero before and after a launch
+  uint32_t* counter;
+
+  RIVER_DEVICE const MatrixRows<T>& source() const { return weight; }
+  RIVER_DEVICE void prefetch(const BlockWork& work, const StreamShape&) const {
+    prefetch_norm(static_cast<const T*>(a.norm), work);
+  }
+  RIVER_DEVICE State begin() const {
+    const int t = threadIdx.x % kMaxRows;
+    if (!a.temperature || t >= a.rows) return {};
+    return {0, a.temperature[t], static_cast<uint64_t>(a.seeds[t]), load_written(a.positions + t)};
+  }
+  RIVER_DEVICE Asked ask(int, const State&) const { return {}; }
+  RIVER_DEVICE void load(StreamInput<T>& input) const {
+    load_normalised(input, static_cast<const T*>(a.hidden), static_cast<const T*>(a.norm), a.rms_norm_eps);
+  }
+
+  RIVER_DEVICE void finish(int strip, const StripTotals& totals, const Asked&, State& state) const {
+    const int row = threadIdx.x / kMaxRows, t = threadIdx.x % kMaxRows, n = strip * kTileRows + row;
+    if (row >= kTileRows || t >= a.rows || n >= a.vocab_size) return;
+    const float logit = totals(row, t);
+    if (a.logits) a.logits[int64_t(t) * a.vocab_size + n] = logit;
+    const bool finite = magnitude_bits(logit) < 0x7f800000u;
+    const unsigned long long key = finite ? key_of(score(logit, n, state), n) : kFailedKey;
+    state.best = key > state.best ? key : state.best;
+  }
+
+  RIVER_DEVICE void end(State& state) const {
+    unsigned long long& best = state.best;
+    for (int lanes = kMaxRows; lanes < kWarp; lanes *= 2) {  // lanes of a warp hold four output rows for each t
+      const unsigned long long other = shuffle_xor(best, lanes);
+      best = other > best ? other : best;
+    }
+    if (lane_id() < kMaxRows && best) atomicMax(keys + lane_id(), best);
+    if (!readers_arrive_last(counter, gridDim.x) || threadIdx.x >= kMaxRows) return;
+    const unsigned long long key = atomicExch(keys + threadIdx.x, 0ull);
+    if (int(threadIdx.x) >= a.rows) return;
+    a.tokens[threadIdx.x] = key == kFailedKey ? kNoToken : int64_t(0xffffffffu - static_cast<uint32_t>(key));
+  }
+
+ private:
+  static RIVER_DEVICE float score(float logit, int n, const State& state) {
+    if (!(state.temperature > 0)) return logit;
+    return logit / fmaxf(state.temperature, kMinTemperature) + gumbel(state.seed, state.position, n);
+  }
+};
+
+}  // namespace
+
+WorkspaceSize lm_head_workspace(const LmHeadArgs& a) {
+  const StreamShape shape(a.vocab_size, a.hidden_size);
+  return {partials_of(shape), shape.strips + 1 + 2 * kMaxRows + 1, 0};  // strips, counter, keys (8-byte aligned)
+}
+
+void launch_lm_head(const LmHeadArgs& a, const Workspace& workspace, Stream stream) {
+  with_16bit_dtype(a.dtype, [&](auto type) {
+    using T = typename decltype(type)::type;
+    const StreamShape shape(a.vocab_size, a.hidden_size);
+    auto* keys = reinterpret_cast<unsigned long long*>(workspace.counters + (shape.strips + 2) / 2 * 2);
+    const LmHeadPhase<T> phase{{static_cast<const T*>(a.weight), a.vocab_size, a.hidden_size}, a, keys,
+                               workspace.counters + shape.strips};
+    launch_stream<T>(phase, DensePath{}, shape, a.rows, workspace, stream, "lm_head");
+  });
+}
+
+}  // namespace river::cuda

@@ -1,0 +1,60 @@
+// How an op reaches its kernels: on the caller's threads, or on the current stream of its tensors' GPU.
+#pragma once
+
+#include <mutex>
+
+#include "../cuda/runtime.h"
+#include "check.h"  // before any header of torch
+
+#include <torch/csrc/stable/accelerator.h>
+
+namespace river::ops {
+
+inline const cpu::Parallel kParallel{[](int64_t n, int64_t grain, cpu::Parallel::Body body, void* context) {
+  torch::stable::parallel_for(0, n, grain, [&](int64_t begin, int64_t end) { body(begin, end, context); });
+}};
+
+// A GPU while an op launches its kernels there. Defined in ops_cuda.cpp, where there are CUDA kernels.
+class Gpu {
+ public:
+  explicit Gpu(const Check& check);
+
+  cuda::Stream stream() const { return stream_; }
+
+  // The stream's workspace, at least this large. No other thread gets it before this Gpu ends: the kernels of one op
+  // stay together on the stream.
+  cuda::Workspace workspace(const cuda::WorkspaceSize& size);
+
+ private:
+  const Check& check_;
+  torch::stable::accelerator::DeviceGuard guard_;
+  cuda::Stream stream_;
+  std::unique_lock<std::mutex> lock_;
+};
+
+// Calls on_cpu(), or on_cuda(gpu) on the GPU of the op's tensors. on_cuda takes its argument as `auto&`: then a build without
+// CUDA kernels refers to none.
+template <class Cpu, class Cuda>
+void launch(const Check& check, Cpu on_cpu, Cuda on_cuda) {
+  if constexpr (RIVER_WITH_CUDA) {
+    if (check.on_cuda()) {
+      Gpu gpu(check);
+      on_cuda(gpu);
+      return;
+    }
+  }
+  on_cpu();
+}
+
+// The same functions serve both devices: implement(m) names them.
+#define RIVER_IMPLEMENT_CPU(implement) \
+  STABLE_TORCH_LIBRARY_IMPL(river, CPU, m) { implement(m); }
+#if RIVER_WITH_CUDA
+#define RIVER_IMPLEMENT(implement) \
+  RIVER_IMPLEMENT_CPU(implement)   \
+  STABLE_TORCH_LIBRARY_IMPL(river, CUDA, m) { implement(m); }
+#else
+#define RIVER_IMPLEMENT(implement) RIVER_IMPLEMENT_CPU(implement)
+#endif
+
+}  // namespace river::ops

@@ -1,0 +1,171 @@
+"""What only a GPU can show: streams, captured graphs, memory that the host polls, the engine as a whole."""
+
+import gpu_ops
+import pytest
+import torch
+from blocks import SHAPES, Block, assert_close, int32
+from conftest import on_gpu_if
+from tiny_model import demo_model, random_prompt
+
+import river_ext
+from river_ext import ops, reference
+from river_ext.engine import decoder, generate
+
+TEXTS = [
+    "Question: Ana has 21 coins and buys 12 more at the fair. How many coins does Ana have?\nAnswer:",
+    "def add(x):",
+    "Question: Tom",
+]
+PROMPTS = [random_prompt(n, n, vocab_size=300) for n in (5, 40, 1, 12)]
+
+
+@pytest.fixture(autouse=True)
+def required():
+    on_gpu_if("cuda")
+
+
+@pytest.fixture(scope="module")
+def model():
+    on_gpu_if("cuda")
+    return river_ext.load(device="cuda")
+
+
+def facts(outputs):
+    return [
+        (output.tokens, output.exit_depths, output.similarities, output.finish_reason) for output in outputs
+    ]
+
+
+def big_linear():
+    g = torch.Generator(device="cuda").manual_seed(0)
+    x, weight = (
+        torch.randn(*size, generator=g, device="cuda").bfloat16() for size in ((3, 1024), (512, 1024))
+    )
+    return x, weight, reference.linear(x, weight)
+
+
+def test_ops_run_on_the_current_stream():
+    """On any other stream they would not wait for what delays this one."""
+    x, weight, expected = big_linear()
+    late, side = torch.zeros_like(x), torch.cuda.Stream()
+    torch.cuda.synchronize()
+    with torch.cuda.stream(side):
+        torch.cuda._sleep(50_000_000)
+        late.copy_(x)
+        out = ops.linear(late, weight)
+        side.synchronize()
+    assert_close(out, expected, torch.bfloat16, "out")
+
+
+def test_an_op_is_deterministic():
+    block = Block(SHAPES["gqa"], torch.bfloat16)
+    weights = [value.cuda() for value in block.dense.values()]
+    x = block.random(8, block.shape.hidden_size).cuda()
+    first = ops.linear(x, weights[0])
+    assert all(torch.equal(ops.linear(x, weights[0]), first) for _ in range(50))
+
+
+def test_an_op_in_a_graph():
+    x, weight, expected = big_linear()
+    graph, stream = torch.cuda.CUDAGraph(), torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        ops.linear(x, weight)
+        graph.capture_begin()
+        out = ops.linear(x, weight)
+        graph.capture_end()
+    torch.cuda.synchronize()
+    for sign in (1, -1, 1):
+        x.copy_(x.abs() * sign)
+        expected = reference.linear(x, weight)
+        out.fill_(float("nan"))
+        graph.replay()
+        torch.cuda.synchronize()
+        assert_close(out, expected, torch.bfloat16, "out")
+
+
+def test_capture_without_a_workspace_is_refused():
+    """It would be zeroed at replay, not now. A split weight of this size needs more than those before."""
+    x = torch.randn(8, 16384, device="cuda").bfloat16()
+    weight = torch.randn(2048, 16384, device="cuda").bfloat16()
+    graph, stream = torch.cuda.CUDAGraph(), torch.cuda.Stream()
+    with torch.cuda.stream(stream):
+        graph.capture_begin()
+        with pytest.raises(RuntimeError, match="run the op once on this stream"):
+            ops.linear(x, weight)
+        graph.capture_end()
+
+
+@pytest.mark.parametrize("overlap", ["none", "launch", "prefetch"])
+def test_overlap_does_not_change_a_bit(overlap):
+    block = Block(SHAPES["odd sizes"], torch.bfloat16)
+    hidden, caches = block.random(4, block.shape.hidden_size), block.caches()
+    place = int32([0, 3, -1, 5]), int32([4, 9, 0, 47])
+    results = []
+    for setting in ("prefetch", overlap):
+        before = ops._C.set_overlap(setting)
+        try:
+            own = [cache.clone() for cache in caches]
+            results.append([*block.run(gpu_ops, "decoder_block", hidden, own, *place), *own])
+        finally:
+            ops._C.set_overlap(before)
+    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
+
+
+def test_memory_that_the_host_polls_must_be_pinned():
+    rows, layers, size = 1, 2, 64
+    there = {"device": "cuda"}
+    hidden = torch.zeros(rows, size, dtype=torch.bfloat16, **there)
+    ints = [torch.zeros(n, dtype=torch.int32, **there) for n in (rows, rows, rows, rows, layers)]
+    arguments = [
+        hidden, hidden, torch.zeros(rows, dtype=torch.int64, **there), hidden,
+        torch.zeros(0, dtype=torch.int64, **there), hidden.clone(), *ints,
+        torch.zeros(layers, rows, **there), torch.zeros(1, dtype=torch.int32, **there),
+    ]  # fmt: skip
+    records = torch.zeros(2, 2 + rows + layers * rows, dtype=torch.int32)
+    with pytest.raises(RuntimeError, match="pinned"):
+        ops.advance(*arguments, records)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"threshold": 0.5}, {"threshold": 0.98}, {"mode": "full"}, {"mode": "full_w4"},
+        {"threshold": 0.9, "temperature": 0.7, "seed": 3}, {"threshold": 0.9, "min_layers": 3, "stop": "2"},
+    ],
+    ids=str,
+)  # fmt: skip
+@pytest.mark.parametrize("batch", [1, 3])
+def test_captured_steps_give_what_eager_ones_give(model, monkeypatch, options, batch):
+    """From a stream that is not the default one as well."""
+    prompts, options = TEXTS[:batch], {"max_new_tokens": 40, **options}
+    with monkeypatch.context() as patch:
+        patch.setattr(generate, "decoder_for", decoder.EagerDecoder)
+        eager = facts(model.generate(prompts, **options))
+    for control in ("host", "device") * 2:
+        assert facts(model.generate(prompts, exit_control=control, **options)) == eager
+        with torch.cuda.stream(torch.cuda.Stream()):
+            assert facts(model.generate(prompts, exit_control=control, **options)) == eager
+    logits = model.generate(prompts, exit_control="host", return_logits=True, **options)
+    assert facts(logits) == eager
+    assert all(len(output.logits) == len(output.tokens) for output in logits)
+
+
+def test_the_gpu_agrees_with_the_cpu(model):
+    """bf16 sums in another order: the logits agree to rounding, so do the scores of a given text."""
+    tokens = demo_model().generate(PROMPTS[1], threshold=float("inf"), max_new_tokens=24).tokens
+    for mode in ("full", "full_w4"):
+        scores = [
+            m.score(PROMPTS[1] + tokens, prompt_length=len(PROMPTS[1]), mode=mode)
+            for m in (model, demo_model())
+        ]
+        ours, theirs = (score.logits.float().cpu().log_softmax(-1) for score in scores)
+        divergence = (theirs.exp() * (theirs - ours)).sum(-1)
+        assert divergence.max() < 0.02, mode
+
+
+def test_rows_do_not_see_each_other(model):
+    """With one threshold that nobody meets, a batch gives what its prompts give alone."""
+    options = {"threshold": float("inf"), "max_new_tokens": 16}
+    together = facts(model.generate(PROMPTS, **options))
+    assert together == [facts([model.generate(prompt, **options)])[0] for prompt in PROMPTS]

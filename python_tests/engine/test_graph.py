@@ -1,0 +1,615 @@
+"""Captured steps: outputs as from eager ones, what gets captured, and runners that are lent and given back.
+
+On the CPU a graph is the function that would be captured, so all but the capture itself is tested here.
+"""
+
+import gc
+import math
+import weakref
+
+import pytest
+import torch
+from tiny_model import demo_model, random_model, random_prompt
+
+from river_ext import ops
+from river_ext.engine import decoder, generate, graph
+from river_ext.engine.graph import backbone_part, river_part, tail_part, whole_steps
+from river_ext.errors import RiverError
+
+LAYERS, VOCAB = 4, 80
+CONTROLS = ("host", "device")
+PROMPTS = [random_prompt(n, n) for n in (1, 6, 11, 3, 8, 2, 5, 4)]
+QUESTION = "Question: Ana has 21 coins and buys 12 more at the fair. How many coins does Ana have?\nAnswer:"
+
+
+def facts(outputs):
+    """All that must be the same whoever decides."""
+    outputs = outputs if isinstance(outputs, list) else [outputs]
+    names = ("text", "tokens", "exit_depths", "similarities", "finish_reason")
+    return [tuple(getattr(output, name) for name in names) for output in outputs]
+
+
+def lengths(outputs):
+    return [len(output.tokens) for output in outputs]
+
+
+@pytest.fixture
+def model():
+    """A random model that no other test has left a runner on."""
+    model = random_model()
+    model.network.idle_runners.clear()
+    return model
+
+
+def idle(model):
+    (runner,) = model.network.idle_runners
+    return runner
+
+
+@pytest.fixture
+def replays(monkeypatch):
+    """The parts that are replayed, in order; whole steps one by one."""
+    parts, replay = [], graph.Runner.replay
+
+    def counted(self, network, part, *arguments):
+        parts.extend([part] * (arguments[0] if part is whole_steps else 1))
+        return replay(self, network, part, *arguments)
+
+    monkeypatch.setattr(graph.Runner, "replay", counted)
+    return parts
+
+
+# --- the same outputs ---------------------------------------------------------------------------------------
+
+EVERY_SEVENTH = list(range(0, VOCAB, 7))
+SAME = {
+    "never": {"threshold": math.inf},
+    "not reached": {"threshold": 1.0},
+    "always": {"threshold": -2},
+    "always after 3": {"threshold": -2, "min_layers": 3},
+    "always after all": {"threshold": -2, "min_layers": LAYERS},
+    "0.5": {"threshold": 0.5},
+    "0.7": {"threshold": 0.7},
+    "0.75 after 2": {"threshold": 0.75, "min_layers": 2},
+    "full": {"mode": "full"},
+    "full_w4": {"mode": "full_w4"},
+    "prefill min": {"threshold": 0.7, "prefill": "min"},
+    "prefill last": {"threshold": 0.7, "prefill": "last"},
+    "prefill depth": {"threshold": 0.7, "prefill": "depth:2"},
+    "sampled": {"threshold": 0.7, "temperature": 1.3, "seed": 7},
+    "sampled river": {"mode": "full_w4", "temperature": 0.7, "seed": -3},
+    "stop tokens": {"threshold": 0.7, "stop_tokens": EVERY_SEVENTH},
+    "stop tokens, full": {"mode": "full", "stop_tokens": EVERY_SEVENTH},
+    "sampled with stop tokens": {"threshold": 0.7, "temperature": 1.0, "stop_tokens": EVERY_SEVENTH},
+    "more stop tokens": {"threshold": 0.7, "temperature": 1.0, "stop_tokens": list(range(0, VOCAB, 4))},
+    "1 token": {"max_new_tokens": 1},
+    "2 tokens": {"max_new_tokens": 2},
+    "few tokens": {"max_new_tokens": 5, "threshold": 0.7},
+}
+
+
+@pytest.mark.parametrize("batch", [1, 2, 3, 8])
+@pytest.mark.parametrize("options", SAME.values(), ids=SAME)
+def test_every_control_gives_what_eager_steps_give(model, options, batch):
+    options = {"max_new_tokens": 24, **options}
+    eager = facts(model.generate(PROMPTS[:batch], **options))
+    for control in CONTROLS:
+        assert facts(model.generate(PROMPTS[:batch], exit_control=control, **options)) == eager, control
+
+
+def test_the_cases_above_are_not_trivial(model):
+    """Depths that vary from token to token, and rows that end at different times."""
+    for name in ("0.5", "0.7"):
+        (output,) = model.generate(PROMPTS[1:2], max_new_tokens=24, **SAME[name])
+        assert len(set(output.exit_depths[1:])) > 1
+    outputs = model.generate(PROMPTS, max_new_tokens=24, **SAME["stop tokens"])
+    assert len(set(lengths(outputs))) > 2
+    depths = {len({out.exit_depths[i] for out in outputs if i < len(out.tokens)}) for i in range(1, 24)}
+    assert depths <= {0, 1}, "all rows of a step have one depth"
+
+
+@pytest.mark.parametrize("control", CONTROLS)
+def test_requests_with_values_of_their_own(model, control):
+    """When a strict row ends, the others exit earlier: the device must drop it at the same step."""
+    options = {
+        "max_new_tokens": 24, "threshold": [0.99, 0.5, -2, 0.6], "min_layers": [1, 1, 2, 1],
+        "seed": [3, 1, 4, 1], "temperature": 0.8,
+    }  # fmt: skip
+    model_alone = model.generate(PROMPTS[:4], **options)
+    stop = model_alone[0].tokens[6]  # of the strict row
+    options["stop_tokens"] = stop
+    eager = model.generate(PROMPTS[:4], **options)
+    end, longest = len(eager[0].tokens), max(eager, key=lambda output: len(output.tokens))
+    assert end < len(longest.tokens)
+    assert min(longest.exit_depths[:end]) > min(longest.exit_depths[end:]), "it did hold the others back"
+    assert facts(model.generate(PROMPTS[:4], exit_control=control, **options)) == facts(eager)
+
+
+@pytest.mark.parametrize("control", ("auto", *CONTROLS))
+def test_requests_keep_their_own_values_when_the_first_ends_at_its_prefill(model, control):
+    """Then rows are not numbered as requests are."""
+    alone = {"max_new_tokens": 12, "temperature": 0.9, "exit_control": control}
+    own = [
+        {"seed": seed, "threshold": threshold, "min_layers": least}
+        for seed, threshold, least in [(5, 0.99, 1), (6, -2, 1), (7, math.inf, 1), (8, -2, 3)]
+    ]
+    first = model.generate(PROMPTS[0], **alone, **own[0]).tokens[0]
+    alone["stop_tokens"] = first
+    expected = [model.generate(prompt, **alone, **mine) for prompt, mine in zip(PROMPTS, own, strict=False)]
+    assert lengths(expected[:1]) == [1] and all(length > 3 for length in lengths(expected[1:]))
+    for others in ([0, 1], [0, 2], [0, 3]):  # with policy "min", more rows would share their exits
+        options = {name: [own[i][name] for i in others] for name in own[0]}
+        got = model.generate([PROMPTS[i] for i in others], **alone, **options)
+        assert facts(got) == facts([expected[i] for i in others])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("control", CONTROLS)
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"biases": True, "qk_norm": True},
+        {"sliding_window": 5},
+        {"num_hidden_layers": 1},
+        {"tie_word_embeddings": True},
+    ],
+    ids=str,
+)
+def test_models(dtype, control, changes):
+    model = random_model(dtype=dtype, **changes)
+    options = {"max_new_tokens": 16, "threshold": 0.6, "stop_tokens": EVERY_SEVENTH}
+    eager = facts(model.generate(PROMPTS[:3], **options))
+    assert facts(model.generate(PROMPTS[:3], exit_control=control, **options)) == eager
+
+
+def test_a_cache_past_the_original_positions():
+    """Under dynamic scaling a prompt's tables are as long as the cache, which a runner rounds up."""
+    scaling = (("rope_type", "dynamic"), ("factor", 8.0))
+    model = random_model(rope_scaling=scaling, max_position_embeddings=32)
+    prompt, options = random_prompt(40), {"max_new_tokens": 20, "threshold": 0.6}
+    eager = facts(model.generate(prompt, **options))
+    for control in CONTROLS:
+        assert facts(model.generate(prompt, exit_control=control, **options)) == eager
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"return_logits": True},
+        {"return_logits": True, "temperature": 1.0},
+        {"temperature": 1.0, "top_k": 9},
+        {"temperature": 1.0, "top_p": 0.8, "return_logits": True},
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("mode", [{"threshold": 0.7}, {"mode": "full"}, {"mode": "full_w4"}], ids=str)
+@pytest.mark.parametrize("batch", [1, 3])
+def test_logits_on_the_host(model, options, mode, batch):
+    options = {"max_new_tokens": 16, "stop_tokens": EVERY_SEVENTH, **options, **mode}
+    eager = model.generate(PROMPTS[:batch], **options)
+    host = model.generate(PROMPTS[:batch], exit_control="host", **options)
+    assert facts(host) == facts(eager)
+    for a, b in zip(host, eager, strict=True):
+        assert (a.logits is None and b.logits is None) or torch.equal(a.logits, b.logits)
+
+
+def test_top_k_without_a_temperature_filters_nothing(model):
+    options = {"max_new_tokens": 6, "top_k": 3, "top_p": 0.5}
+    assert facts(model.generate(PROMPTS[1], exit_control="device", **options)) == facts(
+        model.generate(PROMPTS[1], **options)
+    )
+
+
+@pytest.mark.parametrize("control", CONTROLS)
+@pytest.mark.parametrize("threshold", [0.5, 0.9])
+def test_stop_strings(control, threshold):
+    """In a batch, one row of which ends by a stop string that the device knows nothing of."""
+    prompts = [QUESTION, "def add(x):", "Question: Tom"]
+    options = {"max_new_tokens": 24, "threshold": threshold, "stop_tokens": ()}
+    whole = demo_model().generate(prompts, **options)
+    for stop in (whole[0].text[4:7], [whole[1].text[2:5], "zz"]):
+        eager = demo_model().generate(prompts, stop=stop, **options)
+        assert {output.finish_reason for output in eager} == {"stop", "length"}
+        got = demo_model().generate(prompts, stop=stop, exit_control=control, **options)
+        assert facts(got) == facts(eager)
+
+
+@pytest.mark.parametrize("control", CONTROLS)
+@pytest.mark.parametrize(
+    "options", [{}, {"stop": "1"}, {"mode": "full"}, {"temperature": 2.0, "seed": 3}, {"max_new_tokens": 1}]
+)
+def test_streams(control, options):
+    options = {"max_new_tokens": 30, **options}
+    expected = demo_model().generate(QUESTION, **options)
+    stream = demo_model().stream(QUESTION, exit_control=control, **options)
+    pieces = list(stream)
+    assert "".join(piece.text for piece in pieces) == expected.text
+    assert facts(stream.output) == facts(expected)
+
+
+# --- what is captured -----------------------------------------------------------------------------------
+
+CAPTURED = {
+    "full": ({"mode": "full"}, {(backbone_part, (4,)), (tail_part, (4,))}),
+    "full_w4": ({"mode": "full_w4"}, {(tail_part, ())}),
+    "first": ({"threshold": -2}, {(backbone_part, (1,)), (tail_part, (1,))}),
+    "no decision before min_layers": (
+        {"threshold": -2, "min_layers": 3},
+        {(backbone_part, (3,)), (tail_part, (3,))},
+    ),
+    "no decision at the last layer": (
+        {"threshold": -2, "min_layers": 4},
+        {(backbone_part, (4,)), (tail_part, (4,))},
+    ),
+    "never met": (
+        {"threshold": 0.9999, "min_layers": 2},
+        {(backbone_part, (2,)), (backbone_part, (2, 3)), (backbone_part, (2, 3, 4)), (tail_part, (2, 3, 4))},
+    ),
+    "logits, full": ({"mode": "full", "return_logits": True}, {(backbone_part, (4,))}),
+    "logits": (
+        {"threshold": -2, "return_logits": True},
+        {(backbone_part, (1,)), (river_part, (1,))},
+    ),
+}
+
+
+@pytest.mark.parametrize(("options", "expected"), CAPTURED.values(), ids=CAPTURED)
+def test_host_graphs(model, options, expected):
+    model.generate(PROMPTS[1], max_new_tokens=6, exit_control="host", **options)
+    assert set(idle(model).graphs) == expected
+
+
+def test_host_graphs_of_one_depth_are_shared_and_captured_when_needed(model):
+    """Depths 1 and 2 occur: two parts of the backbone, and a tail for each."""
+    output = model.generate(PROMPTS[1], max_new_tokens=24, threshold=0.5, exit_control="host")
+    assert set(output.exit_depths[1:]) == {1, 2}
+    expected = {(part, depths) for part in (backbone_part, tail_part) for depths in ((1,), (1, 2))}
+    assert set(idle(model).graphs) == expected
+
+
+@pytest.mark.parametrize(
+    ("options", "waits"),
+    [
+        ({"mode": "full"}, 0),
+        ({"mode": "full_w4"}, 0),
+        ({"threshold": -2}, 1),
+        ({"threshold": -2, "min_layers": 4}, 0),
+        ({"threshold": 0.9999, "min_layers": 2}, 2),
+    ],
+)
+def test_the_host_waits_where_it_decides_and_for_the_token(model, monkeypatch, options, waits):
+    polls, poll = [], graph.Runner.poll
+    monkeypatch.setattr(graph.Runner, "poll", lambda *a: polls.append(1) or poll(*a))
+    model.generate(PROMPTS[1], max_new_tokens=6, exit_control="host", **options)
+    assert len(polls) == 5 * (waits + 1)
+
+
+def test_the_device_has_one_graph_for_every_rule(model):
+    model.generate(PROMPTS[1], max_new_tokens=8, exit_control="device")
+    captured = dict(idle(model).graphs)
+    assert set(captured) == {(whole_steps, 2), (whole_steps, 1)}, "seven steps"
+    for options in ({"mode": "full"}, {"mode": "full_w4"}, {"temperature": 1.0}, {"min_layers": 3}):
+        model.generate(PROMPTS[1], max_new_tokens=8, exit_control="device", **options)
+    assert idle(model).graphs == captured
+
+
+def test_a_capture(monkeypatch):
+    """What a GPU is asked for: one run between begin and end, and replays that run nothing."""
+    calls = []
+
+    class CUDAGraph:
+        def capture_begin(self, pool, capture_error_mode):
+            calls.append(("begin", pool, capture_error_mode))
+
+        def capture_end(self):
+            calls.append("end")
+
+        def replay(self):
+            calls.append("replay")
+
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", CUDAGraph)
+    captured = graph.Graph(lambda: calls.append("run") or (1, 2), stream="a stream", pool="a pool")
+    captured.replay()
+    captured.replay()
+    assert calls == [("begin", "a pool", "thread_local"), "run", "end", "replay", "replay"]
+    assert captured.outputs == (1, 2)
+    calls.clear()
+    with pytest.raises(ZeroDivisionError):
+        graph.Graph(lambda: 1 / 0, stream="a stream", pool="a pool")
+    assert calls[-1] == "end"
+
+
+# --- running ahead --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("new_tokens", [1, 2, 3, 10])
+@pytest.mark.parametrize("batch", [1, 3])
+def test_no_step_past_the_limit(model, replays, new_tokens, batch):
+    outputs = model.generate(PROMPTS[:batch], max_new_tokens=new_tokens, exit_control="device")
+    assert lengths(outputs) == [new_tokens] * batch
+    assert replays == [whole_steps] * (new_tokens - 1)
+    assert (idle(model).slots == -1).all(), "the device has ended the rows as well"
+
+
+@pytest.fixture(params=[0, 1], ids=["single steps", "paired steps"])
+def pairs(request):
+    before = ops._C.set_variant("paired_steps", request.param)
+    yield request.param
+    ops._C.set_variant("paired_steps", before)
+
+
+def in_flight(count, pairs):
+    """Steps that have been replayed when the host waits for step `count`, if no limit is near."""
+    steps = count + decoder.RUN_AHEAD
+    return steps + steps % 2 if pairs else steps
+
+
+@pytest.mark.parametrize("new_tokens", [2, 3, 20, 21])
+def test_how_far_ahead(model, replays, pairs, new_tokens):
+    stream = model.stream(PROMPTS[1], max_new_tokens=new_tokens, exit_control="device")
+    for count, _ in enumerate(stream):
+        assert len(replays) == (0 if count == 0 else min(in_flight(count, pairs), new_tokens - 1))
+    assert 0 < decoder.RUN_AHEAD + pairs < graph.RECORDS, "a record is read before it is written again"
+
+
+@pytest.mark.parametrize("options", [{"threshold": 0.5}, {"stop_tokens": EVERY_SEVENTH}])
+def test_pairs_of_steps_change_nothing(model, pairs, options):
+    options = {"max_new_tokens": 13, "threshold": 0.7} | options
+    for batch in (1, 3):
+        eager = facts(model.generate(PROMPTS[:batch], **options))
+        assert facts(model.generate(PROMPTS[:batch], exit_control="device", **options)) == eager
+
+
+def test_steps_after_the_last_stop_token_are_few(model, replays, pairs):
+    output = model.generate(PROMPTS[1], max_new_tokens=30, exit_control="device", stop_tokens=EVERY_SEVENTH)
+    steps = len(output.tokens) - 1
+    assert output.finish_reason == "stop" and 0 < steps < 20
+    assert len(replays) == in_flight(steps, pairs)
+
+
+def test_no_step_ahead_of_a_stop_string_in_a_batch(replays):
+    options = {"max_new_tokens": 12, "exit_control": "device", "stop_tokens": ()}
+    stream = generate.run(
+        demo_model().network,
+        generate._sequences(
+            demo_model().text,
+            generate.plan(
+                demo_model().config,
+                demo_model().text,
+                [QUESTION, "def f"],
+                generate.Options(stop="\N{SNOWMAN}", **options),
+            ),
+        ),
+    )
+    for count, _ in enumerate(stream):
+        assert len(replays) == max(0, count // 2), "two rows a step, after two prefills"
+    replays.clear()
+    demo_model().generate([QUESTION], stop="\N{SNOWMAN}", **options)
+    assert replays == [whole_steps] * 11
+    replays.clear()
+    next(steps := iter(demo_model().stream(QUESTION, stop="\N{SNOWMAN}", **options)))
+    next(steps)
+    assert len(replays) == in_flight(1, pairs=True), "alone, its extra steps change nothing"
+
+
+@pytest.mark.parametrize("control", CONTROLS)
+def test_nothing_is_written_where_a_row_has_ended(model, control):
+    options = {"max_new_tokens": 24, "exit_control": control, "stop_tokens": EVERY_SEVENTH}
+    model.generate(PROMPTS[:3], **options)
+    cache = idle(model).cache
+    for part in (cache.k, cache.v):
+        part.fill_(math.nan)
+    outputs = model.generate(PROMPTS[:3], **options)
+    assert idle(model).cache is cache
+    assert len(set(lengths(outputs))) > 1
+    for slot, (prompt, output) in enumerate(zip(PROMPTS, outputs, strict=False)):
+        end = len(prompt) + len(output.tokens) - 1  # the last token is not fed back
+        for part in (cache.k, cache.v):
+            assert not part[:, slot, :, :end].isnan().any()
+            assert part[:, slot, :, end:].isnan().all()
+    assert cache.k[:, 3].isnan().all(), "the slot of the row that fills up the batch"
+
+
+# --- runners --------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("batch", "length", "rows"), [(1, 40, 1), (2, 40, 2), (3, 40, 4), (4, 9, 4), (5, 9, 8), (8, 9, 8)]
+)
+def test_sizes_of_a_runner(model, batch, length, rows):
+    model.generate([[1] * length] * batch, max_new_tokens=3, exit_control="host")
+    runner = idle(model)
+    assert (runner.cache.slots, runner.cache.max_len) == (rows, 64), "no more positions than the model has"
+    assert runner.hidden.shape == (rows, 64) and len(runner.stop_tokens) == 16
+
+
+def test_lengths_are_rounded_up():
+    network = random_model(max_position_embeddings=600).network
+    assert [graph.lend_runner(network, 1, n, 0).cache.max_len for n in (1, 256, 257, 512, 513, 599)] == [
+        256, 256, 512, 512, 600, 600,
+    ]  # fmt: skip
+    assert [len(graph.lend_runner(network, 1, 1, n).stop_tokens) for n in (0, 16, 17)] == [16, 16, 32]
+
+
+def test_a_runner_is_used_again_if_the_next_run_fits():
+    model = random_model(max_position_embeddings=600)
+    model.network.idle_runners.clear()
+
+    def run(batch, length, **options):
+        options = {"max_new_tokens": 5, "threshold": 0.7, **options}
+        expected = facts(model.generate([PROMPTS[2][:length] * 30] * batch, **options))
+        for control in CONTROLS:
+            got = model.generate([PROMPTS[2][:length] * 30] * batch, exit_control=control, **options)
+            assert facts(got) == expected
+        return idle(model)
+
+    first = run(3, 5)
+    for batch, length, options in [
+        (4, 8, {}),
+        (3, 2, {"mode": "full"}),
+        (4, 1, {"temperature": 1.0}),
+    ]:
+        assert run(batch, length, **options) is first
+    for batch, length, options in [(2, 5, {}), (5, 5, {}), (3, 10, {}), (3, 5, {"stop_tokens": range(17)})]:
+        before = idle(model)
+        assert run(batch, length, **options) is not before
+    assert run(1, 10) is run(1, 1, stop_tokens=range(3)), "a longer one serves"
+
+
+@pytest.mark.parametrize("control", CONTROLS)
+def test_stop_tokens_of_another_run_stop_nothing(model, control):
+    options = {"max_new_tokens": 12, "exit_control": control}
+    first = model.generate(PROMPTS[:2], **options)
+    runner, stop_tokens = idle(model), first[0].tokens[2:]
+    assert len(model.generate(PROMPTS[:2], stop_tokens=stop_tokens, **options)[0].tokens) == 3
+    assert facts(model.generate(PROMPTS[:2], **options)) == facts(first)
+    assert idle(model) is runner
+
+
+@pytest.mark.parametrize("control", CONTROLS)
+def test_a_runner_comes_back_idle(model, monkeypatch, control):
+    """Nobody may take it, or free it, while its steps are in flight."""
+    waited = []
+
+    def synchronise(self):
+        waited.append(len(model.network.idle_runners))
+
+    monkeypatch.setattr(graph.Runner, "synchronise", synchronise)
+    model.generate(PROMPTS[1], max_new_tokens=3, exit_control=control)
+    assert waited == [0] and len(model.network.idle_runners) == 1
+
+
+def test_a_runner_that_does_not_fit_makes_room_first(model, monkeypatch):
+    model.generate(PROMPTS[0], max_new_tokens=3, exit_control="device")
+    old, alive = weakref.ref(idle(model).cache), []
+    new = graph.KVCache
+
+    def made(*arguments):
+        gc.collect()  # on the CPU, functions in place of graphs refer back to their runner
+        alive.append(old() is not None)
+        return new(*arguments)
+
+    monkeypatch.setattr(graph, "KVCache", made)
+    model.generate(PROMPTS[:2], max_new_tokens=3, exit_control="device")
+    assert alive == [False]
+
+
+@pytest.mark.parametrize("controls", [CONTROLS, ("device", "device"), ("host", "host")])
+def test_streams_of_one_model_take_turns(model, controls):
+    options = {"max_new_tokens": 12, "threshold": 0.6}
+    expected = [facts(model.generate(prompt, **options)) for prompt in PROMPTS[1:3]]
+    streams = [
+        model.stream(prompt, exit_control=control, **options)
+        for prompt, control in zip(PROMPTS[1:3], controls, strict=True)
+    ]
+    for pieces in zip(*streams, strict=True):
+        assert len(pieces) == 2
+    assert [facts(stream.output) for stream in streams] == expected
+    assert len(model.network.idle_runners) == 1, "one of the two is kept"
+
+
+@pytest.mark.parametrize("control", CONTROLS)
+@pytest.mark.parametrize("steps", [0, 1, 2, 5])
+def test_an_abandoned_stream_gives_its_runner_back(model, control, steps):
+    options = {"max_new_tokens": 20, "threshold": 0.7}
+    expected = facts(model.generate(PROMPTS[1], **options))
+    stream = model.stream(PROMPTS[2], temperature=1.0, exit_control=control, **options)
+    for _ in range(steps):
+        next(stream)
+    assert not model.network.idle_runners
+    del stream
+    assert len(model.network.idle_runners) == min(steps, 1), "a stream that never began has borrowed none"
+    kept = list(model.network.idle_runners)
+    assert facts(model.generate(PROMPTS[1], exit_control=control, **options)) == expected
+    assert not kept or idle(model) is kept[0]
+
+
+@pytest.mark.parametrize("control", CONTROLS)
+@pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt])
+def test_a_run_that_fails_gives_its_runner_back(model, monkeypatch, control, error):
+    """In the middle of a step, with a row more: what it leaves behind does not reach the next run."""
+    options = {"max_new_tokens": 12, "threshold": 0.7, "exit_control": control}
+    expected = facts(model.generate(PROMPTS[:3], **options))
+    runner, head, calls = idle(model), ops.lm_head, []
+
+    def failing(*arguments, **keywords):
+        calls.append(1)
+        if len(calls) == 7:  # the first four are of prefills
+            raise error("in the third step")
+        return head(*arguments, **keywords)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(ops, "lm_head", failing)
+        with pytest.raises(error, match="third"):
+            model.generate(PROMPTS[:4], **options | {"threshold": math.inf})
+    assert idle(model) is runner
+    assert facts(model.generate(PROMPTS[:3], **options)) == expected
+
+
+@pytest.mark.parametrize("control", CONTROLS)
+def test_longer_rope_tables_leave_a_runner_its_own(control):
+    model = random_model(max_position_embeddings=600)
+    options = {"max_new_tokens": 8, "threshold": 0.6, "exit_control": control}
+    stream = model.stream(PROMPTS[1], **options)
+    next(stream)
+    model.generate([1] * 500, max_new_tokens=3)
+    assert len(model.network.rope(1)[0]) >= 502
+    list(stream)
+    assert facts(stream.output) == facts(model.generate(PROMPTS[1], **options))
+
+
+@pytest.mark.parametrize(
+    ("control", "lost"), [("host", backbone_part), ("host", tail_part), ("device", whole_steps)]
+)
+def test_a_part_without_a_result_ends_the_run(model, monkeypatch, control, lost):
+    """Results of an earlier run on the same runner are not mistaken for it."""
+    options = {"max_new_tokens": 3, "threshold": 0.5, "exit_control": control}
+    model.generate(PROMPTS[1], **options)
+    replay = graph.Runner.replay
+
+    def lossy(self, network, part, *arguments):
+        return None if part is lost else replay(self, network, part, *arguments)
+
+    monkeypatch.setattr(graph.Runner, "replay", lossy)
+    with pytest.raises(RiverError, match="no result from cpu after 1000 polls"):
+        model.generate(PROMPTS[1], **options)
+
+
+def test_patience(model, monkeypatch):
+    """With a device that goes on and on."""
+
+    class Stream:
+        def query(self):
+            return False
+
+    runner = graph.lend_runner(model.network, 1, 8, 0)
+    runner.stream = Stream()
+    monkeypatch.setattr(graph, "PATIENCE", 0.05)
+    with pytest.raises(RiverError, match="no result from cpu"):
+        runner.poll(lambda: 0, lambda value: value == 1)
+    values = iter(range(5000))
+    assert runner.poll(lambda: next(values), lambda value: value == 4000) == 4000
+
+
+# --- which decoder --------------------------------------------------------------------------------------
+
+
+def test_auto(monkeypatch):
+    network = random_model().network
+
+    def chosen(device, **options):
+        monkeypatch.setattr(network, "device", torch.device(device))
+        for kind in ("EagerDecoder", "HostDecoder", "DeviceDecoder"):
+            monkeypatch.setattr(decoder, kind, lambda *a, kind=kind: kind)
+        plan = generate.plan(network.config, None, [1], generate.Options(max_new_tokens=2, **options))
+        return decoder.decoder_for(network, plan, 2)
+
+    assert chosen("cpu") == "EagerDecoder"
+    assert chosen("cpu", exit_control="host") == "HostDecoder"
+    assert chosen("cpu", exit_control="device") == "DeviceDecoder"
+    assert chosen("cuda") == "DeviceDecoder"
+    assert chosen("cuda", temperature=1.0) == "DeviceDecoder"
+    assert chosen("cuda", exit_control="host") == "HostDecoder"
+    for options in ({"return_logits": True}, {"temperature": 1.0, "top_k": 3}):
+        assert chosen("cuda", **options) == "HostDecoder"

@@ -1,0 +1,160 @@
+"""Prefill: the same bits as feeding tokens one at a time, and its depth policies."""
+
+import math
+
+import pytest
+import torch
+from tiny_model import demo_model, random_model, random_prompt
+
+from river_ext import ops
+from river_ext.engine import prefill
+from river_ext.engine.cache import KVCache
+from river_ext.engine.exit_rule import ExitRule
+from river_ext.engine.prefill import PrefillPolicy
+from river_ext.engine.sampling import Sampling
+from river_ext.engine.step import Rows, decode_step
+from river_ext.errors import RiverError
+
+GREEDY, LAYERS = Sampling(), 4
+
+
+def prefilled(network, prompt, policy="full", threshold=0.5, min_layers=1):
+    cache = KVCache(network.config, 2, len(prompt), network.dtype)
+    rule = ExitRule.of([threshold], [min_layers], network.config.num_hidden_layers)
+    policy = PrefillPolicy.parse(policy, network.config.num_hidden_layers)
+    step = prefill.prefill(network, cache, 1, prompt, rule, policy, GREEDY, return_logits=True)
+    return step, cache
+
+
+def one_at_a_time(network, prompt, depth):
+    cache = KVCache(network.config, 2, len(prompt), network.dtype)
+    rule = ExitRule.of([math.inf], [1], limit=depth)
+    for position, token in enumerate(prompt):
+        rows = Rows.of([token], [1], [position], [0], rule, cache)
+        step = decode_step(network, cache, rows, GREEDY, return_logits=True)
+    return step, cache
+
+
+SHAPES = {
+    "gqa": {},
+    "mha": {"num_key_value_heads": 4},
+    "one kv head": {"num_key_value_heads": 1},
+    "biases": {"biases": True},
+    "q and k norms": {"qk_norm": True},
+    "partial rotary": {"rotary_dim": 8},
+    "sliding window": {"sliding_window": 5},
+    "odd sizes": {"intermediate_size": 77, "vocab_size": 81, "head_dim": 20, "rotary_dim": 20},
+    "linear scaling": {"rope_scaling": (("rope_type", "linear"), ("factor", 4.0))},
+}
+
+
+@pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
+@pytest.mark.parametrize("depth", [0, 2, LAYERS])
+def test_prefill_equals_one_token_at_a_time(shape, depth):
+    network, prompt = random_model(**shape).network, random_prompt(21)
+    assert_same_bits(network, prompt, depth)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("depth", [0, 3])
+@pytest.mark.parametrize("length", [1, 8, 9, 40])
+def test_prefill_equals_one_token_at_a_time_in_16_bits(dtype, depth, length):
+    assert_same_bits(random_model(dtype=dtype).network, random_prompt(length), depth)
+
+
+def test_demo_model_prefill_equals_one_token_at_a_time():
+    prompt = demo_model().text.encode("Question: Ana has 21 coins and buys 12 more. How many coins?\nAnswer:")
+    assert_same_bits(demo_model().network, prompt, demo_model().config.num_hidden_layers)
+
+
+def assert_same_bits(network, prompt, depth):
+    many, cache = prefilled(network, prompt, f"depth:{depth}")
+    single, expected = one_at_a_time(network, prompt, depth)
+    assert many.exit_depths == single.exit_depths == [depth]
+    assert many.similarities == single.similarities
+    assert torch.equal(many.tokens, single.tokens)
+    assert torch.equal(many.logits, single.logits)
+    assert torch.equal(cache.k[:, 1], expected.k[:, 1])
+    assert torch.equal(cache.v[:, 1], expected.v[:, 1])
+
+
+def test_dynamic_scaling_gives_a_long_prompt_the_angles_of_its_length():
+    scaling = (("rope_type", "dynamic"), ("factor", 4.0))
+    network = random_model(rope_scaling=scaling, max_position_embeddings=16).network
+    assert network.config.max_length == 64
+    for length in (16, 17, 40):
+        cos, _ = network.prompt_rope(length, 64)
+        assert torch.equal(cos[:length], network.rope(64)[0][:length]) == (length <= 16)
+    assert_same_bits(network, random_prompt(16), LAYERS)
+    long, _ = prefilled(network, random_prompt(40))
+    single, _ = one_at_a_time(network, random_prompt(40), LAYERS)
+    assert not torch.allclose(long.logits, single.logits, atol=1e-3)
+
+
+def test_prefill_writes_its_slot_only():
+    _, cache = prefilled(random_model().network, random_prompt(6))
+    cache.k.fill_(float("nan"))
+    cache.v.fill_(float("nan"))
+    network = random_model().network
+    rule = ExitRule.of([-2], [1], LAYERS)
+    prefill.prefill(network, cache, 1, random_prompt(4), rule, PrefillPolicy(LAYERS, "min"), GREEDY)
+    for part in (cache.k, cache.v):
+        assert part[:, 0].isnan().all()
+        assert part[:, 1, :, :4].isfinite().all()
+        assert part[:, 1, :, 4:].isnan().all()
+
+
+def similarities_of_all_tokens(network, prompt):
+    """[layers][tokens], by feeding one token at a time through the backbone."""
+    cache = KVCache(network.config, 1, len(prompt), network.dtype)
+    rule = ExitRule.of([math.inf], [1], LAYERS)
+    steps = [
+        decode_step(network, cache, Rows.of([token], [0], [p], [0], rule, cache), GREEDY)
+        for p, token in enumerate(prompt)
+    ]
+    return list(zip(*(step.similarities[0] for step in steps), strict=True))
+
+
+@pytest.mark.parametrize("policy", ["min", "last"])
+@pytest.mark.parametrize("min_layers", [1, 2])
+def test_policies_apply_the_rule_to_the_prompt(policy, min_layers):
+    network, prompt = random_model().network, random_prompt(9)
+    by_layer = similarities_of_all_tokens(network, prompt)
+    judged = [min(s) if policy == "min" else s[-1] for s in by_layer]
+    for threshold in [-2.0, math.inf, *(s - 1e-4 for s in judged), *(s + 1e-4 for s in judged)]:
+        step, _ = prefilled(network, prompt, policy, threshold, min_layers)
+        met = [d for d, s in enumerate(judged, start=1) if s > threshold and d >= min_layers]
+        assert step.exit_depths == [met[0] if met else LAYERS]
+        assert len(step.similarities[0]) == step.exit_depths[0]
+
+
+def test_fixed_depth_ignores_the_rule():
+    network, prompt = random_model().network, random_prompt(9)
+    for depth in range(LAYERS + 1):
+        for threshold in (-2, math.inf):
+            assert prefilled(network, prompt, f"depth:{depth}", threshold)[0].exit_depths == [depth]
+    assert prefilled(network, prompt, "full", -2)[0].exit_depths == [LAYERS]
+
+
+def test_depth_l_is_full():
+    network, prompt = random_model().network, random_prompt(9)
+    a, b = prefilled(network, prompt, "full")[0], prefilled(network, prompt, f"depth:{LAYERS}")[0]
+    assert torch.equal(a.logits, b.logits)
+
+
+@pytest.mark.parametrize(
+    "text", ["", "Full", "depth", "depth:", "depth:5", "depth:-1", "depth:1.5", "depth:²", "min:2", None, 3]
+)
+def test_other_policies_are_refused(text):
+    with pytest.raises(RiverError, match="accepted: 'full', 'depth:k', 'min' or 'last' with k from 0 to 4"):
+        PrefillPolicy.parse(text, LAYERS)
+
+
+def test_only_the_last_token_goes_through_the_head(monkeypatch):
+    rows = []
+    lm_head = ops.lm_head
+    monkeypatch.setattr(
+        ops, "lm_head", lambda hidden, *a, **k: rows.append(len(hidden)) or lm_head(hidden, *a, **k)
+    )
+    prefilled(random_model().network, random_prompt(20))
+    assert rows == [1]

@@ -1,0 +1,188 @@
+"""Greedy, temperature, top-k and top-p."""
+
+import math
+
+import pytest
+import torch
+from tiny_model import random_model, random_prompt
+
+from river_ext.engine.sampling import Sampling, draw, filtered, next_tokens
+from river_ext.reference import gumbel
+
+DRAWS = 1200
+LOGITS = torch.tensor([1.0, 0.2, -0.5, 1.3, -2.0, 0.9])
+
+
+def finite(logits, temperature, **options):
+    logits = torch.as_tensor(logits) / temperature
+    return [token for token in filtered(logits, Sampling(temperature, **options)) if logits[token].isfinite()]
+
+
+def test_top_k_keeps_the_likeliest():
+    assert finite(LOGITS, temperature=1.0, top_k=2) == [0, 3]
+    assert finite(LOGITS, temperature=1.0, top_k=100) == list(range(6))
+    assert finite([1.0, 2.0, 2.0, 2.0], temperature=1.0, top_k=2) == [1, 2], "ties go to the lowest id"
+
+
+def test_top_p_keeps_the_fewest_that_reach_p():
+    logits = torch.tensor([0.1, 0.4, 0.3, 0.2]).log()
+    assert finite(logits, temperature=1.0, top_p=0.39) == [1]
+    assert finite(logits, temperature=1.0, top_p=0.5) == [1, 2]
+    assert finite(logits, temperature=1.0, top_p=0.85) == [1, 2, 3]
+    assert finite(logits, temperature=1.0, top_p=1e-9) == [1]
+    assert finite(logits, temperature=0.2, top_p=0.5) == [1], "of the distribution at this temperature"
+
+
+def test_top_p_looks_at_what_top_k_left():
+    logits = torch.tensor([0.1, 0.4, 0.3, 0.2]).log()
+    assert finite(logits, temperature=1.0, top_k=2, top_p=0.58) == [1, 2]
+    assert finite(logits, temperature=1.0, top_k=2, top_p=0.57) == [1]
+
+
+@pytest.mark.parametrize("spread", [0.0, 0.02, 1.0, 4.0])
+@pytest.mark.parametrize(
+    "options", [{"top_p": 0.3}, {"top_p": 0.9}, {"top_k": 1500}, {"top_k": 60, "top_p": 0.9}]
+)
+def test_filters_of_a_large_vocabulary_rank_it_all(spread, options):
+    """A flat distribution needs more than the tokens looked at first; quantised logits have many ties."""
+    logits = (torch.randn(9000, generator=torch.Generator().manual_seed(3)) * spread * 8).round() / 8
+    sampling = Sampling(1.0, **options)
+    order = sorted(range(9000), key=lambda token: (-logits[token].item(), token))
+    order = order[: sampling.top_k or 9000]
+    probability = torch.softmax(logits[order].double(), 0)
+    before = probability.cumsum(0) - probability
+    got = filtered(logits, sampling).tolist()
+    assert got == sorted(order[: len(got)])
+    slack = 1e-5  # of fp32 sums
+    assert len(got) == 1 or before[len(got) - 1] < sampling.top_p + slack
+    assert len(got) == len(order) or before[len(got)] >= sampling.top_p - slack
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"temperature": 1.0}, {"temperature": 1.0, "top_k": 2}, {"temperature": 1.0, "top_p": 0.9}],
+)
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_a_row_without_finite_logits_has_no_token(value, options):
+    network = random_model().network
+    hidden = network.embed(torch.arange(8) + 20)
+    seeds, positions = torch.arange(8), torch.full((8,), 3, dtype=torch.int32)
+    expected, _ = next_tokens(network, hidden, Sampling(**options), seeds, positions)
+    hidden[[1, 6], 5] = value
+    expected[[1, 6]] = -1
+    for return_logits in (False, True):
+        tokens, logits = next_tokens(network, hidden, Sampling(**options), seeds, positions, return_logits)
+        assert torch.equal(tokens, expected)
+        assert (logits is not None) == return_logits
+
+
+def chi_square(counts, probabilities):
+    expected = probabilities * counts.sum()
+    return ((counts - expected).square() / expected)[probabilities > 0].sum().item()
+
+
+# 99.9 % points of the chi-square distribution
+LIMIT = {2: 13.8, 5: 20.5}
+
+
+@pytest.mark.parametrize(
+    ("options", "degrees"), [({}, 5), ({"top_k": 3}, 2), ({"top_p": 0.8}, 2), ({"top_k": 4, "top_p": 0.8}, 2)]
+)
+def test_draws_follow_the_filtered_distribution(options, degrees):
+    sampling = Sampling(0.8, **options)
+    tokens = filtered(LOGITS / 0.8, sampling)
+    probabilities = torch.zeros(6).index_put((tokens,), torch.softmax(LOGITS[tokens] / 0.8, dim=0))
+    assert (probabilities > 0).sum() == degrees + 1
+    tokens = torch.stack([draw(LOGITS, sampling, seed=i % 30, position=i // 30) for i in range(DRAWS)])
+    assert chi_square(tokens.bincount(minlength=6).float(), probabilities) < LIMIT[degrees]
+
+
+def test_plain_temperature_in_the_op_follows_the_distribution():
+    network = random_model(vocab_size=6).network
+    hidden = network.embed(torch.tensor([2])).expand(8, -1).contiguous()
+    sampling = Sampling(1.7)
+    _, logits = next_tokens(network, hidden, Sampling(), torch.zeros(8).long(), torch.zeros(8).int(), True)
+    counts = torch.zeros(6)
+    for start in range(0, DRAWS, 8):
+        positions = torch.arange(start, start + 8, dtype=torch.int32)
+        tokens, _ = next_tokens(network, hidden, sampling, torch.full((8,), 3), positions)
+        counts += tokens.bincount(minlength=6)
+    assert chi_square(counts, torch.softmax(logits[0] / 1.7, dim=0)) < LIMIT[5]
+
+
+def test_filters_and_op_draw_the_same_tokens():
+    """A filter that rules nothing out changes nothing: the noise is the same."""
+    network = random_model().network
+    hidden = network.embed(torch.arange(8) + 20)
+    for position in range(40):
+        seeds, positions = torch.arange(8) + 100, torch.full((8,), position, dtype=torch.int32)
+        plain, _ = next_tokens(network, hidden, Sampling(1.2), seeds, positions)
+        filters, _ = next_tokens(network, hidden, Sampling(1.2, top_k=80), seeds, positions)
+        assert torch.equal(plain, filters)
+
+
+def test_noise_depends_on_seed_position_and_purpose():
+    tokens = torch.arange(16)
+    base = gumbel(1, 2, tokens)
+    assert torch.equal(base, gumbel(1, 2, tokens))
+    assert torch.equal(base[[3, 9]], gumbel(1, 2, tokens[[3, 9]]))
+    for other in (gumbel(3, 2, tokens), gumbel(1, 3, tokens), gumbel(1, 2, tokens, purpose=1)):
+        assert not torch.equal(base, other)
+
+
+def test_greedy_is_the_argmax_with_ties_to_the_lowest_id():
+    network = random_model().network
+    out = random_model().generate(random_prompt(4), max_new_tokens=10, return_logits=True)
+    assert out.tokens == out.logits.argmax(-1).tolist()
+    hidden = torch.zeros(1, network.config.hidden_size)  # all logits are 0
+    tokens, logits = next_tokens(
+        network, hidden, Sampling(), torch.zeros(1).long(), torch.zeros(1).int(), True
+    )
+    assert tokens.tolist() == [0]
+    assert (logits == 0).all()
+
+
+def test_zero_temperature_ignores_the_filters():
+    greedy = random_model().generate(random_prompt(4), max_new_tokens=10)
+    filters = random_model().generate(random_prompt(4), max_new_tokens=10, top_k=3, top_p=0.5)
+    assert filters.tokens == greedy.tokens
+
+
+@pytest.mark.parametrize("options", [{"top_k": 1}, {"top_p": 1e-6}])
+def test_a_filter_that_leaves_one_token_is_greedy(options):
+    greedy = random_model().generate(random_prompt(4), max_new_tokens=10)
+    drawn = random_model().generate(random_prompt(4), max_new_tokens=10, temperature=1.0, **options)
+    assert drawn.tokens == greedy.tokens
+
+
+@pytest.mark.parametrize("options", [{}, {"top_k": 20}, {"top_p": 0.9}])
+def test_same_seed_and_prompt_give_the_same_tokens_in_any_batch(options):
+    options = {"max_new_tokens": 12, "temperature": 1.0, "mode": "full", **options}
+    prompt, seeds = random_prompt(5), [5, 6, 5, -1]
+    alone = [random_model().generate(prompt, seed=seed, **options).tokens for seed in seeds]
+    assert alone[0] == alone[2]
+    assert len({tuple(tokens) for tokens in alone}) == 3
+    prompts = [prompt, prompt, prompt, prompt, random_prompt(9, 9)]
+    together = random_model().generate(prompts, seed=[*seeds, 0], **options)
+    assert [out.tokens for out in together[:4]] == alone
+    one_seed = random_model().generate(prompts[:3], seed=5, **options)
+    assert [out.tokens for out in one_seed] == [alone[0]] * 3
+
+
+@pytest.mark.parametrize("options", [{}, {"top_k": 40}])
+def test_noise_belongs_to_the_position_of_the_token_drawn(options):
+    """Prefill and every step: the token at position p is drawn with the noise of p."""
+    prompt, sampling = random_prompt(5), Sampling(0.9, **options)
+    out = random_model().generate(
+        prompt, max_new_tokens=12, temperature=0.9, seed=11, threshold=0.8, return_logits=True, **options
+    )
+    drawn = [draw(logits, sampling, 11, len(prompt) + i) for i, logits in enumerate(out.logits)]
+    assert out.tokens == torch.stack(drawn).tolist()
+
+
+def test_logits_are_those_before_the_filter():
+    options = {"max_new_tokens": 3, "return_logits": True, "temperature": 1.0}
+    plain = random_model().generate(random_prompt(4), **options)
+    filters = random_model().generate(random_prompt(4), top_k=2, **options)
+    assert torch.equal(plain.logits[0], filters.logits[0])
+    assert filters.logits.isfinite().all()

@@ -1,0 +1,194 @@
+"""Logits and greedy tokens equal to those of transformers, on random models of every accepted family.
+
+Both the engine and the specification (reference.py) are compared, in fp32, at full depth.
+"""
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+
+import river_ext
+from river_ext import reference
+from river_ext.loading.checkpoint import load_checkpoint
+from river_ext.loading.rope import rope_tables
+
+transformers = pytest.importorskip("transformers")
+
+NEW_TOKENS = 128
+TOLERANCE = 1e-4  # max |difference| / max |logit|
+
+LLAMA3 = {
+    "rope_type": "llama3", "rope_theta": 10000.0, "factor": 4.0,
+    "low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 64,
+}  # fmt: skip
+LINEAR = {"rope_type": "linear", "rope_theta": 10000.0, "factor": 4.0}
+DYNAMIC = {"rope_type": "dynamic", "rope_theta": 10000.0, "factor": 4.0}
+
+# name: (model type, prompt length, config changes); all sequences cross position 64
+CASES = {
+    "gqa 4/2": ("llama", 24, {}),
+    "mha": ("llama", 5, {"num_key_value_heads": 4}),
+    "mqa": ("llama", 24, {"num_key_value_heads": 1}),
+    "3 heads of 64": ("llama", 24, {"hidden_size": 192, "num_attention_heads": 3, "num_key_value_heads": 1}),
+    "one-token prompt": ("llama", 1, {}),
+    "explicit head_dim": ("llama", 24, {"head_dim": 32}),
+    "attention_bias": ("llama", 24, {"attention_bias": True}),
+    "tied": ("llama", 24, {"tie_word_embeddings": True}),
+    "odd sizes": ("llama", 24, {"vocab_size": 101, "intermediate_size": 77, "num_hidden_layers": 5}),
+    "rope_theta": ("llama", 24, {"rope_parameters": {"rope_type": "default", "rope_theta": 500000.0}}),
+    "llama3": ("llama", 24, {"rope_parameters": LLAMA3}),
+    "linear": ("llama", 24, {"rope_parameters": LINEAR, "max_position_embeddings": 64}),
+    "dynamic": ("llama", 24, {"rope_parameters": DYNAMIC, "max_position_embeddings": 64}),
+    "dynamic, long prompt": ("llama", 90, {"rope_parameters": DYNAMIC, "max_position_embeddings": 64}),
+    "mistral": ("mistral", 24, {"sliding_window": None}),
+    "mistral, window": ("mistral", 40, {"sliding_window": 16, "head_dim": 32}),
+    "qwen2": ("qwen2", 24, {"tie_word_embeddings": True}),
+    "qwen2, window": (
+        "qwen2",
+        24,
+        {"use_sliding_window": True, "sliding_window": 32, "max_window_layers": 0},
+    ),
+    "qwen3": ("qwen3", 24, {"head_dim": 32}),
+    "qwen3, bias": ("qwen3", 24, {"head_dim": 16, "attention_bias": True}),
+}
+
+
+def hf_greedy(directory, prompt: list[int]) -> tuple[list[int], torch.Tensor]:
+    """transformers' greedy tokens and the logits that chose them."""
+    model = transformers.AutoModelForCausalLM.from_pretrained(directory, attn_implementation="eager").eval()
+    model.generation_config.eos_token_id = None
+    ids = torch.tensor([prompt])
+    out = model.generate(
+        ids,
+        attention_mask=torch.ones_like(ids),
+        max_new_tokens=NEW_TOKENS,
+        do_sample=False,
+        output_logits=True,
+        return_dict_in_generate=True,
+    )
+    return out.sequences[0, len(prompt) :].tolist(), torch.cat(out.logits)
+
+
+def engine_greedy(directory, prompt: list[int]) -> tuple[list[int], torch.Tensor]:
+    model = river_ext.load(directory, device="cpu")
+    out = model.generate(
+        prompt, max_new_tokens=NEW_TOKENS, threshold=float("inf"), stop_tokens=(), return_logits=True
+    )
+    assert out.exit_depths == [model.config.num_hidden_layers] * NEW_TOKENS
+    return out.tokens, out.logits
+
+
+def reference_greedy(directory, prompt: list[int]) -> tuple[list[int], torch.Tensor]:
+    """From the functions of reference.py: the prompt's rows together, then one row at a time."""
+    checkpoint = load_checkpoint(directory)
+    config, weights = checkpoint.config, checkpoint.weights
+    total = len(prompt) + NEW_TOKENS
+    shape = (config.num_hidden_layers, 1, config.num_key_value_heads, total, config.head_dim)
+    k_cache, v_cache = torch.zeros(shape), torch.zeros(shape)
+
+    def forward(tokens, first, tables):
+        hidden = weights.embed_tokens[torch.tensor(tokens)]
+        positions = torch.arange(first, first + len(tokens), dtype=torch.int32)
+        slots = torch.zeros_like(positions)
+        for layer, block in enumerate(weights.layers):
+            hidden, _ = reference.decoder_block(
+                hidden=hidden, **vars(block), k_cache=k_cache[layer], v_cache=v_cache[layer], slots=slots,
+                positions=positions, cos=tables[0], sin=tables[1], sliding_window=config.sliding_window,
+                num_attention_heads=config.num_attention_heads, rms_norm_eps=config.rms_norm_eps,
+            )  # fmt: skip
+        return reference.lm_head(hidden[-1:], weights.norm, weights.lm_head, config.rms_norm_eps)
+
+    token, logits = forward(prompt, 0, rope_tables(config, total, seq_len=len(prompt)))
+    tables = rope_tables(config, total)
+    tokens, all_logits = [token.item()], [logits]
+    while len(tokens) < NEW_TOKENS:
+        token, logits = forward(tokens[-1:], len(prompt) + len(tokens) - 1, tables)
+        tokens.append(token.item())
+        all_logits.append(logits)
+    return tokens, torch.cat(all_logits)
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_greedy_generation_equals_transformers(case, hf_checkpoint):
+    model_type, prompt_length, changes = CASES[case]
+    directory = hf_checkpoint(model_type, **changes)
+    prompt = torch.randint(3, 96, (prompt_length,), generator=torch.Generator().manual_seed(1)).tolist()
+    expected_tokens, expected_logits = hf_greedy(directory, prompt)
+    assert len(set(expected_tokens)) > 20, "the random model repeats itself: the test would show little"
+    for greedy in (reference_greedy, engine_greedy):
+        tokens, logits = greedy(directory, prompt)
+        assert tokens == expected_tokens, greedy.__name__
+        error = (logits - expected_logits).abs().max() / expected_logits.abs().max()
+        print(f"{case}, {greedy.__name__}: relative error of the logits {error:.1e}")
+        assert error < TOLERANCE, greedy.__name__
+
+
+def edit(directory, change) -> None:
+    tensors = load_file(directory / "model.safetensors")
+    change(tensors)
+    save_file(tensors, directory / "model.safetensors", {"format": "pt"})
+
+
+def assert_equals_transformers(directory, mode: str = "river") -> None:
+    prompt = list(range(3, 20))
+    expected = hf_greedy(directory, prompt)[0]
+    assert len(set(expected)) > 20, "the random model repeats itself: the test would show little"
+    model = river_ext.load(directory, device="cpu")
+    options = {"mode": "full"} if mode == "full" else {"threshold": float("inf")}
+    assert model.generate(prompt, max_new_tokens=NEW_TOKENS, stop_tokens=(), **options).tokens == expected
+    assert len(model.generate(prompt, max_new_tokens=8, mode="full_w4", stop_tokens=()).tokens) == 8
+
+
+def test_a_stored_head_counts_in_a_tied_model(hf_checkpoint):
+    directory = hf_checkpoint(tie_word_embeddings=True)
+    head = load_file(directory / "model.safetensors")["model.embed_tokens.weight"].flip(0) * 2
+    edit(directory, lambda tensors: tensors.update({"lm_head.weight": head.contiguous()}))
+    assert_equals_transformers(directory)
+
+
+@pytest.mark.parametrize("size", [0.0, 1e-30, 1e-9, 1e-6])
+def test_layers_that_do_almost_nothing(hf_checkpoint, size):
+    directory = hf_checkpoint()
+
+    def shrink(tensors):
+        for name in ("self_attn.q_proj", "self_attn.o_proj", "mlp.up_proj", "mlp.down_proj"):
+            tensors[f"model.layers.1.{name}.weight"] *= size
+
+    edit(directory, shrink)
+    assert_equals_transformers(directory, mode="full")
+
+
+@pytest.mark.parametrize("stop", ["<|end|>", "7<|end|>", "<|end|>!"])
+def test_a_special_token_as_a_stop_string_equals_transformers(stop, hf_checkpoint):
+    """The vocabulary is made so that the model writes 7<|end|>!, the middle one being special."""
+    directory = hf_checkpoint("llama", vocab_size=300)
+    prompt = [5, 9, 3]
+    whole = river_ext.load(directory, device="cpu").generate(prompt, max_new_tokens=12, mode="full")
+    before, special, after = whole.tokens[4:7]
+    assert len({before, special, after}) == 3 and special not in whole.tokens[:5]
+    rest = iter(sorted(set(pre_tokenizers.ByteLevel.alphabet()) - {"7", "!"}))
+    names = {before: "7", special: "<|end|>", after: "!"}
+    words = {names.get(i) or next(rest, f"{i}"): i for i in range(300)}
+    tokenizer = Tokenizer(models.BPE(words, []))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.add_special_tokens(["<|end|>"])
+    tokenizer.save(str(directory / "tokenizer.json"))
+
+    model = transformers.AutoModelForCausalLM.from_pretrained(directory).eval()
+    expected = model.generate(
+        torch.tensor([prompt]),
+        attention_mask=torch.ones(1, 3, dtype=torch.long),
+        max_new_tokens=12,
+        do_sample=False,
+        eos_token_id=None,
+        stop_strings=[stop],
+        tokenizer=transformers.AutoTokenizer.from_pretrained(directory),
+    )[0, 3:].tolist()
+    assert expected == whole.tokens[: len(expected)] and len(expected) < 12
+    model = river_ext.load(directory, device="cpu")
+    out = model.generate(prompt, max_new_tokens=12, mode="full", stop=stop, stop_tokens=())
+    assert (out.tokens, out.finish_reason) == (expected, "stop")
+    cut = model.text.decode(expected[:-1] if stop.endswith("!") else expected)
+    assert out.text == (cut[:-1] if stop.startswith("7") else cut)

@@ -1,0 +1,290 @@
+"""Hugging Face checkpoint directories: config.json, safetensors (single or sharded), tokenizer.json.
+
+Tensors are views of the memory-mapped files: where the stored dtype is the wanted one and the device is
+the CPU, nothing is copied, and a tied head is the embedding itself. Only safetensors are read, never
+pickle, and nothing in a checkpoint is executed. Whatever does not fit config.json is refused with one
+line that names the file and the tensor.
+"""
+
+import hashlib
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from tokenizers import Tokenizer
+from torch import Tensor
+
+from ..errors import RiverError
+from ..progress import progress_bar
+from .config import ModelConfig, checkpoint_directory, parse_dtype, read_config
+from .families import FAMILIES
+from .files import is_regular
+from .json_object import read_json_object
+from .tokenizer import load_tokenizer
+from .weights import DecoderBlockWeights, ModelWeights
+
+HEAD = "lm_head.weight"
+# what older files hold beside the weights, and what the model computes itself
+HARMLESS = (".rotary_emb.inv_freq", ".rotary_emb.cos_cached", ".rotary_emb.sin_cached", ".attn.masked_bias")
+STORED_DTYPES = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}
+PICKLE_SUFFIXES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
+FINGERPRINT_BLOCK = 4096  # bytes
+
+
+@dataclass
+class Checkpoint:
+    directory: Path
+    config: ModelConfig
+    weights: ModelWeights
+    tokenizer: Tokenizer | None  # None: the directory has no tokenizer.json
+    fingerprint: str  # names the weights whatever their sharding and the dtype they were loaded in
+
+
+def load_checkpoint(
+    directory: str | Path,
+    dtype: torch.dtype | str = "auto",
+    device: torch.device | str = "cpu",
+    check_finite: bool = True,
+) -> Checkpoint:
+    """Loads a checkpoint directory.
+
+    Args:
+        directory: holds config.json, model.safetensors or its shards, and tokenizer.json.
+        dtype: the model dtype or its name; "auto" takes config.json's, or else the stored one. Tensors
+            stored in another dtype are converted, a copy each; the others stay views of the file.
+        device: where the weights go.
+        check_finite: refuse weights with NaN or Inf. This reads every byte once, so a mapped file is in
+            memory afterwards; without it, weights are read when they are first used.
+    """
+    directory = checkpoint_directory(directory)
+    config = read_config(directory)
+    stored = _stored_tensors(directory)
+    _check_tensors(stored, tensor_shapes(config), directory)
+    auto = config.dtype or stored["model.embed_tokens.weight"].dtype
+    config = replace(config, dtype=parse_dtype(auto if dtype == "auto" else dtype, "load"))
+    device = parse_device(device)
+    if device.type == "cuda":
+        check_gpu_kernels(config)
+    tokenizer = load_tokenizer(directory)
+
+    def load(name: str) -> Tensor:
+        tensor = stored[name].read().to(device=device, dtype=config.dtype)
+        if check_finite and not _all_finite(tensor):
+            raise RiverError(f"{stored[name].path}: tensor {name} holds NaN or Inf in {config.dtype}")
+        advance()
+        return tensor
+
+    with progress_bar("loading", len(tensor_shapes(config)), wanted=check_finite) as advance:
+        embed_tokens = load("model.embed_tokens.weight")
+        lm_head = load(HEAD) if HEAD in stored else embed_tokens
+        layers = [
+            DecoderBlockWeights(**{field: load(name) for field, name, _ in _layer_tensors(config, layer)})
+            for layer in range(config.num_hidden_layers)
+        ]
+        norm = load("model.norm.weight")
+    # a head that is stored in spite of tie_word_embeddings counts, as in transformers: it may have been tuned
+    tied = config.tie_word_embeddings and (lm_head is embed_tokens or torch.equal(lm_head, embed_tokens))
+    config = replace(config, tie_word_embeddings=tied)
+    weights = ModelWeights(embed_tokens, layers, norm, embed_tokens if tied else lm_head)
+    used = {name: stored[name] for name in tensor_shapes(config)}
+    return Checkpoint(directory, config, weights, tokenizer, _fingerprint(used))
+
+
+def check_gpu_kernels(config: ModelConfig) -> None:
+    """Refuses a model that the CUDA kernels cannot run, before its weights go to the GPU."""
+    if config.dtype == torch.float32:
+        raise RiverError("dtype float32 on cuda; accepted there: dtype='bfloat16' or 'float16'")
+    for name in ("head_dim", "intermediate_size"):
+        if getattr(config, name) % 8:
+            raise RiverError(f"{name} {getattr(config, name)} on cuda; accepted there: multiples of 8")
+
+
+def tensor_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
+    """Name and shape of every tensor that a checkpoint of this config holds."""
+    shapes = {
+        "model.embed_tokens.weight": (config.vocab_size, config.hidden_size),
+        "model.norm.weight": (config.hidden_size,),
+    }
+    for layer in range(config.num_hidden_layers):
+        shapes |= {name: shape for _, name, shape in _layer_tensors(config, layer)}
+    if not config.tie_word_embeddings:
+        shapes[HEAD] = (config.vocab_size, config.hidden_size)
+    return shapes
+
+
+def _layer_tensors(config: ModelConfig, layer: int) -> Iterator[tuple[str, str, tuple[int, ...]]]:
+    """(field of DecoderBlockWeights, tensor name, shape) of one layer."""
+    hidden, inner, head_dim = config.hidden_size, config.intermediate_size, config.head_dim
+    q, kv = config.num_attention_heads * head_dim, config.num_key_value_heads * head_dim
+    family = FAMILIES[config.model_type]
+    prefix = f"model.layers.{layer}"
+    for norm in ("input_layernorm", "post_attention_layernorm"):
+        yield norm, f"{prefix}.{norm}.weight", (hidden,)
+    for proj, rows, columns in (("q", q, hidden), ("k", kv, hidden), ("v", kv, hidden), ("o", hidden, q)):
+        yield f"{proj}_proj", f"{prefix}.self_attn.{proj}_proj.weight", (rows, columns)
+        if config.attention_bias and (proj != "o" or family.o_bias):
+            yield f"{proj}_bias", f"{prefix}.self_attn.{proj}_proj.bias", (rows,)
+    if family.qk_norm:
+        for norm in ("q_norm", "k_norm"):
+            yield norm, f"{prefix}.self_attn.{norm}.weight", (head_dim,)
+    for proj, rows, columns in (("gate", inner, hidden), ("up", inner, hidden), ("down", hidden, inner)):
+        yield f"{proj}_proj", f"{prefix}.mlp.{proj}_proj.weight", (rows, columns)
+
+
+@dataclass(frozen=True)
+class _StoredTensor:
+    """A tensor in an open safetensors file; `read` gives a view of the mapped file."""
+
+    path: Path
+    file: safe_open
+    name: str
+    shape: tuple[int, ...]
+    dtype_name: str
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return STORED_DTYPES[self.dtype_name]
+
+    def read(self) -> Tensor:
+        tensor = self.file.get_tensor(self.name)
+        # headers of an odd length misplace the data; kernels may count on the alignment of an element
+        return tensor.clone() if tensor.data_ptr() % tensor.itemsize else tensor
+
+
+def _stored_tensors(directory: Path) -> dict[str, _StoredTensor]:
+    """Every tensor of the checkpoint, from model.safetensors or from the shards that its index names."""
+    single, index = directory / "model.safetensors", directory / "model.safetensors.index.json"
+    if is_regular(single):
+        return _open_safetensors(single)
+    if not is_regular(index):
+        raise RiverError(f"{single}: missing; {_what_else(directory)}")
+    weight_map = read_json_object(index).get("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise RiverError(
+            f"{index}: weight_map is missing or no object; accepted: tensor names to shard names"
+        )
+    stored: dict[str, _StoredTensor] = {}
+    for shard in dict.fromkeys(_shard_name(index, name, shard) for name, shard in weight_map.items()):
+        if not is_regular(directory / shard):
+            raise RiverError(f"{directory / shard}: missing; {index.name} names it")
+        for name, tensor in _open_safetensors(directory / shard).items():
+            if name in stored:
+                raise RiverError(f"{tensor.path}: tensor {name} is also in {stored[name].path.name}")
+            stored[name] = tensor
+    for name, shard in weight_map.items():
+        if name not in stored or stored[name].path.name != shard:
+            raise RiverError(f"{directory / shard}: tensor {name} is missing; {index.name} says it is there")
+    return stored
+
+
+def _shard_name(index: Path, tensor: str, shard) -> str:
+    plain = isinstance(shard, str) and shard == Path(shard).name and not {"\\", "\0"} & set(shard)
+    if not plain or not shard.endswith(".safetensors"):
+        raise RiverError(
+            f"{index}: shard name {str(shard)[:80]!r} of tensor {tensor[:80]}: "
+            f"accepted are names of *.safetensors files in the same directory"
+        )
+    return shard
+
+
+def _what_else(directory: Path) -> str:
+    """What to say about a directory without safetensors."""
+    try:
+        names = sorted(os.listdir(directory))
+    except OSError as error:
+        return f"the directory cannot be read ({error.strerror})"
+    pickled = [name for name in names if name.endswith(PICKLE_SUFFIXES)]
+    other = [name for name in names if name.endswith((".safetensors", ".gguf"))]
+    if pickled:
+        return f"{pickled[0]} is a pickle, which can run code and is not read: convert it to safetensors"
+    needed = "model.safetensors or model.safetensors.index.json with its shards is needed"
+    return f"{needed}, {other[0]} is not read" if other else needed
+
+
+def _open_safetensors(path: Path) -> dict[str, _StoredTensor]:
+    try:
+        file = safe_open(path, framework="pt", device="cpu")
+        slices = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118 (safe_open is no dict)
+        return {
+            name: _StoredTensor(path, file, name, tuple(s.get_shape()), s.get_dtype())
+            for name, s in slices.items()
+        }
+    except (SafetensorError, OSError, ValueError, RuntimeError, OverflowError) as error:
+        raise RiverError(f"{path}: not a complete safetensors file ({str(error)[:160]})") from None
+
+
+def _check_tensors(stored: dict, shapes: dict[str, tuple[int, ...]], directory: Path) -> None:
+    """Refuses tensors that are missing, surplus, or of another shape or dtype than config.json says."""
+    files = {tensor.path for tensor in stored.values()}
+    where = files.pop() if len(files) == 1 else directory
+    missing = [name for name in shapes if name not in stored]
+    if missing:
+        raise RiverError(
+            f"{where}: tensor {missing[0]} {list(shapes[missing[0]])} is missing{_more(missing)}"
+        )
+    optional = {HEAD: shapes["model.embed_tokens.weight"]} if HEAD in stored else {}
+    for name, shape in (shapes | optional).items():
+        tensor = stored[name]
+        if tensor.shape != shape:
+            raise RiverError(
+                f"{tensor.path}: tensor {name} has shape {list(tensor.shape)}; "
+                f"config.json asks for {list(shape)}"
+            )
+        if tensor.dtype_name not in STORED_DTYPES:
+            raise RiverError(
+                f"{tensor.path}: tensor {name} is stored as {tensor.dtype_name}; "
+                f"accepted: {', '.join(STORED_DTYPES)}"
+            )
+    surplus = sorted(name for name in stored.keys() - shapes.keys() - {HEAD} if not name.endswith(HARMLESS))
+    if surplus:
+        raise RiverError(
+            f"{stored[surplus[0]].path}: tensor {surplus[0][:120]}{_more(surplus)} has no place "
+            f"in the model of config.json"
+        )
+
+
+def _more(names: list[str]) -> str:
+    return f" (and {len(names) - 1} more, such as {names[-1][:120]})" if len(names) > 1 else ""
+
+
+def _all_finite(tensor: Tensor) -> bool:
+    # NaN and Inf show in the extremes; 20 times faster than isfinite, and without temporaries
+    return all(extreme.isfinite().item() for extreme in torch.aminmax(tensor))
+
+
+def _fingerprint(tensors: dict[str, _StoredTensor]) -> str:
+    """sha256 over name, dtype, shape and three 4-KB blocks (start, middle, end) of every tensor, by name.
+
+    It tells checkpoints apart and does not depend on their sharding. As it samples, it is no proof against
+    tampering: two checkpoints that differ only between the blocks have the same fingerprint.
+    """
+    digest = hashlib.sha256()
+    for name in sorted(tensors):
+        tensor = tensors[name]
+        digest.update(f"{name} {tensor.dtype_name} {list(tensor.shape)}\n".encode())
+        data = tensor.read().flatten().view(torch.uint8)
+        last = max(0, data.numel() - FINGERPRINT_BLOCK)
+        for start in (0, last // 2, last):
+            digest.update(data[start : start + FINGERPRINT_BLOCK].numpy().tobytes())
+    return digest.hexdigest()
+
+
+def parse_device(device: torch.device | str) -> torch.device:
+    """A device that this machine has, the CPU or a CUDA GPU."""
+    try:
+        parsed = torch.device(device)
+    except (RuntimeError, TypeError):
+        parsed = None
+    gpus = torch.cuda.device_count()
+    usable = parsed is not None and (
+        parsed.type == "cpu" or parsed.type == "cuda" and (parsed.index or 0) < gpus
+    )
+    if not usable:
+        accepted = (
+            "cpu, cuda" + "".join(f", cuda:{i}" for i in range(gpus)) if gpus else "cpu (no GPU is available)"
+        )
+        raise RiverError(f"device {str(device)[:40]!r} cannot be used; accepted: {accepted}")
+    return parsed

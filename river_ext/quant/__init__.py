@@ -1,0 +1,1 @@
+"""The exit river: 4-bit weights, made and stored."""
