@@ -221,8 +221,8 @@ def plan(root, version, torch, cuda, sources):
         for isa, flags in sources["isa"].items():
             add(source, [*cxx, *flags, f"-DRIVER_ISA={isa}"], isa)
     if cuda.on:
-        nvcc = [cuda.nvcc, "-O3", "-lineinfo", "-Xptxas=-v", *gencode(cuda.archs), "-ccbin", find_cxx()[-1]]
-        nvcc += ["-Xcompiler=-fPIC,-fvisibility=hidden,-Wall,-g0"]
+        nvcc = [cuda.nvcc, "-std=c++20", "-O3", "-lineinfo", "-Xptxas=-v", *gencode(cuda.archs)]
+        nvcc += ["-ccbin", find_cxx()[-1], "-Xcompiler=-fPIC,-fvisibility=hidden,-Wall,-g0"]
         for source in sources["cuda"]:
             add(source, nvcc)
         # The static runtime looks for no libcudart: the module also loads beside a torch without CUDA.

@@ -97,7 +97,7 @@ RIVER_BOTH inline float uniform_of(uint32_t word) {
 // Gumbel noise, -log(-log(1 - v)) for v = (word + 1/2) / 2^32: from -3.13 to 22.87. Its large values come from small v,
 // where log(1 - v) must not go by 1 - v. No branches, so that loops over words vectorise.
 RIVER_BOTH inline float gumbel_of(uint32_t word) {
-  Reduced x = reduced(uniform_of(~word));  // 1 - v
+  Reduced x = reduced(uniform_of(~word));             // 1 - v
   const uint32_t far = (uint32_t)(x.exponent >> 31);  // all ones below sqrt(1/2)
   x.rest = float_of((bits_of(x.rest) & far) | (bits_of(-uniform_of(word)) & ~far));
   return -log_of(reduced(-log_of(x)));

@@ -11,13 +11,13 @@ struct CUstream_st;  // a cudaStream_t points to one
 
 namespace river {
 
-constexpr int kMaxRows = 8;       // rows (tokens in flight) of one step
-constexpr int kTileRows = 16;     // a W4 tile: 16 output rows x 64 input columns,
-constexpr int kTileCols = 64;     // 512 B of nibbles, then (fp16 scale, fp16 zero) per row
+constexpr int kMaxRows = 8;    // rows (tokens in flight) of one step
+constexpr int kTileRows = 16;  // a W4 tile: 16 output rows x 64 input columns,
+constexpr int kTileCols = 64;  // 512 B of nibbles, then (fp16 scale, fp16 zero) per row
 constexpr int kTileBytes = 576;
 constexpr int kMaxHeadDim = 256;
-constexpr int kMaxGroup = 64;     // query heads per KV head
-constexpr int kNoToken = -1;      // of a row of which a logit is NaN or infinite
+constexpr int kMaxGroup = 64;                // query heads per KV head
+constexpr int kNoToken = -1;                 // of a row of which a logit is NaN or infinite
 constexpr int kInactive = -1, kFailed = -2;  // in a record, in place of a token: slot -1; no token was drawn
 
 enum class DType { kFloat32, kBFloat16, kFloat16 };
@@ -69,8 +69,8 @@ struct DecoderBlockArgs : BlockArgs {
   const void* down_proj;                 // [hidden, intermediate]
 };
 
-struct ExitLayerArgs : BlockArgs {       // packed weights: [out / 16, in / 64, 576]
-  int gate_up_tiles;                     // row tiles of gate_up_proj: 8 intermediate channels each
+struct ExitLayerArgs : BlockArgs {  // packed weights: [out / 16, in / 64, 576]
+  int gate_up_tiles;                // row tiles of gate_up_proj: 8 intermediate channels each
   const uint8_t *qkv_proj, *o_proj, *gate_up_proj, *down_proj;
 };
 
@@ -78,12 +78,12 @@ struct ExitLayerArgs : BlockArgs {       // packed weights: [out / 16, in / 64, 
 // layer before ran as one; decoder block otherwise. Rows with slot -1 have no say.
 struct ExitDecision {
   int index;
-  const void* previous;      // [T, hidden], the input of layer index - 1, whose output is the input here; null: index 0
-  const float* thresholds;   // [T]
-  const int32_t* min_layers; // [T]
-  const int32_t* limit;      // [1], backbone layers that a token may run
-  int32_t* exited;           // [layers]: entry index - 1 is read, entry index written: 1 = exit layer, 0 = decoder block
-  float* similarities;       // [layers, T]: row index - 1 is written if that layer ran as a decoder block
+  const void* previous;     // [T, hidden], the input of layer index - 1, whose output is the input here; null: index 0
+  const float* thresholds;  // [T]
+  const int32_t* min_layers;  // [T]
+  const int32_t* limit;       // [1], backbone layers that a token may run
+  int32_t* exited;      // [layers]: entry index - 1 is read, entry index written: 1 = exit layer, 0 = decoder block
+  float* similarities;  // [layers, T]: row index - 1 is written if that layer ran as a decoder block
 };
 
 // One depth of the network, by the path that the device chooses. Both members hold the same BlockArgs.
@@ -97,19 +97,19 @@ struct DualLayerArgs {
 struct AdvanceArgs {
   DType dtype;
   int rows, hidden_size, vocab_size, layers, num_stop_tokens, num_records;
-  const void *before, *after;   // [T, hidden], input and output of the last layer
-  const int64_t* tokens;        // [T], drawn
-  const void* embed_tokens;     // [vocab, hidden]
-  const int64_t* stop_tokens;   // [num_stop_tokens]
-  void* hidden;                 // [T, hidden]: the embedding of an active row's token
-  int32_t *slots, *positions;   // [T]: -1 after a row's last token, or without one; one further
-  int32_t* draw_positions;      // [T]: positions + 1
-  int32_t* remaining;           // [T], tokens that a row may still draw
-  int32_t* exited;              // [layers]: zeros after
-  float* similarities;          // [layers, T]
-  int32_t* step;                // [1], steps taken
-  int32_t* records;             // [num_records, 2 + T + layers * T]: stamp = number of the step from 1, written last;
-                                // exit depth; tokens, kInactive or kFailed; similarities as fp32
+  const void *before, *after;  // [T, hidden], input and output of the last layer
+  const int64_t* tokens;       // [T], drawn
+  const void* embed_tokens;    // [vocab, hidden]
+  const int64_t* stop_tokens;  // [num_stop_tokens]
+  void* hidden;                // [T, hidden]: the embedding of an active row's token
+  int32_t *slots, *positions;  // [T]: -1 after a row's last token, or without one; one further
+  int32_t* draw_positions;     // [T]: positions + 1
+  int32_t* remaining;          // [T], tokens that a row may still draw
+  int32_t* exited;             // [layers]: zeros after
+  float* similarities;         // [layers, T]
+  int32_t* step;               // [1], steps taken
+  int32_t* records;            // [num_records, 2 + T + layers * T]: stamp = number of the step from 1, written last;
+                               // exit depth; tokens, kInactive or kFailed; similarities as fp32
 };
 
 struct StateSimilarityArgs {
@@ -143,12 +143,12 @@ struct LinearArgs {
 
 struct W4Args {  // pack, unpack, dequantize: which pointers are read and which written depends on the op
   int out_features, in_features;
-  int group_tiles;           // tiles along K per (scale, zero) pair
-  DType dtype;               // of dense
-  uint8_t* packed;           // [out / 16, in / 64, 576]
-  uint8_t* q;                // [out, in], 0..15
-  uint16_t *scale, *zero;    // fp16 [out, groups]
-  void* dense;               // [out, in]
+  int group_tiles;         // tiles along K per (scale, zero) pair
+  DType dtype;             // of dense
+  uint8_t* packed;         // [out / 16, in / 64, 576]
+  uint8_t* q;              // [out, in], 0..15
+  uint16_t *scale, *zero;  // fp16 [out, groups]
+  void* dense;             // [out, in]
 };
 
 namespace cpu {
@@ -176,9 +176,9 @@ void launch_pack_w4(const W4Args& args, const Parallel& parallel);
 void launch_unpack_w4(const W4Args& args, const Parallel& parallel);
 void launch_dequantize_w4(const W4Args& args, const Parallel& parallel);
 
-const char* isa();                 // the instruction set in use
+const char* isa();                    // the instruction set in use
 const char* const* supported_isas();  // those this machine can run, best first, null-terminated
-bool set_isa(const char* name);    // false: not supported here
+bool set_isa(const char* name);       // false: not supported here
 
 }  // namespace cpu
 

@@ -73,6 +73,7 @@ def budgets(sources):
 
 def plan(nvcc, sources, archs):
     flags = [
+        "-std=c++20",
         "-O3",
         "-Xptxas=-v",
         "-ccbin",

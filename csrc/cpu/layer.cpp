@@ -193,12 +193,22 @@ struct Block {
   }
 
   void attend(const void* query, void* out) const {
-    launch_decode_attention({.dtype = a.dtype, .rows = a.rows, .num_heads = a.num_heads,
-                             .num_kv_heads = a.num_kv_heads, .head_dim = a.head_dim, .num_slots = a.num_slots,
-                             .max_len = a.max_len, .softmax_scale = a.softmax_scale,
-                             .sliding_window = a.sliding_window, .query = query, .k_cache = a.k_cache,
-                             .v_cache = a.v_cache, .slots = a.slots, .positions = a.positions,
-                             .kv_valid = a.kv_valid, .out = out},
+    launch_decode_attention({.dtype = a.dtype,
+                             .rows = a.rows,
+                             .num_heads = a.num_heads,
+                             .num_kv_heads = a.num_kv_heads,
+                             .head_dim = a.head_dim,
+                             .num_slots = a.num_slots,
+                             .max_len = a.max_len,
+                             .softmax_scale = a.softmax_scale,
+                             .sliding_window = a.sliding_window,
+                             .query = query,
+                             .k_cache = a.k_cache,
+                             .v_cache = a.v_cache,
+                             .slots = a.slots,
+                             .positions = a.positions,
+                             .kv_valid = a.kv_valid,
+                             .out = out},
                             parallel);
   }
 

@@ -20,8 +20,7 @@ constexpr int kMetadata = 512;  // byte offset of the (scale, zero) pairs
 struct Shape {
   int64_t row_tiles, column_tiles, groups;
   explicit Shape(const W4Args& a)
-      : row_tiles(ceil_div(a.out_features, kTileRows)),
-        column_tiles(ceil_div(a.in_features, kTileCols)),
+      : row_tiles(ceil_div(a.out_features, kTileRows)), column_tiles(ceil_div(a.in_features, kTileCols)),
         groups(ceil_div(column_tiles, a.group_tiles)) {}
 };
 
@@ -30,8 +29,7 @@ template <class F>
 void for_tiles(const W4Args& a, const Shape& shape, const Parallel& parallel, F f) {
   parallel(shape.row_tiles, 1, [&](int64_t begin, int64_t end) {
     for (int64_t n = begin; n < end; n++)
-      for (int64_t k = 0; k < shape.column_tiles; k++)
-        f(a.packed + (n * shape.column_tiles + k) * kTileBytes, n, k);
+      for (int64_t k = 0; k < shape.column_tiles; k++) f(a.packed + (n * shape.column_tiles + k) * kTileBytes, n, k);
   });
 }
 

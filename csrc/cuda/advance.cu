@@ -16,10 +16,12 @@ RIVER_DEVICE void finish_similarities(const AdvanceArgs& a) {
   RIVER_SHARED(float, similarities, [kMaxRows]);
   RIVER_SHARED(RowSquares, squares, [1]);
   if (load_written(a.exited + a.layers - 1)) return;
-  measure_rows(static_cast<const T*>(a.before), static_cast<const T*>(a.after), a.rows, a.hidden_size, similarities,
-               squares[0], [] { __syncthreads(); }, KeepNothing{});
+  measure_rows(
+      static_cast<const T*>(a.before), static_cast<const T*>(a.after), a.rows, a.hidden_size, similarities, squares[0],
+      [] { __syncthreads(); }, KeepNothing{});
   const int t = threadIdx.x;
-  if (t < a.rows && load_written(a.slots + t) >= 0) a.similarities[int64_t(a.layers - 1) * a.rows + t] = similarities[t];
+  if (t < a.rows && load_written(a.slots + t) >= 0)
+    a.similarities[int64_t(a.layers - 1) * a.rows + t] = similarities[t];
 }
 
 RIVER_DEVICE bool is_drawn(const AdvanceArgs& a, int64_t token) { return token >= 0 && token < a.vocab_size; }
@@ -88,8 +90,7 @@ __global__ void __launch_bounds__(kThreads) advance_kernel(AdvanceArgs a) {
 }  // namespace
 
 void launch_advance(const AdvanceArgs& a, const Workspace& workspace, Stream stream) {
-  with_16bit_dtype(a.dtype, [&](auto type) {
-    using T = typename decltype(type)::type;
+  with_16bit_dtype(a.dtype, [&]<class T>() {
     launch(advance_kernel<T>, 1, kThreads, 0, stream, {"advance", workspace.overlap != Overlap::kNone}, a);
   });
 }

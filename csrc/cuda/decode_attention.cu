@@ -20,7 +20,9 @@ constexpr int kMaxSplit = 256;   // positions
 constexpr int kBlocksPerSm = 3;  // enough loads under way for the memory
 
 // Positions of a split: 16 splits, from 64 positions each on, up to kMaxSplit; then more splits
-__host__ __device__ inline int split_size(int seen) { return seen <= 16 * 64 ? 64 : seen <= 16 * 128 ? 128 : kMaxSplit; }
+__host__ __device__ inline int split_size(int seen) {
+  return seen <= 16 * 64 ? 64 : seen <= 16 * 128 ? 128 : kMaxSplit;
+}
 
 // Of any row
 inline int most_splits(const AttentionArgs& a) {
@@ -234,7 +236,8 @@ RIVER_DEVICE void prefetch_context(const AttentionArgs& a, int row, int kv_head)
 
 // Budget: 128 threads, 168 registers
 template <class T, int kLanes>
-__global__ void __launch_bounds__(kThreads, kBlocksPerSm) decode_attention_kernel(AttentionKernelArgs<T> args, bool early) {
+__global__ void __launch_bounds__(kThreads, kBlocksPerSm)
+    decode_attention_kernel(AttentionKernelArgs<T> args, bool early) {
   static_assert(kWarps == kHeads);
   RIVER_SHARED(float, query, [kHeads][kLanes * 8]);
   RIVER_SHARED(float, weight, [kHeads][kMaxSplit]);
@@ -280,8 +283,7 @@ WorkspaceSize decode_attention_workspace(const AttentionArgs& a) {
 }
 
 void launch_decode_attention(const AttentionArgs& a, const Workspace& workspace, Stream stream) {
-  with_16bit_dtype(a.dtype, [&](auto type) {
-    using T = typename decltype(type)::type;
+  with_16bit_dtype(a.dtype, [&]<class T>() {
     const AttentionKernelArgs<T> args{a, most_splits(a), static_cast<float*>(workspace.scratch), workspace.counters};
     const int width = std::max(1, kBlocksPerSm * workspace.blocks / (a.num_kv_heads * a.rows));
     const dim3 grid(std::min(args.most_splits, width), a.num_kv_heads, a.rows);

@@ -11,10 +11,7 @@ WorkspaceSize decoder_block_workspace(const DecoderBlockArgs& args) {
 }
 
 void launch_decoder_block(const DecoderBlockArgs& args, const Workspace& workspace, Stream stream) {
-  with_16bit_dtype(args.dtype, [&](auto type) {
-    using T = typename decltype(type)::type;
-    launch_layer<T>(args, DenseWeights<T>{args}, workspace, stream);
-  });
+  with_16bit_dtype(args.dtype, [&]<class T>() { launch_layer<T>(args, DenseWeights<T>{args}, workspace, stream); });
   launch_state_similarity(similarity_of(args), workspace, stream);
 }
 

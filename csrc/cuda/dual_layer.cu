@@ -15,7 +15,9 @@ struct DualWeights {
   const ExitDecision& decision;
 
   template <class Rows>
-  static DualWeight<Rows> both(const Rows& rows, const PackedTiles& tiles) { return {rows, tiles}; }
+  static DualWeight<Rows> both(const Rows& rows, const PackedTiles& tiles) {
+    return {rows, tiles};
+  }
 
   int inner() const { return dense.inner(); }
   auto qkv(const QkvOrder& order) const { return both(dense.qkv(order), packed.qkv(order)); }
@@ -24,7 +26,10 @@ struct DualWeights {
   auto down() const { return both(dense.down(), packed.down()); }
   DecidingPath<T> first_path() const {
     const BlockArgs& a = dense.a;
-    return {decision, static_cast<const T*>(a.hidden), {a.slots, a.positions, a.num_slots, a.max_len}, a.rows,
+    return {decision,
+            static_cast<const T*>(a.hidden),
+            {a.slots, a.positions, a.num_slots, a.max_len},
+            a.rows,
             a.hidden_size};
   }
   DecidedPath path() const { return {decision.exited, decision.index}; }
@@ -35,8 +40,7 @@ struct DualWeights {
 WorkspaceSize dual_layer_workspace(const DualLayerArgs& args) { return decoder_block_workspace(args.block); }
 
 void launch_dual_layer(const DualLayerArgs& args, const Workspace& workspace, Stream stream) {
-  with_16bit_dtype(args.block.dtype, [&](auto type) {
-    using T = typename decltype(type)::type;
+  with_16bit_dtype(args.block.dtype, [&]<class T>() {
     const DualWeights<T> weights{{args.block}, {args.exit_layer}, args.decision};
     launch_layer<T>(args.block, weights, workspace, stream);
   });

@@ -10,10 +10,7 @@ WorkspaceSize exit_layer_workspace(const ExitLayerArgs& args) {
 }
 
 void launch_exit_layer(const ExitLayerArgs& args, const Workspace& workspace, Stream stream) {
-  with_16bit_dtype(args.dtype, [&](auto type) {
-    using T = typename decltype(type)::type;
-    launch_layer<T>(args, PackedWeights{args}, workspace, stream);
-  });
+  with_16bit_dtype(args.dtype, [&]<class T>() { launch_layer<T>(args, PackedWeights{args}, workspace, stream); });
   launch_state_similarity(similarity_of(args), workspace, stream);
 }
 

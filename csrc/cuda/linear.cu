@@ -33,17 +33,16 @@ WorkspaceSize linear_workspace(const LinearArgs& a) {
 }
 
 void launch_linear(const LinearArgs& a, const Workspace& workspace, Stream stream) {
-  with_16bit_dtype(a.dtype, [&](auto type) {
-    using T = typename decltype(type)::type;
+  with_16bit_dtype(a.dtype, [&]<class T>() {
     const StreamShape shape(a.out_features, a.in_features);
     auto run = [&](auto path, auto source, const char* name) {
-      const LinearPhase<T, decltype(source)> phase{{}, source,  static_cast<const T*>(a.x), static_cast<const T*>(a.bias),
-                                                   static_cast<T*>(a.out), a.rows, a.out_features};
+      const LinearPhase<T, decltype(source)> phase{
+          {},     source,        static_cast<const T*>(a.x), static_cast<const T*>(a.bias), static_cast<T*>(a.out),
+          a.rows, a.out_features};
       launch_stream<T>(phase, path, shape, a.rows, workspace, stream, name);
     };
     if (a.packed) run(PackedPath{}, PackedTiles{static_cast<const uint8_t*>(a.weight)}, "linear_w4");
-    else run(DensePath{}, MatrixRows<T>{static_cast<const T*>(a.weight), a.out_features, a.in_features},
-             "linear");
+    else run(DensePath{}, MatrixRows<T>{static_cast<const T*>(a.weight), a.out_features, a.in_features}, "linear");
   });
 }
 

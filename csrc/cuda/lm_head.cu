@@ -86,12 +86,11 @@ WorkspaceSize lm_head_workspace(const LmHeadArgs& a) {
 }
 
 void launch_lm_head(const LmHeadArgs& a, const Workspace& workspace, Stream stream) {
-  with_16bit_dtype(a.dtype, [&](auto type) {
-    using T = typename decltype(type)::type;
+  with_16bit_dtype(a.dtype, [&]<class T>() {
     const StreamShape shape(a.vocab_size, a.hidden_size);
     auto* keys = reinterpret_cast<unsigned long long*>(workspace.counters + (shape.strips + 2) / 2 * 2);
-    const LmHeadPhase<T> phase{{static_cast<const T*>(a.weight), a.vocab_size, a.hidden_size}, a, keys,
-                               workspace.counters + shape.strips};
+    const LmHeadPhase<T> phase{
+        {static_cast<const T*>(a.weight), a.vocab_size, a.hidden_size}, a, keys, workspace.counters + shape.strips};
     launch_stream<T>(phase, DensePath{}, shape, a.rows, workspace, stream, "lm_head");
   });
 }

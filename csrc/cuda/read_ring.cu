@@ -60,8 +60,9 @@ __global__ void __launch_bounds__(kStreamThreads, 2) read_ring_kernel(ReadRingAr
 }
 
 void require(bool ok, const char* name, int64_t value, const std::string& accepted) {
-  if (!ok) throw std::runtime_error("read_ring: " + std::string(name) + " is " + std::to_string(value) + ", expected " +
-                                    accepted);
+  if (!ok)
+    throw std::runtime_error("read_ring: " + std::string(name) + " is " + std::to_string(value) + ", expected " +
+                             accepted);
 }
 
 }  // namespace

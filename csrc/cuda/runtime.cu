@@ -31,8 +31,7 @@ Image find_image(int) {
     case cudaErrorJitCompilationDisabled:
       cudaGetLastError();  // clears it
       return image;
-    default:
-      check(error, "which code the device runs");
+    default: check(error, "which code the device runs");
   }
   image.code = attributes.binaryVersion;
   image.ptx = attributes.ptxVersion;

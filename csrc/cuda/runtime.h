@@ -16,7 +16,7 @@ const Image& image();
 int sm_count();  // of the current device
 bool is_capturing(Stream stream);
 void* allocate(int64_t bytes, Stream stream);  // memory that is never given back, zeroed in the stream's order
-bool is_pinned(const void* memory);  // host memory that kernels can write, at this very address
+bool is_pinned(const void* memory);            // host memory that kernels can write, at this very address
 
 // What the ops of this thread ask of their kernels. Not kPrefetch by default: an eager op's weight may come from the
 // kernel right ahead, which has not written it yet.

@@ -19,10 +19,8 @@ struct TileShape {
   int64_t tiles;
 
   explicit TileShape(const W4Args& a)
-      : out_features(a.out_features),
-        in_features(a.in_features),
-        column_tiles(static_cast<int>(ceil_div(a.in_features, kTileCols))),
-        group_tiles(a.group_tiles),
+      : out_features(a.out_features), in_features(a.in_features),
+        column_tiles(static_cast<int>(ceil_div(a.in_features, kTileCols))), group_tiles(a.group_tiles),
         groups(static_cast<int>(ceil_div(column_tiles, a.group_tiles))),
         tiles(ceil_div(a.out_features, kTileRows) * column_tiles) {}
 };
@@ -44,10 +42,8 @@ struct LanePlace {
   TileShape shape;
 
   RIVER_DEVICE LanePlace(const TileShape& shape, int first_row, int k, int base_alignment)
-      : row(first_row + lane_id() / 4),
-        column(k * kTileCols + kLaneColumns * (lane_id() % 4)),
-        vectors(shape.in_features % kLaneColumns == 0 && base_alignment % 16 == 0),
-        shape(shape) {}
+      : row(first_row + lane_id() / 4), column(k * kTileCols + kLaneColumns * (lane_id() % 4)),
+        vectors(shape.in_features % kLaneColumns == 0 && base_alignment % 16 == 0), shape(shape) {}
 
   RIVER_DEVICE int count(int half) const {  // of row g + 8 * half
     if (row + 8 * half >= shape.out_features) return 0;
@@ -59,7 +55,9 @@ struct LanePlace {
 };
 
 template <class T>
-RIVER_DEVICE int alignment(const T* p) { return static_cast<int>(reinterpret_cast<uintptr_t>(p) % 16); }
+RIVER_DEVICE int alignment(const T* p) {
+  return static_cast<int>(reinterpret_cast<uintptr_t>(p) % 16);
+}
 
 // Where a row's (scale, zero) of tile column k lies in the canonical form
 RIVER_DEVICE int64_t group_index(const TileShape& shape, int row, int k) {
@@ -75,7 +73,7 @@ RIVER_DEVICE uint32_t gather(uint32_t word) {
 }
 
 __global__ void __launch_bounds__(kThreads)
-pack_w4_kernel(const uint8_t* q, const uint16_t* scale, const uint16_t* zero, TileShape shape, uint8_t* packed) {
+    pack_w4_kernel(const uint8_t* q, const uint16_t* scale, const uint16_t* zero, TileShape shape, uint8_t* packed) {
   dependency_wait();
   for_tiles(shape, [&](int64_t tile, int first_row, int k) {
     const LanePlace place(shape, first_row, k, alignment(q));
@@ -113,7 +111,7 @@ pack_w4_kernel(const uint8_t* q, const uint16_t* scale, const uint16_t* zero, Ti
 }
 
 __global__ void __launch_bounds__(kThreads)
-unpack_w4_kernel(const uint8_t* packed, TileShape shape, uint8_t* q, uint16_t* scale, uint16_t* zero) {
+    unpack_w4_kernel(const uint8_t* packed, TileShape shape, uint8_t* q, uint16_t* scale, uint16_t* zero) {
   dependency_wait();
   for_tiles(shape, [&](int64_t tile, int first_row, int k) {
     const LanePlace place(shape, first_row, k, alignment(q));
@@ -145,8 +143,7 @@ unpack_w4_kernel(const uint8_t* packed, TileShape shape, uint8_t* q, uint16_t* s
 }
 
 template <class T>
-__global__ void __launch_bounds__(kThreads)
-dequantize_w4_kernel(const uint8_t* packed, TileShape shape, T* dense) {
+__global__ void __launch_bounds__(kThreads) dequantize_w4_kernel(const uint8_t* packed, TileShape shape, T* dense) {
   dependency_wait();
   for_tiles(shape, [&](int64_t tile, int first_row, int k) {
     const LanePlace place(shape, first_row, k, alignment(dense));
@@ -201,8 +198,7 @@ void launch_unpack_w4(const W4Args& args, Stream stream) {
 
 void launch_dequantize_w4(const W4Args& args, Stream stream) {
   const TileShape shape(args);
-  with_dtype(args.dtype, [&](auto type) {
-    using T = typename decltype(type)::type;
+  with_dtype(args.dtype, [&]<class T>() {
     launch_tiles("dequantize_w4", dequantize_w4_kernel<T>, shape, stream, args.packed, shape,
                  static_cast<T*>(args.dense));
   });

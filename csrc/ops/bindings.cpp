@@ -33,57 +33,89 @@ PYBIND11_MODULE(_C, m) {
     info["cpu_isa"] = cpu::isa();
     return info;
   });
-  m.def("cpu_isas", [] {
-    py::list names;
-    for (const char* const* name = cpu::supported_isas(); *name; name++) names.append(*name);
-    return py::tuple(names);
-  }, "Instruction sets this machine can run, best first");
-  m.def("set_cpu_isa", [](const std::string& name) {
-    if (!cpu::set_isa(name.c_str())) throw py::value_error("cpu isa '" + name + "' is not supported on this machine");
-  }, "Chooses the instruction set of the CPU kernels, for tests and measurements; not while an op runs");
-  m.def("gumbel", [](int64_t seed, int32_t position, py::array_t<int64_t> tokens) {
-    return py::vectorize([&](int64_t token) { return river::gumbel((uint64_t)seed, position, token); })(tokens);
-  }, "The noise of lm_head for token ids, fp32", py::arg("seed"), py::arg("position"), py::arg("tokens"));
+  m.def(
+      "cpu_isas",
+      [] {
+        py::list names;
+        for (const char* const* name = cpu::supported_isas(); *name; name++) names.append(*name);
+        return py::tuple(names);
+      },
+      "Instruction sets this machine can run, best first");
+  m.def(
+      "set_cpu_isa",
+      [](const std::string& name) {
+        if (!cpu::set_isa(name.c_str()))
+          throw py::value_error("cpu isa '" + name + "' is not supported on this machine");
+      },
+      "Chooses the instruction set of the CPU kernels, for tests and measurements; not while an op runs");
+  m.def(
+      "gumbel",
+      [](int64_t seed, int32_t position, py::array_t<int64_t> tokens) {
+        return py::vectorize([&](int64_t token) { return river::gumbel((uint64_t)seed, position, token); })(tokens);
+      },
+      "The noise of lm_head for token ids, fp32", py::arg("seed"), py::arg("position"), py::arg("tokens"));
   m.def("gumbel_of", py::vectorize([](uint32_t word) { return river::gumbel_of(word); }),
         "The noise that a random word gives, fp32", py::arg("word"));
-  m.def("set_overlap", [](const std::string& name) {
-    static const char* const names[] = {"none", "launch", "prefetch"};  // as in cuda::Overlap
-    const std::string before = names[static_cast<int>(cuda::overlap_setting)];
-    const auto found = std::find(std::begin(names), std::end(names), name);
-    if (found == std::end(names)) throw py::value_error("overlap is '" + name + "', expected none, launch or prefetch");
-    cuda::overlap_setting = static_cast<cuda::Overlap>(found - names);
-    return before;
-  }, "How much of this thread's CUDA kernels may happen before the kernels ahead of them end; returns what it was. At "
-     "'launch', the default, nothing is read early; at 'prefetch', weights are: they must be complete by then");
-  m.def("variants", [] {
-    py::dict values;
-    for (const cuda::Variant& variant : cuda::kVariants) values[variant.name] = int(cuda::variants.*variant.value);
-    return values;
-  }, "Designs that are compared on hardware (csrc/variants.h), and which of the two each has: 0 or 1");
-  m.def("set_variant", [](const std::string& name, int value) { return int(cuda::set_variant(name, value)); },
-        "Chooses a design for the whole process, for measurements; returns what it was. Results do not depend on it; a "
-        "captured graph keeps what it was captured with", py::arg("name"), py::arg("value"));
+  m.def(
+      "set_overlap",
+      [](const std::string& name) {
+        static const char* const names[] = {"none", "launch", "prefetch"};  // as in cuda::Overlap
+        const std::string before = names[static_cast<int>(cuda::overlap_setting)];
+        const auto found = std::find(std::begin(names), std::end(names), name);
+        if (found == std::end(names))
+          throw py::value_error("overlap is '" + name + "', expected none, launch or prefetch");
+        cuda::overlap_setting = static_cast<cuda::Overlap>(found - names);
+        return before;
+      },
+      "How much of this thread's CUDA kernels may happen before the kernels ahead of them end; returns what it was. At "
+      "'launch', the default, nothing is read early; at 'prefetch', weights are: they must be complete by then");
+  m.def(
+      "variants",
+      [] {
+        py::dict values;
+        for (const cuda::Variant& variant : cuda::kVariants) values[variant.name] = int(cuda::variants.*variant.value);
+        return values;
+      },
+      "Designs that are compared on hardware (csrc/variants.h), and which of the two each has: 0 or 1");
+  m.def(
+      "set_variant", [](const std::string& name, int value) { return int(cuda::set_variant(name, value)); },
+      "Chooses a design for the whole process, for measurements; returns what it was. Results do not depend on it; a "
+      "captured graph keeps what it was captured with",
+      py::arg("name"), py::arg("value"));
 #if RIVER_WITH_CUDA
-  m.def("cuda_image", [] {
-    const cuda::Image& image = cuda::image();
-    py::dict facts;
-    facts["device"] = image.device;
-    facts["code"] = image.code ? py::object(py::int_(image.code)) : py::none();
-    facts["ptx"] = image.code ? py::object(py::int_(image.ptx)) : py::none();
-    return facts;
-  }, "Of the current GPU: its architecture, that of the machine code it runs (None: this build has none for it), and "
-     "that of the PTX behind it");
-  m.def("read_ring", [](uintptr_t data, int64_t bytes, int stage_bytes, int copy_bytes, int stages, int blocks_per_sm,
-                        uintptr_t checksums, uintptr_t stream) {
-    cuda::launch_read_ring(
-        {.bytes = bytes, .stage_bytes = stage_bytes, .copy_bytes = copy_bytes, .stages = stages,
-         .blocks_per_sm = blocks_per_sm, .data = reinterpret_cast<const uint8_t*>(data),
-         .checksums = reinterpret_cast<uint32_t*>(checksums)},
-        {.partials = nullptr, .counters = nullptr, .scratch = nullptr, .blocks = cuda::sm_count(),
-         .overlap = cuda::overlap_setting, .variants = cuda::variants},
-        reinterpret_cast<cuda::Stream>(stream));
-  }, "Reads memory of the current GPU through the ring that streams weights, for measurements (csrc/read_ring.h)",
-        py::kw_only(), py::arg("data"), py::arg("bytes"), py::arg("stage_bytes"), py::arg("copy_bytes"),
-        py::arg("stages"), py::arg("blocks_per_sm"), py::arg("checksums"), py::arg("stream"));
+  m.def(
+      "cuda_image",
+      [] {
+        const cuda::Image& image = cuda::image();
+        py::dict facts;
+        facts["device"] = image.device;
+        facts["code"] = image.code ? py::object(py::int_(image.code)) : py::none();
+        facts["ptx"] = image.code ? py::object(py::int_(image.ptx)) : py::none();
+        return facts;
+      },
+      "Of the current GPU: its architecture, that of the machine code it runs (None: this build has none for it), and "
+      "that of the PTX behind it");
+  m.def(
+      "read_ring",
+      [](uintptr_t data, int64_t bytes, int stage_bytes, int copy_bytes, int stages, int blocks_per_sm,
+         uintptr_t checksums, uintptr_t stream) {
+        cuda::launch_read_ring({.bytes = bytes,
+                                .stage_bytes = stage_bytes,
+                                .copy_bytes = copy_bytes,
+                                .stages = stages,
+                                .blocks_per_sm = blocks_per_sm,
+                                .data = reinterpret_cast<const uint8_t*>(data),
+                                .checksums = reinterpret_cast<uint32_t*>(checksums)},
+                               {.partials = nullptr,
+                                .counters = nullptr,
+                                .scratch = nullptr,
+                                .blocks = cuda::sm_count(),
+                                .overlap = cuda::overlap_setting,
+                                .variants = cuda::variants},
+                               reinterpret_cast<cuda::Stream>(stream));
+      },
+      "Reads memory of the current GPU through the ring that streams weights, for measurements (csrc/read_ring.h)",
+      py::kw_only(), py::arg("data"), py::arg("bytes"), py::arg("stage_bytes"), py::arg("copy_bytes"),
+      py::arg("stages"), py::arg("blocks_per_sm"), py::arg("checksums"), py::arg("stream"));
 #endif
 }

@@ -39,9 +39,7 @@ class Check {
   }
 
   // Torch lets None pass for a tensor.
-  void defined(const char* name, const Tensor& t) const {
-    require(t.defined(), name, " is None, expected a tensor");
-  }
+  void defined(const char* name, const Tensor& t) const { require(t.defined(), name, " is None, expected a tensor"); }
 
   void tensor(const char* name, const Tensor& t, ScalarType type, Sizes sizes) {
     defined(name, t);
@@ -72,7 +70,8 @@ class Check {
       while (std::strcmp(mine->name, name)) mine++;
       for (const Span* other = spans_; other != spans_ + num_spans_; other++) {
         const bool apart = other->end <= mine->begin || mine->end <= other->begin;
-        const bool same = other->begin == mine->begin && other->end == mine->end && !std::strcmp(other->name, read_first);
+        const bool same =
+            other->begin == mine->begin && other->end == mine->end && !std::strcmp(other->name, read_first);
         require(other == mine || apart || (same && name == *names.begin()), name, " and ", other->name,
                 " overlap in memory, expected ", name, ", which is written, to have its own");
       }

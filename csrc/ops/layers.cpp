@@ -7,8 +7,7 @@ namespace river::ops {
 namespace {
 
 struct BlockTensors {
-  const Tensor &hidden, &input_layernorm, &post_attention_layernorm, &k_cache, &v_cache, &slots, &positions, &cos,
-      &sin;
+  const Tensor &hidden, &input_layernorm, &post_attention_layernorm, &k_cache, &v_cache, &slots, &positions, &cos, &sin;
   int64_t num_attention_heads;
   double rms_norm_eps;
   const OptionalTensor &q_bias, &k_bias, &v_bias, &o_bias, &q_norm, &k_norm, &query_scale;
@@ -142,42 +141,82 @@ std::tuple<Tensor, Tensor> decoder_block(
   Check check("decoder_block", "hidden", hidden);
   DecoderBlockArgs args{};
   fill_block(check,
-             {hidden, input_layernorm, post_attention_layernorm, k_cache, v_cache, slots, positions, cos, sin,
-              num_attention_heads, rms_norm_eps, q_bias, k_bias, v_bias, o_bias, q_norm, k_norm, query_scale,
-              softmax_scale, sliding_window, kv_valid},
+             {hidden,
+              input_layernorm,
+              post_attention_layernorm,
+              k_cache,
+              v_cache,
+              slots,
+              positions,
+              cos,
+              sin,
+              num_attention_heads,
+              rms_norm_eps,
+              q_bias,
+              k_bias,
+              v_bias,
+              o_bias,
+              q_norm,
+              k_norm,
+              query_scale,
+              softmax_scale,
+              sliding_window,
+              kv_valid},
              args);
   fill_dense(check, hidden.scalar_type(), {q_proj, k_proj, v_proj, o_proj, gate_proj, up_proj, down_proj}, args);
   check.written({"k_cache", "v_cache"});
   const Tensor out = new_out(hidden, args), similarity = new_similarity(hidden, args);
-  launch(check, [&] { cpu::launch_decoder_block(args, kParallel); }, [&](auto& gpu) {
-    cuda::launch_decoder_block(args, gpu.workspace(cuda::decoder_block_workspace(args)), gpu.stream());
-  });
+  launch(
+      check, [&] { cpu::launch_decoder_block(args, kParallel); },
+      [&](auto& gpu) {
+        cuda::launch_decoder_block(args, gpu.workspace(cuda::decoder_block_workspace(args)), gpu.stream());
+      });
   return {out, similarity};
 }
 
-std::tuple<Tensor, Tensor> exit_layer(
-    const Tensor& hidden, const Tensor& input_layernorm, const Tensor& qkv_proj, const Tensor& o_proj,
-    const Tensor& post_attention_layernorm, const Tensor& gate_up_proj, const Tensor& down_proj, const Tensor& k_cache,
-    const Tensor& v_cache, const Tensor& slots, const Tensor& positions, const Tensor& cos, const Tensor& sin,
-    int64_t num_attention_heads, double rms_norm_eps, const OptionalTensor& q_bias, const OptionalTensor& k_bias,
-    const OptionalTensor& v_bias, const OptionalTensor& o_bias, const OptionalTensor& q_norm,
-    const OptionalTensor& k_norm, const OptionalTensor& query_scale, std::optional<double> softmax_scale,
-    std::optional<int64_t> sliding_window, const OptionalTensor& kv_valid) {
+std::tuple<Tensor, Tensor> exit_layer(const Tensor& hidden, const Tensor& input_layernorm, const Tensor& qkv_proj,
+                                      const Tensor& o_proj, const Tensor& post_attention_layernorm,
+                                      const Tensor& gate_up_proj, const Tensor& down_proj, const Tensor& k_cache,
+                                      const Tensor& v_cache, const Tensor& slots, const Tensor& positions,
+                                      const Tensor& cos, const Tensor& sin, int64_t num_attention_heads,
+                                      double rms_norm_eps, const OptionalTensor& q_bias, const OptionalTensor& k_bias,
+                                      const OptionalTensor& v_bias, const OptionalTensor& o_bias,
+                                      const OptionalTensor& q_norm, const OptionalTensor& k_norm,
+                                      const OptionalTensor& query_scale, std::optional<double> softmax_scale,
+                                      std::optional<int64_t> sliding_window, const OptionalTensor& kv_valid) {
   Check check("exit_layer", "hidden", hidden);
   ExitLayerArgs args{};
   fill_block(check,
-             {hidden, input_layernorm, post_attention_layernorm, k_cache, v_cache, slots, positions, cos, sin,
-              num_attention_heads, rms_norm_eps, q_bias, k_bias, v_bias, o_bias, q_norm, k_norm, query_scale,
-              softmax_scale, sliding_window, kv_valid},
+             {hidden,
+              input_layernorm,
+              post_attention_layernorm,
+              k_cache,
+              v_cache,
+              slots,
+              positions,
+              cos,
+              sin,
+              num_attention_heads,
+              rms_norm_eps,
+              q_bias,
+              k_bias,
+              v_bias,
+              o_bias,
+              q_norm,
+              k_norm,
+              query_scale,
+              softmax_scale,
+              sliding_window,
+              kv_valid},
              args);
   fill_packed(check,
               {{"qkv_proj", qkv_proj}, {"o_proj", o_proj}, {"gate_up_proj", gate_up_proj}, {"down_proj", down_proj}},
               kAny, args);
   check.written({"k_cache", "v_cache"});
   const Tensor out = new_out(hidden, args), similarity = new_similarity(hidden, args);
-  launch(check, [&] { cpu::launch_exit_layer(args, kParallel); }, [&](auto& gpu) {
-    cuda::launch_exit_layer(args, gpu.workspace(cuda::exit_layer_workspace(args)), gpu.stream());
-  });
+  launch(
+      check, [&] { cpu::launch_exit_layer(args, kParallel); },
+      [&](auto& gpu) { cuda::launch_exit_layer(args, gpu.workspace(cuda::exit_layer_workspace(args)), gpu.stream()); });
   return {out, similarity};
 }
 
@@ -189,25 +228,43 @@ int check_exits(Check& check, const Tensor& exited, const Tensor& similarities, 
   return layers;
 }
 
-Tensor dual_layer(
-    int64_t index, const Tensor& hidden, const OptionalTensor& previous, const Tensor& thresholds,
-    const Tensor& min_layers, const Tensor& limit, const Tensor& exited, const Tensor& similarities,
-    const Tensor& input_layernorm, const Tensor& q_proj, const Tensor& k_proj, const Tensor& v_proj,
-    const Tensor& o_proj, const Tensor& post_attention_layernorm, const Tensor& gate_proj, const Tensor& up_proj,
-    const Tensor& down_proj, const Tensor& qkv_tiles, const Tensor& o_tiles, const Tensor& gate_up_tiles,
-    const Tensor& down_tiles, const Tensor& k_cache, const Tensor& v_cache, const Tensor& slots,
-    const Tensor& positions, const Tensor& cos, const Tensor& sin, int64_t num_attention_heads, double rms_norm_eps,
-    const OptionalTensor& q_bias, const OptionalTensor& k_bias, const OptionalTensor& v_bias,
-    const OptionalTensor& o_bias, const OptionalTensor& q_norm, const OptionalTensor& k_norm,
-    const OptionalTensor& query_scale, std::optional<double> softmax_scale, std::optional<int64_t> sliding_window,
-    const OptionalTensor& kv_valid) {
+Tensor dual_layer(int64_t index, const Tensor& hidden, const OptionalTensor& previous, const Tensor& thresholds,
+                  const Tensor& min_layers, const Tensor& limit, const Tensor& exited, const Tensor& similarities,
+                  const Tensor& input_layernorm, const Tensor& q_proj, const Tensor& k_proj, const Tensor& v_proj,
+                  const Tensor& o_proj, const Tensor& post_attention_layernorm, const Tensor& gate_proj,
+                  const Tensor& up_proj, const Tensor& down_proj, const Tensor& qkv_tiles, const Tensor& o_tiles,
+                  const Tensor& gate_up_tiles, const Tensor& down_tiles, const Tensor& k_cache, const Tensor& v_cache,
+                  const Tensor& slots, const Tensor& positions, const Tensor& cos, const Tensor& sin,
+                  int64_t num_attention_heads, double rms_norm_eps, const OptionalTensor& q_bias,
+                  const OptionalTensor& k_bias, const OptionalTensor& v_bias, const OptionalTensor& o_bias,
+                  const OptionalTensor& q_norm, const OptionalTensor& k_norm, const OptionalTensor& query_scale,
+                  std::optional<double> softmax_scale, std::optional<int64_t> sliding_window,
+                  const OptionalTensor& kv_valid) {
   Check check("dual_layer", "hidden", hidden);
   const ScalarType type = hidden.scalar_type();
   DualLayerArgs args{};
   fill_block(check,
-             {hidden, input_layernorm, post_attention_layernorm, k_cache, v_cache, slots, positions, cos, sin,
-              num_attention_heads, rms_norm_eps, q_bias, k_bias, v_bias, o_bias, q_norm, k_norm, query_scale,
-              softmax_scale, sliding_window, kv_valid},
+             {hidden,
+              input_layernorm,
+              post_attention_layernorm,
+              k_cache,
+              v_cache,
+              slots,
+              positions,
+              cos,
+              sin,
+              num_attention_heads,
+              rms_norm_eps,
+              q_bias,
+              k_bias,
+              v_bias,
+              o_bias,
+              q_norm,
+              k_norm,
+              query_scale,
+              softmax_scale,
+              sliding_window,
+              kv_valid},
              args.block);
   fill_dense(check, type, {q_proj, k_proj, v_proj, o_proj, gate_proj, up_proj, down_proj}, args.block);
   static_cast<BlockArgs&>(args.exit_layer) = args.block;
@@ -223,16 +280,19 @@ Tensor dual_layer(
   check.require(previous.has_value() == (index > 0), "previous is ", previous ? "given" : "None", " at index ", index,
                 ", expected None at index 0 and a tensor at every other");
   if (previous) check.vectors("previous", *previous, type, {rows, args.block.hidden_size});
-  args.decision = {.index = (int)index, .previous = previous ? data(*previous) : nullptr,
-                   .thresholds = data<float>(thresholds), .min_layers = data<int32_t>(min_layers),
-                   .limit = data<int32_t>(limit), .exited = mutable_data<int32_t>(exited),
+  args.decision = {.index = (int)index,
+                   .previous = previous ? data(*previous) : nullptr,
+                   .thresholds = data<float>(thresholds),
+                   .min_layers = data<int32_t>(min_layers),
+                   .limit = data<int32_t>(limit),
+                   .exited = mutable_data<int32_t>(exited),
                    .similarities = mutable_data<float>(similarities)};
   check.written({"exited", "similarities", "k_cache", "v_cache"});
   const Tensor out = new_out(hidden, args.block);
   args.exit_layer.out = args.block.out;
-  launch(check, [&] { cpu::launch_dual_layer(args, kParallel); }, [&](auto& gpu) {
-    cuda::launch_dual_layer(args, gpu.workspace(cuda::dual_layer_workspace(args)), gpu.stream());
-  });
+  launch(
+      check, [&] { cpu::launch_dual_layer(args, kParallel); },
+      [&](auto& gpu) { cuda::launch_dual_layer(args, gpu.workspace(cuda::dual_layer_workspace(args)), gpu.stream()); });
   return out;
 }
 
@@ -281,15 +341,17 @@ void advance(const Tensor& before, const Tensor& after, const Tensor& tokens, co
   args.similarities = mutable_data<float>(similarities);
   args.step = mutable_data<int32_t>(step);
   args.records = mutable_data<int32_t>(records);
-  check.written({"hidden", "slots", "positions", "draw_positions", "remaining", "exited", "similarities", "step",
-                 "records"},
-                "before");  // of a network of one layer, whose input `hidden` is
+  check.written(
+      {"hidden", "slots", "positions", "draw_positions", "remaining", "exited", "similarities", "step", "records"},
+      "before");  // of a network of one layer, whose input `hidden` is
   if (!check.on_cuda()) check.in_place("step", 0, *args.step, 0, INT32_MAX - 1);
-  launch(check, [&] { cpu::launch_advance(args, kParallel); }, [&](auto& gpu) {
-    check.require(cuda::is_pinned(args.records), "records is not in pinned memory, expected a pinned CPU tensor ",
-                  "where the others are on CUDA");
-    cuda::launch_advance(args, gpu.workspace({}), gpu.stream());
-  });
+  launch(
+      check, [&] { cpu::launch_advance(args, kParallel); },
+      [&](auto& gpu) {
+        check.require(cuda::is_pinned(args.records), "records is not in pinned memory, expected a pinned CPU tensor ",
+                      "where the others are on CUDA");
+        cuda::launch_advance(args, gpu.workspace({}), gpu.stream());
+      });
 }
 
 void implement(torch::stable::detail::StableLibrary& m) {
@@ -303,27 +365,32 @@ void implement(torch::stable::detail::StableLibrary& m) {
 
 RIVER_IMPLEMENT(implement)
 
-#define RIVER_BLOCK_OPTIONS(k_alias, v_alias)                                                                        \
-  "Tensor(" k_alias "!) k_cache, Tensor(" v_alias "!) v_cache, Tensor slots, Tensor positions, Tensor cos, "         \
-  "Tensor sin, int num_attention_heads, float rms_norm_eps, Tensor? q_bias=None, Tensor? k_bias=None, "              \
-  "Tensor? v_bias=None, Tensor? o_bias=None, Tensor? q_norm=None, Tensor? k_norm=None, Tensor? query_scale=None, "   \
+#define RIVER_BLOCK_OPTIONS(k_alias, v_alias)                                                                      \
+  "Tensor(" k_alias "!) k_cache, Tensor(" v_alias                                                                  \
+  "!) v_cache, Tensor slots, Tensor positions, Tensor cos, "                                                       \
+  "Tensor sin, int num_attention_heads, float rms_norm_eps, Tensor? q_bias=None, Tensor? k_bias=None, "            \
+  "Tensor? v_bias=None, Tensor? o_bias=None, Tensor? q_norm=None, Tensor? k_norm=None, Tensor? query_scale=None, " \
   "float? softmax_scale=None, int? sliding_window=None, Tensor? kv_valid=None"
 
 STABLE_TORCH_LIBRARY_FRAGMENT(river, m) {
-  m.def("decoder_block(Tensor hidden, Tensor input_layernorm, Tensor q_proj, Tensor k_proj, Tensor v_proj, "
-        "Tensor o_proj, Tensor post_attention_layernorm, Tensor gate_proj, Tensor up_proj, Tensor down_proj, "
-        RIVER_BLOCK_OPTIONS("a", "b") ") -> (Tensor, Tensor)");
-  m.def("exit_layer(Tensor hidden, Tensor input_layernorm, Tensor qkv_proj, Tensor o_proj, "
-        "Tensor post_attention_layernorm, Tensor gate_up_proj, Tensor down_proj, "
-        RIVER_BLOCK_OPTIONS("a", "b") ") -> (Tensor, Tensor)");
-  m.def("dual_layer(int index, Tensor hidden, Tensor? previous, Tensor thresholds, Tensor min_layers, Tensor limit, "
-        "Tensor(a!) exited, Tensor(b!) similarities, Tensor input_layernorm, Tensor q_proj, Tensor k_proj, "
-        "Tensor v_proj, Tensor o_proj, Tensor post_attention_layernorm, Tensor gate_proj, Tensor up_proj, "
-        "Tensor down_proj, Tensor qkv_tiles, Tensor o_tiles, Tensor gate_up_tiles, Tensor down_tiles, "
-        RIVER_BLOCK_OPTIONS("c", "d") ") -> Tensor");
-  m.def("advance(Tensor before, Tensor after, Tensor tokens, Tensor embed_tokens, Tensor stop_tokens, "
-        "Tensor(a!) hidden, Tensor(b!) slots, Tensor(c!) positions, Tensor(d!) draw_positions, "
-        "Tensor(e!) remaining, Tensor(f!) exited, Tensor(g!) similarities, Tensor(h!) step, Tensor(i!) records) -> ()");
+  m.def(
+      "decoder_block(Tensor hidden, Tensor input_layernorm, Tensor q_proj, Tensor k_proj, Tensor v_proj, "
+      "Tensor o_proj, Tensor post_attention_layernorm, Tensor gate_proj, Tensor up_proj, Tensor down_proj, " RIVER_BLOCK_OPTIONS(
+          "a", "b") ") -> (Tensor, Tensor)");
+  m.def(
+      "exit_layer(Tensor hidden, Tensor input_layernorm, Tensor qkv_proj, Tensor o_proj, "
+      "Tensor post_attention_layernorm, Tensor gate_up_proj, Tensor down_proj, " RIVER_BLOCK_OPTIONS(
+          "a", "b") ") -> (Tensor, Tensor)");
+  m.def(
+      "dual_layer(int index, Tensor hidden, Tensor? previous, Tensor thresholds, Tensor min_layers, Tensor limit, "
+      "Tensor(a!) exited, Tensor(b!) similarities, Tensor input_layernorm, Tensor q_proj, Tensor k_proj, "
+      "Tensor v_proj, Tensor o_proj, Tensor post_attention_layernorm, Tensor gate_proj, Tensor up_proj, "
+      "Tensor down_proj, Tensor qkv_tiles, Tensor o_tiles, Tensor gate_up_tiles, Tensor down_tiles, " RIVER_BLOCK_OPTIONS(
+          "c", "d") ") -> Tensor");
+  m.def(
+      "advance(Tensor before, Tensor after, Tensor tokens, Tensor embed_tokens, Tensor stop_tokens, "
+      "Tensor(a!) hidden, Tensor(b!) slots, Tensor(c!) positions, Tensor(d!) draw_positions, "
+      "Tensor(e!) remaining, Tensor(f!) exited, Tensor(g!) similarities, Tensor(h!) step, Tensor(i!) records) -> ()");
 }
 
 }  // namespace river::ops

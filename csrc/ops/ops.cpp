@@ -33,9 +33,11 @@ Tensor decode_attention(const Tensor& query, const Tensor& k_cache, const Tensor
   args.kv_valid = kv_valid ? data<bool>(*kv_valid) : nullptr;
   const Tensor out = empty({args.rows, args.num_heads, args.head_dim}, type, query);
   args.out = out.mutable_data_ptr();
-  launch(check, [&] { cpu::launch_decode_attention(args, kParallel); }, [&](auto& gpu) {
-    cuda::launch_decode_attention(args, gpu.workspace(cuda::decode_attention_workspace(args)), gpu.stream());
-  });
+  launch(
+      check, [&] { cpu::launch_decode_attention(args, kParallel); },
+      [&](auto& gpu) {
+        cuda::launch_decode_attention(args, gpu.workspace(cuda::decode_attention_workspace(args)), gpu.stream());
+      });
   return out;
 }
 
@@ -52,9 +54,9 @@ Tensor state_similarity(const Tensor& x, const Tensor& y) {
   args.y = data(y);
   const Tensor out = empty({args.rows}, ScalarType::Float, x);
   args.out = mutable_data<float>(out);
-  launch(check, [&] { cpu::launch_state_similarity(args, kParallel); }, [&](auto& gpu) {
-    cuda::launch_state_similarity(args, gpu.workspace({}), gpu.stream());
-  });
+  launch(
+      check, [&] { cpu::launch_state_similarity(args, kParallel); },
+      [&](auto& gpu) { cuda::launch_state_similarity(args, gpu.workspace({}), gpu.stream()); });
   return out;
 }
 
@@ -89,9 +91,9 @@ std::tuple<Tensor, Tensor> lm_head(const Tensor& hidden, const Tensor& norm, con
   args.weight = data(weight);
   args.tokens = mutable_data<int64_t>(tokens);
   args.logits = return_logits ? mutable_data<float>(logits) : nullptr;
-  launch(check, [&] { cpu::launch_lm_head(args, kParallel); }, [&](auto& gpu) {
-    cuda::launch_lm_head(args, gpu.workspace(cuda::lm_head_workspace(args)), gpu.stream());
-  });
+  launch(
+      check, [&] { cpu::launch_lm_head(args, kParallel); },
+      [&](auto& gpu) { cuda::launch_lm_head(args, gpu.workspace(cuda::lm_head_workspace(args)), gpu.stream()); });
   return {tokens, logits};
 }
 
@@ -117,9 +119,9 @@ Tensor run_linear(Check check, const Tensor& x, const Tensor& weight, bool packe
   args.bias = check.optional("bias", bias, type, {args.out_features});
   const Tensor out = empty({args.rows, args.out_features}, type, x);
   args.out = out.mutable_data_ptr();
-  launch(check, [&] { cpu::launch_linear(args, kParallel); }, [&](auto& gpu) {
-    cuda::launch_linear(args, gpu.workspace(cuda::linear_workspace(args)), gpu.stream());
-  });
+  launch(
+      check, [&] { cpu::launch_linear(args, kParallel); },
+      [&](auto& gpu) { cuda::launch_linear(args, gpu.workspace(cuda::linear_workspace(args)), gpu.stream()); });
   return out;
 }
 
@@ -164,8 +166,9 @@ Tensor pack_w4(const Tensor& q, const Tensor& scale, const Tensor& zero) {
   args.zero = const_cast<uint16_t*>(data<uint16_t>(zero));
   const Tensor packed = empty({tiles_of(args.out_features), tiles, kTileBytes}, ScalarType::Byte, q);
   args.packed = mutable_data<uint8_t>(packed);
-  launch(check, [&] { cpu::launch_pack_w4(args, kParallel); },
-         [&](auto& gpu) { cuda::launch_pack_w4(args, gpu.stream()); });
+  launch(
+      check, [&] { cpu::launch_pack_w4(args, kParallel); },
+      [&](auto& gpu) { cuda::launch_pack_w4(args, gpu.stream()); });
   return packed;
 }
 
@@ -173,8 +176,7 @@ W4Args unpacking(Check& check, const Tensor& packed, int64_t out_features, int64
   W4Args args{};
   args.out_features = check.size("out_features", out_features);
   args.in_features = check.size("in_features", in_features);
-  check.vectors("packed", packed, ScalarType::Byte,
-                {tiles_of(out_features), column_tiles_of(in_features), kTileBytes});
+  check.vectors("packed", packed, ScalarType::Byte, {tiles_of(out_features), column_tiles_of(in_features), kTileBytes});
   args.packed = const_cast<uint8_t*>(data<uint8_t>(packed));
   return args;
 }
@@ -194,8 +196,9 @@ std::tuple<Tensor, Tensor, Tensor> unpack_w4(const Tensor& packed, int64_t out_f
   args.q = mutable_data<uint8_t>(q);
   args.scale = mutable_data<uint16_t>(scale);
   args.zero = mutable_data<uint16_t>(zero);
-  launch(check, [&] { cpu::launch_unpack_w4(args, kParallel); },
-         [&](auto& gpu) { cuda::launch_unpack_w4(args, gpu.stream()); });
+  launch(
+      check, [&] { cpu::launch_unpack_w4(args, kParallel); },
+      [&](auto& gpu) { cuda::launch_unpack_w4(args, gpu.stream()); });
   return {q, scale, zero};
 }
 
@@ -206,8 +209,9 @@ Tensor dequantize_w4(const Tensor& packed, int64_t out_features, int64_t in_feat
   args.dtype = check.dense_dtype("dtype", dtype);
   const Tensor dense = empty({out_features, in_features}, dtype, packed);
   args.dense = dense.mutable_data_ptr();
-  launch(check, [&] { cpu::launch_dequantize_w4(args, kParallel); },
-         [&](auto& gpu) { cuda::launch_dequantize_w4(args, gpu.stream()); });
+  launch(
+      check, [&] { cpu::launch_dequantize_w4(args, kParallel); },
+      [&](auto& gpu) { cuda::launch_dequantize_w4(args, gpu.stream()); });
   return dense;
 }
 
@@ -227,11 +231,13 @@ void implement(torch::stable::detail::StableLibrary& m) {
 RIVER_IMPLEMENT(implement)
 
 STABLE_TORCH_LIBRARY_FRAGMENT(river, m) {
-  m.def("decode_attention(Tensor query, Tensor k_cache, Tensor v_cache, Tensor slots, Tensor positions, "
-        "float? softmax_scale=None, int? sliding_window=None, Tensor? kv_valid=None) -> Tensor");
+  m.def(
+      "decode_attention(Tensor query, Tensor k_cache, Tensor v_cache, Tensor slots, Tensor positions, "
+      "float? softmax_scale=None, int? sliding_window=None, Tensor? kv_valid=None) -> Tensor");
   m.def("state_similarity(Tensor x, Tensor y) -> Tensor");
-  m.def("lm_head(Tensor hidden, Tensor norm, Tensor weight, float rms_norm_eps, bool return_logits=True, "
-        "Tensor? temperature=None, Tensor? seeds=None, Tensor? positions=None) -> (Tensor, Tensor)");
+  m.def(
+      "lm_head(Tensor hidden, Tensor norm, Tensor weight, float rms_norm_eps, bool return_logits=True, "
+      "Tensor? temperature=None, Tensor? seeds=None, Tensor? positions=None) -> (Tensor, Tensor)");
   m.def("linear(Tensor x, Tensor weight, Tensor? bias=None) -> Tensor");
   m.def("linear_w4(Tensor x, Tensor weight, int out_features, Tensor? bias=None) -> Tensor");
   m.def("pack_w4(Tensor q, Tensor scale, Tensor zero) -> Tensor");

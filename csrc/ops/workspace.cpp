@@ -75,8 +75,11 @@ cuda::Workspace Gpu::workspace(const cuda::WorkspaceSize& size) {
     piece->grow(bytes, stream_);
   }
   return {.partials = static_cast<float*>(memory.partials.data()),
-          .counters = static_cast<uint32_t*>(memory.counters.data()), .scratch = memory.scratch.data(),
-          .blocks = cuda::sm_count(), .overlap = cuda::overlap_setting, .variants = cuda::variants};
+          .counters = static_cast<uint32_t*>(memory.counters.data()),
+          .scratch = memory.scratch.data(),
+          .blocks = cuda::sm_count(),
+          .overlap = cuda::overlap_setting,
+          .variants = cuda::variants};
 }
 
 }  // namespace river::ops

@@ -55,8 +55,7 @@ void score(const float* query, int group, int head_dim, const char* k, const int
       const float* q[kHeads];
       for (int g = 0; g < kHeads; g++) q[g] = query + (g0 + g < group ? g0 + g : group - 1) * padded;
       Sum sums[kSums];
-      for (int i = 0; i < padded; i += 16)
-        RIVER_UNROLL for (int p = 0; p < kBeside; p++) {
+      for (int i = 0; i < padded; i += 16) RIVER_UNROLL for (int p = 0; p < kBeside; p++) {
           const Values key = load_head<D>(head[p], i, head_dim);
           RIVER_UNROLL for (int g = 0; g < kHeads; g++) sums[p * kHeads + g].add(key, load<f32x16>(q[g] + i));
         }
@@ -140,8 +139,7 @@ void merge(const river::cpu::AttentionState* splits, int count, int head_dim, fl
     if (split.sum == 0) continue;  // saw nothing; NaN scores give a NaN sum and go on
     const float factor = vexp(splat(split.max - max))[0];
     sum += split.sum * factor;
-    for (int i = 0; i < padded; i += 16)
-      store(out + i, load<f32x16>(out + i) + load<f32x16>(split.value + i) * factor);
+    for (int i = 0; i < padded; i += 16) store(out + i, load<f32x16>(out + i) + load<f32x16>(split.value + i) * factor);
   }
   if (sum == 0) return;
   for (int i = 0; i < padded; i += 16) store(out + i, load<f32x16>(out + i) / sum);
@@ -204,7 +202,16 @@ void from_float(DType dtype, const float* x, void* y, int64_t n) {
 namespace river::cpu {
 extern const Kernels RIVER_JOIN(kernels_, RIVER_ISA);
 const Kernels RIVER_JOIN(kernels_, RIVER_ISA) = {
-    RIVER_TEXT(RIVER_ISA), rms_norm, prepare, dense_strip, w4_strip, swiglu,
-    attend,                merge,    similarity, to_float, from_float,
+    RIVER_TEXT(RIVER_ISA),
+    rms_norm,
+    prepare,
+    dense_strip,
+    w4_strip,
+    swiglu,
+    attend,
+    merge,
+    similarity,
+    to_float,
+    from_float,
 };
 }  // namespace river::cpu

@@ -8,11 +8,11 @@ namespace river::cpu {
 
 // T activation vectors in the order and type that a linear kernel reads (see prepare).
 struct Operand {
-  int rows;            // T
-  int cols;            // K
-  int padded;          // K rounded up to 64; entries past K are zero
-  void* values;        // [T, padded], bf16 or fp32
-  float* sums;         // [T, padded / 64], sums per W4 group of the values; packed only
+  int rows;      // T
+  int cols;      // K
+  int padded;    // K rounded up to 64; entries past K are zero
+  void* values;  // [T, padded], bf16 or fp32
+  float* sums;   // [T, padded / 64], sums per W4 group of the values; packed only
 };
 
 // Softmax state of one query head over one split of the context: max, sum of weights, weighted values

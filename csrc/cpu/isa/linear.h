@@ -16,7 +16,7 @@ using river::cpu::Operand;
 using river::cpu::StripOut;
 
 constexpr int kGroup = river::kTileCols;  // activation columns per tile, one (scale, zero) pair per row
-constexpr int kVectors = kSums / 4;  // activation vectors per pass
+constexpr int kVectors = kSums / 4;       // activation vectors per pass
 
 #if defined(__AVX512BF16__)
 constexpr bool kBf16Dot = true;
@@ -277,8 +277,7 @@ inline void w4_vectors(const Nibbles& nibbles, const uint8_t* strip, const Opera
       store(scale, scales);
       asm volatile("" : "+m"(scale));  // keeps them in memory, where an FMA broadcasts for free
       if (g0 == 0)
-        RIVER_UNROLL for (int t = 0; t < T; t++)
-          correction[t].add(offsets, x.sums[(int64_t)(t0 + t) * tiles + tile]);
+        RIVER_UNROLL for (int t = 0; t < T; t++) correction[t].add(offsets, x.sums[(int64_t)(t0 + t) * tiles + tile]);
       RIVER_UNROLL for (int p = 0; p < P; p++) {
         Sum part_lo[T], part_hi[T];
         nibbles.template dot<T>(data + 64 * (g0 + p), x, t0, (int64_t)tile * kGroup, part_lo, part_hi);

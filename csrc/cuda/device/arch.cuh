@@ -34,6 +34,8 @@ namespace river::device {
 
 RIVER_DEVICE uint32_t shared_address(const void* p) { return static_cast<uint32_t>(__cvta_generic_to_shared(p)); }
 
+// clang-format off: it would scatter the operands of inline PTX
+
 // ---- tensor cores -----------------------------------------------------------------------------
 
 // d[16 x 8] += a[16 x 16] * b[16 x 8], T x T -> fp32. With g = lane / 4, t = lane % 4 (16-bit pairs, low half first):
@@ -217,6 +219,8 @@ RIVER_DEVICE void async_copies_arrive(uint64_t* barrier) {
   asm volatile("cp.async.mbarrier.arrive.noinc.shared.b64 [%0];" ::"r"(shared_address(barrier)) : "memory");
 }
 
+// clang-format on
+
 }  // namespace river::device
 #endif  // RIVER_EMULATION
 
@@ -229,9 +233,13 @@ RIVER_DEVICE int lane_id() { return threadIdx.x % kWarp; }
 RIVER_DEVICE int warp_id() { return threadIdx.x / kWarp; }
 
 template <class T>
-RIVER_DEVICE T shuffle_xor(T value, int lanes) { return __shfl_xor_sync(kAllLanes, value, lanes); }
+RIVER_DEVICE T shuffle_xor(T value, int lanes) {
+  return __shfl_xor_sync(kAllLanes, value, lanes);
+}
 template <class T>
-RIVER_DEVICE T shuffle(T value, int lane) { return __shfl_sync(kAllLanes, value, lane); }
+RIVER_DEVICE T shuffle(T value, int lane) {
+  return __shfl_sync(kAllLanes, value, lane);
+}
 
 // One phase per use of a stage: the n-th use (from 0) waits with parity n % 2. Lies in shared memory. In code for chips
 // without bulk copies, StageBarrier<true> does what <false> does.

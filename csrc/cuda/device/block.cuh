@@ -233,16 +233,12 @@ struct GateUpPhase : PlainPhase {
   Source weight;
   const T *hidden, *norm;  // [T, hidden], [hidden]
   float rms_norm_eps;
-  T* out;                  // [T, inner]
+  T* out;  // [T, inner]
   int rows, inner;
 
   RIVER_DEVICE const Source& source() const { return weight; }
-  RIVER_DEVICE void prefetch(const BlockWork& work, const StreamShape&) const {
-    prefetch_norm(norm, work);
-  }
-  RIVER_DEVICE void load(StreamInput<T>& input) const {
-    load_normalised(input, hidden, norm, rms_norm_eps);
-  }
+  RIVER_DEVICE void prefetch(const BlockWork& work, const StreamShape&) const { prefetch_norm(norm, work); }
+  RIVER_DEVICE void load(StreamInput<T>& input) const { load_normalised(input, hidden, norm, rms_norm_eps); }
   RIVER_DEVICE void finish(int strip, const StripTotals& totals, const Asked&, State&) const {
     const int g = threadIdx.x / kMaxRows, t = threadIdx.x % kMaxRows, channel = strip * 8 + g;
     if (g >= 8 || t >= rows || channel >= inner) return;
@@ -254,8 +250,8 @@ struct GateUpPhase : PlainPhase {
 // ---- the layer --------------------------------------------------------------------------------------
 
 inline AttentionArgs attention_of(const BlockArgs& a, const void* query, void* out) {
-  return {a.dtype,         a.rows, a.num_heads, a.num_kv_heads, a.head_dim, a.num_slots, a.max_len,  a.softmax_scale,
-          a.sliding_window, query, a.k_cache,   a.v_cache,      a.slots,    a.positions, a.kv_valid, out};
+  return {a.dtype,          a.rows, a.num_heads, a.num_kv_heads, a.head_dim, a.num_slots, a.max_len,  a.softmax_scale,
+          a.sliding_window, query,  a.k_cache,   a.v_cache,      a.slots,    a.positions, a.kv_valid, out};
 }
 
 inline StateSimilarityArgs similarity_of(const BlockArgs& a) {
@@ -296,27 +292,43 @@ void launch_layer(const BlockArgs& a, const Weights& weights, const Workspace& w
   const Places places{a.slots, a.positions, a.num_slots, a.max_len};
 
   const auto qkv = weights.qkv(order);
-  launch_stream<T>(
-      QkvPhase<T, std::decay_t<decltype(qkv)>>{{}, qkv, a, order, query, reinterpret_cast<float*>(memory + scratch.raw_heads),
-                                               workspace.counters + qkv_shape.strips},
-      weights.first_path(), qkv_shape, a.rows, workspace, stream, "qkv");
+  launch_stream<T>(QkvPhase<T, std::decay_t<decltype(qkv)>>{{},
+                                                            qkv,
+                                                            a,
+                                                            order,
+                                                            query,
+                                                            reinterpret_cast<float*>(memory + scratch.raw_heads),
+                                                            workspace.counters + qkv_shape.strips},
+                   weights.first_path(), qkv_shape, a.rows, workspace, stream, "qkv");
   Workspace attention_workspace = workspace;
   attention_workspace.scratch = memory + scratch.attention;
   cuda::launch_decode_attention(attention_of(a, query, attended), attention_workspace, stream);
   const auto o = weights.o();
-  launch_stream<T>(
-      ResidualPhase<T, std::decay_t<decltype(o)>>{{}, o, attended, static_cast<const T*>(a.hidden),
-                                                  static_cast<const T*>(a.o_bias), middle, places, a.rows, hidden},
-      weights.path(), StreamShape(hidden, q_size), a.rows, workspace, stream, "o_proj");
+  launch_stream<T>(ResidualPhase<T, std::decay_t<decltype(o)>>{{},
+                                                               o,
+                                                               attended,
+                                                               static_cast<const T*>(a.hidden),
+                                                               static_cast<const T*>(a.o_bias),
+                                                               middle,
+                                                               places,
+                                                               a.rows,
+                                                               hidden},
+                   weights.path(), StreamShape(hidden, q_size), a.rows, workspace, stream, "o_proj");
   const auto gate_up = weights.gate_up();
-  launch_stream<T>(
-      GateUpPhase<T, std::decay_t<decltype(gate_up)>>{{}, gate_up, middle, static_cast<const T*>(a.post_attention_layernorm),
-                                                      a.rms_norm_eps, swiglu, a.rows, inner},
-      weights.path(), StreamShape((inner + 7) / 8 * kTileRows, hidden), a.rows, workspace, stream, "gate_up");
+  launch_stream<T>(GateUpPhase<T, std::decay_t<decltype(gate_up)>>{{},
+                                                                   gate_up,
+                                                                   middle,
+                                                                   static_cast<const T*>(a.post_attention_layernorm),
+                                                                   a.rms_norm_eps,
+                                                                   swiglu,
+                                                                   a.rows,
+                                                                   inner},
+                   weights.path(), StreamShape((inner + 7) / 8 * kTileRows, hidden), a.rows, workspace, stream,
+                   "gate_up");
   const auto down = weights.down();
   launch_stream<T>(
-      ResidualPhase<T, std::decay_t<decltype(down)>>{{}, down, swiglu, middle, nullptr, static_cast<T*>(a.out), places,
-                                                     a.rows, hidden},
+      ResidualPhase<T, std::decay_t<decltype(down)>>{
+          {}, down, swiglu, middle, nullptr, static_cast<T*>(a.out), places, a.rows, hidden},
       weights.path(), StreamShape(hidden, inner), a.rows, workspace, stream, "down_proj");
 }
 

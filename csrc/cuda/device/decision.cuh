@@ -16,7 +16,9 @@ struct DecidedPath {
   // The layer's own entry may not be written yet. It is zero between steps, and a token that has left stays outside.
   RIVER_DEVICE bool guess() const { return load_hint(exited + index) || (index > 0 && load_hint(exited + index - 1)); }
   template <class T>
-  RIVER_DEVICE uint32_t decide(StreamInput<T>&) const { return load_written(exited + index); }
+  RIVER_DEVICE uint32_t decide(StreamInput<T>&) const {
+    return load_written(exited + index);
+  }
 };
 
 // Of the first kernel
@@ -57,7 +59,7 @@ struct DecidingPath {
     measure_rows(
         static_cast<const T*>(d.previous), hidden, rows, hidden_size, similarities, input.squares,
         [] { barrier_sync(kReaderBarrier, kReaderThreads); },
-        [&](int row, int column, const float(&values)[kStrip]) { input.keep(row, column, values); });
+        [&](int row, int column, const float (&values)[kStrip]) { input.keep(row, column, values); });
     bool all = true;
     for (int row = 0; row < rows; row++) all = all && similarities[row] > bars[row];
     if (blockIdx.x == 0 && int(threadIdx.x) < rows && place_in_cache(places, threadIdx.x).active())

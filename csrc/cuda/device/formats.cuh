@@ -7,7 +7,7 @@
 
 namespace river::device {
 
-constexpr int kSplitColumns = 4096;   // activations of one block: 8 rows x 4096 x 2 B = 64 KB
+constexpr int kSplitColumns = 4096;  // activations of one block: 8 rows x 4096 x 2 B = 64 KB
 
 // One weight and how it is cut. Depends on the shape only.
 struct StreamShape {
@@ -130,16 +130,17 @@ struct W4Format {
     if (elect_one()) bulk_prefetch_to_l2(strip + int64_t(tile) * kTileBytes, count * kTileBytes, hint);
   }
 
-  static RIVER_DEVICE void multiply(float (&sum)[4], const unsigned char* stage, int index, int,
-                                    const uint32_t (&x)[8], float sum0, float sum1) {
+  static RIVER_DEVICE void multiply(float (&sum)[4], const unsigned char* stage, int index, int, const uint32_t (&x)[8],
+                                    float sum0, float sum1) {
     const unsigned char* tile = stage + index * kTileBytes;
     const int g = lane_id() / 4;
     const uint4 words = *reinterpret_cast<const uint4*>(tile + 16 * lane_id());
     const uint32_t word[4] = {words.x, words.y, words.z, words.w};
     float even[4] = {}, part[4] = {};  // two chains, as an mma waits for the one before it
     for (int j = 0; j < 4; j++)
-      mma_m16n8k16<T>(j % 2 ? part : even, {nibble_pair<T>(word[j], 0), nibble_pair<T>(word[j], 2), nibble_pair<T>(word[j], 1),
-                             nibble_pair<T>(word[j], 3)},
+      mma_m16n8k16<T>(j % 2 ? part : even,
+                      {nibble_pair<T>(word[j], 0), nibble_pair<T>(word[j], 2), nibble_pair<T>(word[j], 1),
+                       nibble_pair<T>(word[j], 3)},
                       {x[2 * j], x[2 * j + 1]});
     for (int i = 0; i < 4; i++) part[i] += even[i];
     const auto* metadata = reinterpret_cast<const uint32_t*>(tile + 512);
@@ -177,7 +178,9 @@ RIVER_DEVICE void with_format(bool packed, F f) {
 }
 
 template <class Format, class Source>
-RIVER_DEVICE const Source& source_of(const Source& source) { return source; }
+RIVER_DEVICE const Source& source_of(const Source& source) {
+  return source;
+}
 template <class Format, class Rows>
 RIVER_DEVICE const auto& source_of(const DualWeight<Rows>& weight) {
   if constexpr (Format::kPacked) return weight.packed;

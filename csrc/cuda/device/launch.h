@@ -63,9 +63,7 @@ template <class... Parameters, class... Arguments>
 void launch(void (*kernel)(Parameters...), dim3 grid, dim3 block, size_t shared_bytes, cudaStream_t stream,
             const LaunchOptions& options, Arguments&&... arguments) {
   const auto sizes = [&] {
-    auto text = [](dim3 d) {
-      return std::to_string(d.x) + " x " + std::to_string(d.y) + " x " + std::to_string(d.z);
-    };
+    auto text = [](dim3 d) { return std::to_string(d.x) + " x " + std::to_string(d.y) + " x " + std::to_string(d.z); };
     return " (grid " + text(grid) + ", block " + text(block) + ", " + std::to_string(shared_bytes) +
            " bytes of shared memory)";
   };

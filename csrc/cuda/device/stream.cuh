@@ -27,8 +27,8 @@ using cuda::Workspace;
 constexpr int kReaders = kParts;  // so that they also share out the sums over rows
 constexpr int kStreamThreads = (kReaders + 1) * kWarp;
 constexpr int kReaderThreads = kReaders * kWarp;
-constexpr int kReaderBarrier = 1;     // named barriers: of the reader warps,
-constexpr int kDecisionBarrier = 2;   // and of all, once a block knows its path
+constexpr int kReaderBarrier = 1;    // named barriers: of the reader warps,
+constexpr int kDecisionBarrier = 2;  // and of all, once a block knows its path
 
 // ---- activations in shared memory -------------------------------------------------------------------
 
@@ -45,9 +45,8 @@ struct StreamActivations {
   }
 
   RIVER_DEVICE StreamActivations(unsigned char* memory, int rows, int tiles)
-      : values(reinterpret_cast<T*>(memory)),
-        sums(reinterpret_cast<float*>(memory + rows * stride_of(tiles) * 2)), rows(rows), tiles(tiles),
-        stride(stride_of(tiles)) {}
+      : values(reinterpret_cast<T*>(memory)), sums(reinterpret_cast<float*>(memory + rows * stride_of(tiles) * 2)),
+        rows(rows), tiles(tiles), stride(stride_of(tiles)) {}
 
   // 8 columns
   RIVER_DEVICE uint4& piece(int row, int column) { return *reinterpret_cast<uint4*>(values + row * stride + column); }
@@ -179,7 +178,8 @@ RIVER_DEVICE void prefetch_weights(CopyPlace place, int count, const Source& sou
   for (; count > 0 && place.strip < shape.strips; place.tile = 0, place.strip += work.strip_step) {
     const auto start = Format::start(source, shape, place.strip);
     for (; count > 0 && place.tile < work.tiles; count--, place.tile += Format::kStageTiles)
-      Format::prefetch(start, shape, work.first_tile + place.tile, min(Format::kStageTiles, work.tiles - place.tile), hint);
+      Format::prefetch(start, shape, work.first_tile + place.tile, min(Format::kStageTiles, work.tiles - place.tile),
+                       hint);
   }
 }
 
@@ -349,8 +349,7 @@ class SplitStrips {
 
   RIVER_DEVICE void after_barrier(int n, const StripTotals& own) {
     const int row = threadIdx.x / kMaxRows, t = threadIdx.x % kMaxRows;
-    if (n < work_.strips && row < kTileRows)
-      partials(n)[(work_.split * kTileRows + row) * kMaxRows + t] = own(row, t);
+    if (n < work_.strips && row < kTileRows) partials(n)[(work_.split * kTileRows + row) * kMaxRows + t] = own(row, t);
     if (n >= 1 && n <= work_.strips && threadIdx.x == kArriver) {
       gpu_fence();  // the sums of strip n - 1, of all readers: it is the barrier since then that brings them here
       arrival_ = atomicInc(workspace_.counters + work_.strip(n - 1), shape_.splits - 1);  // wraps to zero
@@ -390,8 +389,9 @@ struct PlainPhase {
 
 // Budget: 288 threads, 112 registers, 11264 shared, mma
 template <class T, class Path, bool kBulk, class Phase>
-__global__ void __launch_bounds__(kStreamThreads, 2) stream_kernel(Phase phase, Path path, StreamShape shape, int rows,
-                                                                   RingSizes sizes, bool prefetch, Workspace workspace) {
+__global__ void __launch_bounds__(kStreamThreads, 2)
+    stream_kernel(Phase phase, Path path, StreamShape shape, int rows, RingSizes sizes, bool prefetch,
+                  Workspace workspace) {
   RIVER_DYNAMIC_SHARED(memory);
   RIVER_SHARED(Ring<kBulk>, rings, [2]);  // dense, packed
   RIVER_SHARED(StripSums, sums, [1]);

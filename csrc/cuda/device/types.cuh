@@ -111,19 +111,19 @@ struct Type {
   using type = T;
 };
 
-// f(Type<bf16>{}) or f(Type<fp16>{}); float is for kernels where it costs nothing.
+// Calls f<T>() with the type of a DType. float is for kernels where it costs nothing.
 template <class F>
 void with_dtype(DType dtype, F f) {
-  if (dtype == DType::kBFloat16) f(Type<bf16>{});
-  else if (dtype == DType::kFloat16) f(Type<fp16>{});
-  else f(Type<float>{});
+  if (dtype == DType::kBFloat16) f.template operator()<bf16>();
+  else if (dtype == DType::kFloat16) f.template operator()<fp16>();
+  else f.template operator()<float>();
 }
 
 // The same for kernels that need 16-bit types; float32 was refused by the op.
 template <class F>
 void with_16bit_dtype(DType dtype, F f) {
-  if (dtype == DType::kBFloat16) f(Type<bf16>{});
-  else f(Type<fp16>{});
+  if (dtype == DType::kBFloat16) f.template operator()<bf16>();
+  else f.template operator()<fp16>();
 }
 
 }  // namespace river::device

@@ -10,11 +10,11 @@
 #define RIVER_SM90 1
 
 // Both name memory of the running block; each place in the source is its own variable.
-#define RIVER_SHARED(type, name, extents)                 \
-  static const char name##_site = 0;                      \
-  using name##_type = type extents;                       \
-  name##_type& name = *reinterpret_cast<name##_type*>(    \
-      ::river::emulation::shared_memory(&name##_site, sizeof(name##_type)))
+#define RIVER_SHARED(type, name, extents) \
+  static const char name##_site = 0;      \
+  using name##_type = type extents;       \
+  name##_type& name =                     \
+      *reinterpret_cast<name##_type*>(::river::emulation::shared_memory(&name##_site, sizeof(name##_type)))
 #define RIVER_DYNAMIC_SHARED(name) unsigned char* name = ::river::emulation::dynamic_shared_memory()
 
 namespace river::device {
@@ -61,7 +61,9 @@ inline void dependency_wait() { emulation::wait_for_dependency(); }
 
 inline void prefetch_to_l2(const void*) {}
 template <class T>
-T load_written(const T* p) { return *p; }
+T load_written(const T* p) {
+  return *p;
+}
 inline int32_t load_hint(const int32_t* p) { return *p; }
 inline uint32_t load_acquire(const uint32_t* p) { return *p; }
 inline void store_release(uint32_t* p, uint32_t v) { *p = v; }

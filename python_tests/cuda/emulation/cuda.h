@@ -31,10 +31,10 @@ using cudaStream_t = CUstream_st*;
 
 // ---- vector types -----------------------------------------------------------------------------
 
-#define RIVER_VECTOR(T, name)                                                                       \
-  struct alignas(2 * sizeof(T)) name##2 { T x, y; };                                                \
-  struct alignas(4 * sizeof(T)) name##4 { T x, y, z, w; };                                          \
-  inline name##2 make_##name##2(T x, T y) { return {x, y}; }                                        \
+#define RIVER_VECTOR(T, name)                                \
+  struct alignas(2 * sizeof(T)) name##2 { T x, y; };         \
+  struct alignas(4 * sizeof(T)) name##4 { T x, y, z, w; };   \
+  inline name##2 make_##name##2(T x, T y) { return {x, y}; } \
   inline name##4 make_##name##4(T x, T y, T z, T w) { return {x, y, z, w}; }
 RIVER_VECTOR(float, float)
 RIVER_VECTOR(int, int)
@@ -74,11 +74,17 @@ inline int __popc(unsigned x) { return std::popcount(x); }
 inline unsigned __umulhi(unsigned a, unsigned b) { return static_cast<uint64_t>(a) * b >> 32; }
 
 template <class T>
-T __ldg(const T* p) { return *p; }
+T __ldg(const T* p) {
+  return *p;
+}
 template <class T>
-T __ldcg(const T* p) { return *p; }
+T __ldcg(const T* p) {
+  return *p;
+}
 template <class T>
-void __stcg(T* p, T v) { *p = v; }
+void __stcg(T* p, T v) {
+  *p = v;
+}
 
 // ---- atomics: one thread runs at a time -----------------------------------------------------------
 
@@ -89,15 +95,25 @@ T river_exchange(T* p, T v) {
   return old;
 }
 template <class T, class U>
-T atomicAdd(T* p, U v) { return river_exchange(p, static_cast<T>(*p + static_cast<T>(v))); }
+T atomicAdd(T* p, U v) {
+  return river_exchange(p, static_cast<T>(*p + static_cast<T>(v)));
+}
 template <class T, class U>
-T atomicMax(T* p, U v) { return river_exchange(p, std::max(*p, static_cast<T>(v))); }
+T atomicMax(T* p, U v) {
+  return river_exchange(p, std::max(*p, static_cast<T>(v)));
+}
 template <class T, class U>
-T atomicMin(T* p, U v) { return river_exchange(p, std::min(*p, static_cast<T>(v))); }
+T atomicMin(T* p, U v) {
+  return river_exchange(p, std::min(*p, static_cast<T>(v)));
+}
 template <class T, class U>
-T atomicOr(T* p, U v) { return river_exchange(p, static_cast<T>(*p | static_cast<T>(v))); }
+T atomicOr(T* p, U v) {
+  return river_exchange(p, static_cast<T>(*p | static_cast<T>(v)));
+}
 template <class T, class U>
-T atomicExch(T* p, U v) { return river_exchange(p, static_cast<T>(v)); }
+T atomicExch(T* p, U v) {
+  return river_exchange(p, static_cast<T>(v));
+}
 template <class T, class U, class V>
 T atomicCAS(T* p, U expected, V v) {
   return river_exchange(p, *p == static_cast<T>(expected) ? static_cast<T>(v) : *p);

@@ -42,8 +42,8 @@ char* take_stack() {
     return stack;
   }
   const size_t page = sysconf(_SC_PAGESIZE);
-  void* memory = mmap(nullptr, kStackBytes + page, PROT_READ | PROT_WRITE,
-                      MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+  void* memory =
+      mmap(nullptr, kStackBytes + page, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
   if (memory == MAP_FAILED) throw std::bad_alloc();
   mprotect(memory, page, PROT_NONE);  // an overflowing stack faults instead of reaching its neighbour
   return static_cast<char*>(memory) + page;

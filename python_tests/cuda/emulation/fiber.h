@@ -20,8 +20,8 @@ class Fiber {
 
   void (*entry_)(void*);
   void* argument_;
-  char* stack_;             // above a guard page
-  void* context_ = nullptr; // where it goes on
+  char* stack_;              // above a guard page
+  void* context_ = nullptr;  // where it goes on
   void* sanitizer_ = nullptr;
   bool finished_ = false;
 };

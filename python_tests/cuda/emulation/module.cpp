@@ -71,7 +71,9 @@ class Memory {
   Memory(const Memory&) = delete;
 
   template <class T>
-  T* as() const { return static_cast<T*>(memory_); }
+  T* as() const {
+    return static_cast<T*>(memory_);
+  }
 
   void check(bool zero) const {
     for (size_t i = 0; i < guard_; i++)
@@ -122,7 +124,7 @@ void run_calls(const std::vector<Call>& calls) {
   const Memory counters("the counters", size.counters * sizeof(uint32_t), 0);
   const Memory scratch("the scratch memory", size.scratch, 0xff);
   const cuda::Workspace workspace{partials.as<float>(), counters.as<uint32_t>(), scratch.as<void>(),
-                                  device().sm_count, device().overlap, cuda::variants};
+                                  device().sm_count,    device().overlap,        cuda::variants};
   run([&] {
     for (const Call& call : calls) call.launch(workspace);
   });
@@ -217,9 +219,9 @@ Call dual_layer(const py::kwargs& values) {
   {
     Fields fields{values};
     block_weights(block_fields(fields, a.block), a.block)("qkv_tiles", a.exit_layer.qkv_proj)(
-        "o_tiles", a.exit_layer.o_proj)("gate_up_tiles", a.exit_layer.gate_up_proj)("down_tiles", a.exit_layer.down_proj)(
-        "index", d.index)("previous", d.previous)("thresholds", d.thresholds)("min_layers", d.min_layers)(
-        "limit", d.limit)("exited", d.exited)("similarities", d.similarities);
+        "o_tiles", a.exit_layer.o_proj)("gate_up_tiles", a.exit_layer.gate_up_proj)(
+        "down_tiles", a.exit_layer.down_proj)("index", d.index)("previous", d.previous)("thresholds", d.thresholds)(
+        "min_layers", d.min_layers)("limit", d.limit)("exited", d.exited)("similarities", d.similarities);
   }
   static_cast<river::BlockArgs&>(a.exit_layer) = a.block;
   a.exit_layer.gate_up_tiles = (a.block.intermediate_size + 7) / 8;
@@ -232,8 +234,8 @@ Call advance(const py::kwargs& values) {
       "layers", a.layers)("num_stop_tokens", a.num_stop_tokens)("num_records", a.num_records)("before", a.before)(
       "after", a.after)("tokens", a.tokens)("embed_tokens", a.embed_tokens)("stop_tokens", a.stop_tokens)(
       "hidden", a.hidden)("slots", a.slots)("positions", a.positions)("draw_positions", a.draw_positions)(
-      "remaining", a.remaining)("exited", a.exited)("similarities", a.similarities)("step", a.step)(
-      "records", a.records);
+      "remaining", a.remaining)("exited", a.exited)("similarities", a.similarities)("step", a.step)("records",
+                                                                                                    a.records);
   return call(a, {}, cuda::launch_advance);
 }
 
@@ -290,11 +292,14 @@ PYBIND11_MODULE(river_emulation, m) {
       {"unpack_w4", w4_format<cuda::launch_unpack_w4>},
       {"dequantize_w4", w4_format<cuda::launch_dequantize_w4>},
   };
-  m.def("run", [](const std::vector<std::pair<std::string, py::dict>>& ops) {
-    std::vector<Call> calls;
-    for (const auto& [name, fields] : ops) calls.push_back(kOps.at(name)(py::kwargs(fields)));
-    run_calls(calls);
-  }, "Queues ops, (name, fields of its Args) each, and runs them all");
+  m.def(
+      "run",
+      [](const std::vector<std::pair<std::string, py::dict>>& ops) {
+        std::vector<Call> calls;
+        for (const auto& [name, fields] : ops) calls.push_back(kOps.at(name)(py::kwargs(fields)));
+        run_calls(calls);
+      },
+      "Queues ops, (name, fields of its Args) each, and runs them all");
 
   m.def("planted", [](const std::string& name, bool broken, uintptr_t out, uintptr_t scratch) {
     selftest(launch_planted, name.c_str(), broken, reinterpret_cast<float*>(out), reinterpret_cast<float*>(scratch));

@@ -24,7 +24,7 @@ constexpr size_t kMaxEarlyBlocks = 16;   // of a dependent kernel; the hardware 
 constexpr size_t kMaxQueued = 3;         // kernels in flight: each may have triggered its successor before its own wait
 constexpr int kMaxSpins = 10000;         // rounds in which all that runs polls memory
 #if defined(__SANITIZE_ADDRESS__)
-constexpr size_t kCanary = 0;            // the sanitizer is exact
+constexpr size_t kCanary = 0;  // the sanitizer is exact
 #else
 constexpr size_t kCanary = 64;
 #endif
@@ -83,10 +83,10 @@ void report_signal(int signal) {
 void watch_signals() {
   static bool done = kCanary == 0;  // AddressSanitizer reports by itself
   if (std::exchange(done, true)) return;
-  static char stack[64 << 10];      // the fiber's own may be what overflowed
+  static char stack[64 << 10];  // the fiber's own may be what overflowed
   const stack_t alternate{stack, 0, sizeof(stack)};
   sigaltstack(&alternate, nullptr);
-  struct sigaction action {};
+  struct sigaction action{};
   action.sa_handler = report_signal;
   action.sa_flags = SA_ONSTACK;
   for (int signal : {SIGSEGV, SIGBUS}) sigaction(signal, &action, &handled_before[signal]);
@@ -236,7 +236,8 @@ void advance(Grid& grid, size_t max_resident) {
     }
     const int64_t ready = grid.runnable.size() - grid.head;
     if (grid.idle_spins > ready && !land_one(grid) && grid.idle_spins > kMaxSpins * ready) report_deadlock(grid);
-    if (schedule().order == Choice::kRandom) std::swap(grid.runnable[grid.head], grid.runnable[grid.head + draw(grid, ready)]);
+    if (schedule().order == Choice::kRandom)
+      std::swap(grid.runnable[grid.head], grid.runnable[grid.head + draw(grid, ready)]);
     Thread* thread = grid.runnable[grid.head++];
     if (grid.head > 4096) {
       grid.runnable.erase(grid.runnable.begin(), grid.runnable.begin() + grid.head);
@@ -471,7 +472,8 @@ void start_copy(std::vector<Piece> pieces, uint64_t* barrier, uint32_t transacti
 }
 
 void check_prefetch(const void* p, uint32_t bytes) {
-  if (reinterpret_cast<uintptr_t>(p) % 16 || bytes == 0 || bytes % 16) fail("a prefetch is not of multiples of 16 bytes");
+  if (reinterpret_cast<uintptr_t>(p) % 16 || bytes == 0 || bytes % 16)
+    fail("a prefetch is not of multiples of 16 bytes");
   const auto* data = static_cast<const volatile unsigned char*>(p);
   for (uint32_t i = 0; i < bytes; i += 16) (void)data[i];
   (void)data[bytes - 1];

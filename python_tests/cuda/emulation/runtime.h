@@ -26,9 +26,9 @@ namespace river::emulation {
 enum class Choice { kFirst, kLast, kRandom };
 
 struct Schedule {
-  Choice order = Choice::kFirst;   // of threads and blocks: ascending, descending, shuffled at every step
-  Choice copies = Choice::kLast;   // land at once, as late as allowed, either
-  bool early_dependents = true;    // a PDL launch runs up to its dependency wait before its predecessor starts
+  Choice order = Choice::kFirst;  // of threads and blocks: ascending, descending, shuffled at every step
+  Choice copies = Choice::kLast;  // land at once, as late as allowed, either
+  bool early_dependents = true;   // a PDL launch runs up to its dependency wait before its predecessor starts
   uint64_t seed = 0;
 };
 
@@ -36,7 +36,7 @@ struct Device {
   int sm_count = 4;
   int arch = 90;
   cuda::Overlap overlap = cuda::Overlap::kPrefetch;  // what launchers are to use
-  int shared_memory = 0;  // KB of a block; 0: what the chip has
+  int shared_memory = 0;                             // KB of a block; 0: what the chip has
   int shared_memory_per_block() const {
     return (shared_memory ? shared_memory : arch == 90 ? 227 : arch == 80 ? 163 : 99) * 1024;
   }
@@ -125,7 +125,7 @@ struct Grid {
   size_t next = 0;           // not yet started
   std::vector<std::unique_ptr<Block>> resident;
   std::vector<Thread*> runnable, at_dependency;
-  size_t head = 0;           // of runnable
+  size_t head = 0;  // of runnable
   bool dependency_met = false;
   int64_t idle_spins = 0;
 };

@@ -134,8 +134,7 @@ __global__ void last_arriver(float* out, float* partial, unsigned* counter) {
   const bool last = block_arrives_last(counter, kBlocks);
   if (kBroken ? blockIdx.x != kBlocks - 1 : !last) return;
   float sum = 0;
-  for (int block = 0; block < kBlocks; block++)
-    sum += load_written(partial + block * kThreads + threadIdx.x);
+  for (int block = 0; block < kBlocks; block++) sum += load_written(partial + block * kThreads + threadIdx.x);
   for (int block = 0; block < kBlocks; block++)
     out[block * kThreads + threadIdx.x] = block * kThreads + threadIdx.x + sum - kBlocks;
 }
@@ -261,8 +260,7 @@ bool launch_ring(const char* bug, bool bulk, float* out, float* scratch) {
 }
 
 void launch_mma(DType dtype, const void* a, const void* b, float* d) {
-  with_16bit_dtype(dtype, [&](auto type) {
-    using T = typename decltype(type)::type;
+  with_16bit_dtype(dtype, [&]<class T>() {
     launch(mma<T>, 1, 32, 0, nullptr, {.name = "mma"}, static_cast<const T*>(a), static_cast<const T*>(b), d);
   });
 }
