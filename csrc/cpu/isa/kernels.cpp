@@ -168,7 +168,7 @@ Scaling safe_scaling(DType dtype, const void* x, int n) {
 }
 
 // Sums of 16 products each, added in order, so that a kernel that produces 16 rows at a time can keep one
-// (dot, a, b) triple per strip and get the same bits.
+// (dot, a, b) triple per chunk and get the same bits.
 float similarity(DType dtype, const void* x, const void* y, int n) {
   const Scaling sx = safe_scaling(dtype, x, n), sy = safe_scaling(dtype, y, n);
   if (!sx.usable || !sy.usable) return 0;

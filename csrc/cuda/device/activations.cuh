@@ -56,7 +56,7 @@ RIVER_DEVICE void load_normalised(StreamInput<T>& input, const T* source, const 
   const int first = input.first_column(), in_features = input.shape.in_features;
   if (!input.measured) {
     measure_squares(source, input.x.rows, in_features, input.squares,
-                    [&](int row, int column, const float (&values)[kStrip]) { input.keep(row, column, values); });
+                    [&](int row, int column, const float (&values)[kChunk]) { input.keep(row, column, values); });
     barrier_sync(kReaderBarrier, kReaderThreads);
   }
   input.x.fill(in_features - first, input.with_sums, [&](int row, int column) {

@@ -59,7 +59,7 @@ struct DecidingPath {
     measure_rows(
         static_cast<const T*>(d.previous), hidden, rows, hidden_size, similarities, input.squares,
         [] { barrier_sync(kReaderBarrier, kReaderThreads); },
-        [&](int row, int column, const float (&values)[kStrip]) { input.keep(row, column, values); });
+        [&](int row, int column, const float (&values)[kChunk]) { input.keep(row, column, values); });
     bool all = true;
     for (int row = 0; row < rows; row++) all = all && similarities[row] > bars[row];
     if (blockIdx.x == 0 && int(threadIdx.x) < rows && place_in_cache(places, threadIdx.x).active())

@@ -1,6 +1,6 @@
 // Sums over rows of hidden vectors, for RMSNorm and for the state transition similarity: every kernel that needs one
-// gets the same bits. A row is cut into strips of 16 values, strip i to lane i % 32 of part i / 32 % 8. Within a strip
-// a fixed tree; a lane adds its strips in order; then a tree over the lanes; then the parts in order. A part is one
+// gets the same bits. A row is cut into chunks of 16 values, chunk i to lane i % 32 of part i / 32 % 8. Within a chunk
+// a fixed tree; a lane adds its chunks in order; then a tree over the lanes; then the parts in order. A part is one
 // warp's work, whatever the number of rows.
 #pragma once
 
@@ -8,28 +8,28 @@
 
 namespace river::device {
 
-constexpr int kStrip = 16;
+constexpr int kChunk = 16;
 
-struct Triple {  // sums over one strip, or over a vector
+struct Triple {  // sums over one chunk, or over a vector
   float dot, a, b;
 };
 
 // 16 values that another kernel wrote, from L2, still packed: several rows' are asked for before one is used
 template <class T>
-struct Strip {
-  float4 piece[kStrip * sizeof(T) / 16];
+struct Chunk {
+  float4 piece[kChunk * sizeof(T) / 16];
 
   RIVER_DEVICE void load(const T* p) {
     constexpr int kPer16Bytes = 16 / sizeof(T);
 #pragma unroll
-    for (int i = 0; i < kStrip; i += kPer16Bytes)
+    for (int i = 0; i < kChunk; i += kPer16Bytes)
       piece[i / kPer16Bytes] = load_written(reinterpret_cast<const float4*>(p + i));
   }
 
-  RIVER_DEVICE void unpack(float (&out)[kStrip]) const {
+  RIVER_DEVICE void unpack(float (&out)[kChunk]) const {
     constexpr int kPer16Bytes = 16 / sizeof(T);
 #pragma unroll
-    for (int i = 0; i < kStrip; i += kPer16Bytes) {
+    for (int i = 0; i < kChunk; i += kPer16Bytes) {
       const float4& v = piece[i / kPer16Bytes];
       if constexpr (sizeof(T) == 4) {
         out[i] = v.x, out[i + 1] = v.y, out[i + 2] = v.z, out[i + 3] = v.w;
@@ -65,17 +65,17 @@ RIVER_DEVICE Scaling safe_scaling(uint32_t largest) {
 
 // lane[i] + lane[i + 8], then 4, 2, 1 apart. Explicit roundings: a contracted product would change the bits.
 template <int kWidth>
-RIVER_DEVICE void fold(float (&lane)[kStrip]) {
+RIVER_DEVICE void fold(float (&lane)[kChunk]) {
 #pragma unroll
   for (int i = 0; i < kWidth; i++) lane[i] = __fadd_rn(lane[i], lane[i + kWidth]);
   if constexpr (kWidth > 1) fold<kWidth / 2>(lane);
 }
 
-RIVER_DEVICE float strip_dot(const float (&u)[kStrip], const float (&v)[kStrip]) {
-  float lane[kStrip];
+RIVER_DEVICE float chunk_dot(const float (&u)[kChunk], const float (&v)[kChunk]) {
+  float lane[kChunk];
 #pragma unroll
-  for (int i = 0; i < kStrip; i++) lane[i] = __fmul_rn(u[i], v[i]);
-  fold<kStrip / 2>(lane);
+  for (int i = 0; i < kChunk; i++) lane[i] = __fmul_rn(u[i], v[i]);
+  fold<kChunk / 2>(lane);
   return lane[0];
 }
 
@@ -106,11 +106,11 @@ RIVER_DEVICE void sum_over_lanes(float (&sum)[kCount]) {
   over_lanes(sum, [](float a, float b) { return __fadd_rn(a, b); });
 }
 
-// f(first value) for the strips of this lane
+// f(first value) for the chunks of this lane
 template <class F>
-RIVER_DEVICE void for_each_strip(int part, int hidden_size, F f) {
+RIVER_DEVICE void for_each_chunk(int part, int hidden_size, F f) {
 #pragma unroll 1  // up to 4,096 values there is one
-  for (int i = (part * kWarp + lane_id()) * kStrip; i < hidden_size; i += kParts * kWarp * kStrip) f(i);
+  for (int i = (part * kWarp + lane_id()) * kChunk; i < hidden_size; i += kParts * kWarp * kChunk) f(i);
 }
 
 // f(r) for the rows first + r of a group that exist
@@ -121,23 +121,23 @@ RIVER_DEVICE void for_each_row(int first, int rows, F f) {
     if (first + r < rows) f(r);
 }
 
-constexpr int kSquaredRows = 4, kComparedRows = 2;  // at a time, so that registers hold their strips
+constexpr int kSquaredRows = 4, kComparedRows = 2;  // at a time, so that registers hold their chunks
 
-// By kParts warps: of y [rows, hidden_size]. keep(row, first value, values) gets each strip on the way. The caller
+// By kParts warps: of y [rows, hidden_size]. keep(row, first value, values) gets each chunk on the way. The caller
 // synchronises the warps afterwards.
 template <class T, class Keep>
 RIVER_DEVICE void measure_squares(const T* y, int rows, int hidden_size, RowSquares& squares, Keep keep) {
   const int part = warp_id();
   for (int first = 0; first < rows; first += kSquaredRows) {
     float sum[kSquaredRows] = {};
-    for_each_strip(part, hidden_size, [&](int i) {
-      Strip<T> strip[kSquaredRows] = {};  // left undefined, it would hold registers from the kernel's start
-      for_each_row<kSquaredRows>(first, rows, [&](int r) { strip[r].load(y + int64_t(first + r) * hidden_size + i); });
+    for_each_chunk(part, hidden_size, [&](int i) {
+      Chunk<T> chunk[kSquaredRows] = {};  // left undefined, it would hold registers from the kernel's start
+      for_each_row<kSquaredRows>(first, rows, [&](int r) { chunk[r].load(y + int64_t(first + r) * hidden_size + i); });
       for_each_row<kSquaredRows>(first, rows, [&](int r) {
-        float v[kStrip];
-        strip[r].unpack(v);
+        float v[kChunk];
+        chunk[r].unpack(v);
         keep(first + r, i, v);
-        sum[r] = __fadd_rn(sum[r], strip_dot(v, v));
+        sum[r] = __fadd_rn(sum[r], chunk_dot(v, v));
       });
     });
     sum_over_lanes(sum);
@@ -146,7 +146,7 @@ RIVER_DEVICE void measure_squares(const T* y, int rows, int hidden_size, RowSqua
 }
 
 struct KeepNothing {
-  RIVER_DEVICE void operator()(int, int, const float (&)[kStrip]) const {}
+  RIVER_DEVICE void operator()(int, int, const float (&)[kChunk]) const {}
 };
 
 struct RowPart {
@@ -160,27 +160,27 @@ RIVER_DEVICE void measure_part(const T* x, const T* y, int part, int first, int 
                                Scaling sy, RowPart (&out)[kRows], Keep keep) {
   float sum[3 * kRows] = {};         // dot, a, b
   uint32_t largest[2 * kRows] = {};  // x, y
-  for_each_strip(part, hidden_size, [&](int i) {
-    Strip<T> x_strip[kRows] = {}, y_strip[kRows] = {};
+  for_each_chunk(part, hidden_size, [&](int i) {
+    Chunk<T> x_chunk[kRows] = {}, y_chunk[kRows] = {};
     for_each_row<kRows>(first, rows, [&](int r) {
-      x_strip[r].load(x + int64_t(first + r) * hidden_size + i);
-      y_strip[r].load(y + int64_t(first + r) * hidden_size + i);
+      x_chunk[r].load(x + int64_t(first + r) * hidden_size + i);
+      y_chunk[r].load(y + int64_t(first + r) * hidden_size + i);
     });
     for_each_row<kRows>(first, rows, [&](int r) {
-      float u[kStrip], v[kStrip];
-      x_strip[r].unpack(u);
-      y_strip[r].unpack(v);
+      float u[kChunk], v[kChunk];
+      x_chunk[r].unpack(u);
+      y_chunk[r].unpack(v);
       keep(first + r, i, v);
 #pragma unroll
-      for (int j = 0; j < kStrip; j++) {
+      for (int j = 0; j < kChunk; j++) {
         largest[2 * r] = max(largest[2 * r], magnitude_bits(u[j]));
         largest[2 * r + 1] = max(largest[2 * r + 1], magnitude_bits(v[j]));
         u[j] = u[j] * sx.first * sx.second;
         v[j] = v[j] * sy.first * sy.second;
       }
-      sum[3 * r] = __fadd_rn(sum[3 * r], strip_dot(u, v));
-      sum[3 * r + 1] = __fadd_rn(sum[3 * r + 1], strip_dot(u, u));
-      sum[3 * r + 2] = __fadd_rn(sum[3 * r + 2], strip_dot(v, v));
+      sum[3 * r] = __fadd_rn(sum[3 * r], chunk_dot(u, v));
+      sum[3 * r + 1] = __fadd_rn(sum[3 * r + 1], chunk_dot(u, u));
+      sum[3 * r + 2] = __fadd_rn(sum[3 * r + 2], chunk_dot(v, v));
     });
   });
   sum_over_lanes(sum);
@@ -207,7 +207,7 @@ RIVER_DEVICE float cosine(const Triple& sum) {
 }
 
 // By kParts warps, which `sync` waits for: the cosines of the rows of x and y [rows, hidden_size], hidden_size a multiple
-// of 16, to `similarities` in shared memory; and the squares of y, whose strips go to keep as above.
+// of 16, to `similarities` in shared memory; and the squares of y, whose chunks go to keep as above.
 template <class T, class Sync, class Keep>
 RIVER_DEVICE void measure_rows(const T* x, const T* y, int rows, int hidden_size, float (&similarities)[kMaxRows],
                                RowSquares& squares, Sync sync, Keep keep) {

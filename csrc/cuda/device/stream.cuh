@@ -283,8 +283,8 @@ struct StreamInput {
 
   RIVER_DEVICE int first_column() const { return work.first_tile * kTileCols; }
 
-  // Keeps a strip of a row, if it is of this block's split
-  RIVER_DEVICE void keep(int row, int column, const float (&values)[kStrip]) {
+  // Keeps a chunk of a row, if it is of this block's split
+  RIVER_DEVICE void keep(int row, int column, const float (&values)[kChunk]) {
     const int local = column - first_column();
     if (local >= 0 && local < work.tiles * kTileCols) store16(x.values + row * x.stride + local, values);
   }
