@@ -1,9 +1,9 @@
 """Chat messages as text, by the checkpoint's own template, as transformers' apply_chat_template writes them.
 
 A template runs under limits in a process of its own, chat_worker.py, which starts with the first messages and
-stays for those that follow, so that these take about a millisecond. Nothing inside of a process bounds jinja2
-reliably: one multiplication or one `center` may take any time and memory, even while the template compiles.
-A limit of processor time is enough, since templates cannot sleep.
+stays for those that follow, so that these take less than a millisecond. Nothing inside of a process bounds
+jinja2 reliably: one multiplication or one `center` may take any time and memory, even while the template
+compiles. A limit of processor time is enough, since templates cannot sleep.
 """
 
 import json
@@ -71,12 +71,14 @@ class ChatTemplate:
                     worker.stdin.write(request + b"\n")
                     worker.stdin.flush()
                 answer = worker.stdout.readline()
-                return json.loads(answer) if answer else {"complaint": _end_of(worker.wait())}
-            except OSError as error:
+                if answer.endswith(b"\n"):
+                    return json.loads(answer)
+                return {"complaint": _cause_of(worker.wait())}
+            except BaseException as error:
+                self._stop()  # an answer that nobody has read must not become that of the next messages
+                if not isinstance(error, OSError):
+                    raise
                 return {"complaint": f"needs a process of its own, which does not start: {error.strerror}"}
-            except BaseException:  # an answer that nobody reads must not become that of the next messages
-                self._stop()
-                raise
 
     def _running(self) -> subprocess.Popen:
         if self._worker is None or self._owner != os.getpid() or self._worker.poll() is not None:
@@ -86,13 +88,13 @@ class ChatTemplate:
                 command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL
             )
             self._owner = os.getpid()
-            self._stop = weakref.finalize(self, _stop, worker, self._owner)
+            self._stop = weakref.finalize(self, _end, worker, self._owner)
             settings = {"template": self.template, "memory": MEMORY, "seconds": CPU_SECONDS}
             worker.stdin.write(json.dumps(settings | {"max_characters": MAX_CHARACTERS}).encode() + b"\n")
         return self._worker
 
 
-def _stop(worker: subprocess.Popen, owner: int) -> None:
+def _end(worker: subprocess.Popen, owner: int) -> None:
     """Ends a worker, of which a fork of its owner only has the ends of the pipes."""
     if os.getpid() == owner:
         worker.kill()
@@ -102,7 +104,8 @@ def _stop(worker: subprocess.Popen, owner: int) -> None:
             pipe.close()
 
 
-def _end_of(code: int) -> str:
+def _cause_of(code: int) -> str:
+    """Why a worker has ended, from its exit code."""
     if code == -signal.SIGXCPU:
         return f"takes more than {CPU_SECONDS} s of processor time; accepted: less"
     return f"ends the process that renders it (code {code}); accepted: what takes at most {MEMORY >> 30} GiB"
