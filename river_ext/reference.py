@@ -1,8 +1,9 @@
 """The specification: every op of `ops.py` in a few lines of plain fp32 PyTorch.
 
 Same names and arguments as in `ops.py`. All backends are tested against these functions, every buffer
-that an op writes included, and no module of the package is imported here or imports this. Values are rounded to the model dtype at six points only (normalised x, q/k/v
-after RoPE, attention output, both residuals, SwiGLU output); everything between is fp32.
+that an op writes included; so no module of the package is imported here, and none imports this. Values are
+rounded to the model dtype at six points only (normalised x, q/k/v after RoPE, attention output, both
+residuals, SwiGLU output); everything between is fp32.
 """
 
 import torch

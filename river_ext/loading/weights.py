@@ -9,7 +9,7 @@ from ..ops import TILE_COLS, TILE_ROWS, packed_shape
 
 @dataclass(frozen=True)
 class BlockShape:
-    """The dimensions of a decoder block, by their names in Hugging Face configs, and all shapes that follow."""
+    """The dimensions of a decoder block, by their names in Hugging Face configs, and all its shapes."""
 
     hidden_size: int
     num_attention_heads: int
