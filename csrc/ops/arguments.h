@@ -13,7 +13,7 @@
 #include <tuple>
 #include <type_traits>
 
-#include "abi.h"
+#include "abi.h"  // before any header of torch
 
 namespace river::ops {
 
@@ -30,34 +30,36 @@ consteval std::string_view schema_type() {
   return "unknown";
 }
 
-// It is called where only constants may stand: the compiler quotes its name in the error.
-inline void the_schema_has_no_such_argument() {}
+// "Tensor(a!) x, float? eps=None" of the schema "(Tensor(a!) x, float? eps=None) -> Tensor".
+consteval std::string_view arguments_of(std::string_view schema) { return schema.substr(1, schema.find(") ->") - 1); }
 
-// The place of an argument in a schema such as "(Tensor(a!) x, float? eps=None) -> Tensor"; without a name, how many
-// arguments there are.
-consteval int place_of(std::string_view schema, std::string_view type = "", std::string_view name = "") {
-  std::string_view rest = schema.substr(1, schema.find(") ->") - 1);
-  for (int place = 0;; place++) {
-    const std::string_view argument = rest.substr(0, rest.find(", "));
-    const size_t space = argument.find(' '), end = std::min(argument.find('='), argument.size());
-    const std::string_view its_type = argument.substr(0, std::min(argument.find('('), space));
-    if (its_type == type && argument.substr(space + 1, end - space - 1) == name) return place;
-    if (argument.size() == rest.size() && name.empty()) return place + 1;
-    if (argument.size() == rest.size()) the_schema_has_no_such_argument();
-    rest.remove_prefix(argument.size() + 2);
-  }
+consteval int count_of_arguments(std::string_view schema) {
+  const std::string_view arguments = arguments_of(schema);
+  return int(std::count(arguments.begin(), arguments.end(), ',')) + 1;
 }
 
 // How many tensors an op returns: "-> Tensor", "-> (Tensor, Tensor)" or "-> ()".
-consteval size_t results_of(std::string_view schema) {
-  size_t results = 0;
+consteval int count_of_results(std::string_view schema) {
+  int results = 0;
   for (size_t at = schema.find("->"); (at = schema.find("Tensor", at + 1)) != std::string_view::npos;) results++;
   return results;
 }
 
+consteval int place_of(std::string_view schema, std::string_view type, std::string_view name) {
+  std::string_view rest = arguments_of(schema);
+  for (int place = 0;; place++) {
+    const std::string_view argument = rest.substr(0, rest.find(", "));
+    const size_t space = argument.find(' '), end = std::min(argument.find('='), argument.size());
+    const std::string_view its_type = argument.substr(0, std::min(argument.find('('), space));
+    const std::string_view its_name = argument.substr(space + 1, end - space - 1);
+    if (its_type == type && its_name == name) return place;
+    if (argument.size() == rest.size()) throw "the schema has no argument of this name and type";
+    rest.remove_prefix(argument.size() + 2);
+  }
+}
+
 static_assert(place_of("(Tensor(a!) x, float? eps=None) -> Tensor", "Tensor", "x") == 0);
 static_assert(place_of("(Tensor(a!) x, float? eps=None) -> Tensor", "float?", "eps") == 1);
-static_assert(place_of("(Tensor(a!) x, float? eps=None) -> Tensor") == 2);
 
 // An op owns what it reads: a value that it leaves unread would leak, one that it reads twice would be freed twice.
 template <const char* schema>
@@ -93,18 +95,19 @@ class Arguments {
   }
 
   StableIValue* stack_;
-  uint64_t unread_ = (uint64_t(1) << place_of(schema)) - 1;  // a bit for each argument
+  uint64_t unread_ = (uint64_t(1) << count_of_arguments(schema)) - 1;  // a bit for each argument
 };
 
 // boxed<&op> is an op as torch calls it, where `std::tuple<Tensor, ...> op(Arguments<schema>& read)` reads all of its
 // arguments before it does anything else.
 template <const char* schema, class... Results>
 void call_boxed(std::tuple<Results...> (*op)(Arguments<schema>&), StableIValue* stack) {
-  static_assert(sizeof...(Results) == results_of(schema));
+  static_assert(sizeof...(Results) == count_of_results(schema));
   Arguments<schema> arguments(stack);
   const std::tuple<Results...> results = op(arguments);
   arguments.expect_all_read();
-  torch::stable::detail::box_from_tuple<Results...>(stack, results);
+  std::apply([stack](const auto&... result) mutable { ((*stack++ = torch::stable::detail::from(result)), ...); },
+             results);
 }
 
 template <auto op>

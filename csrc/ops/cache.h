@@ -1,7 +1,12 @@
 // What decode_attention and the layers check alike: the caches, every row's place in them, and what a row sees.
 #pragma once
 
-#include "arguments.h"
+#include <algorithm>
+#include <cmath>
+#include <cstdint>
+#include <optional>
+
+#include "arguments.h"  // before any header of torch
 #include "check.h"
 
 namespace river::ops {

@@ -1,7 +1,6 @@
 // Argument checks of the ops: device, dtype, shape, layout, range, overlap.
 #pragma once
 
-#include <algorithm>
 #include <cmath>
 #include <cstdint>
 #include <cstring>
@@ -21,7 +20,7 @@ constexpr int64_t kAny = -1;  // a size that is not checked
 inline int64_t tiles_of(int64_t output_rows) { return ceil_div(output_rows, kTileRows); }
 inline int64_t column_tiles_of(int64_t columns) { return ceil_div(columns, kTileCols); }
 
-// A shape in a message. It is made into text only when there is something to say.
+// A shape in a message, made into text only when a check fails.
 template <class Values>
 struct Shape {
   const Values& values;
@@ -42,7 +41,7 @@ struct Shape {
 template <class Values>
 Shape(const Values&) -> Shape<Values>;
 
-// Of one op's arguments. The first tensor says where the op runs; all others must be there too. Values in a GPU's
+// Checks the arguments of one op. The first tensor says where the op runs; all others must be there too. Values in a GPU's
 // memory are not looked at: that would wait for it. Its kernels treat rows out of range as inactive.
 class Check {
  public:

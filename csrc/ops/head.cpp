@@ -1,4 +1,6 @@
 // lm_head: the final norm, the head and the token.
+#include <cmath>
+
 #include "arguments.h"
 #include "dispatch.h"
 

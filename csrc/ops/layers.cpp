@@ -249,7 +249,7 @@ DecisionTensors read_decision(Arguments<kDualLayer>& read) {
           .similarities = read.tensor("similarities")};
 }
 
-ExitDecision check_decision(Check& check, const DecisionTensors& t, ScalarType type, const BlockArgs& block) {
+ExitDecision decision_args(Check& check, const DecisionTensors& t, ScalarType type, const BlockArgs& block) {
   const int layers = check.layers(t.exited, t.similarities, block.rows);
   const auto* thresholds = check.tensor<float>("thresholds", t.thresholds, {block.rows});
   const auto* min_layers = check.tensor<int32_t>("min_layers", t.min_layers, {block.rows});
@@ -283,7 +283,7 @@ std::tuple<Tensor> dual_layer(Arguments<kDualLayer>& read) {
   fill_dense(check, dense, type, args.block);
   static_cast<BlockArgs&>(args.exit_layer) = args.block;
   fill_packed(check, packed, tiles_of(2 * int64_t(args.block.intermediate_size)), args.exit_layer);
-  args.decision = check_decision(check, decision, type, args.block);
+  args.decision = decision_args(check, decision, type, args.block);
   check.written({"exited", "similarities", "k_cache", "v_cache"});
   const Tensor out = new_out(tensors.hidden, args.block);
   args.exit_layer.out = args.block.out;
