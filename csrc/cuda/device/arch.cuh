@@ -96,16 +96,6 @@ RIVER_DEVICE int32_t load_hint(const int32_t* p) {
   return v;
 }
 
-RIVER_DEVICE uint32_t load_acquire(const uint32_t* p) {
-  uint32_t v;
-  asm volatile("ld.acquire.gpu.global.u32 %0, [%1];" : "=r"(v) : "l"(p) : "memory");
-  return v;
-}
-
-RIVER_DEVICE void store_release(uint32_t* p, uint32_t v) {
-  asm volatile("st.release.gpu.global.u32 [%0], %1;" ::"l"(p), "r"(v) : "memory");
-}
-
 // Before a counter says that this thread's writes are there, and after it said so of others'. Lighter than
 // __threadfence(), which also orders everything among all threads.
 RIVER_DEVICE void gpu_fence() { asm volatile("fence.acq_rel.gpu;" ::: "memory"); }
@@ -114,9 +104,6 @@ RIVER_DEVICE void gpu_fence() { asm volatile("fence.acq_rel.gpu;" ::: "memory");
 RIVER_DEVICE void store_release_system(uint32_t* p, uint32_t v) {
   asm volatile("st.release.sys.global.u32 [%0], %1;" ::"l"(p), "r"(v) : "memory");
 }
-
-// In every loop that polls memory
-RIVER_DEVICE void spin_hint() { __nanosleep(20); }
 
 // ---- parts of a warp ----------------------------------------------------------------------------
 

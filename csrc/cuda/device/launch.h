@@ -17,9 +17,8 @@
 namespace river::device {
 
 struct LaunchOptions {
-  const char* name;          // for error messages
-  bool pdl = false;          // may start before the kernels ahead of it end; it must execute dependency_wait()
-  bool cooperative = false;  // all blocks resident at once
+  const char* name;  // for error messages
+  bool pdl = false;  // may start before the kernels ahead of it end; it must execute dependency_wait()
 };
 
 inline void check(cudaError_t error, const char* name, const std::string& details = "") {
@@ -80,23 +79,16 @@ void launch(void (*kernel)(Parameters...), dim3 grid, dim3 block, size_t shared_
       device_facts().shared_memory_per_block - static_cast<int>(facts.sharedSizeBytes));
   // two consecutive kernels share an SM only if the carve-out leaves room for both
   set(cudaFuncAttributePreferredSharedMemoryCarveout, cudaSharedmemCarveoutMaxShared);
-  cudaLaunchAttribute attributes[2];
-  unsigned count = 0;
-  if (options.pdl && facts.ptxVersion >= 90) {  // code made from older PTX does not wait, on whatever device it runs
-    attributes[count].id = cudaLaunchAttributeProgrammaticStreamSerialization;
-    attributes[count++].val.programmaticStreamSerializationAllowed = 1;
-  }
-  if (options.cooperative) {
-    attributes[count].id = cudaLaunchAttributeCooperative;
-    attributes[count++].val.cooperative = 1;
-  }
+  cudaLaunchAttribute early_start{};
+  early_start.id = cudaLaunchAttributeProgrammaticStreamSerialization;
+  early_start.val.programmaticStreamSerializationAllowed = 1;
   cudaLaunchConfig_t config = {};
   config.gridDim = grid;
   config.blockDim = block;
   config.dynamicSmemBytes = shared_bytes;
   config.stream = stream;
-  config.attrs = attributes;
-  config.numAttrs = count;
+  config.attrs = &early_start;
+  config.numAttrs = options.pdl && facts.ptxVersion >= 90;  // code made from older PTX does not wait, on any device
   attempt(cudaLaunchKernelEx(&config, kernel, std::forward<Arguments>(arguments)...));
 }
 

@@ -38,29 +38,7 @@ RIVER_DEVICE float2 to_float2(uint32_t pair) {
   else return {__half2float(__ushort_as_half(low)), __half2float(__ushort_as_half(high))};
 }
 
-// 16 values from and to memory aligned to 16 bytes
-template <class T>
-RIVER_DEVICE void load16(const T* p, float (&out)[16]) {
-  if constexpr (sizeof(T) == 4) {
-#pragma unroll
-    for (int i = 0; i < 16; i += 4) {
-      const float4 v = *reinterpret_cast<const float4*>(p + i);
-      out[i] = v.x, out[i + 1] = v.y, out[i + 2] = v.z, out[i + 3] = v.w;
-    }
-  } else {
-#pragma unroll
-    for (int i = 0; i < 16; i += 8) {
-      const uint4 v = *reinterpret_cast<const uint4*>(p + i);
-      const uint32_t words[4] = {v.x, v.y, v.z, v.w};
-#pragma unroll
-      for (int j = 0; j < 4; j++) {
-        const float2 two = to_float2<T>(words[j]);
-        out[i + 2 * j] = two.x, out[i + 2 * j + 1] = two.y;
-      }
-    }
-  }
-}
-
+// 16 values to memory aligned to 16 bytes
 template <class T>
 RIVER_DEVICE void store16(T* p, const float (&in)[16]) {
   if constexpr (sizeof(T) == 4) {
