@@ -22,6 +22,9 @@ RIVER_DEVICE T from_float(float x) {
   else return __float2half_rn(x);
 }
 
+// Orders numbers by magnitude; infinity and NaN are 0x7f800000 and above.
+RIVER_DEVICE uint32_t magnitude_bits(float x) { return __float_as_uint(x) & 0x7fffffffu; }
+
 // Two 16-bit values as a register of the tensor cores, `low` at the lower address
 template <class T>
 RIVER_DEVICE uint32_t pair(T low, T high) {
@@ -78,7 +81,7 @@ constexpr uint32_t kNibbleMagic = std::is_same_v<T, bf16> ? 0x43004300u : 0x6400
 template <class T>
 constexpr float kNibbleOffset = std::is_same_v<T, bf16> ? 128.f : 1024.f;
 
-// Pair i of a W4 word: i = 0, 1, 2, 3 are the registers a0, a2, a1, a3 of an mma (layout: river_ext/w4.py).
+// Pair i of a W4 word: i = 0, 1, 2, 3 are the registers a0, a2, a1, a3 of an mma (layout: river_ext/quant/w4.py).
 template <class T>
 RIVER_DEVICE uint32_t nibble_pair(uint32_t word, int i) {
   return ((word >> (4 * i)) & 0x000f000fu) | kNibbleMagic<T>;
