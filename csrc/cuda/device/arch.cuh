@@ -228,7 +228,7 @@ RIVER_DEVICE T shuffle(T value, int lane) {
   return __shfl_sync(kAllLanes, value, lane);
 }
 
-// One phase per use of a stage: the n-th use (from 0) waits with parity n % 2. Lies in shared memory. In code for chips
+// Lies in shared memory. Whoever waits for the n-th use of a stage (from 0) waits with parity n % 2. In code for chips
 // without bulk copies, StageBarrier<true> does what <false> does.
 template <bool kWantBulk>
 struct StageBarrier {
@@ -244,7 +244,7 @@ struct StageBarrier {
   RIVER_DEVICE void arrive() { mbarrier_arrive(&state); }
   RIVER_DEVICE void wait(uint32_t parity) { mbarrier_wait(&state, parity); }
 
-  // Starts a stage. No lane may still wait for "empty" when the first one fills: two phases later its parity is back.
+  // Starts a stage. No lane may still wait for "empty" when the first one fills: two uses later its parity is back.
   RIVER_DEVICE void arrive_expect(uint32_t bytes) {
     __syncwarp();
     if constexpr (kBulk) {
@@ -262,7 +262,7 @@ struct StageBarrier {
     }
   }
 
-  // kRows pieces of `bytes`: piece r from the address that lane r holds, to `to` + r * stride
+  // Copies kRows pieces of `bytes`: piece r from the address that lane r holds, to `to` + r * stride.
   template <int kRows>
   RIVER_DEVICE void copy_rows(unsigned char* to, int stride, const void* from, uint32_t bytes, CopyHint hint) {
     const void* row[kRows];

@@ -44,20 +44,20 @@ struct Chunk {
   }
 };
 
-// lane[i] + lane[i + 8], then 4, 2, 1 apart. Explicit roundings: a contracted product would change the bits.
+// Adds values 8 apart, then 4, 2, 1 apart. Explicit roundings: a contracted product would change the bits.
 template <int kWidth>
-RIVER_DEVICE void fold(float (&lane)[kChunk]) {
+RIVER_DEVICE void fold(float (&value)[kChunk]) {
 #pragma unroll
-  for (int i = 0; i < kWidth; i++) lane[i] = __fadd_rn(lane[i], lane[i + kWidth]);
-  if constexpr (kWidth > 1) fold<kWidth / 2>(lane);
+  for (int i = 0; i < kWidth; i++) value[i] = __fadd_rn(value[i], value[i + kWidth]);
+  if constexpr (kWidth > 1) fold<kWidth / 2>(value);
 }
 
 RIVER_DEVICE float chunk_dot(const float (&u)[kChunk], const float (&v)[kChunk]) {
-  float lane[kChunk];
+  float value[kChunk];
 #pragma unroll
-  for (int i = 0; i < kChunk; i++) lane[i] = __fmul_rn(u[i], v[i]);
-  fold<kChunk / 2>(lane);
-  return lane[0];
+  for (int i = 0; i < kChunk; i++) value[i] = __fmul_rn(u[i], v[i]);
+  fold<kChunk / 2>(value);
+  return value[0];
 }
 
 // The sums of squares of each row's parts; in shared memory
