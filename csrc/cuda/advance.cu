@@ -1,6 +1,6 @@
-// advance: the end of a step. It finishes the record of the step, which the host polls, and turns the rows' state into what
-// the next step starts from: embeddings, positions, and no row that has drawn its last token. The work is small and each
-// part needs what the part before has left alone, so that one block does all of it.
+// advance: the end of a step. It finishes the record of the step, which the host polls, and turns the rows' state into
+// what the next step starts from: embeddings, positions, and no row that has drawn its last token. The work is small
+// and each part needs what the part before has left alone, so that one block does all of it.
 #include "../step_rules.h"
 #include "device/launch.h"
 #include "device/similarity.cuh"

@@ -1,9 +1,9 @@
-// decode_attention: T rows against the cache, grouped queries. A block has (a split of the context, a KV head, a row), and
-// all query heads of the KV head's group; how a context is cut depends on the row's own position, so that a short one
-// still fills the GPU. The last block of a (row, KV head) merges the splits in order.
+// decode_attention: T rows against the cache, grouped queries. A block has (a split of the context, a KV head, a row),
+// and all query heads of the KV head's group; how a context is cut depends on the row's own position, so that a short
+// one still fills the GPU. The last block of a (row, KV head) merges the splits in order.
 //
-// Positions are device data, so the grid is fixed, and one that the GPU takes at once: a block goes through the splits by
-// the grid's width, and a block without a split returns. What a block does with a split: device/attention.cuh.
+// Positions are device data, so the grid is fixed, and one that the GPU takes at once: a block goes through the splits
+// by the grid's width, and a block without a split returns. What a block does with a split: device/attention.cuh.
 #include <algorithm>
 
 #include "device/attention.cuh"
@@ -29,15 +29,16 @@ RIVER_DEVICE void prefetch_context(const AttentionArgs& a, int row, int kv_head)
   bulk_prefetch_to_l2(cache + place * bytes, (end - first) * bytes);
 }
 
-// The softmax over all splits of a row, for some of its query heads. Warp h finds the factors of query head h; then each
-// thread has its dims of all heads, so that many loads are under way.
+// The softmax over all splits of a row, for some of its query heads. Warp h finds the factors of query head h; then
+// each thread has its dims of all heads, so that many loads are under way.
 template <class T, int kLanes>
 struct SplitMerge {
   const Partials& partials;
   AttentionMemory<kLanes>& shared;
   int row, splits;
 
-  RIVER_DEVICE void merge(HeadRange heads, T* out) const {                           // out: [heads.count, head_dim]
+  // out: [heads.count, head_dim]
+  RIVER_DEVICE void merge(HeadRange heads, T* out) const {
     constexpr int kDims = (kLanes * 8 + kAttentionThreads - 1) / kAttentionThreads;  // of a thread
     float total[kHeads][kDims] = {}, sum = 0;
     const float largest = largest_score(heads);
@@ -73,7 +74,7 @@ struct SplitMerge {
     return warp_max(largest);
   }
 
-  // Of the splits from `first`, to shared.weight; sum: this lane's share of all weights
+  // Leaves the factors of `count` splits from `first` on in shared.weight, and adds this lane's share of all weights.
   RIVER_DEVICE void find_factors(HeadRange heads, int first, int count, float largest, float& sum) const {
     if (warp_id() >= heads.count) return;
     const int head = heads.first + warp_id();
@@ -85,6 +86,7 @@ struct SplitMerge {
     }
   }
 
+  // Adds the values of the same splits, in order.
   template <int kDims>
   RIVER_DEVICE void add_values(HeadRange heads, int first, int count, float (&total)[kHeads][kDims]) const {
 #pragma unroll 4
@@ -103,7 +105,7 @@ template <class T, int kLanes>
 __global__ void __launch_bounds__(kAttentionThreads, kBlocksPerSm)
     decode_attention_kernel(AttentionArgs a, Partials partials,
                             uint32_t* counters,  // [T, kv_heads]
-                            bool early) {
+                            bool early) {        // ask L2 for K and V before the kernels ahead have ended
   RIVER_SHARED(AttentionMemory<kLanes>, shared, [1]);
   const int kv_head = blockIdx.y, row = blockIdx.z, group = a.num_heads / a.num_kv_heads;
   if (warp_id() == 0) {

@@ -1,5 +1,5 @@
-// state_similarity: the cosine of the rows of two [T, hidden] tensors. A block has a row, and each of its kParts warps a
-// part of it: the same sums in the same order as where a layer's kernel decides by them (device/similarity.cuh).
+// state_similarity: the cosine of the rows of two [T, hidden] tensors. A block has a row, and each of its kParts warps
+// a part of it: the same sums in the same order as where a layer's kernel decides by them (device/similarity.cuh).
 #include "device/launch.h"
 #include "device/similarity.cuh"
 

@@ -1,8 +1,9 @@
-// pack_w4, unpack_w4, dequantize_w4: between the canonical form of a W4 weight, its packed tiles, and a dense weight. The
-// layout of a tile is described in river_ext/quant/w4.py.
+// pack_w4, unpack_w4, dequantize_w4: between the canonical form of a W4 weight, its packed tiles, and a dense weight.
+// The layout of a tile is described in river_ext/quant/w4.py.
 //
-// A warp has a tile. A lane has the 16 columns from 16 t on of output rows g and g + 8 of it (g = lane / 4, t = lane % 4):
-// its 16 packed bytes lie together, and so do its 16 dense values of each output row, so that it moves whole vectors.
+// A warp has a tile. A lane has the 16 columns from 16 t on of output rows g and g + 8 of it (g = lane / 4, t = lane %
+// 4): its 16 packed bytes lie together, and so do its 16 dense values of each output row, so that it moves whole
+// vectors.
 #include <algorithm>
 
 #include "device/launch.h"

@@ -58,8 +58,8 @@ RIVER_MMA(__half, "f16")
 
 // ---- dependent launches (nothing on older chips, where launches are plain) -----------------------
 
-// Lets the next kernel of the stream start, once a thread of every block has come here or every block has ended; it still
-// waits for this kernel's end before it touches its results.
+// Lets the next kernel of the stream start, once a thread of every block has come here or every block has ended; it
+// still waits for this kernel's end before it touches its results.
 RIVER_DEVICE void dependency_trigger() {
 #if RIVER_SM90
   asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
@@ -77,8 +77,8 @@ RIVER_DEVICE void dependency_wait() {
 
 RIVER_DEVICE void prefetch_to_l2(const void* p) { asm volatile("prefetch.global.L2 [%0];" ::"l"(p)); }
 
-// What kernels ahead, or other blocks of this one, wrote: from L2, as this SM's L1 may hold what was there before. It stays
-// on its side of dependency_wait().
+// What kernels ahead, or other blocks of this one, wrote: from L2, as this SM's L1 may hold what was there before. It
+// stays on its side of dependency_wait().
 template <class T>
 RIVER_DEVICE T load_written(const T* p) {
   if constexpr (sizeof(T) == 2) {  // CUDA's own of these types may be moved across the wait: it is no volatile asm
@@ -192,7 +192,8 @@ RIVER_DEVICE void bulk_prefetch_to_l2(const void* p, uint32_t bytes) {
 }
 RIVER_DEVICE void bulk_prefetch_to_l2(const void* p, uint32_t bytes, CopyHint hint) {
 #if RIVER_SM90
-  asm volatile("cp.async.bulk.prefetch.L2.global.L2::cache_hint [%0], %1, %2;" ::"l"(p), "r"(bytes), "l"(hint) : "memory");
+  asm volatile("cp.async.bulk.prefetch.L2.global.L2::cache_hint [%0], %1, %2;"
+               ::"l"(p), "r"(bytes), "l"(hint) : "memory");
 #endif
 }
 

@@ -1,6 +1,6 @@
 // Attention of one row over one split of its context, by a block: kHeads query heads of one KV head at a time, which
-// share every K and V that is read. The functions of SplitAttention stand in the order in which a block calls them; each
-// ends in a barrier of the block. Sums and softmax are fp32.
+// share every K and V that is read. The functions of SplitAttention stand in the order in which a block calls them;
+// each ends in a barrier of the block. Sums and softmax are fp32.
 //
 // To read K or V, kLanes lanes take a position, 8 dims each, so that a warp reads 32 / kLanes positions at a time, and
 // each lane has kAhead loads under way. For the softmax a warp has one query head.
@@ -135,7 +135,8 @@ struct SplitAttention {
     __syncthreads();
   }
 
-  // value = weight . V: a lane has its 8 dims of its positions; then come the lanes of the warp that have the same dims.
+  // value = weight . V: a lane has its 8 dims of its positions; then come the lanes of the warp that have the same
+  // dims.
   RIVER_DEVICE void weigh_values(int split, HeadRange heads) const {
     float sum[kHeads][8] = {};
     for (int i0 = offset(); i0 < context.size; i0 += kAhead * kPositions) {

@@ -1,9 +1,9 @@
-// Sums over hidden vectors: of their squares, for RMSNorm, and as similarity.cuh needs them. Every kernel that needs a sum
-// gets the same bits, whatever the number of rows.
+// Sums over hidden vectors: of their squares, for RMSNorm, and as similarity.cuh needs them. Every kernel that needs a
+// sum gets the same bits, whatever the number of rows.
 //
 // A hidden vector is cut into chunks of 16 values, and chunk i belongs to lane i % 32 of part i / 32 % 8. A part is the
-// work of one warp. The values of a chunk are added by a fixed tree; a lane adds its chunks in order; the lanes are added
-// by a tree, and the parts in order.
+// work of one warp. The values of a chunk are added by a fixed tree; a lane adds its chunks in order; the lanes are
+// added by a tree, and the parts in order.
 #pragma once
 
 #include "types.cuh"
@@ -71,7 +71,8 @@ struct RowSquares {
   }
 };
 
-// Combines several values over the lanes of a warp at once: a shuffle takes its time, but the next need not wait for it.
+// Combines several values over the lanes of a warp at once: a shuffle takes its time, but the next need not wait for
+// it.
 template <int kCount, class V, class Combine>
 RIVER_DEVICE void over_lanes(V (&value)[kCount], Combine combine) {
 #pragma unroll

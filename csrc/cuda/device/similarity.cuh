@@ -1,7 +1,7 @@
 // The state transition similarity of rows x and y: dot(x, y) / (|x| |y|), by the sums of row_sums.cuh.
 //
-// Rows are first measured as they are. A row whose squares may over- or underflow is measured again, scaled by a power of
-// two. A zero or non-finite vector has similarity 0.
+// Rows are first measured as they are. A row whose squares may over- or underflow is measured again, scaled by a power
+// of two. A zero or non-finite vector has similarity 0.
 #pragma once
 
 #include "row_sums.cuh"

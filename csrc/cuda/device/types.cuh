@@ -59,6 +59,7 @@ RIVER_DEVICE void store16(T* p, const float (&in)[16]) {
   }
 }
 
+// 8 values from 16 bytes
 template <class T>
 RIVER_DEVICE void unpack(const uint4& v, float (&out)[8]) {
   const uint32_t word[4] = {v.x, v.y, v.z, v.w};
@@ -68,6 +69,7 @@ RIVER_DEVICE void unpack(const uint4& v, float (&out)[8]) {
   }
 }
 
+// 16 bytes from 8 values, each rounded once
 template <class T>
 RIVER_DEVICE uint4 repack(const float (&v)[8]) {
   uint32_t word[4];

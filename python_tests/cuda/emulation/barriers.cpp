@@ -1,4 +1,5 @@
-// Where threads meet: barriers of a block, and operations of a warp. Who comes first waits; the last one wakes the others.
+// Where threads meet: barriers of a block, and operations of a warp. Who comes first waits; the last one wakes the
+// others.
 #include <cstring>
 
 #include "scheduler.h"

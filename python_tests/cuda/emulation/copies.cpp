@@ -8,7 +8,8 @@ namespace river::emulation {
 
 namespace {
 
-// An mbarrier: the 64 bits in shared memory are its whole state. Its parity changes once all arrivals and bytes are there.
+// An mbarrier: the 64 bits in shared memory are its whole state. Its parity changes once all arrivals and bytes are
+// there.
 struct Mbarrier {
   uint64_t count : 12, pending : 12, parity : 1, magic : 7;
   int64_t bytes : 32;
