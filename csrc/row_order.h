@@ -1,5 +1,5 @@
-// The order in which strips hold the output rows of qkv_proj and gate_up_proj: written here once for every kernel, and a
-// second time in river_ext/quant/w4.py, which packs by it. What an epilogue combines lies in rows g and g + 8 of a
+// The order in which strips hold the output rows of qkv_proj and gate_up_proj: written here once for every kernel, and
+// a second time in river_ext/quant/w4.py, which packs by it. What an epilogue combines lies in rows g and g + 8 of a
 // strip, which one lane of an mma owns: the two dims of Q or K that rotate together, a gate and its up.
 //
 // Plain ints, no memory: kernels on a GPU ask (strip, r) -> natural row, kernels on a CPU natural row -> packed row.

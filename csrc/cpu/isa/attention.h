@@ -12,8 +12,8 @@ using river::cpu::AttentionState;
 using river::cpu::kSplit;
 using river::cpu::SplitArgs;
 
-// 16 values of a head from index i, zero past head_dim. bf16 comes piece by piece: GCC would take a whole vector through
-// memory.
+// 16 values of a head from index i, zero past head_dim. bf16 comes piece by piece: GCC would take a whole vector
+// through memory.
 template <DType D>
 inline Values load_head(const void* head, int i, int head_dim) {
   if (i + 16 > head_dim) return load_tail(D, head, i, head_dim);
