@@ -27,88 +27,90 @@ inline Values load_head(const void* head, int i, int head_dim) {
   return v;
 }
 
+using Weights = float[kMaxGroup][kSplit];  // of each query head and position of a split
+
 constexpr int kHeads = 4;                // query heads at a time, and
 constexpr int kBeside = kSums / kHeads;  // positions (scores) or vectors of 16 values beside them
 
 // weight[g][p] = query head g . k of position p
 template <DType D>
-void score(const float* query, int group, int head_dim, const char* k, const int32_t* positions, int count,
-           float (&weight)[kMaxGroup][kSplit]) {
-  const int padded = int(river::round_up(head_dim, 16));
-  for (int p0 = 0; p0 < count; p0 += kBeside) {
+void score(const SplitArgs a, Weights& weight) {
+  const int padded = int(river::round_up(a.head_dim, 16));
+  for (int p0 = 0; p0 < a.count; p0 += kBeside) {
     const char* head[kBeside];
     for (int p = 0; p < kBeside; p++)  // past the end: the last one again
-      head[p] = k + positions[p0 + p < count ? p0 + p : count - 1] * int64_t(head_dim) * river::size_of(D);
-    for (int g0 = 0; g0 < group; g0 += kHeads) {
+      head[p] = static_cast<const char*>(a.k) +
+                a.positions[p0 + p < a.count ? p0 + p : a.count - 1] * int64_t(a.head_dim) * river::size_of(D);
+    for (int g0 = 0; g0 < a.group; g0 += kHeads) {
       const float* q[kHeads];
-      for (int g = 0; g < kHeads; g++) q[g] = query + (g0 + g < group ? g0 + g : group - 1) * padded;
+      for (int g = 0; g < kHeads; g++) q[g] = a.queries + (g0 + g < a.group ? g0 + g : a.group - 1) * padded;
       Sum sums[kSums];
       for (int i = 0; i < padded; i += 16) RIVER_UNROLL for (int p = 0; p < kBeside; p++) {
-          const Values key = load_head<D>(head[p], i, head_dim);
+          const Values key = load_head<D>(head[p], i, a.head_dim);
           RIVER_UNROLL for (int g = 0; g < kHeads; g++) sums[p * kHeads + g].add(key, load<f32x16>(q[g] + i));
         }
       float dot[kSums];
       reduce_each(sums, dot);
-      for (int p = 0; p < kBeside && p0 + p < count; p++)
-        for (int g = 0; g < kHeads && g0 + g < group; g++) weight[g0 + g][p0 + p] = dot[p * kHeads + g];
+      for (int p = 0; p < kBeside && p0 + p < a.count; p++)
+        for (int g = 0; g < kHeads && g0 + g < a.group; g++) weight[g0 + g][p0 + p] = dot[p * kHeads + g];
     }
   }
 }
 
-// out[g].value = the sum over the positions p of weight[g][p] * v
-template <DType D>
-void weigh(const float (&weight)[kMaxGroup][kSplit], int group, int head_dim, const char* v, const int32_t* positions,
-           int count, AttentionState* out, int64_t stride) {
-  const int padded = int(river::round_up(head_dim, 16));
-  for (int i0 = 0; i0 < padded; i0 += 16 * kBeside)
-    for (int g0 = 0; g0 < group; g0 += kHeads) {
-      const float* w[kHeads];
-      for (int g = 0; g < kHeads; g++) w[g] = weight[g0 + g < group ? g0 + g : group - 1];
-      Sum sums[kSums];
-      for (int p = 0; p < count; p++) {
-        const char* head = v + positions[p] * int64_t(head_dim) * river::size_of(D);
-        RIVER_UNROLL for (int j = 0; j < kBeside; j++) {
-          if (i0 + 16 * j >= padded) continue;
-          const Values value = load_head<D>(head, i0 + 16 * j, head_dim);
-          RIVER_UNROLL for (int g = 0; g < kHeads; g++) sums[g * kBeside + j].add(value, w[g][p]);
-        }
-      }
-      for (int g = 0; g < kHeads && g0 + g < group; g++)
-        for (int j = 0; j < kBeside && i0 + 16 * j < padded; j++)
-          store(out[(g0 + g) * stride].value + i0 + 16 * j, sums[g * kBeside + j].all());
-    }
-}
-
-// k, v: one KV head of one slot, [max_len, head_dim]. query: [group, padded head_dim], already scaled.
-// Two passes over the split: scores of all positions, then the weighted values.
-template <DType D>
-void attend_as(const float* query, int group, int head_dim, const char* k, const char* v, const int32_t* positions,
-               int count, AttentionState* out, int64_t stride) {
+// Scores become weights, exp(score - max), zero past the last position up to a whole vector; max and sum go to the
+// states. Inline by force: where this is a function of its own, GCC spills the sums of weigh, a quarter slower.
+[[gnu::always_inline]] inline void soften(const SplitArgs a, Weights& weight) {
   static_assert(kSplit % 16 == 0);
-  alignas(64) float weight[kMaxGroup][kSplit];
-  score<D>(query, group, head_dim, k, positions, count, weight);
-  for (int g = 0; g < group; g++) {
+  for (int g = 0; g < a.group; g++) {
     float max = weight[g][0];
-    for (int p = 1; p < count; p++) max = weight[g][p] > max ? weight[g][p] : max;
-    for (int p = count; p % 16 != 0; p++) weight[g][p] = -__builtin_inff();
+    for (int p = 1; p < a.count; p++) max = weight[g][p] > max ? weight[g][p] : max;
+    for (int p = a.count; p % 16 != 0; p++) weight[g][p] = -__builtin_inff();
     if (max == -__builtin_inff()) max = 0;  // all weights are then 0, and merge skips the split
     f32x16 sum{};
-    for (int p = 0; p < count; p += 16) {
+    for (int p = 0; p < a.count; p += 16) {
       const f32x16 e = vexp(load<f32x16>(weight[g] + p) - max);
       store(weight[g] + p, e);
       sum += e;
     }
-    out[g * stride].max = max;
-    out[g * stride].sum = reduce(sum);
+    a.out[g * a.stride].max = max;
+    a.out[g * a.stride].sum = reduce(sum);
   }
-  weigh<D>(weight, group, head_dim, v, positions, count, out, stride);
+}
+
+// The weighted values of each query head: the sum over the positions p of weight[g][p] * v
+template <DType D>
+void weigh(const SplitArgs a, const Weights& weight) {
+  const int padded = int(river::round_up(a.head_dim, 16));
+  for (int i0 = 0; i0 < padded; i0 += 16 * kBeside)
+    for (int g0 = 0; g0 < a.group; g0 += kHeads) {
+      const float* w[kHeads];
+      for (int g = 0; g < kHeads; g++) w[g] = weight[g0 + g < a.group ? g0 + g : a.group - 1];
+      Sum sums[kSums];
+      for (int p = 0; p < a.count; p++) {
+        const char* head = static_cast<const char*>(a.v) + a.positions[p] * int64_t(a.head_dim) * river::size_of(D);
+        RIVER_UNROLL for (int j = 0; j < kBeside; j++) {
+          if (i0 + 16 * j >= padded) continue;
+          const Values value = load_head<D>(head, i0 + 16 * j, a.head_dim);
+          RIVER_UNROLL for (int g = 0; g < kHeads; g++) sums[g * kBeside + j].add(value, w[g][p]);
+        }
+      }
+      for (int g = 0; g < kHeads && g0 + g < a.group; g++)
+        for (int j = 0; j < kBeside && i0 + 16 * j < padded; j++)
+          store(a.out[(g0 + g) * a.stride].value + i0 + 16 * j, sums[g * kBeside + j].all());
+    }
+}
+
+// Two passes over the split: the scores of all positions, then the weighted values
+template <DType D>
+void attend_as(const SplitArgs a) {
+  alignas(64) Weights weight;
+  score<D>(a, weight);
+  soften(a, weight);
+  weigh<D>(a, weight);
 }
 
 void attend(const SplitArgs& a) {
-  with_dtype(a.dtype, [&]<DType D>() {
-    attend_as<D>(a.queries, a.group, a.head_dim, static_cast<const char*>(a.k), static_cast<const char*>(a.v),
-                 a.positions, a.count, a.out, a.stride);
-  });
+  with_dtype(a.dtype, [&]<DType D>() { attend_as<D>(a); });
 }
 
 // Merges the states of all splits of one query head in order. The largest score of all scales them, so that no exp
