@@ -107,7 +107,8 @@ struct QkvOrder {
     return rotary_dim + 2 * (pair - rotary_pairs()) + (second ? 1 : 0);
   }
   RIVER_BOTH constexpr int pair_of_dim(int dim) const {
-    return dim < rotary_dim ? dim % rotary_pairs() : rotary_pairs() + (dim - rotary_dim) / 2;
+    if (dim >= rotary_dim) return rotary_pairs() + (dim - rotary_dim) / 2;
+    return second_dim(dim) ? dim - rotary_pairs() : dim;
   }
   RIVER_BOTH constexpr bool second_dim(int dim) const {
     return dim < rotary_dim ? dim >= rotary_pairs() : (dim - rotary_dim) % 2 == 1;
