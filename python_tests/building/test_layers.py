@@ -12,8 +12,8 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
 
-# A module imports from the lines above its own, and from its own folder. `river_ext` is what importing it runs,
-# the ops; its other names come from their modules when they are asked for.
+# A module imports from the lines above its own, and from its own folder. `river_ext` is what importing it
+# runs, the ops; its other names come from their modules when they are asked for.
 ORDER = (
     ("river_ext._C", "river_ext.errors", "river_ext.threads", "river_ext.progress"),
     ("river_ext.variants", "river_ext.registration", "river_ext.checks", "river_ext.demo_tasks"),
