@@ -6,11 +6,7 @@
 #include <cstdint>
 #include <cstring>
 
-#ifdef __CUDACC__
-#define RIVER_BOTH __host__ __device__
-#else
-#define RIVER_BOTH
-#endif
+#include "host_device.h"
 
 namespace river {
 
