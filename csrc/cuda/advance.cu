@@ -1,6 +1,5 @@
 // advance: the end of a step, by one block: the record for the host, and what the next step starts from.
 #include "../step_rules.h"
-#include "device/activations.cuh"
 #include "device/launch.h"
 #include "device/row_sums.cuh"
 

@@ -5,7 +5,8 @@
 // the grid's width, and a block without a split returns.
 #include <algorithm>
 
-#include "device/activations.cuh"
+#include "device/cache_places.cuh"
+#include "device/launch.h"
 
 namespace river::cuda {
 namespace {
