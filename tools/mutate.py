@@ -43,14 +43,14 @@ MUTANTS = [
     ),
     Mutant(
         "kv_valid by row",
-        "csrc/cpu/layer.cpp",
-        "a.kv_valid[(int64_t)a.slots[row] * a.max_len + p]",
-        "a.kv_valid[(int64_t)row * a.max_len + p]",
+        "csrc/cpu/attention.cpp",
+        "a.kv_valid[int64_t(a.slots[row]) * a.max_len + p]",
+        "a.kv_valid[int64_t(row) * a.max_len + p]",
         "test_decoder_block.py -k options",
     ),
     Mutant(
         "kv_valid by row, CUDA",
-        "csrc/cuda/decode_attention.cu",
+        "csrc/cuda/device/attention.cuh",
         "a.kv_valid[int64_t(slot) * a.max_len + p]",
         "a.kv_valid[int64_t(row) * a.max_len + p]",
         "test_cuda_kernels.py -k layer_options",
@@ -64,21 +64,21 @@ MUTANTS = [
     ),
     Mutant(
         "similarity unscaled too far",
-        "csrc/cpu/isa/kernels.cpp",
+        "csrc/cpu/isa/similarity.h",
         "max >= 0x1p-40f && max <= 0x1p40f",
         "max >= 0x1p-40f && max <= 0x1p70f",
         "test_state_similarity.py -k magnitude",
     ),
     Mutant(
         "similarity unscaled too far, CUDA",
-        "csrc/cuda/device/row_sums.cuh",
+        "csrc/cuda/device/similarity.cuh",
         "max >= 0x1p-40f && max <= 0x1p40f",
         "max >= 0x1p-40f && max <= 0x1p70f",
         "test_cuda_kernels.py -k magnitude",
     ),
     Mutant(
         "a merge that swallows NaN",
-        "csrc/cpu/isa/kernels.cpp",
+        "csrc/cpu/isa/attention.h",
         "if (split.sum == 0) continue;",
         "if (!(split.sum > 0)) continue;",
         "test_decode_attention.py -k nan",
@@ -86,8 +86,8 @@ MUTANTS = [
     Mutant(
         "a merge that swallows NaN, CUDA",
         "csrc/cuda/decode_attention.cu",
-        "state[h][1] == 0 ? 0.f",
-        "!(state[h][1] > 0) ? 0.f",
+        "weights == 0 ? 0.f",
+        "!(weights > 0) ? 0.f",
         "test_cuda_kernels.py -k nan",
     ),
     Mutant(
@@ -134,16 +134,16 @@ MUTANTS = [
     ),
     Mutant(
         "a failed row goes on",
-        "csrc/cpu/step.cpp",
-        "--a.remaining[t] <= 0 || !is_drawn(token)",
-        "--a.remaining[t] <= 0",
+        "csrc/step_rules.h",
+        "remaining <= 0 || !drawn || stop_token",
+        "remaining <= 0 || stop_token",
         "test_advance.py test_not_finite.py",
     ),
     Mutant(
         "a failed row goes on, CUDA",
         "csrc/cuda/advance.cu",
-        "remaining <= 0 || !is_drawn(a, token)",
-        "remaining <= 0",
+        "is_last_token(remaining, is_drawn(token, a.vocab_size), stop_token)",
+        "is_last_token(remaining, true, stop_token)",
         "test_cuda_kernels.py -k advance",
     ),
     Mutant(
@@ -163,8 +163,8 @@ MUTANTS = [
     Mutant(
         "noise by 31 bits",
         "csrc/philox.h",
-        "const float high = product((float)(int32_t)(word >> 16), 65536.f)",
-        "word &= ~1u; const float high = product((float)(int32_t)(word >> 16), 65536.f)",
+        "const float high = product(float(int32_t(word >> 16)), 65536.f)",
+        "word &= ~1u; const float high = product(float(int32_t(word >> 16)), 65536.f)",
         "test_philox.py",
     ),
     Mutant(

@@ -1,5 +1,5 @@
-// decoder_block: one backbone layer for T = 1..8 rows, by the checkpoint's own tensors: the kernels of device/layer.cuh,
-// then the similarity.
+// decoder_block: one backbone layer for T = 1..8 rows, by the checkpoint's own tensors: the kernels of
+// device/layer.cuh, then the similarity.
 #include "device/layer.cuh"
 
 namespace river::cuda {

@@ -1,5 +1,5 @@
-// dual_layer: one depth of the network, as the decoder block or the exit layer that the device decides for: the kernels of
-// both in one (device/decided_stream.cuh), so that a whole step can be captured once and never asks the host.
+// dual_layer: one depth of the network, as the decoder block or the exit layer that the device decides for: the kernels
+// of both in one (device/decided_stream.cuh), so that a whole step can be captured once and never asks the host.
 #include "device/decided_stream.cuh"
 #include "device/layer.cuh"
 

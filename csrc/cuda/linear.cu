@@ -1,5 +1,5 @@
-// linear and linear_w4: out[t][n] = round(W[n] . x[t] + bias[n]) for T = 1..8 rows. The weight streams as device/stream.cuh
-// describes.
+// linear and linear_w4: out[t][n] = round(W[n] . x[t] + bias[n]) for T = 1..8 rows. The weight streams as
+// device/stream.cuh describes.
 #include "device/stream.cuh"
 
 namespace river::cuda {
@@ -41,8 +41,10 @@ void launch_linear(const LinearArgs& a, const Workspace& workspace, Stream strea
                                        .out_features = a.out_features};
       launch_stream<T>(launch, weight, PlainInput<T>{static_cast<const T*>(a.x)}, epilogue);
     };
-    if (a.packed) run("linear_w4", PackedTiles{static_cast<const uint8_t*>(a.weight)});
-    else run("linear", MatrixRows<T>{static_cast<const T*>(a.weight), a.out_features, a.in_features});
+    const MatrixRows<T> dense{
+        .weight = static_cast<const T*>(a.weight), .rows = a.out_features, .columns = a.in_features};
+    if (a.packed) run("linear_w4", PackedTiles{.tiles = static_cast<const uint8_t*>(a.weight)});
+    else run("linear", dense);
   });
 }
 

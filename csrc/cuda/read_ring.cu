@@ -1,6 +1,6 @@
-// read_ring: reads `bytes` through the ring of device/ring.cuh, by one copying warp and eight readers as every streaming
-// kernel. Stage i of the data belongs to block i mod grid. A reader touches 16 bytes per lane of each stage, so what is
-// measured is the copies and their barriers: the most that a kernel on this ring can reach.
+// read_ring: reads `bytes` through the ring of device/ring.cuh, by one copying warp and eight readers as every
+// streaming kernel. Stage i of the data belongs to block i mod grid. A reader touches 16 bytes per lane of each stage,
+// so what is measured is the copies and their barriers: the most that a kernel on this ring can reach.
 #include "read_ring.h"
 
 #include <algorithm>

@@ -162,7 +162,8 @@ def test_pybind11_and_torch_meet_in_no_file():
     """The pybind11 headers that torch 2.11 brings refuse to be included after TORCH_TARGET_VERSION."""
     sources = [path.read_text() for path in (ROOT / "csrc").rglob("*.cpp")]
     module = [text for text in sources if "#include <pybind11/" in text]
-    assert len(module) == 1 and not re.search(r'#include ("(abi|check|dispatch)\.h|<torch/)', module[0])
+    headers = "|".join(path.stem for path in (ROOT / "csrc" / "ops").glob("*.h"))
+    assert len(module) == 1 and not re.search(rf'#include ("({headers})\.h|<torch/)', module[0])
 
 
 @pytest.mark.skipif(not shutil.which("c++"), reason="no C++ compiler")
@@ -370,3 +371,12 @@ def test_a_module_that_has_gone_is_in_no_wheel(checkout):
     run_setup(checkout, "build_py")
     assert not built.exists() and (built.parent / "model.py").exists()
     assert (built.parent.parent / "river_cli" / "arguments.py").exists()
+
+
+def test_what_is_no_module_is_in_the_wheel_too(checkout):
+    run_setup(checkout, "build_py")
+    (built,) = (path.parent for path in (checkout / "build").rglob("py.typed"))
+    assert (built / "_C.pyi").exists() and (built / "demo_tasks" / "generator.py").exists()
+    assert {path.name for path in (built / "demo").iterdir()} == {
+        "MODEL_CARD.md", "config.json", "model.safetensors", "tokenizer.json"
+    }  # fmt: skip

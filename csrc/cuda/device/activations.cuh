@@ -109,7 +109,8 @@ struct PlainInput {
   }
 };
 
-// RMSNorm of rows, rounded once; in_features is a multiple of 64. Every block measures whole rows and keeps its split's part.
+// RMSNorm of rows, rounded once; in_features is a multiple of 64. Every block measures whole rows and keeps its split's
+// part.
 template <class T>
 struct NormalisedInput {
   const T* hidden;  // [T, in_features]

@@ -17,8 +17,8 @@ struct Place {
   RIVER_DEVICE bool active() const { return slot >= 0; }
 };
 
-// The place of row t, by the members of Places or of an op's arguments. Each number is read once, and only what was read
-// is used: a row is inactive if its place is outside of the cache, which the host cannot see in time.
+// The place of row t, by the members of Places or of an op's arguments. Each number is read once, and only what was
+// read is used: a row is inactive if its place is outside of the cache, which the host cannot see in time.
 template <class Args>
 RIVER_DEVICE Place place_in_cache(const Args& a, int t) {
   const int slot = load_written(a.slots + t), position = load_written(a.positions + t);

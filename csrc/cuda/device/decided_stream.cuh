@@ -1,6 +1,6 @@
 // The kernel of stream.cuh for a weight that lies there in both formats, of which the device decides for one
-// (decision.cuh). The same warps do the same work, with a ring for each format in the same memory. The copying warp fills
-// the ring on a guess, while the kernels ahead still run, and starts again where the guess was wrong.
+// (decision.cuh). The same warps do the same work, with a ring for each format in the same memory. The copying warp
+// fills the ring on a guess, while the kernels ahead still run, and starts again where the guess was wrong.
 #pragma once
 
 #include "decision.cuh"

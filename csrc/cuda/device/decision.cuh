@@ -1,7 +1,7 @@
 // The format of a layer's weights, decided on the device: dense, of the decoder block, or packed, of the exit layer
-// (ExitDecision in river.h). The layer's first kernel, which reads the hidden rows for its norm anyway, also measures their
-// similarity to the rows before and decides; every block does so in the same order, so all come to the same end. The
-// layer's other kernels read what the first one wrote.
+// (ExitDecision in river.h). The layer's first kernel, which reads the hidden rows for its norm anyway, also measures
+// their similarity to the rows before and decides; every block does so in the same order, so all come to the same end.
+// The layer's other kernels read what the first one wrote.
 //
 // A Decision has
 //   guess()            by the copying warp, before the kernels ahead have ended: whether the weights will be packed;
@@ -11,6 +11,7 @@
 
 #include "../../step_rules.h"
 #include "activations.cuh"
+#include "similarity.cuh"
 
 namespace river::device {
 
@@ -59,7 +60,8 @@ struct MeasuredDecision {
   }
 
  private:
-  // Asked for together with the other flags: one after the other, each where it is needed, they would be four trips to L2.
+  // A row exits above its bar. They are asked for together with the other flags: one after the other, each where it is
+  // needed, they would be four trips to L2.
   RIVER_DEVICE void load_bars(float (&bars)[kMaxRows], int rows) const {
     const int t = threadIdx.x;
     if (t >= rows) return;

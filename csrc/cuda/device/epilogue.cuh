@@ -1,11 +1,13 @@
 // What a streaming kernel does with the sums of its strips. An Epilogue has
-//   begin() -> State              what a reader keeps in registers for the whole kernel; the first to read what the kernels
-//                                 ahead wrote;
-//   ask(strip, state) -> Asked    what a strip wants beside its sums: asked for before the strip is multiplied, so that it
-//                                 has come when the sums are done;
-//   finish(strip, totals, asked, state)   takes the sums of a strip, totals(output row 0..15, row t), and writes results.
-//                                 All readers call it; thread i has output row i / 8 of row t = i % 8;
-//   end(state)                    once per block, by the readers of idle blocks too.
+//   begin() -> State
+//       what a reader keeps in registers for the whole kernel; the first to read what the kernels ahead wrote;
+//   ask(strip, state) -> Asked
+//       what a strip wants beside its sums: asked for before the strip is multiplied, so that it has come by then;
+//   finish(strip, totals, asked, state)
+//       takes the sums of a strip, totals(output row 0..15, row t), and writes results. All readers call it; thread i
+//       has output row i / 8 of row t = i % 8;
+//   end(state)
+//       once per block, by the readers of idle blocks too.
 // Which strips a block finishes, and in which order, depends on the grid and on chance; no result does.
 #pragma once
 
@@ -31,8 +33,8 @@ struct PlainEpilogue {
 RIVER_DEVICE int output_row_of_thread() { return threadIdx.x / kMaxRows; }
 RIVER_DEVICE int row_of_thread() { return threadIdx.x % kMaxRows; }
 
-// True for the readers of the last of `count` blocks to come here; the counter wraps to zero. All readers call it. What the
-// readers of a block wrote before is then visible to the last block, through load_written.
+// True for the readers of the last of `count` blocks to come here; the counter wraps to zero. All readers call it. What
+// the readers of a block wrote before is then visible to the last block, through load_written.
 RIVER_DEVICE bool readers_arrive_last(uint32_t* counter, int count) {
   RIVER_SHARED(int, last, [1]);
   barrier_sync(kReaderBarrier, kReaderThreads);

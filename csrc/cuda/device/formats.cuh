@@ -1,9 +1,10 @@
-// The two formats of a weight, dense and W4: where a strip lies in memory, how some tiles of it are copied to a stage of
-// the ring by the copying warp, and how a reader warp multiplies one tile of a stage by the activations of T = 1..8 rows.
+// The two formats of a weight, dense and W4: where a strip lies in memory, how some tiles of it are copied to a stage
+// of the ring by the copying warp, and how a reader warp multiplies one tile of a stage by the activations of T = 1..8
+// rows.
 //
-// mma.m16n8k16 takes a weight's strip as operand A (16 rows) and the activations as B (8 columns), at one cost for all T.
-// k is permuted, which a dot product does not mind: lane l = 4 g + t holds columns 16 t .. 16 t + 15 of rows g and
-// g + 8 of a tile, and the same 16 activations of row g of x.
+// mma.m16n8k16 takes a weight's strip as operand A (16 rows) and the activations as B (8 columns), at one cost for all
+// T. k is permuted, which a dot product does not mind: lane l = 4 g + t holds columns 16 t .. 16 t + 15 of rows g and g
+// + 8 of a tile, and the same 16 activations of row g of x.
 #pragma once
 
 #include "arch.cuh"
@@ -14,8 +15,8 @@ namespace river::device {
 
 // ---- where weights lie ------------------------------------------------------------------------------
 
-// A dense source names the 16 rows of a strip one by one (null: a row of padding), so that a strip can hold rows of several
-// matrices, in the packed orders (layer_weights.cuh).
+// A dense source names the 16 rows of a strip one by one (null: a row of padding), so that a strip can hold rows of
+// several matrices, in the packed orders (layer_weights.cuh).
 template <class T>
 struct MatrixRows {
   const T* weight;  // [rows, columns]
@@ -80,8 +81,8 @@ struct DenseFormat {
   }
 };
 
-// Packed tiles (layout: river_ext/quant/w4.py). Nibbles become exact 16-bit numbers under a magic exponent; that constant,
-// zero and scale act in fp32 on a tile's sums, with the sums of the very activations that were multiplied.
+// Packed tiles (layout: river_ext/quant/w4.py). Nibbles become exact 16-bit numbers under a magic exponent; that
+// constant, zero and scale act in fp32 on a tile's sums, with the sums of the very activations that were multiplied.
 template <class T>
 struct W4Format {
   static constexpr bool kPacked = true;

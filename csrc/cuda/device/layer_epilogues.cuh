@@ -12,8 +12,8 @@
 
 namespace river::device {
 
-// With q/k norms a head is done only when all of its values are known: they go to raw_heads, and the last block to bring
-// values of a head norms and rotates it.
+// With q/k norms a head is done only when all of its values are known: they go to raw_heads, and the last block to
+// bring values of a head norms and rotates it.
 template <class T>
 struct QkvEpilogue : PlainEpilogue {
   using State = Place;  // of the row of this thread

@@ -1,6 +1,6 @@
-// The weights of one layer as launch_layer (layer.cuh) takes them: the checkpoint's tensors, or packed tiles. A strip holds
-// its output rows in the packed orders of row_order.h; dense weights stay in checkpoint order, so their sources look up
-// each row.
+// The weights of one layer as launch_layer (layer.cuh) takes them: the checkpoint's tensors, or packed tiles. A strip
+// holds its output rows in the packed orders of row_order.h; dense weights stay in checkpoint order, so their sources
+// look up each row.
 #pragma once
 
 #include "../../row_order.h"

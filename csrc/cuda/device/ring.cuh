@@ -1,8 +1,8 @@
-// The ring of stages through which weights come from global to shared memory, and the warps at its two ends: a block has
-// kReaders warps that multiply and one warp, the last, that copies. Copying runs ahead of the readers by as many stages as
-// the ring has, which keeps the memory busy. Both sides walk the same stages in the same order, each with a Cursor: the
-// copying warp waits until a stage is empty and fills it; the readers wait until it is full and release it one by one.
-// The stages themselves lie in dynamic shared memory, as their number and size are the launch's choice.
+// The ring of stages through which weights come from global to shared memory, and the warps at its two ends: a block
+// has kReaders warps that multiply and one warp, the last, that copies. Copying runs ahead of the readers by as many
+// stages as the ring has, which keeps the memory busy. Both sides walk the same stages in the same order, each with a
+// Cursor: the copying warp waits until a stage is empty and fills it; the readers wait until it is full and release it
+// one by one. The stages themselves lie in dynamic shared memory, as their number and size are the launch's choice.
 #pragma once
 
 #include "arch.cuh"

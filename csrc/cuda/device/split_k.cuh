@@ -1,8 +1,8 @@
-// How the sums of a strip come together: of the readers of a block, and, where K is split, of the blocks. Readers add up in
-// warp order, blocks in the order of K, so that a sum has the same bits whoever comes last.
+// How the sums of a strip come together: of the readers of a block, and, where K is split, of the blocks. Readers add
+// up in warp order, blocks in the order of K, so that a sum has the same bits whoever comes last.
 //
-// Where K is split, a strip takes three turns of the main loop, each a barrier of the readers after the one before, so that
-// no reader ever waits for memory. n counts the strips of a block:
+// Where K is split, a strip takes three turns of the main loop, each a barrier of the readers after the one before, so
+// that no reader ever waits for memory. n counts the strips of a block:
 //   turn n      every reader multiplies its part of strip n;
 //               after the barrier: the block's sums go out to memory (store);
 //   turn n + 1  after the barrier, which stands behind all stores of strip n: one thread counts the block in (arrive);
@@ -18,8 +18,8 @@ namespace river::device {
 
 using cuda::Workspace;
 
-// The sums of the readers of a block, in shared memory. Two buffers for strips in turn, so that one barrier per strip is
-// enough: the one that separates put() from total().
+// The sums of the readers of a block, in shared memory. Two buffers for strips in turn, so that one barrier per strip
+// is enough: the one that separates put() from total().
 struct StripSums {
   float value[2][kReaders][kTileRows][kMaxRows];
 
@@ -85,7 +85,9 @@ class SplitK {
   }
 
   RIVER_DEVICE bool came_last(int n) const { return came_last_[n % 2]; }
-  RIVER_DEVICE StripTotals totals(int n) const { return {nullptr, 0, partials(n), shape_.splits}; }
+  RIVER_DEVICE StripTotals totals(int n) const {
+    return {.sums = nullptr, .buffer = 0, .partials = partials(n), .splits = shape_.splits};
+  }
 
  private:
   static constexpr int kArriver = kReaderThreads - kWarp;  // of a warp that sends no sums: its fence is short

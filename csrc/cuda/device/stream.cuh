@@ -1,13 +1,13 @@
 // The kernel that streams a weight, dense or W4, through shared memory past the activations of T = 1..8 rows:
 // out[t][n] = W[n] . x[t], a strip of 16 output rows at a time.
 //
-//   warp 8 (copies)     fills the ring with the weights of the block's strips (strips.cuh), at once: the kernels ahead do
-//                       not write weights. It triggers the next kernel behind its last copy.
-//   warps 0..7 (read)   wait for the kernels ahead, load x of the block's split to shared memory (activations.cuh), then go
-//                       through the strips: multiply, add up (split_k.cuh), finish (epilogue.cuh).
+//   warp 8 (copies)    fills the ring with the weights of the block's strips (strips.cuh), at once: the kernels ahead
+//                      do not write weights. It triggers the next kernel behind its last copy.
+//   warps 0..7 (read)  wait for the kernels ahead, load x of the block's split to shared memory (activations.cuh), then
+//                      go through the strips: multiply, add up (split_k.cuh), finish (epilogue.cuh).
 //
-// Which strips and which split a block has is told in stream_shape.cuh. Nothing depends on T or on the grid: each reader's
-// sums have an order of their own, and are added in a fixed one.
+// Which strips and which split a block has is told in stream_shape.cuh. Nothing depends on T or on the grid: each
+// reader's sums have an order of their own, and are added in a fixed one.
 #pragma once
 
 #include <algorithm>
@@ -26,8 +26,8 @@ static_assert(StreamActivations<bf16, true>::bytes(kMaxRows, kSplitColumns / kTi
                   kBlockBytes - kStaticBytes,
               "the most activations of a block leave room for a stage");
 
-// A block without a strip keeps its place on an SM as long as the kernels ahead run. A kernel whose copies all fit its rings
-// lets the next one start by then; that one's blocks would crowd on the SMs that idle blocks had left.
+// A block without a strip keeps its place on an SM as long as the kernels ahead run. A kernel whose copies all fit its
+// rings lets the next one start by then; that one's blocks would crowd on the SMs that idle blocks had left.
 template <class Epilogue>
 RIVER_DEVICE void end_idle_block(const Epilogue& epilogue) {
   dependency_trigger();
@@ -41,15 +41,16 @@ RIVER_DEVICE bool prefetches_deep(const Workspace& workspace) {
   return workspace.variants.deep_prefetch && workspace.overlap == Overlap::kPrefetch;
 }
 
-// The copying warp, behind its last copy. It triggers only now: a successor that fills its ring while this kernel streams has
-// nothing left to ask for when this one's last bytes have come, and memory idles until its first stage is free.
+// The copying warp, behind its last copy. It triggers only now: a successor that fills its ring while this kernel
+// streams has nothing left to ask for when this one's last bytes have come, and memory idles until its first stage is
+// free.
 RIVER_DEVICE void end_copying(const Workspace& workspace) {
   if (workspace.variants.late_trigger) dependency_trigger();
   dependency_wait();
 }
 
-// The readers, once x is loaded: all strips of the block. multiply(sum) adds one reader's part of the next strip. The turns
-// behind the last strip finish what is still on its way between blocks.
+// The readers, once x is loaded: all strips of the block. multiply(sum) adds one reader's part of the next strip. The
+// turns behind the last strip finish what is still on its way between blocks.
 template <class Epilogue, class Multiply>
 RIVER_DEVICE void reduce_strips(const Epilogue& epilogue, typename Epilogue::State& state, const StreamShape& shape,
                                 const BlockWork& work, const Workspace& workspace, Multiply multiply) {

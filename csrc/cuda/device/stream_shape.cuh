@@ -1,7 +1,7 @@
-// How a weight [out_features, in_features] is cut into work. A strip is 16 output rows, a tile 64 columns of it, a split a
-// range of tiles. The cut depends on the weight's shape alone, never on T or on the grid, so that neither changes a bit.
-// Blocks are dealt (strip, split) units: block b works on split b % splits, and on every n-th strip, n being the number of
-// blocks per split. A block keeps to one split so that its activations stay in shared memory.
+// How a weight [out_features, in_features] is cut into work. A strip is 16 output rows, a tile 64 columns of it, a
+// split a range of tiles. The cut depends on the weight's shape alone, never on T or on the grid, so that neither
+// changes a bit. Blocks are dealt (strip, split) units: block b works on split b % splits, and on every n-th strip, n
+// being the number of blocks per split. A block keeps to one split so that its activations stay in shared memory.
 #pragma once
 
 #include "arch.cuh"
@@ -21,7 +21,8 @@ struct StreamShape {
   __host__ __device__ StreamShape(int out_features, int in_features)
       : out_features(out_features), in_features(in_features), strips((out_features + kTileRows - 1) / kTileRows),
         tiles((in_features + kTileCols - 1) / kTileCols), splits((in_features + kSplitColumns - 1) / kSplitColumns) {
-    // 192 units on 132 blocks keep 73 % busy: split K until the last wave is full enough, ranges of 512 columns at least
+    // 192 units on 132 blocks keep 73 % busy: split K until the last wave is full enough, ranges of 512 columns at
+    // least
     auto busy = [&](int s) {
       const int units = strips * s, waves = (units + kDesignBlocks - 1) / kDesignBlocks;
       return 100 * units >= 85 * waves * kDesignBlocks;

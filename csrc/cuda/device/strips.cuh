@@ -1,6 +1,6 @@
 // What the warps of a streaming block do with its strips: the copying warp sends them through the ring, the readers
-// multiply them. A stage holds Format::kStageTiles tiles of one strip, dealt to the readers in turn: reader w takes tiles
-// w, w + 8, ... of each stage and keeps its own fp32 sums of the strip.
+// multiply them. A stage holds Format::kStageTiles tiles of one strip, dealt to the readers in turn: reader w takes
+// tiles w, w + 8, ... of each stage and keeps its own fp32 sums of the strip.
 #pragma once
 
 #include "activations.cuh"
@@ -18,8 +18,8 @@ struct CopyPlace {
 
 constexpr int kAll = 1 << 30;
 
-// The copying warp: fills at most `limit` stages in `memory`; returns how many. Weights never change, so it waits for the
-// readers only.
+// The copying warp: fills at most `limit` stages in `memory`; returns how many. Weights never change, so it waits for
+// the readers only.
 template <class Format, bool kBulk, class Source>
 RIVER_DEVICE int copy_weights(Ring<kBulk>& ring, CopyPlace& place, int limit, unsigned char* memory,
                               const Source& weight, const StreamShape& shape, const BlockWork& work) {
@@ -40,8 +40,8 @@ RIVER_DEVICE int copy_weights(Ring<kBulk>& ring, CopyPlace& place, int limit, un
   return copied;
 }
 
-// The copying warp: asks L2 for at most `count` stages behind those copied so far. With its ring full, it would otherwise
-// leave the memory idle until the kernels ahead have ended.
+// The copying warp: asks L2 for at most `count` stages behind those copied so far. With its ring full, it would
+// otherwise leave the memory idle until the kernels ahead have ended.
 template <class Format, class Source>
 RIVER_DEVICE void prefetch_weights(CopyPlace place, int count, const Source& weight, const StreamShape& shape,
                                    const BlockWork& work) {
@@ -54,8 +54,8 @@ RIVER_DEVICE void prefetch_weights(CopyPlace place, int count, const Source& wei
   }
 }
 
-// One reader: its sums over the next strip of the block. sum[0] and sum[1] are output row g of x rows 2t and 2t + 1, sum[2]
-// and sum[3] output row g + 8.
+// One reader: its sums over the next strip of the block. sum[0] and sum[1] are output row g of x rows 2t and 2t + 1,
+// sum[2] and sum[3] output row g + 8.
 template <class Format, bool kBulk, class Activations>
 RIVER_DEVICE void multiply_strip(float (&sum)[4], Ring<kBulk>& ring, Cursor& cursor, const unsigned char* memory,
                                  const Activations& x, const StreamShape& shape, const BlockWork& work) {
