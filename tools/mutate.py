@@ -93,15 +93,15 @@ MUTANTS = [
     Mutant(
         "no wait before weights are copied",
         "csrc/cuda/device/stream.cuh",
-        "    if (!prefetch) dependency_wait();\n",
+        "    if (workspace.overlap != Overlap::kPrefetch) dependency_wait();\n",
         "",
         "test_emulated_ring.py -k kernel_ahead",
     ),
     Mutant(
         "a stage released too soon",
-        "csrc/cuda/device/stream.cuh",
-        "    __syncwarp();\n    if (lane_id() == 0) ring",
-        "    if (lane_id() == 0) ring",
+        "csrc/cuda/device/ring.cuh",
+        "    __syncwarp();\n    if (lane_id() == 0) empty",
+        "    if (lane_id() == 0) empty",
         "test_emulated_ring.py -k one_stage",
     ),
     Mutant(
@@ -120,16 +120,16 @@ MUTANTS = [
     ),
     Mutant(
         "a block larger than half an SM",
-        "csrc/cuda/device/stream.cuh",
+        "csrc/cuda/device/ring.cuh",
         "kBlockBytes = 113 << 10",
         "kBlockBytes = 114 << 10",
         "test_cuda_kernels.py -k test_linear",
     ),
     Mutant(
         "no fence before an arrival",
-        "csrc/cuda/device/stream.cuh",
-        "      gpu_fence();  // the sums of strip n - 1",
-        "      // the sums of strip n - 1",
+        "csrc/cuda/device/split_k.cuh",
+        "    gpu_fence();  // the sums of strip n",
+        "    // the sums of strip n",
         "gate csrc/cuda/linear.cu",
     ),
     Mutant(
@@ -149,7 +149,7 @@ MUTANTS = [
     Mutant(
         "idle blocks do not arrive",
         "csrc/cuda/device/stream.cuh",
-        "if (warp_id() < kReaders) phase.end(none);",
+        "if (warp_id() < kReaders) epilogue.end(none);",
         ";",
         "test_cuda_kernels.py -k lm_head",
     ),

@@ -7,6 +7,7 @@
 #include <algorithm>
 
 #include "device/attention.cuh"
+#include "device/launch.h"
 
 namespace river::cuda {
 namespace {

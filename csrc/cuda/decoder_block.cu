@@ -1,6 +1,6 @@
-// decoder_block: one backbone layer for T = 1..8 rows, five streaming or attending kernels (device/block.cuh) and the
-// similarity. Weights are the checkpoint's own tensors.
-#include "device/layer_weights.cuh"
+// decoder_block: one backbone layer for T = 1..8 rows, by the checkpoint's own tensors: the kernels of
+// device/layer.cuh, then the similarity.
+#include "device/layer.cuh"
 
 namespace river::cuda {
 

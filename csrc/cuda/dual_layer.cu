@@ -1,7 +1,7 @@
-// dual_layer: one depth of the network by the path that the device decides on (device/exit_path.cuh): the kernels of
-// decoder_block and exit_layer in one, so that a whole step can be captured once and never asks the host.
-#include "device/decision.cuh"
-#include "device/layer_weights.cuh"
+// dual_layer: one depth of the network, as the decoder block or the exit layer that the device decides for: the kernels
+// of both in one (device/decided_stream.cuh), so that a whole step can be captured once and never asks the host.
+#include "device/decided_stream.cuh"
+#include "device/layer.cuh"
 
 namespace river::cuda {
 namespace {
@@ -14,25 +14,18 @@ struct DualWeights {
   PackedWeights packed;
   const ExitDecision& decision;
 
-  template <class Rows>
-  static DualWeight<Rows> both(const Rows& rows, const PackedTiles& tiles) {
-    return {rows, tiles};
+  template <class Rows, class Decision>
+  static DecidedWeight<Rows, Decision> both(const Rows& dense, const PackedTiles& packed, const Decision& decision) {
+    return {.dense = dense, .packed = packed, .decision = decision};
   }
+  MeasuredDecision<T> measured() const { return {.d = decision, .places = places_of(dense.a)}; }
+  WrittenDecision written() const { return {.exited = decision.exited, .index = decision.index}; }
 
-  int inner() const { return dense.inner(); }
-  auto qkv(const QkvOrder& order) const { return both(dense.qkv(order), packed.qkv(order)); }
-  auto o() const { return both(dense.o(), packed.o()); }
-  auto gate_up() const { return both(dense.gate_up(), packed.gate_up()); }
-  auto down() const { return both(dense.down(), packed.down()); }
-  DecidingPath<T> first_path() const {
-    const BlockArgs& a = dense.a;
-    return {decision,
-            static_cast<const T*>(a.hidden),
-            {a.slots, a.positions, a.num_slots, a.max_len},
-            a.rows,
-            a.hidden_size};
-  }
-  DecidedPath path() const { return {decision.exited, decision.index}; }
+  int channels() const { return dense.channels(); }
+  auto qkv() const { return both(dense.qkv(), packed.qkv(), measured()); }
+  auto o() const { return both(dense.o(), packed.o(), written()); }
+  auto gate_up() const { return both(dense.gate_up(), packed.gate_up(), written()); }
+  auto down() const { return both(dense.down(), packed.down(), written()); }
 };
 
 }  // namespace
@@ -41,7 +34,7 @@ WorkspaceSize dual_layer_workspace(const DualLayerArgs& args) { return decoder_b
 
 void launch_dual_layer(const DualLayerArgs& args, const Workspace& workspace, Stream stream) {
   with_16bit_dtype(args.block.dtype, [&]<class T>() {
-    const DualWeights<T> weights{{args.block}, {args.exit_layer}, args.decision};
+    const DualWeights<T> weights{.dense = {args.block}, .packed = {args.exit_layer}, .decision = args.decision};
     launch_layer<T>(args.block, weights, workspace, stream);
   });
 }

@@ -1,12 +1,12 @@
-// exit_layer: the W4 twin of a decoder block for T = 1..8 rows, the same phases (device/block.cuh) over packed tiles.
-#include "device/layer_weights.cuh"
+// exit_layer: the W4 twin of a decoder block for T = 1..8 rows: the same kernels (device/layer.cuh) over packed tiles.
+#include "device/layer.cuh"
 
 namespace river::cuda {
 
 using namespace device;
 
 WorkspaceSize exit_layer_workspace(const ExitLayerArgs& args) {
-  return layer_workspace(args, PackedWeights{args}.inner());
+  return layer_workspace(args, PackedWeights{args}.channels());
 }
 
 void launch_exit_layer(const ExitLayerArgs& args, const Workspace& workspace, Stream stream) {

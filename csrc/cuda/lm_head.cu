@@ -1,6 +1,6 @@
 // lm_head: final norm and head for T = 1..8 rows, with the token chosen in the epilogue. A key orders logits and
 // breaks ties to the lowest id, so that the largest key over all blocks, whatever their order, is the token.
-#include "device/activations.cuh"
+#include "device/stream.cuh"
 #include "../philox.h"
 
 namespace river::cuda {
@@ -19,7 +19,7 @@ RIVER_DEVICE unsigned long long key_of(float value, uint32_t id) {
 }
 
 template <class T>
-struct LmHeadPhase {
+struct LmHeadEpilogue : PlainEpilogue {
   struct State {
     unsigned long long best;  // the largest key that this thread has seen
     // of its row
@@ -27,29 +27,22 @@ struct LmHeadPhase {
     uint64_t seed;
     int position;
   };
-  struct Asked {};
 
-  MatrixRows<T> weight;
   LmHeadArgs a;
   unsigned long long* keys;  // [8], zero before and after a launch
-  uint32_t* counter;
+  uint32_t* counter;         // [1], the same
 
-  RIVER_DEVICE const MatrixRows<T>& source() const { return weight; }
-  RIVER_DEVICE void prefetch(const BlockWork& work, const StreamShape&) const {
-    prefetch_norm(static_cast<const T*>(a.norm), work);
-  }
   RIVER_DEVICE State begin() const {
-    const int t = threadIdx.x % kMaxRows;
+    const int t = row_of_thread();
     if (!a.temperature || t >= a.rows) return {};
-    return {0, a.temperature[t], static_cast<uint64_t>(a.seeds[t]), load_written(a.positions + t)};
-  }
-  RIVER_DEVICE Asked ask(int, const State&) const { return {}; }
-  RIVER_DEVICE void load(StreamInput<T>& input) const {
-    load_normalised(input, static_cast<const T*>(a.hidden), static_cast<const T*>(a.norm), a.rms_norm_eps);
+    return {.best = 0,
+            .temperature = a.temperature[t],
+            .seed = static_cast<uint64_t>(a.seeds[t]),
+            .position = load_written(a.positions + t)};
   }
 
   RIVER_DEVICE void finish(int strip, const StripTotals& totals, const Asked&, State& state) const {
-    const int row = threadIdx.x / kMaxRows, t = threadIdx.x % kMaxRows, n = strip * kTileRows + row;
+    const int row = output_row_of_thread(), t = row_of_thread(), n = strip * kTileRows + row;
     if (row >= kTileRows || t >= a.rows || n >= a.vocab_size) return;
     const float logit = totals(row, t);
     if (a.logits) a.logits[int64_t(t) * a.vocab_size + n] = logit;
@@ -82,16 +75,25 @@ struct LmHeadPhase {
 
 WorkspaceSize lm_head_workspace(const LmHeadArgs& a) {
   const StreamShape shape(a.vocab_size, a.hidden_size);
-  return {partials_of(shape), shape.strips + 1 + 2 * kMaxRows + 1, 0};  // strips, counter, keys (8-byte aligned)
+  return {.partials = shape.partials(),
+          .counters = shape.strips + 1 + 2 * kMaxRows + 1,  // strips, counter, keys (8-byte aligned)
+          .scratch = 0};
 }
 
 void launch_lm_head(const LmHeadArgs& a, const Workspace& workspace, Stream stream) {
   with_16bit_dtype(a.dtype, [&]<class T>() {
     const StreamShape shape(a.vocab_size, a.hidden_size);
-    auto* keys = reinterpret_cast<unsigned long long*>(workspace.counters + (shape.strips + 2) / 2 * 2);
-    const LmHeadPhase<T> phase{
-        {static_cast<const T*>(a.weight), a.vocab_size, a.hidden_size}, a, keys, workspace.counters + shape.strips};
-    launch_stream<T>(phase, DensePath{}, shape, a.rows, workspace, stream, "lm_head");
+    const StreamLaunch launch{
+        .name = "lm_head", .shape = shape, .rows = a.rows, .workspace = workspace, .stream = stream};
+    const MatrixRows<T> weight{
+        .weight = static_cast<const T*>(a.weight), .rows = a.vocab_size, .columns = a.hidden_size};
+    const NormalisedInput<T> input{
+        .hidden = static_cast<const T*>(a.hidden), .norm = static_cast<const T*>(a.norm), .eps = a.rms_norm_eps};
+    const LmHeadEpilogue<T> epilogue{
+        .a = a,
+        .keys = reinterpret_cast<unsigned long long*>(workspace.counters + round_up(shape.strips + 1, 2)),
+        .counter = workspace.counters + shape.strips};
+    launch_stream<T>(launch, weight, input, epilogue);
   });
 }
 

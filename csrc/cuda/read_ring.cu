@@ -1,9 +1,11 @@
-// read_ring: reads `bytes` through the ring of device/weight_stream.cuh, one copying warp and eight readers as there.
-// Stage i of the data belongs to block i mod grid. A reader touches 16 bytes per lane of each stage, so what is
-// measured is the copies and their barriers: the most that a kernel on this ring can reach.
+// read_ring: reads `bytes` through the ring of device/ring.cuh, by one copying warp and eight readers as every
+// streaming kernel. Stage i of the data belongs to block i mod grid. A reader touches 16 bytes per lane of each stage,
+// so what is measured is the copies and their barriers: the most that a kernel on this ring can reach.
 #include "read_ring.h"
 
-#include "device/stream.cuh"
+#include <algorithm>
+
+#include "device/ring.cuh"
 
 namespace river::cuda {
 namespace {
@@ -12,7 +14,9 @@ using namespace device;
 
 // Budget: 288 threads, 112 registers
 template <bool kBulk>
-__global__ void __launch_bounds__(kStreamThreads, 2) read_ring_kernel(ReadRingArgs args, bool prefetch) {
+__global__ void __launch_bounds__(kStreamThreads, 2)
+    read_ring_kernel(ReadRingArgs args,  // data [bytes]; checksums [grid]
+                     bool prefetch) {    // copies before the kernels ahead have ended
   RIVER_DYNAMIC_SHARED(memory);
   RIVER_SHARED(Ring<kBulk>, ring, [1]);
   RIVER_SHARED(uint32_t, sums, [kReaders]);
@@ -27,10 +31,10 @@ __global__ void __launch_bounds__(kStreamThreads, 2) read_ring_kernel(ReadRingAr
     if (!prefetch) dependency_wait();
     const CopyHint hint = evict_first();
     for (int64_t start = first; start < args.bytes; start += step, cursor.next()) {
-      auto& full = ring[0].full[cursor.slot];
-      unsigned char* stage = memory + cursor.slot * args.stage_bytes;
+      auto& full = ring[0].full[cursor.stage];
+      unsigned char* stage = memory + cursor.stage * args.stage_bytes;
       const int bytes = bytes_at(start);
-      ring[0].empty[cursor.slot].wait(cursor.phase ^ 1);
+      ring[0].wait_until_empty(cursor);
       full.arrive_expect(bytes);
       for (int i = 0; i < bytes; i += args.copy_bytes)
         full.copy(stage + i, args.data + start + i, min(args.copy_bytes, bytes - i), hint);
@@ -43,13 +47,12 @@ __global__ void __launch_bounds__(kStreamThreads, 2) read_ring_kernel(ReadRingAr
   uint32_t sum = 0;
   for (int64_t start = first; start < args.bytes; start += step, cursor.next()) {
     const int mine = 16 * threadIdx.x;
-    ring[0].full[cursor.slot].wait(cursor.phase);
+    ring[0].wait_until_full(cursor);
     if (mine < bytes_at(start)) {
-      const uint4 word = *reinterpret_cast<const uint4*>(memory + cursor.slot * args.stage_bytes + mine);
+      const uint4 word = *reinterpret_cast<const uint4*>(memory + cursor.stage * args.stage_bytes + mine);
       sum ^= word.x ^ word.y ^ word.z ^ word.w;
     }
-    __syncwarp();
-    if (lane_id() == 0) ring[0].empty[cursor.slot].arrive();
+    ring[0].release(cursor);
   }
   for (int lanes = kWarp / 2; lanes > 0; lanes /= 2) sum ^= shuffle_xor(sum, lanes);
   if (lane_id() == 0) sums[warp_id()] = sum;

@@ -1,72 +1,156 @@
-// What the phases of a block load as activations: rows as they are, or normalised.
+// The activations of a block: x of its split, for all T rows, in shared memory. The readers of a block load them once,
+// after the kernels ahead have ended, as they are or normalised; then every strip of the block is multiplied by them.
+// For packed weights the sums of each tile's activations stand beside them (W4Format says why).
+//
+// An Input is what a kernel loads from. It has
+//   prefetch(x)  asks for what never changes, while the kernels ahead still run;
+//   load(x)      fills x, by all readers, once the kernels ahead have ended.
 #pragma once
 
-#include "stream.cuh"
+#include "cache_places.cuh"
+#include "ring.cuh"
+#include "row_sums.cuh"
+#include "stream_shape.cuh"
 
 namespace river::device {
 
-// Where the rows are in the cache
-struct Places {
-  const int32_t *slots, *positions;  // [T]
-  int num_slots, max_len;
-};
+static_assert(kReaders == kParts, "the readers share out the sums over rows");
 
-// The place of one row; slot -1: it is inactive
-struct Place {
-  int slot = -1, position = 0;
-  RIVER_DEVICE bool active() const { return slot >= 0; }
-};
+template <class T, bool kWithSums>
+struct StreamActivations {
+  T* values;            // [T, stride], zero past K
+  float* sums;          // [tiles, 8], of the 64 values of each tile; kWithSums alone
+  RowSquares& squares;  // of whole rows, once they are measured
+  int rows, tiles, stride;
+  int first_column, in_features;  // where the split begins, and the whole K
 
-// Read once, and only what was read is used: a row is inactive if its place is outside of the cache, which the host cannot
-// see in time.
-template <class Args>
-RIVER_DEVICE Place place_in_cache(const Args& a, int t) {
-  const int slot = load_written(a.slots + t), position = load_written(a.positions + t);
-  const bool inside = slot >= 0 && slot < a.num_slots && position >= 0 && position < a.max_len;
-  return {inside ? slot : -1, position};
-}
+  // In elements: rows start 16 bytes apart modulo 128, so no bank conflicts.
+  static constexpr __host__ __device__ int stride_of(int tiles) { return tiles * kTileCols + 8; }
+  static constexpr __host__ __device__ int bytes(int rows, int tiles) {
+    return rows * stride_of(tiles) * 2 + (kWithSums ? tiles * kMaxRows * 4 : 0);
+  }
 
-// 16 bytes of activations: written by the kernel before, so from L2
-RIVER_DEVICE uint4 load_activations(const void* p) {
-  const float4 v = load_written(static_cast<const float4*>(p));
-  return {__float_as_uint(v.x), __float_as_uint(v.y), __float_as_uint(v.z), __float_as_uint(v.w)};
-}
+  RIVER_DEVICE StreamActivations(unsigned char* memory, int rows, const StreamShape& shape, const BlockWork& work,
+                                 RowSquares& squares)
+      : values(reinterpret_cast<T*>(memory)),
+        sums(reinterpret_cast<float*>(memory + rows * stride_of(shape.split_tiles) * 2)), squares(squares), rows(rows),
+        tiles(shape.split_tiles), stride(stride_of(shape.split_tiles)), first_column(work.first_tile * kTileCols),
+        in_features(shape.in_features) {}
 
-// source: [rows, columns of the whole K]
-template <class T>
-RIVER_DEVICE void load_rows(StreamInput<T>& input, const T* source) {
-  const int first = input.first_column(), in_features = input.shape.in_features;
-  input.x.fill(in_features - first, input.with_sums, [&](int row, int column) {
-    return load_activations(source + int64_t(row) * in_features + first + column);
-  });
-}
+  // 8 columns, counted from the split's first
+  RIVER_DEVICE uint4& piece(int row, int column) const {
+    return *reinterpret_cast<uint4*>(values + row * stride + column);
+  }
 
-// A norm's weight [in_features] is asked for while the kernels ahead still run.
-template <class T>
-RIVER_DEVICE void prefetch_norm(const T* weight, const BlockWork& work) {
-  constexpr int kLine = 128 / sizeof(T);
-  const int columns = work.tiles * kTileCols;
-  for (int i = threadIdx.x * kLine; i < columns; i += kReaderThreads * kLine)
-    prefetch_to_l2(weight + work.first_tile * kTileCols + i);
-}
-
-// RMSNorm of source [rows, in_features], rounded once; in_features is a multiple of 64.
-template <class T>
-RIVER_DEVICE void load_normalised(StreamInput<T>& input, const T* source, const T* weight, float eps) {
-  const int first = input.first_column(), in_features = input.shape.in_features;
-  if (!input.measured) {
-    measure_squares(source, input.x.rows, in_features, input.squares,
-                    [&](int row, int column, const float (&values)[kChunk]) { input.keep(row, column, values); });
+  // By the readers: 8 columns at a time from load(row, column) -> 16 bytes, which may be what the piece holds already;
+  // zero past K, a multiple of 8. The eight lanes of a tile's row add it up.
+  template <class Load>
+  RIVER_DEVICE void fill(Load load) const {
+    constexpr int kAtOnce = 4;  // loads under way: one after the other they would take a trip to L2 each
+    const int row_pieces = tiles * 8, pieces = rows * row_pieces, columns = in_features - first_column;
+    for (int first = warp_id() * kWarp; first < pieces; first += kAtOnce * kReaderThreads) {
+      uint4 v[kAtOnce];
+#pragma unroll
+      for (int n = 0; n < kAtOnce; n++) {
+        const int i = first + n * kReaderThreads + lane_id(), row = i / row_pieces, column = i % row_pieces * 8;
+        v[n] = i < pieces && column < columns ? load(row, column) : uint4{};
+      }
+#pragma unroll
+      for (int n = 0; n < kAtOnce; n++) {
+        const int i = first + n * kReaderThreads + lane_id(), row = i / row_pieces, column = i % row_pieces * 8;
+        if (i < pieces) piece(row, column) = v[n];
+        if (!kWithSums) continue;
+        float each[8], sum = 0;
+        unpack<T>(v[n], each);
+        for (int j = 0; j < 8; j++) sum += each[j];
+        for (int lanes = 4; lanes > 0; lanes /= 2) sum += shuffle_xor(sum, lanes);
+        if (i < pieces && i % 8 == 0) sums[column / kTileCols * kMaxRows + row] = sum;
+      }
+    }
     barrier_sync(kReaderBarrier, kReaderThreads);
   }
-  input.x.fill(in_features - first, input.with_sums, [&](int row, int column) {
-    float v[8], w[8];
-    const float inverse = 1.f / sqrtf(input.squares.total(row) / in_features + eps);
-    unpack<T>(input.x.piece(row, column), v);
-    unpack<T>(load_activations(weight + first + column), w);
-    for (int j = 0; j < 8; j++) v[j] = v[j] * inverse * w[j];
-    return repack<T>(v);
-  });
-}
+
+  // Keeps a chunk of a row, which begins at `column` of K, if it is of this split.
+  RIVER_DEVICE void keep(int row, int column, const float (&chunk)[kChunk]) const {
+    const int local = column - first_column;
+    if (local >= 0 && local < tiles * kTileCols) store16(values + row * stride + local, chunk);
+  }
+
+  // The 16 activations of this lane: columns 16 t .. of row g
+  RIVER_DEVICE void fragment(int tile, uint32_t (&x)[8]) const {
+    const int g = lane_id() / 4, t = lane_id() % 4;
+    uint4 first{}, second{};
+    if (g < rows) {
+      const auto* p = reinterpret_cast<const uint4*>(values + g * stride + tile * kTileCols + t * 16);
+      first = p[0];
+      second = p[1];
+    }
+    x[0] = first.x, x[1] = first.y, x[2] = first.z, x[3] = first.w;
+    x[4] = second.x, x[5] = second.y, x[6] = second.z, x[7] = second.w;
+  }
+
+  // The sum of the tile's activations of one row
+  RIVER_DEVICE float tile_sum(int tile, int row) const { return kWithSums ? sums[tile * kMaxRows + row] : 0.f; }
+};
+
+// Rows as they are
+template <class T>
+struct PlainInput {
+  const T* rows;  // [T, in_features]
+
+  template <class Activations>
+  RIVER_DEVICE void prefetch(const Activations&) const {}
+
+  template <class Activations>
+  RIVER_DEVICE void load(const Activations& x) const {
+    x.fill([&](int row, int column) {
+      return load_activations(rows + int64_t(row) * x.in_features + x.first_column + column);
+    });
+  }
+};
+
+// RMSNorm of rows, rounded once; in_features is a multiple of 64. Every block measures whole rows and keeps its split's
+// part.
+template <class T>
+struct NormalisedInput {
+  const T* hidden;  // [T, in_features]
+  const T* norm;    // [in_features]
+  float eps;
+
+  template <class Activations>
+  RIVER_DEVICE void prefetch(const Activations& x) const {
+    constexpr int kLine = 128 / sizeof(T);
+    const int columns = min(x.tiles * kTileCols, x.in_features - x.first_column);
+    for (int i = threadIdx.x * kLine; i < columns; i += kReaderThreads * kLine)
+      prefetch_to_l2(norm + x.first_column + i);
+  }
+
+  template <class Activations>
+  RIVER_DEVICE void load(const Activations& x) const {
+    measure(x);
+    normalise(x);
+  }
+
+  // The squares of the rows, which x holds then as they came
+  template <class Activations>
+  RIVER_DEVICE void measure(const Activations& x) const {
+    measure_squares(hidden, x.rows, x.in_features, x.squares,
+                    [&](int row, int column, const float (&chunk)[kChunk]) { x.keep(row, column, chunk); });
+    barrier_sync(kReaderBarrier, kReaderThreads);
+  }
+
+  // What x holds, by its squares
+  template <class Activations>
+  RIVER_DEVICE void normalise(const Activations& x) const {
+    x.fill([&](int row, int column) {
+      float v[8], w[8];
+      const float inverse = 1.f / sqrtf(x.squares.total(row) / x.in_features + eps);
+      unpack<T>(x.piece(row, column), v);
+      unpack<T>(load_activations(norm + x.first_column + column), w);
+      for (int j = 0; j < 8; j++) v[j] = v[j] * inverse * w[j];
+      return repack<T>(v);
+    });
+  }
+};
 
 }  // namespace river::device

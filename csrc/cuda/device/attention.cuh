@@ -6,7 +6,7 @@
 // each lane has kAhead loads under way. For the softmax a warp has one query head.
 #pragma once
 
-#include "activations.cuh"
+#include "cache_places.cuh"
 
 namespace river::device {
 

@@ -1,40 +1,22 @@
-// The two formats of a weight, dense and W4: where a strip's rows lie in memory, how a stage of the ring is copied, and
-// how a tile of it is multiplied. weight_stream.cuh makes a kernel of them.
+// The two formats of a weight, dense and W4: where a strip lies in memory, how some tiles of it are copied to a stage
+// of the ring by the copying warp, and how a reader warp multiplies one tile of a stage by the activations of T = 1..8
+// rows.
+//
+// mma.m16n8k16 takes a weight's strip as operand A (16 rows) and the activations as B (8 columns), at one cost for all
+// T. k is permuted, which a dot product does not mind: lane l = 4 g + t holds columns 16 t .. 16 t + 15 of rows g and g
+// + 8 of a tile, and the same 16 activations of row g of x.
 #pragma once
 
 #include "arch.cuh"
+#include "stream_shape.cuh"
 #include "types.cuh"
 
 namespace river::device {
 
-constexpr int kSplitColumns = 4096;  // activations of one block: 8 rows x 4096 x 2 B = 64 KB
+// ---- where weights lie ------------------------------------------------------------------------------
 
-// One weight and how it is cut. Depends on the shape only.
-struct StreamShape {
-  int out_features, in_features;
-  int strips, tiles;        // of 16 rows; of 64 columns
-  int splits, split_tiles;  // ranges of K
-
-  static constexpr int kDesignBlocks = 132;  // what the cut is good for; any grid is right
-
-  __host__ __device__ StreamShape(int out_features, int in_features)
-      : out_features(out_features), in_features(in_features), strips((out_features + kTileRows - 1) / kTileRows),
-        tiles((in_features + kTileCols - 1) / kTileCols), splits((in_features + kSplitColumns - 1) / kSplitColumns) {
-    // 192 units on 132 blocks keep 73 % busy: split K until the last wave is full enough, ranges of 512 columns at least
-    auto busy = [&](int s) {
-      const int units = strips * s, waves = (units + kDesignBlocks - 1) / kDesignBlocks;
-      return 100 * units >= 85 * waves * kDesignBlocks;
-    };
-    while (!busy(splits) && 2 * splits * 8 <= tiles) splits *= 2;
-    split_tiles = (tiles + splits - 1) / splits;
-    splits = (tiles + split_tiles - 1) / split_tiles;
-  }
-};
-
-// ---- where weights come from ------------------------------------------------------------------------
-
-// Dense sources name the 16 rows of a strip one by one (null: a row of padding), so that the rows of several matrices
-// can stand in a strip as in the packed orders of river_ext/w4.py.
+// A dense source names the 16 rows of a strip one by one (null: a row of padding), so that a strip can hold rows of
+// several matrices, in the packed orders (layer_weights.cuh).
 template <class T>
 struct MatrixRows {
   const T* weight;  // [rows, columns]
@@ -49,14 +31,7 @@ struct PackedTiles {
   const uint8_t* tiles;  // [strips, tiles, 576]
 };
 
-// The same weight in both formats, strip for strip
-template <class Rows>
-struct DualWeight {
-  Rows dense;
-  PackedTiles packed;
-};
-
-// ---- the two formats ------------------------------------------------------------------------------
+// ---- the two formats --------------------------------------------------------------------------------
 
 // Row-major weights in checkpoint order. A stage is 16 rows of 512 columns, each padded by 16 bytes so that the
 // eight lanes of a quarter-warp, two rows of four, read different banks.
@@ -106,8 +81,8 @@ struct DenseFormat {
   }
 };
 
-// Packed tiles (layout: river_ext/w4.py). Nibbles become exact 16-bit numbers under a magic exponent; that constant,
-// zero and scale act in fp32 on a tile's sums, with the sums of the very activations that were multiplied.
+// Packed tiles (layout: river_ext/quant/w4.py). Nibbles become exact 16-bit numbers under a magic exponent; that
+// constant, zero and scale act in fp32 on a tile's sums, with the sums of the very activations that were multiplied.
 template <class T>
 struct W4Format {
   static constexpr bool kPacked = true;
@@ -152,39 +127,8 @@ struct W4Format {
   }
 };
 
-// ---- the format of a launch -------------------------------------------------------------------------
-
-// A Path says which format a kernel streams. Fixed for all launches ...
-struct DensePath {
-  static constexpr bool kDense = true, kPacked = false;
-};
-struct PackedPath {
-  static constexpr bool kDense = false, kPacked = true;
-};
-// ... or, with both true, known on the device only (exit_path.cuh). Then it has
-//   bool guess() const;   a hint that may be asked before the kernels ahead have ended: which weights to prefetch
-//   uint32_t decide(input) const;  by all readers, after the wait: not 0 = packed
-
-template <class Path>
-constexpr bool kDecides = Path::kDense && Path::kPacked;
-
-// f(Type<Format>) for the format that streams
-template <class T, class Path, class F>
-RIVER_DEVICE void with_format(bool packed, F f) {
-  if constexpr (!Path::kPacked) f(Type<DenseFormat<T>>{});
-  else if constexpr (!Path::kDense) f(Type<W4Format<T>>{});
-  else if (packed) f(Type<W4Format<T>>{});
-  else f(Type<DenseFormat<T>>{});
-}
-
-template <class Format, class Source>
-RIVER_DEVICE const Source& source_of(const Source& source) {
-  return source;
-}
-template <class Format, class Rows>
-RIVER_DEVICE const auto& source_of(const DualWeight<Rows>& weight) {
-  if constexpr (Format::kPacked) return weight.packed;
-  else return weight.dense;
-}
+// The format that a source is in
+template <class T, class Source>
+using FormatOf = std::conditional_t<std::is_same_v<Source, PackedTiles>, W4Format<T>, DenseFormat<T>>;
 
 }  // namespace river::device

@@ -1,36 +1,62 @@
-// The weights of one layer as launch_layer (block.cuh) takes them: in the checkpoint's tensors, or in packed tiles.
+// The weights of one layer as launch_layer (layer.cuh) takes them: the checkpoint's tensors, or packed tiles. A strip
+// holds its output rows in the packed orders of row_order.h; dense weights stay in checkpoint order, so their sources
+// look up each row.
 #pragma once
 
-#include "block.cuh"
+#include "../../row_order.h"
+#include "formats.cuh"
 
 namespace river::device {
+
+template <class T>
+struct QkvRows {
+  const T *q, *k, *v;  // [heads * head_dim, columns], [kv_heads * head_dim, columns] x 2
+  QkvOrder order;
+  int columns;
+  RIVER_DEVICE const T* row(int strip, int r) const {
+    const QkvRow at = order.row(strip, r);
+    if (at.head < 0) return nullptr;
+    const T* matrix = at.kind == kQuery ? q : at.kind == kKey ? k : v;
+    return matrix + (int64_t(at.head) * order.head_dim + at.dim) * columns;
+  }
+};
+
+template <class T>
+struct GateUpRows {
+  const T *gate, *up;  // [channels, columns]
+  int channels, columns;
+  RIVER_DEVICE const T* row(int strip, int r) const {
+    const GateUpRow at = gate_up_row(strip, r);
+    return at.channel < channels ? (at.up ? up : gate) + int64_t(at.channel) * columns : nullptr;
+  }
+};
 
 template <class T>
 struct DenseWeights {
   const DecoderBlockArgs& a;
 
   static const T* as(const void* p) { return static_cast<const T*>(p); }
-  int inner() const { return a.intermediate_size; }
-  QkvRows<T> qkv(const QkvOrder& order) const {
-    return {as(a.q_proj), as(a.k_proj), as(a.v_proj), order, a.hidden_size};
+  int channels() const { return a.intermediate_size; }
+  QkvRows<T> qkv() const {
+    return {.q = as(a.q_proj), .k = as(a.k_proj), .v = as(a.v_proj), .order = QkvOrder(a), .columns = a.hidden_size};
   }
-  MatrixRows<T> o() const { return {as(a.o_proj), a.hidden_size, a.num_heads * a.head_dim}; }
-  GateUpRows<T> gate_up() const { return {as(a.gate_proj), as(a.up_proj), inner(), a.hidden_size}; }
-  MatrixRows<T> down() const { return {as(a.down_proj), a.hidden_size, inner()}; }
-  DensePath first_path() const { return {}; }
-  DensePath path() const { return {}; }
+  MatrixRows<T> o() const {
+    return {.weight = as(a.o_proj), .rows = a.hidden_size, .columns = a.num_heads * a.head_dim};
+  }
+  GateUpRows<T> gate_up() const {
+    return {.gate = as(a.gate_proj), .up = as(a.up_proj), .channels = channels(), .columns = a.hidden_size};
+  }
+  MatrixRows<T> down() const { return {.weight = as(a.down_proj), .rows = a.hidden_size, .columns = channels()}; }
 };
 
 struct PackedWeights {
   const ExitLayerArgs& a;
 
-  int inner() const { return a.gate_up_tiles * kTileRows / 2; }
-  PackedTiles qkv(const QkvOrder&) const { return {a.qkv_proj}; }
+  int channels() const { return a.gate_up_tiles * kStripPairs; }
+  PackedTiles qkv() const { return {a.qkv_proj}; }
   PackedTiles o() const { return {a.o_proj}; }
   PackedTiles gate_up() const { return {a.gate_up_proj}; }
   PackedTiles down() const { return {a.down_proj}; }
-  PackedPath first_path() const { return {}; }
-  PackedPath path() const { return {}; }
 };
 
 }  // namespace river::device

@@ -89,11 +89,6 @@ RIVER_DEVICE uint32_t nibble_pair(uint32_t word, int i) {
   return ((word >> (4 * i)) & 0x000f000fu) | kNibbleMagic<T>;
 }
 
-template <class T>
-struct Type {
-  using type = T;
-};
-
 // Calls f<T>() with the type of a DType. float is for kernels where it costs nothing.
 template <class F>
 void with_dtype(DType dtype, F f) {
