@@ -1,6 +1,6 @@
 """The torch ops, `torch.ops.river.*`, with their contracts.
 
-Every function here calls the registered op of the same name (csrc/ops*.cpp) and has a plain fp32 twin
+Every function here calls the registered op of the same name (csrc/ops/) and has a plain fp32 twin
 of the same name and arguments in `reference.py`. All tensors are contiguous and on one device; T is
 the number of rows (tokens in flight), 1 <= T <= 8. The model dtype is bfloat16 or float16 (CPU: also
 float32). A bad argument raises RuntimeError with one line that names the value and what is accepted. Memory
