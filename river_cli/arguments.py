@@ -82,33 +82,11 @@ def _parser() -> argparse.ArgumentParser:
     _add_model(generate, "the bundled model; without a prompt it shows what River does")
     _add_river(generate, "a saved river; without it one is built, for minutes if the model is large")
     _add_machine(generate)
-    generate.add_argument("prompts", nargs="*", metavar="PROMPT", help="1 to 8 prompts; - is standard input")
-    generate.add_argument(
-        "--file",
-        action="append",
-        type=_given,
-        metavar="FILE",
-        help="a file that holds a prompt; not of it: its last newline, \\r before \\n, a byte order mark",
-    )
-    generate.add_argument(
-        "--chat",
-        action="store_true",
-        help="a prompt is what a user says, and goes through the model's chat template",
-    )
+    _add_prompts(generate)
     generate.add_argument(
         "--compare", action="store_true", help="also run full depth and full W4, and print a table"
     )
-    generate.add_argument("--max-new-tokens", type=int, metavar="N", help="default 256")
-    generate.add_argument("--threshold", type=float, metavar="S", help="exit above this similarity (0.5)")
-    generate.add_argument("--min-layers", type=int, metavar="N", help="backbone layers before an exit (1)")
-    generate.add_argument("--prefill", metavar="POLICY", help="full (default), depth:K, min or last")
-    generate.add_argument("--mode", help="river (default), full or full_w4")
-    generate.add_argument("--temperature", type=float, metavar="T", help="0, the default, is greedy")
-    generate.add_argument("--top-k", type=int, metavar="K", help="draw among the K likeliest; 0 is all")
-    generate.add_argument("--top-p", type=float, metavar="P", help="draw among the likeliest; 1 is all")
-    generate.add_argument("--seed", type=int, help="of sampling, and of the demo's prompts (0)")
-    generate.add_argument("--stop", action="append", metavar="TEXT", help="end before this text")
-    generate.add_argument("--exit-control", help="where exits are decided: auto (default), host or device")
+    _add_options(generate)
 
     info = command("info", "info", "show what this installation was built with, and the facts of a model")
     _add_model(info, "the bundled model")
@@ -134,6 +112,37 @@ def _parser() -> argparse.ArgumentParser:
     evaluate.add_argument("--thresholds", metavar="S,S,...", help="of the River rows")
     evaluate.add_argument("--seed", type=int, default=0, help="which held-out items (0)")
     return parser
+
+
+def _add_prompts(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("prompts", nargs="*", metavar="PROMPT", help="1 to 8 prompts; - is standard input")
+    parser.add_argument(
+        "--file",
+        action="append",
+        type=_given,
+        metavar="FILE",
+        help="a file that holds a prompt; not of it: its last newline, \\r before \\n, a byte order mark",
+    )
+    parser.add_argument(
+        "--chat",
+        action="store_true",
+        help="a prompt is what a user says, and goes through the model's chat template",
+    )
+
+
+def _add_options(parser: argparse.ArgumentParser) -> None:
+    """Of generation: what is not given is as `Options` has it."""
+    parser.add_argument("--max-new-tokens", type=int, metavar="N", help="default 256")
+    parser.add_argument("--threshold", type=float, metavar="S", help="exit above this similarity (0.5)")
+    parser.add_argument("--min-layers", type=int, metavar="N", help="backbone layers before an exit (1)")
+    parser.add_argument("--prefill", metavar="POLICY", help="full (default), depth:K, min or last")
+    parser.add_argument("--mode", help="river (default), full or full_w4")
+    parser.add_argument("--temperature", type=float, metavar="T", help="0, the default, is greedy")
+    parser.add_argument("--top-k", type=int, metavar="K", help="draw among the K likeliest; 0 is all")
+    parser.add_argument("--top-p", type=float, metavar="P", help="draw among the likeliest; 1 is all")
+    parser.add_argument("--seed", type=int, help="of sampling, and of the demo's prompts (0)")
+    parser.add_argument("--stop", action="append", metavar="TEXT", help="end before this text")
+    parser.add_argument("--exit-control", help="where exits are decided: auto (default), host or device")
 
 
 def _add_model(

@@ -7,7 +7,8 @@ import torch
 
 from river_ext import __version__, ops
 from river_ext.loading.checkpoint import load_checkpoint
-from river_ext.loading.weights import BlockShape
+from river_ext.loading.config import ModelConfig
+from river_ext.loading.weights import BlockShape, ModelWeights
 from river_ext.quant.exit_river import load_river, read_facts
 
 from . import shared
@@ -80,54 +81,68 @@ def _runs(arch: str, image: dict, compiled: list[str]) -> str:
 def _checkpoint_facts(arguments) -> tuple[dict, dict]:
     """The facts of a model for JSON and as lines; its weights are mapped, not read."""
     checkpoint = load_checkpoint(shared.directory(arguments), check_finite=False)
-    config, weights, shape = checkpoint.config, checkpoint.weights, BlockShape.of(checkpoint.config)
-    around = [weights.embed_tokens, weights.norm]
-    if weights.lm_head is not weights.embed_tokens:
-        around.append(weights.lm_head)
-    sizes = {
-        "backbone": sum(t.nbytes for block in weights.layers for t in vars(block).values() if t is not None),
-        "embedding_and_head": sum(t.nbytes for t in around),
-        "river": len(weights.layers) * sum(map(math.prod, shape.tiles().values())),
-    }
-    layers, kv_heads = config.num_hidden_layers, config.num_key_value_heads
-    kv_bytes = 2 * layers * kv_heads * config.head_dim * config.dtype.itemsize
-    padding = {name: list(pad) for name, pad in shape.padding().items()}
+    config, shape = checkpoint.config, BlockShape.of(checkpoint.config)
     facts = {
         "directory": str(checkpoint.directory),
         "fingerprint": checkpoint.fingerprint,
         "config": asdict(config) | {"dtype": dtype_name(config)},
         "max_length": config.max_length,
         "tokenizer": checkpoint.tokenizer is not None,
-        "bytes": sizes,
-        "kv_bytes_per_token": kv_bytes,
-        "padding": padding,
+        "bytes": _sizes(checkpoint.weights, shape),
+        "kv_bytes_per_token": (
+            2
+            * config.num_hidden_layers
+            * config.num_key_value_heads
+            * config.head_dim
+            * config.dtype.itemsize
+        ),
+        "padding": {name: list(pad) for name, pad in shape.padding().items()},
     }
-    heads = f"{config.num_attention_heads} query and {kv_heads} KV heads of {config.head_dim}"
-    rope = (config.rope_scaling or {}).get("rope_type", "default")
-    tied = "tied" if config.tie_word_embeddings else "own"
-    lines = {
-        "model": str(checkpoint.directory),
-        "fingerprint": checkpoint.fingerprint,
-        "architecture": f"{config.model_type}, {layers} layers, hidden {config.hidden_size}, {heads}, "
-        f"inner {config.intermediate_size}",
-        "vocabulary": f"{config.vocab_size}, {tied} head, "
-        + ("tokenizer.json" if checkpoint.tokenizer else "no tokenizer.json: token ids only"),
-        "positions": f"{config.max_length}, rope {rope}, theta {config.rope_theta:g}",
-        "weights": f"{dtype_name(config)}: backbone {size_text(sizes['backbone'])}, "
-        f"embedding and head {size_text(sizes['embedding_and_head'])}",
-        "river": f"{size_text(sizes['river'])}, "
-        f"{sizes['river'] / sizes['backbone']:.0%} of the backbone's layers",
-        "river's padding": ", ".join(
-            f"{name} {rows} rows and {columns} columns"
-            for name, (rows, columns) in padding.items()
-            if rows or columns
-        )
-        or "none",
-        "KV cache": f"{size_text(kv_bytes)} a token",
-    }
+    lines = _checkpoint_lines(config, facts)
     if arguments.river is not None:
         load_river(arguments.river, config, checkpoint.fingerprint)  # refuses one of another model
         saved = read_facts(arguments.river)
         facts["river"] = {"directory": str(arguments.river)} | saved
         lines["saved river"] = f"{arguments.river}: {saved['quantiser']}, groups of {saved['group_size']}"
     return facts, lines
+
+
+def _sizes(weights: ModelWeights, shape: BlockShape) -> dict[str, int]:
+    """Bytes by part of the model; a tied head counts once."""
+    around = [weights.embed_tokens, weights.norm]
+    if weights.lm_head is not weights.embed_tokens:
+        around.append(weights.lm_head)
+    return {
+        "backbone": sum(t.nbytes for block in weights.layers for t in vars(block).values() if t is not None),
+        "embedding_and_head": sum(t.nbytes for t in around),
+        "river": len(weights.layers) * sum(map(math.prod, shape.tiles().values())),
+    }
+
+
+def _checkpoint_lines(config: ModelConfig, facts: dict) -> dict[str, str]:
+    sizes = {part: size_text(size) for part, size in facts["bytes"].items()}
+    share = facts["bytes"]["river"] / facts["bytes"]["backbone"]
+    heads = (
+        f"{config.num_attention_heads} query and {config.num_key_value_heads} KV heads of {config.head_dim}"
+    )
+    rope = (config.rope_scaling or {}).get("rope_type", "default")
+    tied = "tied" if config.tie_word_embeddings else "own"
+    padding = [
+        f"{name} {rows} rows and {columns} columns"
+        for name, (rows, columns) in facts["padding"].items()
+        if rows or columns
+    ]
+    return {
+        "model": facts["directory"],
+        "fingerprint": facts["fingerprint"],
+        "architecture": f"{config.model_type}, {config.num_hidden_layers} layers, "
+        f"hidden {config.hidden_size}, {heads}, inner {config.intermediate_size}",
+        "vocabulary": f"{config.vocab_size}, {tied} head, "
+        + ("tokenizer.json" if facts["tokenizer"] else "no tokenizer.json: token ids only"),
+        "positions": f"{config.max_length}, rope {rope}, theta {config.rope_theta:g}",
+        "weights": f"{dtype_name(config)}: backbone {sizes['backbone']}, "
+        f"embedding and head {sizes['embedding_and_head']}",
+        "river": f"{sizes['river']}, {share:.0%} of the backbone's layers",
+        "river's padding": ", ".join(padding) or "none",
+        "KV cache": f"{size_text(facts['kv_bytes_per_token'])} a token",
+    }

@@ -15,7 +15,7 @@ from .loading.checkpoint import load_checkpoint, parse_device
 from .loading.config import ModelConfig
 from .loading.text import Text
 from .loading.weights import ExitLayerWeights, ModelWeights
-from .quant import exit_river as river_files
+from .quant import exit_river
 from .threads import in_own_thread
 
 DEMO = Path(__file__).parent / "demo"
@@ -49,9 +49,9 @@ def _load(path, device: torch.device, dtype, river) -> "Model":
     checkpoint = load_checkpoint(DEMO if path is None else path, dtype=dtype, device=device)
     config, weights = checkpoint.config, checkpoint.weights
     if river is None:
-        exit_layers = river_files.build_river(config, weights)
+        exit_layers = exit_river.build_river(config, weights)
     else:
-        exit_layers = river_files.load_river(river, config, checkpoint.fingerprint, device)
+        exit_layers = exit_river.load_river(river, config, checkpoint.fingerprint, device)
     return Model(
         config, weights, exit_layers, checkpoint.tokenizer, checkpoint.directory, checkpoint.fingerprint
     )
@@ -184,4 +184,4 @@ class Model:
 
     def save_river(self, path: str | Path) -> None:
         """Writes the river, to be loaded with `load(..., river=path)`."""
-        river_files.save_river(path, self.river, self.config, self.fingerprint)
+        exit_river.save_river(path, self.river, self.config, self.fingerprint)

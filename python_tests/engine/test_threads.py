@@ -59,13 +59,13 @@ def test_children_of_a_process_that_has_loaded_a_model_generate(tmp_path, before
 
 def test_loading_is_the_work_of_a_thread_that_has_ended(monkeypatch):
     names = []
-    build = river_ext.model.river_files.build_river
+    build = river_ext.model.exit_river.build_river
 
     def noted(*args, **kwargs):
         names.append(threading.current_thread().name)
         return build(*args, **kwargs)
 
-    monkeypatch.setattr(river_ext.model.river_files, "build_river", noted)
+    monkeypatch.setattr(river_ext.model.exit_river, "build_river", noted)
     river_ext.load(device="cpu")
     assert names == ["river_ext _load"]
     assert not any(thread.name in names for thread in threading.enumerate())
