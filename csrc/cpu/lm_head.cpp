@@ -2,7 +2,7 @@
 #include <cmath>
 #include <mutex>
 
-#include "../philox.h"
+#include "noise.h"
 #include "strips.h"
 
 namespace river::cpu {
@@ -18,17 +18,6 @@ struct Best {
     if (score_ > score || (score_ == score && id_ < id)) score = score_, id = id_;
   }
 };
-
-// logits / temperature + noise of 16 tokens from `first` on, a multiple of 16
-void add_noise(const float (&logits)[kTileRows], float temperature, uint64_t seed, int32_t position, int64_t first,
-               float (&scores)[kTileRows]) {
-  uint32_t words[kTileRows];
-  for (int i = 0; i < kTileRows; i += 4) {
-    const PhiloxWords four = philox(seed, (uint32_t)((first + i) / 4), (uint32_t)position, 0, 0);
-    memcpy(words + i, four.word, sizeof(four.word));
-  }
-  for (int i = 0; i < kTileRows; i++) scores[i] = logits[i] / temperature + gumbel_of(words[i]);
-}
 
 bool all_finite(const float (&logits)[kTileRows], int count) {
   uint32_t failed = 0;
