@@ -64,10 +64,10 @@ RIVER_BOTH inline float scaled(float logit, float largest, float temperature) {
 
 RIVER_BOTH inline uint64_t weight_of(float scaled_logit) { return fixed_point(exp_bits(scaled_logit)); }
 
-// log softmax of a logit, from the sum of all weights at temperature 1
+// log softmax of a logit, from the sum of all weights at temperature 1; never -0
 RIVER_BOTH inline float log_probability(float logit, float largest, uint64_t total) {
   const float sum = product((float)total, 0x1p-40f);
-  return (logit - largest) - log_of(reduced(sum));
+  return ((logit - largest) - log_of(reduced(sum))) + 0.f;
 }
 
 // How a row draws its token. Values out of range, which a GPU's host cannot refuse in time, filter nothing.

@@ -52,9 +52,9 @@ KINDS = ("random", "peaked", "flat", "tied", "equal", "both zeros", "tiny", "hug
 
 
 def assert_same(got, expected):
-    """The same tokens, and the same bits of log-probabilities, of which NaN has one form."""
+    """The same tokens, and the same bits of log-probabilities."""
     assert torch.equal(got[0], expected[0])
-    assert torch.equal(got[1].nan_to_num(7), expected[1].nan_to_num(7))
+    assert torch.equal(got[1].view(torch.int32), expected[1].view(torch.int32))
 
 
 def rows_of(arguments, rows):

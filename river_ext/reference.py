@@ -246,7 +246,7 @@ def _draw(logits, temperature, top_p, min_p, top_k, seed, position):
         scores = logits[kept] / temperature + gumbel(seed, position, kept)
         token = kept[scores == scores.max()].min()
     total = weights_of(logits - largest).sum()
-    return int(token), (logits[token] - largest) - _log(total.float() * 2.0**-WEIGHT_BITS)
+    return int(token), (logits[token] - largest) - _log(total.float() * 2.0**-WEIGHT_BITS) + 0.0  # never -0
 
 
 WEIGHT_BITS = 40

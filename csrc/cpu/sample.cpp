@@ -4,7 +4,6 @@
 #include <atomic>
 #include <cmath>
 #include <functional>
-#include <memory>
 #include <vector>
 
 #include "../sampling.h"
@@ -84,15 +83,16 @@ uint64_t sum_of_weights(const Row& row, int span, float temperature) {
   return sum;
 }
 
-// The keys of at least the `count` likeliest tokens, in no order: of all that are as likely as the largest in the
-// count-th best span.
-std::vector<uint64_t> likeliest(const Row& row, int64_t count) {
-  float bound = -INFINITY;
-  if (count <= row.spans()) {
-    std::vector<float> largest = row.span_largest;
-    std::nth_element(largest.begin(), largest.begin() + (count - 1), largest.end(), std::greater<>());
-    bound = largest[count - 1];
-  }
+// A logit that at least `count` tokens reach: the largest of the count-th best span
+float reached_by(const Row& row, int count) {
+  if (count > row.spans()) return -INFINITY;
+  std::vector<float> largest = row.span_largest;
+  std::nth_element(largest.begin(), largest.begin() + (count - 1), largest.end(), std::greater<>());
+  return largest[count - 1];
+}
+
+// The keys of the tokens whose logits reach the bound, in no order
+std::vector<uint64_t> at_least(const Row& row, float bound) {
   std::vector<uint64_t> keys;
   for (int span = 0; span < row.spans(); span++) {
     if (row.span_largest[span] < bound) continue;
@@ -100,6 +100,21 @@ std::vector<uint64_t> likeliest(const Row& row, int64_t count) {
       if (row.logits[i] >= bound) keys.push_back(token_key(row.logits[i], i));
   }
   return keys;
+}
+
+uint64_t sum_of_weights(const Row& row, const std::vector<uint64_t>& keys) {
+  uint64_t sum = 0;
+  for (const uint64_t key : keys) sum += row.weight(key);
+  return sum;
+}
+
+// The keys of tokens that together weigh the limit, and of all that are likelier: of those less and less likely than the
+// best one, until they are enough.
+std::vector<uint64_t> weighing(const Row& row, uint64_t limit) {
+  for (float reach = 2;; reach *= 1.5f) {
+    std::vector<uint64_t> keys = at_least(row, row.largest - reach * row.rule.temperature);
+    if (sum_of_weights(row, keys) >= limit) return keys;
+  }
 }
 
 // Leaves the keys of which the larger ones measure less than the limit, which is at least 1. Halves what is undecided, and
@@ -122,28 +137,19 @@ void keep_below(std::vector<uint64_t>& keys, uint64_t limit, Measure measure) {
   keys.erase(end, keys.end());
 }
 
-uint64_t sum_of_weights(const Row& row, const std::vector<uint64_t>& keys) {
-  uint64_t sum = 0;
-  for (const uint64_t key : keys) sum += row.weight(key);
-  return sum;
-}
-
 // Where top_k and top_p cut
 uint64_t cut_off(const Row& row) {
   const DrawRule& rule = row.rule;
-  if (rule.greedy) return token_key(row.largest, row.vocab_size);  // the largest alone, or several
+  if (rule.greedy) return token_key(row.largest, row.vocab_size);  // ties with the largest stay
   if (!rule.top_k && !rule.top_p) return 0;
   std::vector<uint64_t> keys;
   if (rule.top_k) {
-    keys = likeliest(row, rule.top_k);
+    keys = at_least(row, reached_by(row, rule.top_k));
     keep_below(keys, rule.top_k, [](uint64_t) { return 1; });
   }
   if (rule.top_p) {
     const uint64_t limit = rule.nucleus_limit(rule.top_k ? sum_of_weights(row, keys) : row.nucleus_total);
-    for (int64_t count = 256; !rule.top_k; count *= 8) {
-      keys = likeliest(row, count);
-      if (count > row.spans() || sum_of_weights(row, keys) >= limit) break;
-    }
+    if (!rule.top_k) keys = weighing(row, limit);
     keep_below(keys, limit, [&](uint64_t key) { return row.weight(key); });
   }
   return *std::min_element(keys.begin(), keys.end()) - 1;

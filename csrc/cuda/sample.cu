@@ -151,7 +151,7 @@ RIVER_DEVICE uint64_t cut_off(const Row& row, bool by_weight, uint64_t limit, Bo
   for_each_logit(row, [&](int id, float logit) {
     const uint64_t key = token_key(logit, id);
     if (key <= bounds.low || key > bounds.high) return;
-    const unsigned i = atomicAdd(listed, 1u);
+    const unsigned i = next_number(listed);
     keys[i] = key;
     measures[i] = by_weight ? weight_of(row.rule.scale(logit, row.largest)) : 1;
   });
