@@ -3,4 +3,4 @@
 # parts, `--help` the options. Needs this checkout, nvcc and a Python with torch (PYTHON=...), and no network.
 set -euo pipefail
 root="$(cd "$(dirname "$0")/.." && pwd)"
-PYTHONPATH="$root${PYTHONPATH:+:$PYTHONPATH}" exec "${PYTHON:-python3}" -m bench.gpu.suite "$@"
+PYTHONPATH="$root${PYTHONPATH:+:$PYTHONPATH}" exec "${PYTHON:-python3}" "$root/bench/gpu/suite.py" "$@"

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 import torch
 
 from river_ext import ops
+from river_ext.loading.weights import BlockShape
 from river_ext.quant import w4
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
@@ -47,42 +48,20 @@ class Block:
         self.shape, self.dtype = shape, dtype
         self.generator = torch.Generator().manual_seed(seed)
         s = shape
-        q_size, kv_size = s.num_attention_heads * s.head_dim, s.num_key_value_heads * s.head_dim
-        sizes = {
-            "q_proj": (q_size, s.hidden_size),
-            "k_proj": (kv_size, s.hidden_size),
-            "v_proj": (kv_size, s.hidden_size),
-            "o_proj": (s.hidden_size, q_size),
-            "gate_proj": (s.intermediate_size, s.hidden_size),
-            "up_proj": (s.intermediate_size, s.hidden_size),
-            "down_proj": (s.hidden_size, s.intermediate_size),
-        }
+        block = BlockShape.of(s)
+        shapes, sizes = block.tensors(), block.projections()
         self.dense = {name: self.random(*size, scale=size[1] ** -0.5) for name, size in sizes.items()}
         self.norms = [1 + 0.1 * self.random(s.hidden_size) for _ in range(2)]
-        block = w4.BlockShape(
-            s.hidden_size,
-            s.num_attention_heads,
-            s.num_key_value_heads,
-            s.head_dim,
-            s.rotary_dim,
-            s.intermediate_size,
-        )
         self.packed = w4.pack_exit_layer({name: self.quantised(*size) for name, size in sizes.items()}, block)
         angle = torch.rand(s.max_len, s.rotary_dim // 2, generator=self.generator) * 6.28
         self.tables = (angle.cos(), angle.sin())
         self.options = {}
         if s.bias:
             self.options |= {
-                "q_bias": self.random(q_size),
-                "k_bias": self.random(kv_size),
-                "v_bias": self.random(kv_size),
-                "o_bias": self.random(s.hidden_size),
+                name: self.random(*shapes[name]) for name in ("q_bias", "k_bias", "v_bias", "o_bias")
             }
         if s.qk_norm:
-            self.options |= {
-                "q_norm": 1 + 0.1 * self.random(s.head_dim),
-                "k_norm": 1 + 0.1 * self.random(s.head_dim),
-            }
+            self.options |= {name: 1 + 0.1 * self.random(*shapes[name]) for name in ("q_norm", "k_norm")}
         if s.query_scale:
             self.options["query_scale"] = 0.5 + torch.rand(s.max_len, generator=self.generator)
 

@@ -1,12 +1,13 @@
 """Small models for the engine's tests: random ones built in memory, and the bundled demo model."""
 
+from dataclasses import fields
 from functools import cache
 
 import torch
 
 import river_ext
 from river_ext.loading.config import ModelConfig
-from river_ext.loading.weights import DecoderBlockWeights, ModelWeights
+from river_ext.loading.weights import BlockShape, DecoderBlockWeights, ModelWeights
 from river_ext.model import Model
 from river_ext.quant import exit_river as river
 
@@ -31,6 +32,8 @@ CONFIG = {
     "eos_token_ids": (),
     "sliding_window": None,
 }
+BIASES, QK_NORMS = ("q_bias", "k_bias", "v_bias", "o_bias"), ("q_norm", "k_norm")
+STRONG = ("q_proj", "k_proj", "down_proj")  # so that attention is sharp, and blocks change what they get
 
 
 @cache
@@ -46,29 +49,22 @@ def random_model(
     def normal(*shape, scale=1.0, mean=0.0):
         return (mean + scale * torch.randn(shape, generator=generator)).to(dtype)
 
-    hidden, inner = config.hidden_size, config.intermediate_size
-    q, kv = config.num_attention_heads * config.head_dim, config.num_key_value_heads * config.head_dim
+    shapes = BlockShape.of(config).tensors()
+    lacking = (() if biases else BIASES) + (() if qk_norm else QK_NORMS)
+
+    def tensor(name):
+        *_, columns = shapes[name]
+        if name.endswith("norm"):
+            return normal(*shapes[name], scale=0.1, mean=1.0)
+        if name in BIASES:
+            return normal(*shapes[name], scale=0.1 if name == "o_bias" else 1.0)
+        return normal(*shapes[name], scale=(2 if name in STRONG else 1) * columns**-0.5)
 
     def block():
-        weights = DecoderBlockWeights(
-            input_layernorm=normal(hidden, scale=0.1, mean=1.0),
-            q_proj=normal(q, hidden, scale=2 * hidden**-0.5),
-            k_proj=normal(kv, hidden, scale=2 * hidden**-0.5),
-            v_proj=normal(kv, hidden, scale=hidden**-0.5),
-            o_proj=normal(hidden, q, scale=q**-0.5),
-            post_attention_layernorm=normal(hidden, scale=0.1, mean=1.0),
-            gate_proj=normal(inner, hidden, scale=hidden**-0.5),
-            up_proj=normal(inner, hidden, scale=hidden**-0.5),
-            down_proj=normal(hidden, inner, scale=2 * inner**-0.5),
-        )
-        if biases:
-            weights.q_bias, weights.k_bias, weights.v_bias = normal(q), normal(kv), normal(kv)
-            weights.o_bias = normal(hidden, scale=0.1)
-        if qk_norm:
-            weights.q_norm = normal(config.head_dim, scale=0.1, mean=1.0)
-            weights.k_norm = normal(config.head_dim, scale=0.1, mean=1.0)
-        return weights
+        names = [field.name for field in fields(DecoderBlockWeights) if field.name not in lacking]
+        return DecoderBlockWeights(**{name: tensor(name) for name in names})
 
+    hidden = config.hidden_size
     weights = ModelWeights(
         embed_tokens=normal(config.vocab_size, hidden),
         layers=[block() for _ in range(config.num_hidden_layers)],

@@ -31,6 +31,8 @@ def _check_generate(arguments) -> None:
         raise UsageError("no prompt; accepted: 1 to 8 prompts, - for standard input, --file, or --demo")
     if not _names_a_model(arguments):
         raise UsageError("no model; accepted: --model DIR, or --demo for the bundled one")
+    if arguments.chat and not (arguments.prompts or arguments.file):
+        raise UsageError("--chat without a prompt; accepted: 1 to 8 prompts, - for standard input, or --file")
     for text in arguments.stop or ():
         refuse_surrogates("--stop", text)
     arguments.prompts = read_prompts(arguments.prompts, arguments.file or [])
@@ -87,6 +89,11 @@ def _parser() -> argparse.ArgumentParser:
         type=_given,
         metavar="FILE",
         help="a file that holds a prompt; not of it: its last newline, \\r before \\n, a byte order mark",
+    )
+    generate.add_argument(
+        "--chat",
+        action="store_true",
+        help="a prompt is what a user says, and goes through the model's chat template",
     )
     generate.add_argument(
         "--compare", action="store_true", help="also run full depth and full W4, and print a table"

@@ -6,10 +6,10 @@ import time
 from pathlib import Path
 
 from river_ext.errors import RiverError
-from river_ext.evaluate import quantisation_errors
 from river_ext.loading.checkpoint import load_checkpoint
 from river_ext.model import choose_device
 from river_ext.quant.exit_river import build_river, save_river
+from river_ext.quant.quality import quantisation_errors
 from river_ext.quant.river_store import FACTS, refuse_other_content
 
 from . import shared

@@ -12,6 +12,7 @@ from river_ext import evaluate
 from river_ext.engine.request import Options, integer, plan, strings
 from river_ext.errors import RiverError
 from river_ext.evaluate import Item, demo_items, result_table, settings_of
+from river_ext.loading.chat import read_template
 from river_ext.loading.config import read_config
 
 from . import shared
@@ -25,6 +26,8 @@ def run(arguments) -> None:
     names = {field.name for field in fields(Options)}
     options = {name: v for name, v in vars(arguments).items() if name in names and v is not None}
     prompts = arguments.prompts
+    if arguments.chat:
+        prompts = [[{"role": "user", "content": prompt}] for prompt in prompts]
     _check_request(arguments, options)
     model = shared.load(arguments)
     if not prompts:
@@ -36,7 +39,7 @@ def run(arguments) -> None:
         if arguments.json:
             print_json({**model_facts(model), "options": options, "outputs": _outputs(prompts, outputs)})
         else:
-            _print_texts(prompts, outputs)
+            _print_texts(arguments.prompts, outputs)
         for output in outputs:
             output.checked()
         if not arguments.json:
@@ -55,6 +58,8 @@ def _check_request(arguments, options: dict) -> None:
     if (arguments.compare or not arguments.prompts) and options.get("mode", "river") != "river":
         raise RiverError(f"mode={options['mode']!r}; accepted: 'river', the comparison runs the others too")
     config = read_config(shared.directory(arguments))
+    if arguments.chat:
+        read_template(shared.directory(arguments))
     integer("max_new_tokens", options.get("max_new_tokens", 1), 1, config.max_length - 1)
     plan(
         config,
@@ -64,7 +69,7 @@ def _check_request(arguments, options: dict) -> None:
     )
 
 
-def _outputs(prompts: Sequence[str], outputs: Sequence) -> list[dict]:
+def _outputs(prompts: Sequence, outputs: Sequence) -> list[dict]:
     """For JSON."""
     return [{"prompt": prompt} | output.to_dict() for prompt, output in zip(prompts, outputs, strict=True)]
 
@@ -86,7 +91,7 @@ def _summary(model, outputs: Sequence) -> str:
     )
 
 
-def _generate_and_compare(arguments, model, prompts: list[str], options: dict) -> None:
+def _generate_and_compare(arguments, model, prompts: list, options: dict) -> None:
     settings, common = _three_settings(model, options)
     shown = []
     rows = evaluate.evaluate(
@@ -101,7 +106,7 @@ def _generate_and_compare(arguments, model, prompts: list[str], options: dict) -
         print_json({**model_facts(model), "options": options, "outputs": _outputs(prompts, shown),
                      "rows": [row.as_dict() for row in rows]})  # fmt: skip
         return
-    _print_texts(prompts, shown)
+    _print_texts(arguments.prompts, shown)
     _print_comparison(model, rows, shown)
     print(f"Together, at batch {len(prompts)}, on {machine(model)}.")
 

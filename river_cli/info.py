@@ -7,9 +7,8 @@ import torch
 
 from river_ext import __version__, ops
 from river_ext.loading.checkpoint import load_checkpoint
-from river_ext.ops import packed_shape
+from river_ext.loading.weights import BlockShape
 from river_ext.quant.exit_river import load_river, read_facts
-from river_ext.quant.w4 import BlockShape
 
 from . import shared
 from .shared import dtype_name, threads
@@ -88,8 +87,7 @@ def _checkpoint_facts(arguments) -> tuple[dict, dict]:
     sizes = {
         "backbone": sum(t.nbytes for block in weights.layers for t in vars(block).values() if t is not None),
         "embedding_and_head": sum(t.nbytes for t in around),
-        "river": len(weights.layers)
-        * sum(math.prod(packed_shape(*size)) for size in shape.packed().values()),
+        "river": len(weights.layers) * sum(map(math.prod, shape.tiles().values())),
     }
     layers, kv_heads = config.num_hidden_layers, config.num_key_value_heads
     kv_bytes = 2 * layers * kv_heads * config.head_dim * config.dtype.itemsize

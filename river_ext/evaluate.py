@@ -16,12 +16,8 @@ import torch
 from rich.table import Table
 from torch import Tensor
 
-from . import ops
 from .engine.sequence import GenerationOutput
-from .loading.config import ModelConfig
-from .loading.weights import ExitLayerWeights, ModelWeights
 from .model import Model
-from .quant.w4 import BlockShape, split_gate_up, split_qkv
 
 DEMO_THRESHOLDS = (0.5, 0.9, 0.98, 0.99, 0.995)  # from the river's speed to near full depth
 DEMO_NEW_TOKENS = 128  # the longest of the demo's answers has 90 tokens
@@ -258,34 +254,3 @@ def _number(value: float | None, form: str) -> str:
     if value is None:
         return ""
     return f"{value:.0f}" if form == ".3g" and value >= 100 else f"{value:{form}}"
-
-
-def quantisation_errors(
-    config: ModelConfig, weights: ModelWeights, river: Sequence[ExitLayerWeights]
-) -> dict[str, float]:
-    """By projection: the mean square of a river's errors in parts of that of the weights, over all layers."""
-    shape = BlockShape.of(config)
-    sums = {name: [0.0, 0.0] for name in shape.projections()}
-    for block, exit_layer in zip(weights.layers, river, strict=True):
-        for name, stored in dense_projections(exit_layer, shape).items():
-            weight = getattr(block, name).float()
-            sums[name][0] += (weight - stored).square().sum().item()
-            sums[name][1] += weight.square().sum().item()
-    return {name: errors / squares if squares else 0.0 for name, (errors, squares) in sums.items()}
-
-
-def dense_projections(exit_layer: ExitLayerWeights, shape: BlockShape) -> dict[str, Tensor]:
-    """The seven projections of an exit layer in fp32, by their names in `DecoderBlockWeights`."""
-    sizes = shape.projections()
-    q, k, v = split_qkv(exit_layer.qkv_proj, shape, ops.dequantize_w4)
-    gate, up = split_gate_up(exit_layer.gate_up_proj, shape, ops.dequantize_w4)
-    inner = shape.intermediate_size
-    return {
-        "q_proj": q,
-        "k_proj": k,
-        "v_proj": v,
-        "o_proj": ops.dequantize_w4(exit_layer.o_proj, *sizes["o_proj"], torch.float32),
-        "gate_proj": gate[:inner],
-        "up_proj": up[:inner],
-        "down_proj": ops.dequantize_w4(exit_layer.down_proj, *sizes["down_proj"], torch.float32),
-    }

@@ -123,7 +123,9 @@ class Model:
 
         Args:
             prompt: text, token ids (a list, a tensor or an array [n] or [1, n], or what a tokenizer of
-                transformers returns), or a list of these; a list of prompts gives a list of outputs.
+                transformers returns), chat messages (a list of {"role": ..., "content": ...}), or a list of
+                these; a list of prompts gives a list of outputs. Messages go through the checkpoint's chat
+                template; `model.text.chat` gives their token ids, and takes the template's own variables.
             max_new_tokens: prompt and new tokens must fit the model's positions.
             threshold: exit when the similarity is above it (strictly); inf never exits, -2 always. One number
                 for all prompts or a list with one for each; so too min_layers and seed.
@@ -152,7 +154,7 @@ class Model:
         )  # fmt: skip
         return generate(self.network, self.text, prompt, options)
 
-    def stream(self, prompt: str | Sequence[int], **options) -> Stream:
+    def stream(self, prompt: str | Sequence, **options) -> Stream:
         """`generate` for one prompt, with the same options, piece by piece: (text, token, exit_depth).
 
         The texts joined are the text that `generate` gives, and the stream's `output` is what it returns. A

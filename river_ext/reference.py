@@ -1,8 +1,9 @@
 """The specification: every op of `ops.py` in a few lines of plain fp32 PyTorch.
 
 Same names and arguments as in `ops.py`. All backends are tested against these functions, every buffer
-that an op writes included. Values are rounded to the model dtype at six points only (normalised x, q/k/v
-after RoPE, attention output, both residuals, SwiGLU output); everything between is fp32.
+that an op writes included; so no module of the package is imported here, and none imports this. Values are
+rounded to the model dtype at six points only (normalised x, q/k/v after RoPE, attention output, both
+residuals, SwiGLU output); everything between is fp32.
 """
 
 import torch
@@ -104,25 +105,57 @@ def exit_layer(
     hidden, input_layernorm, qkv_proj, o_proj, post_attention_layernorm, gate_up_proj, down_proj, k_cache,
     v_cache, slots, positions, cos, sin, num_attention_heads, rms_norm_eps, **options,
 ):  # fmt: skip
-    from .quant import w4  # the row orders of the packed weights
-
-    head_dim, hidden_size = k_cache.shape[-1], hidden.shape[1]
-    shape = w4.BlockShape(
-        hidden_size=hidden_size,
-        num_attention_heads=num_attention_heads,
-        num_key_value_heads=k_cache.shape[1],
-        head_dim=head_dim,
-        rotary_dim=2 * cos.shape[1],
-        intermediate_size=down_proj.shape[1] * TILE_COLS,
-    )
-    gate, up = w4.split_gate_up(gate_up_proj, shape, dequantize_w4)
-    inner = gate.shape[0]
+    heads, kv_heads, head_dim = num_attention_heads, k_cache.shape[1], k_cache.shape[-1]
+    hidden_size = hidden.shape[1]
+    qkv = split_qkv(qkv_proj, hidden_size, heads, kv_heads, head_dim, 2 * cos.shape[1])
+    gate, up = split_gate_up(gate_up_proj, hidden_size)
     return _block(
-        hidden, input_layernorm, w4.split_qkv(qkv_proj, shape, dequantize_w4),
-        dequantize_w4(o_proj, hidden_size, num_attention_heads * head_dim, torch.float32),
-        post_attention_layernorm, (gate, up), dequantize_w4(down_proj, hidden_size, inner, torch.float32),
+        hidden, input_layernorm, qkv, dequantize_w4(o_proj, hidden_size, heads * head_dim, torch.float32),
+        post_attention_layernorm, (gate, up), dequantize_w4(down_proj, hidden_size, len(gate), torch.float32),
         k_cache, v_cache, slots, positions, cos, sin, num_attention_heads, rms_norm_eps, **options,
     )  # fmt: skip
+
+
+def split_qkv(qkv_proj, hidden_size, heads, kv_heads, head_dim, rotary_dim):
+    """Q, K and V, fp32 and in natural order, of a packed qkv_proj: the rotary pairs of Q, those of K, then V.
+
+    Every part is padded to whole tiles.
+    """
+    dense = dequantize_w4(qkv_proj, len(qkv_proj) * TILE_ROWS, hidden_size, torch.float32)
+    q, k = (rotary_rows(count, head_dim, rotary_dim) for count in (heads, kv_heads))
+    v = torch.arange(kv_heads * head_dim)
+    k_start = _whole_tiles(heads * head_dim)
+    v_start = k_start + _whole_tiles(kv_heads * head_dim)
+    return tuple(dense[rows.to(dense.device)] for rows in (q, k_start + k, v_start + v))
+
+
+def split_gate_up(gate_up_proj, hidden_size):
+    """gate and up, fp32, of a packed gate_up_proj: a tile has 8 rows of each; padding comes last."""
+    dense = dequantize_w4(gate_up_proj, len(gate_up_proj) * TILE_ROWS, hidden_size, torch.float32)
+    gate = paired_rows(torch.arange(len(gate_up_proj) * TILE_ROWS // 2)).to(dense.device)
+    return dense[gate], dense[gate + TILE_ROWS // 2]
+
+
+def rotary_rows(heads: int, head_dim: int, rotary_dim: int) -> Tensor:
+    """Where the rows of Q or K lie in packed form, in natural order.
+
+    A head has head_dim / 2 pairs: dims i and i + rotary_dim / 2, which rotate together, and then two by two
+    the dims that pass through.
+    """
+    head, dim = torch.arange(heads * head_dim) // head_dim, torch.arange(heads * head_dim) % head_dim
+    half, passing = rotary_dim // 2, dim - rotary_dim
+    pair = torch.where(passing < 0, dim % half, half + passing // 2)
+    is_second = torch.where(passing < 0, dim >= half, passing % 2 == 1)
+    return paired_rows(head * (head_dim // 2) + pair) + TILE_ROWS // 2 * is_second
+
+
+def paired_rows(pair: Tensor) -> Tensor:
+    """The packed row of the first of each pair; the second lies 8 below. A tile has the rows of 8 pairs."""
+    return pair // 8 * TILE_ROWS + pair % 8
+
+
+def _whole_tiles(rows: int) -> int:
+    return -(-rows // TILE_ROWS) * TILE_ROWS
 
 
 def dual_layer(

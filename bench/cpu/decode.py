@@ -14,20 +14,14 @@ from statistics import median
 import torch
 
 from bench.lib.common import machine, parser, reader, results_path, save
-from river_ext import ops
+from bench.lib.models import LLAMA_1B
+from bench.lib.peers import llama_around
+from bench.lib.weights import random_river, random_weights
 from river_ext.engine.generate import generate
 from river_ext.engine.network import Network
 from river_ext.engine.request import Options
 from river_ext.loading.config import ModelConfig
-from river_ext.loading.weights import DecoderBlockWeights, ExitLayerWeights, ModelWeights
-from river_ext.quant import w4
-
-LLAMA_1B = ModelConfig(
-    model_type="llama", vocab_size=128256, hidden_size=2048, intermediate_size=8192, num_hidden_layers=16,
-    num_attention_heads=32, num_key_value_heads=8, head_dim=64, rotary_dim=64, rms_norm_eps=1e-5,
-    max_position_embeddings=8192, rope_theta=500000.0, rope_scaling=None, tie_word_embeddings=True,
-    attention_bias=False, dtype=torch.bfloat16, bos_token_id=None, eos_token_ids=(),
-)  # fmt: skip
+from river_ext.loading.weights import ExitLayerWeights, ModelWeights
 
 
 def main() -> None:
@@ -122,70 +116,12 @@ def report(config, weights, river, runs, seconds, reads, args, path) -> None:
     print(save(path, result))
 
 
-def random(*size: int) -> torch.Tensor:
-    return torch.randn(*size, dtype=torch.bfloat16) * size[-1] ** -0.5
-
-
-def random_weights(config: ModelConfig) -> ModelWeights:
-    shapes = w4.BlockShape.of(config).projections()
-    layers = [
-        DecoderBlockWeights(
-            input_layernorm=torch.ones(config.hidden_size, dtype=torch.bfloat16),
-            post_attention_layernorm=torch.ones(config.hidden_size, dtype=torch.bfloat16),
-            **{name: random(*shape) for name, shape in shapes.items()},
-        )
-        for _ in range(config.num_hidden_layers)
-    ]
-    embed = random(config.vocab_size, config.hidden_size)
-    return ModelWeights(embed, layers, torch.ones(config.hidden_size, dtype=torch.bfloat16), embed)
-
-
-def random_river(config: ModelConfig) -> list[ExitLayerWeights]:
-    """Random nibbles with plausible scales: quantising real weights would take minutes and change no time."""
-
-    def packed(rows: int, columns: int) -> torch.Tensor:
-        tiles = torch.randint(0, 256, ops.packed_shape(rows, columns), dtype=torch.uint8)
-        metadata = torch.tensor([0.2 * columns**-0.5, 7.5]).repeat(ops.TILE_ROWS).half()
-        tiles[..., 512:] = metadata.view(torch.uint8)
-        return tiles
-
-    shapes = w4.BlockShape.of(config).packed()
-    return [
-        ExitLayerWeights(**{name: packed(*shape) for name, shape in shapes.items()})
-        for _ in range(config.num_hidden_layers)
-    ]
-
-
 def tensors_of(weights) -> list[torch.Tensor]:
     return [tensor for tensor in vars(weights).values() if tensor is not None]
 
 
 def size_of(weights) -> int:
     return sum(tensor.nbytes for tensor in tensors_of(weights))
-
-
-def llama_around(config: ModelConfig, weights: ModelWeights):
-    """Llama of transformers around the same tensors."""
-    from transformers import LlamaConfig, LlamaForCausalLM  # takes seconds, and only this needs it
-
-    names = (
-        "vocab_size hidden_size intermediate_size num_hidden_layers num_attention_heads num_key_value_heads "
-        "head_dim rms_norm_eps max_position_embeddings tie_word_embeddings"
-    )
-    with torch.device("meta"):
-        model = LlamaForCausalLM(LlamaConfig(**{name: getattr(config, name) for name in names.split()}))
-    state = {"model.embed_tokens.weight": weights.embed_tokens, "model.norm.weight": weights.norm}
-    state["lm_head.weight"] = weights.lm_head
-    for index, layer in enumerate(weights.layers):
-        for name, tensor in vars(layer).items():
-            if tensor is not None:
-                mlp = name in ("gate_proj", "up_proj", "down_proj")
-                part = "" if "norm" in name else "mlp." if mlp else "self_attn."
-                state[f"model.layers.{index}.{part}{name}.weight"] = tensor
-    model.load_state_dict(state, assign=True)
-    rotary = type(model.model.rotary_emb)(model.config)  # its buffers are not in a state dict
-    model.model.rotary_emb = rotary
-    return model.eval()
 
 
 def transformers_models(config: ModelConfig, weights: ModelWeights, compiled: bool, max_length: int) -> dict:

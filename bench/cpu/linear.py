@@ -12,7 +12,9 @@ from statistics import median
 
 import torch
 
-from bench.lib.common import LAYER_SHAPES, interleaved, machine, parser, reader, results_path, save, times
+from bench.lib.common import interleaved, machine, parser, reader, results_path, save, times
+from bench.lib.models import LAYER_SHAPES
+from bench.lib.weights import dense_weight, packed_weight
 from river_ext import ops
 
 WORKING_SET = 1.0e9  # bytes
@@ -38,7 +40,7 @@ def main() -> None:
 
 def measure(name: str, rows: list[int], passes: int) -> list[dict]:
     n, k = LAYER_SHAPES[name]
-    weights = {"dense": dense_weights(n, k), "w4": packed_weights(n, k)}
+    weights = {"dense": copied(dense_weight(n, k)), "w4": copied(packed_weight(n, k))}
     int4, read = int4_weights(n, k), reader()
     lines = []
     for t in rows:
@@ -75,17 +77,6 @@ def measure(name: str, rows: list[int], passes: int) -> list[dict]:
 
 def copied(weight: torch.Tensor) -> list[torch.Tensor]:
     return [weight.clone() for _ in range(max(2, int(WORKING_SET // weight.nbytes)))]
-
-
-def dense_weights(n: int, k: int) -> list[torch.Tensor]:
-    return copied((torch.randn(n, k) * k**-0.5).bfloat16())
-
-
-def packed_weights(n: int, k: int) -> list[torch.Tensor]:
-    packed = torch.randint(0, 256, ops.packed_shape(n, k), dtype=torch.uint8)
-    metadata = torch.stack([torch.full((16,), 0.01), torch.full((16,), 7.5)], -1).half().flatten()
-    packed[..., 512:] = metadata.view(torch.uint8)
-    return copied(packed)
 
 
 def int4_weights(n: int, k: int) -> list[tuple]:

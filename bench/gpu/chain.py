@@ -14,6 +14,7 @@ import torch
 from bench.gpu import ring
 from bench.lib import clocks, gpu, variants
 from bench.lib.variants import DEFAULT
+from bench.lib.weights import dense_weight, packed_weight
 from river_ext import ops
 
 SIZES = (2048, 4096, 8192)
@@ -49,8 +50,8 @@ def measure_chains(
 ) -> list[dict]:
     lines = []
     for size in sizes:
-        dense = gpu.rotation(gpu.dense_weight(size, size))
-        packed = gpu.rotation(gpu.packed_weight(size, size))
+        dense = gpu.rotation(dense_weight(size, size))
+        packed = gpu.rotation(packed_weight(size, size))
         kinds = {
             "linear": (dense, ops.linear),
             "linear_w4": (packed, partial(ops.linear_w4, out_features=size)),

@@ -16,7 +16,8 @@ import torch
 from bench.gpu import ring
 from bench.gpu.suite_parts import CHECKS
 from bench.lib import gpu
-from bench.lib.models import TINY, random_network
+from bench.lib.models import TINY
+from bench.lib.weights import dense_weight, random_network
 from river_ext import ops
 from river_ext.engine.graph import Runner, whole_step
 
@@ -28,7 +29,7 @@ SLEEP_CYCLES = 200_000_000  # about 0.1 s
 
 def check_runtime() -> dict:
     """torch first, then our ops, then torch again, all on one context; errors must not leak either way."""
-    x, weight = torch.randn(1, 2048).bfloat16(), gpu.dense_weight(2048, 2048)
+    x, weight = torch.randn(1, 2048).bfloat16(), dense_weight(2048, 2048)
     expected = x.double() @ weight.double().T
     error = gpu.relative_error(ops.linear(x, weight), expected)
     refused = ""
@@ -48,7 +49,7 @@ def check_runtime() -> dict:
 
 def check_stream() -> dict:
     """On a side stream that is held up, an op must see what the stream was given before it."""
-    weight = gpu.dense_weight(512, 512)
+    weight = dense_weight(512, 512)
     old, new = (torch.randn(1, 512).bfloat16() for _ in range(2))
     expected = {name: ops.linear(x, weight) for name, x in (("old", old), ("new", new))}
     x, stream = old.clone(), torch.cuda.Stream()

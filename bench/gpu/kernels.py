@@ -11,9 +11,10 @@ import torch
 
 from bench.gpu import ring
 from bench.lib import clocks, gpu, variants
-from bench.lib.common import LAYER_SHAPES
 from bench.lib.gpu import Time
-from bench.lib.models import CONFIGS, TorchStep, layer_bytes, random_network
+from bench.lib.models import CONFIGS, LAYER_SHAPES, layer_bytes
+from bench.lib.peers import TorchStep
+from bench.lib.weights import dense_weight, packed_weight, random_network
 from river_ext import ops
 from river_ext.engine.network import Network
 
@@ -122,8 +123,8 @@ def measure_linears(report: Report, model: str, args) -> None:
         if not shape.startswith(model):
             continue
         weights = {
-            "dense": gpu.rotation(gpu.dense_weight(n, k)),
-            "w4": gpu.rotation(gpu.packed_weight(n, k)),
+            "dense": gpu.rotation(dense_weight(n, k)),
+            "w4": gpu.rotation(packed_weight(n, k)),
             "int4": report.attempt("torch int4", partial(int4_weights, n, k)),
             "triton": triton_weights(n, k) if args.triton_rows else None,
         }
@@ -193,7 +194,7 @@ def measure_layers_at(report: Report, model: str, network: Network, rows: int, r
 
 def measure_head(report: Report, model: str, args) -> None:
     config = CONFIGS[model]
-    weights = gpu.rotation(gpu.dense_weight(config.vocab_size, config.hidden_size))
+    weights = gpu.rotation(dense_weight(config.vocab_size, config.hidden_size))
     norm, eps, size = torch.ones(config.hidden_size).bfloat16(), config.rms_norm_eps, gpu.size_of(weights[0])
 
     def plain(x, weight):

@@ -17,9 +17,10 @@ from pathlib import Path
 
 import torch
 
-from bench.cpu.decode import llama_around, random_weights
 from bench.lib import gpu
-from bench.lib.models import CONFIGS, TorchStep, random_network, step_bytes
+from bench.lib.models import CONFIGS, step_bytes
+from bench.lib.peers import TorchStep, llama_around
+from bench.lib.weights import random_network, random_weights
 
 STEPS = 32  # of transformers, between two synchronisations
 WARM = 8  # its steps before that: compiling, and recording the graphs

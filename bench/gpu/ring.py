@@ -5,10 +5,12 @@ copies), then reads the very sizes of the layers' weights, one launch each, in a
 reads them can beat. The checksums of every configuration are verified first. For comparison: torch's copy.
 """
 
+import math
+
 import torch
 
 from bench.lib import clocks, gpu
-from bench.lib.common import LAYER_SHAPES
+from bench.lib.models import LAYER_SHAPES
 from river_ext import ops
 
 TOUCHED = 4096  # bytes at the start of a stage that go into a checksum: 256 readers x 16
@@ -129,7 +131,7 @@ def ceiling(results: gpu.Results) -> float:
 def weight_sizes() -> dict[str, int]:
     sizes = {}
     for name, (n, k) in LAYER_SHAPES.items():
-        sizes |= {f"{name} dense": 2 * n * k, f"{name} w4": n * k * 576 // 1024}
+        sizes |= {f"{name} dense": 2 * n * k, f"{name} w4": math.prod(ops.packed_shape(n, k))}
     return sizes
 
 

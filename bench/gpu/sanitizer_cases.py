@@ -10,7 +10,8 @@ import torch
 
 from bench.gpu import ring
 from bench.lib import gpu
-from bench.lib.models import TINY, random_network
+from bench.lib.models import TINY
+from bench.lib.weights import random_network
 from river_ext import ops
 from river_ext.engine.graph import Runner, whole_step
 

@@ -18,7 +18,9 @@ from bench.gpu import ring
 from bench.gpu.suite_summary import step_lines, variant_lines
 from bench.lib import clocks, gpu, variants
 from bench.lib.gpu import Time
-from bench.lib.models import BUDGETS, CONFIGS, Budget, exit_depths, fill_cache, random_network, step_bytes
+from bench.lib.models import BUDGETS, CONFIGS, Budget, exit_depths, step_bytes
+from bench.lib.peers import fill_cache
+from bench.lib.weights import random_network
 from river_ext import ops
 from river_ext.engine.generate import generate
 from river_ext.engine.graph import Runner, whole_steps

@@ -6,6 +6,7 @@ import time
 import torch
 
 from bench.lib import gpu
+from bench.lib.weights import dense_weight
 from river_ext import ops
 
 FIELDS = "clocks.sm,clocks.mem,clocks.max.sm,clocks.max.mem,temperature.gpu,power.draw"
@@ -13,7 +14,7 @@ FIELDS = "clocks.sm,clocks.mem,clocks.max.sm,clocks.max.mem,temperature.gpu,powe
 
 def streaming_graph() -> torch.cuda.CUDAGraph:
     """Work to read the clocks under: a large weight, again and again."""
-    weight, x = gpu.dense_weight(28672, 4096), torch.randn(1, 4096, dtype=torch.bfloat16)
+    weight, x = dense_weight(28672, 4096), torch.randn(1, 4096, dtype=torch.bfloat16)
     return gpu.capture(lambda: ops.linear(x, weight))
 
 

@@ -22,18 +22,6 @@ from river_ext import ops
 
 RESULTS = Path(__file__).parent.parent / "results"
 
-# (out_features, in_features) of the linears of one layer, as the kernels see them
-LAYER_SHAPES = {
-    "1B qkv": (3072, 2048),
-    "1B o": (2048, 2048),
-    "1B gate_up": (16384, 2048),
-    "1B down": (2048, 8192),
-    "8B qkv": (6144, 4096),
-    "8B o": (4096, 4096),
-    "8B gate_up": (28672, 4096),
-    "8B down": (4096, 14336),
-}
-
 
 def parser(description: str) -> argparse.ArgumentParser:
     p = argparse.ArgumentParser(description=description)

@@ -247,18 +247,6 @@ def overlap(mode: str):
 # ---- data -------------------------------------------------------------------------------------------
 
 
-def dense_weight(out_features: int, in_features: int) -> torch.Tensor:
-    return torch.randn(out_features, in_features, dtype=torch.bfloat16) * in_features**-0.5
-
-
-def packed_weight(out_features: int, in_features: int) -> torch.Tensor:
-    """Random nibbles with plausible scales: outputs of unit inputs have about unit size."""
-    tiles = torch.randint(0, 256, ops.packed_shape(out_features, in_features), dtype=torch.uint8)
-    metadata = torch.tensor([0.2 * in_features**-0.5, 7.5]).repeat(ops.TILE_ROWS).half()
-    tiles[..., 512:] = metadata.view(torch.uint8)
-    return tiles
-
-
 def relative_error(out: torch.Tensor, expected: torch.Tensor) -> float:
     """|out - expected| / |expected| in double precision; NaN stays NaN."""
     return ((out.double() - expected.double()).norm() / expected.double().norm()).item()

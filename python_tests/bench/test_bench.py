@@ -12,6 +12,8 @@ from blocks import int32
 from bench.gpu import chain, check, peers, ring, sanitizer_cases, steps, suite_summary
 from bench.gpu import kernels as kernels_script
 from bench.lib import clocks, gpu, models, records, variants
+from bench.lib.peers import TorchStep
+from bench.lib.weights import random_network
 from river_ext import ops
 from river_ext.engine.cache import KVCache
 
@@ -88,8 +90,8 @@ def test_torch_step_is_the_same_computation():
         models.CONFIGS["1B"], hidden_size=64, intermediate_size=128, num_hidden_layers=2, vocab_size=64,
         num_attention_heads=4, num_key_value_heads=2, head_dim=16, rotary_dim=16,
     )  # fmt: skip
-    network = models.random_network(config, "cpu")
-    step = models.TorchStep(network, rows=2, context=10)
+    network = random_network(config, "cpu")
+    step = TorchStep(network, rows=2, context=10)
     cache = KVCache(config, 2, 11, torch.bfloat16)
     cache.k.copy_(step.cache.k)
     cache.v.copy_(step.cache.v)
@@ -278,7 +280,7 @@ def pretended_gpu(monkeypatch, tmp_path, switches):
     monkeypatch.setattr(models, "CONFIGS", {"1B": SMALL, "8B": SMALL})
     for module in (steps, kernels_script, peers):
         monkeypatch.setattr(module, "CONFIGS", models.CONFIGS)
-    network = models.random_network
+    network = random_network
     for module in (steps, kernels_script, peers, check):
         monkeypatch.setattr(module, "random_network", lambda config: network(config, "cpu"))
 
@@ -343,7 +345,7 @@ def test_a_design_that_fails_costs_no_other_line(pretended_gpu, monkeypatch):
 
 def test_generate_is_timed(pretended_gpu, monkeypatch):
     monkeypatch.setattr(steps, "TOKENS", (3, 6))
-    network = models.random_network(SMALL, "cpu")
+    network = random_network(SMALL, "cpu")
     for depth in (3, 1, 0):
         for control in ("host", "device"):
             assert isinstance(steps.generate_us(network, depth, 20, control, repeats=1), float)
@@ -435,9 +437,7 @@ def test_sanitizer_cases_run(pretended_gpu, monkeypatch, capsys):
     monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
     monkeypatch.setattr(sanitizer_cases, "int32", lambda *values: torch.tensor(values, dtype=torch.int32))
     monkeypatch.setattr(sanitizer_cases, "read_ring", lambda: None)
-    monkeypatch.setattr(
-        sanitizer_cases, "random_network", lambda config: models.random_network(config, "cpu")
-    )
+    monkeypatch.setattr(sanitizer_cases, "random_network", lambda config: random_network(config, "cpu"))
     monkeypatch.setattr(gpu, "require_cuda", lambda warm: None)
     pretended_gpu(sanitizer_cases)
     assert capsys.readouterr().out.splitlines()[-1] == sanitizer_cases.DONE

@@ -39,10 +39,9 @@ def test_results_are_replaced_only_when_asked_to(script, start, tmp_path, capsys
     with pytest.raises(Started):
         start(script)
     args = common.parser("").parse_args(["--threads", "1", "--out", str(tmp_path)])
-    path = common.results_path(script.__name__, args)
-    assert (
-        path.parent == tmp_path and path.name.startswith(script.__name__) and path.name.endswith("_1t.json")
-    )
+    name = script.__name__.rpartition(".")[2]
+    path = common.results_path(name, args)
+    assert path.parent == tmp_path and path.name.startswith(name) and path.name.endswith("_1t.json")
     path.write_text("measured")
     with pytest.raises(SystemExit) as end:
         start(script)

@@ -192,7 +192,7 @@ def test_a_build_that_fails_ends_the_run(tmp_path):
 def test_an_illegal_access_in_a_check_leaves_the_others_alone(tmp_path):
     bad = f"name == 'stream' and sys.exit('{ILLEGAL}')"
     checkout = Checkout(
-        tmp_path, bench__check=f"name = sys.argv[1]; {bad}; add('check', 'check', check=name, text='')"
+        tmp_path, bench__gpu__check=f"name = sys.argv[1]; {bad}; add('check', 'check', check=name, text='')"
     )
     done = checkout("check", "chain")
     states = checkout.status()
@@ -257,7 +257,7 @@ def test_the_build_and_the_first_import_of_torch_run_at_the_same_time(tmp_path):
     """Each waits for the other to have begun."""
     meet = "Path({0!r}).touch()\nwhile not Path({1!r}).exists(): time.sleep(0.01)"
     a, b = str(tmp_path / "a"), str(tmp_path / "b")
-    checkout = Checkout(tmp_path, setup=meet.format(a, b), bench__warm=meet.format(b, a))
+    checkout = Checkout(tmp_path, setup=meet.format(a, b), bench__gpu__warm=meet.format(b, a))
     assert checkout("build", "--seconds", "20").returncode == 0
 
 

@@ -6,11 +6,9 @@ import statistics
 
 import pytest
 import torch
-from conftest import write_tiny_checkpoint
 from rich.console import Console
 from tiny_model import demo_model
 
-from river_ext import ops
 from river_ext.engine.sequence import GenerationOutput, Stats
 from river_ext.evaluate import (
     FUNCTIONS,
@@ -20,17 +18,11 @@ from river_ext.evaluate import (
     Setting,
     Share,
     demo_items,
-    dense_projections,
     evaluate,
     kl_divergence,
-    quantisation_errors,
     result_table,
     settings_of,
 )
-from river_ext.loading.checkpoint import load_checkpoint
-from river_ext.quant.exit_river import build_river
-from river_ext.quant.hqq import quantize
-from river_ext.quant.w4 import BlockShape
 
 NEW_TOKENS = 24
 STRICT_INF = Setting("River inf", {"mode": "river", "threshold": math.inf})
@@ -208,24 +200,3 @@ def test_columns_without_values_are_left_out():
     row = Row("one", {}, {}, Share(1, 1), Share(1, 1), None, None, 1, 16.0, None)
     heads = printed([row])[0]
     assert "exit depth" in heads and "tokens/s" not in heads and "KL" not in heads and "speed" not in heads
-
-
-@pytest.mark.parametrize("changes", [{}, {"intermediate_size": 100, "head_dim": 6, "num_attention_heads": 5,
-                                          "num_key_value_heads": 1}])  # fmt: skip
-def test_quantisation_errors(tmp_path, changes):
-    """Every projection, padded or not, is what was quantised."""
-    checkpoint = load_checkpoint(write_tiny_checkpoint(tmp_path, num_hidden_layers=2, **changes))
-    river = build_river(checkpoint.config, checkpoint.weights, progress=False)
-    errors = quantisation_errors(checkpoint.config, checkpoint.weights, river)
-    shape = BlockShape.of(checkpoint.config)
-    assert errors.keys() == shape.projections().keys()
-    for name in errors:
-        squares, total = 0.0, 0.0
-        for block, exit_layer in zip(checkpoint.weights.layers, river, strict=True):
-            weight = getattr(block, name)
-            packed = ops.pack_w4(*quantize(weight))
-            expected = ops.dequantize_w4(packed, *weight.shape, torch.float32)
-            torch.testing.assert_close(dense_projections(exit_layer, shape)[name], expected)
-            squares, total = squares + (weight - expected).square().sum(), total + weight.square().sum()
-        assert errors[name] == pytest.approx(float(squares / total), rel=1e-4)
-        assert 0 < errors[name] < 0.02

@@ -24,7 +24,11 @@ class State:
     def __init__(self, folder: Path):
         import river_ext
 
-        self.model = river_ext.load(write_checkpoint(folder / "model", byte_tokenizer()), device="cpu")
+        directory = write_checkpoint(folder / "model", byte_tokenizer())
+        (directory / "chat_template.jinja").write_text(
+            "{% for m in messages %}{{ m.role + m.content | string }}{% endfor %}"
+        )
+        self.model = river_ext.load(directory, device="cpu")
 
 
 def prepare(folder: Path) -> State:
@@ -45,7 +49,8 @@ def attempt(state: State, random: Random) -> str:
         ids, tuple(ids), random_text(random), [ids, ids[:1]], [random_text(random), ids], torch.tensor(ids),
         torch.tensor([ids]), numpy.array(ids), array.array("i", ids), set(ids), range(5), [ids] * 9,
         iter(ids), b"bytes", random.choice(HOSTILE), [random.choice(HOSTILE)], ids +
-        [random.choice(HOSTILE)], {"input_ids": ids},
+        [random.choice(HOSTILE)], {"input_ids": ids}, [{"role": "user", "content": random_text(random)}],
+        [{"role": "user", "content": random.choice(HOSTILE)}], [{random.choice(HOSTILE[:4]): "a"}],
     ])  # fmt: skip
     call = random.choice((state.model.generate, lambda *a, **o: list(state.model.stream(*a, **o))))
     try:

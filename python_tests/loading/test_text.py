@@ -275,7 +275,7 @@ def test_errors_of_the_library_are_one_line(monkeypatch, error):
 @pytest.mark.parametrize("error", [KeyboardInterrupt, SystemExit])
 def test_interrupts_are_no_errors_of_the_library(error):
     class Interrupted:
-        def encode(self, text):
+        def encode(self, text, **options):
             raise error
 
     text = text_of(byte_tokenizer())

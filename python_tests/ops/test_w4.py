@@ -175,17 +175,22 @@ def packed_layer(shape, group_size=64):
 def test_split_undoes_the_orders(shape, group_size):
     shape = replace(block_shape(*shape), hidden_size=192)
     layer, dense = packed_layer(shape, group_size)
-    for dequantize in (ops.dequantize_w4, reference.dequantize_w4):
-        q, k, v = w4.split_qkv(layer.qkv_proj, shape, dequantize)
-        for name, weight in (("q_proj", q), ("k_proj", k), ("v_proj", v)):
+    heads, kv_heads = shape.num_attention_heads, shape.num_key_value_heads
+    splits = (
+        (w4.split_qkv(layer.qkv_proj, shape), w4.split_gate_up(layer.gate_up_proj, shape)),
+        (
+            reference.split_qkv(layer.qkv_proj, 192, heads, kv_heads, shape.head_dim, shape.rotary_dim),
+            reference.split_gate_up(layer.gate_up_proj, 192),
+        ),
+    )
+    for qkv, gate_up in splits:
+        for name, weight in zip(("q_proj", "k_proj", "v_proj"), qkv, strict=True):
             assert torch.equal(weight, dense[name])
         inner = shape.intermediate_size
-        for name, weight in zip(
-            ("gate_proj", "up_proj"), w4.split_gate_up(layer.gate_up_proj, shape, dequantize), strict=True
-        ):
+        for name, weight in zip(("gate_proj", "up_proj"), gate_up, strict=True):
             assert torch.equal(weight[:inner], dense[name])
             assert not weight[inner:].any()
-    half = w4.split_qkv(layer.qkv_proj, shape, ops.dequantize_w4, torch.float16)[0]
+    half = w4.split_qkv(layer.qkv_proj, shape, torch.float16)[0]
     assert torch.equal(half, dense["q_proj"].half())
 
 

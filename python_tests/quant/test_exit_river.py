@@ -80,10 +80,10 @@ def test_saved_and_rebuilt_rivers_are_equal(tiny_checkpoint, tmp_path, group_siz
 def test_exit_layers_stand_for_their_blocks(checkpoint, built):
     shape = w4.BlockShape.of(checkpoint.config)
     for block, exit in zip(checkpoint.weights.layers, built, strict=True):
-        gate, up = w4.split_gate_up(exit.gate_up_proj, shape, ops.dequantize_w4)
+        gate, up = w4.split_gate_up(exit.gate_up_proj, shape)
         o = ops.dequantize_w4(exit.o_proj, *shape.projections()["o_proj"], torch.float32)
         down = ops.dequantize_w4(exit.down_proj, *shape.projections()["down_proj"], torch.float32)
-        dense = [*w4.split_qkv(exit.qkv_proj, shape, ops.dequantize_w4), o, gate, up, down]
+        dense = [*w4.split_qkv(exit.qkv_proj, shape), o, gate, up, down]
         for name, weight in zip(shape.projections(), dense, strict=True):
             exact = getattr(block, name)
             error = (weight[: len(exact)] - exact).norm() / exact.norm()

@@ -18,7 +18,7 @@ from torch import Tensor
 from .. import ops
 from ..errors import RiverError
 from .cache import KVCache
-from .network import Network
+from .network import Decision, Network
 from .request import Plan
 from .step import Rows
 
@@ -79,7 +79,13 @@ class Runner:
         # similarities that the host decides by
         self.seen = torch.zeros(layers, rows, dtype=torch.float32, **host)
         self.place = (self.cache, self.slots, self.positions, network.rope(max_len))
-        self.decision = (self.thresholds, self.min_layers, self.limit, self.exited, self.similarities)
+        self.decision = Decision(
+            thresholds=self.thresholds,
+            min_layers=self.min_layers,
+            limit=self.limit,
+            exited=self.exited,
+            similarities=self.similarities,
+        )
         self.stream = torch.cuda.Stream(device) if on_gpu else None
         self.pool = torch.cuda.graph_pool_handle() if on_gpu else None
         self.graphs: dict[tuple, Graph] = {}
@@ -252,7 +258,18 @@ def _draw_and_advance(network: Network, runner: Runner, before: Tensor, hidden: 
 def advance(network: Network, runner: Runner, before: Tensor, hidden: Tensor, tokens: Tensor) -> None:
     """Writes the record of the step and makes the runner ready for the next one."""
     ops.advance(
-        before, hidden, tokens, network.embed_tokens, runner.stop_tokens, runner.hidden, runner.slots,
-        runner.positions, runner.draw_positions, runner.remaining, runner.exited, runner.similarities,
-        runner.steps_taken, runner.records,
-    )  # fmt: skip
+        before=before,
+        after=hidden,
+        tokens=tokens,
+        embed_tokens=network.embed_tokens,
+        stop_tokens=runner.stop_tokens,
+        hidden=runner.hidden,
+        slots=runner.slots,
+        positions=runner.positions,
+        draw_positions=runner.draw_positions,
+        remaining=runner.remaining,
+        exited=runner.exited,
+        similarities=runner.similarities,
+        step=runner.steps_taken,
+        records=runner.records,
+    )

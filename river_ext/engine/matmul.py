@@ -13,7 +13,7 @@ from torch import Tensor
 
 from .. import ops
 from ..loading.config import ModelConfig
-from ..loading.weights import DecoderBlockWeights, ExitLayerWeights
+from ..loading.weights import BlockShape, DecoderBlockWeights, ExitLayerWeights
 from ..quant import w4
 from .cache import KVCache
 from .network import Layer, Network, Rope
@@ -41,13 +41,13 @@ def backbone_matrices(block: DecoderBlockWeights) -> Matrices:
     )
 
 
-def river_matrices(weights: ExitLayerWeights, shape: w4.BlockShape) -> Matrices:
+def river_matrices(weights: ExitLayerWeights, shape: BlockShape) -> Matrices:
     attended = shape.num_attention_heads * shape.head_dim
-    inner = weights.gate_up_proj.shape[0] * w4.TILE_ROWS // 2
+    inner = weights.gate_up_proj.shape[0] * ops.TILE_ROWS // 2
     return Matrices(
-        lambda: w4.split_qkv(weights.qkv_proj, shape, ops.dequantize_w4),
+        lambda: w4.split_qkv(weights.qkv_proj, shape),
         lambda: ops.dequantize_w4(weights.o_proj, shape.hidden_size, attended, torch.float32),
-        lambda: w4.split_gate_up(weights.gate_up_proj, shape, ops.dequantize_w4),
+        lambda: w4.split_gate_up(weights.gate_up_proj, shape),
         lambda: ops.dequantize_w4(weights.down_proj, shape.hidden_size, inner, torch.float32),
     )
 
@@ -66,7 +66,7 @@ class MatmulPrompt:
 
     def exit_layer(self, index: int, hidden: Tensor) -> Tensor:
         """The same through its exit layer."""
-        shape = w4.BlockShape.of(self.network.config)
+        shape = BlockShape.of(self.network.config)
         return self._in_chunks(index, river_matrices(self.network.layers[index].exit_layer, shape), hidden)
 
     def _in_chunks(self, index: int, matrices: Matrices, hidden: Tensor) -> Tensor:
@@ -78,7 +78,7 @@ class MatmulPrompt:
 
 
 class ManyRows:
-    """One layer for any number of rows of one slot: the block of reference.py."""
+    """One layer for any number of rows of one slot, with the arithmetic of the ops."""
 
     def __init__(
         self, config: ModelConfig, layer: Layer, matrices: Matrices, rope: Rope, k: Tensor, v: Tensor

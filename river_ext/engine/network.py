@@ -1,7 +1,6 @@
 """The network: every weight of backbone and river, arranged once as the ops take them."""
 
 from collections import deque
-from dataclasses import MISSING, fields
 from typing import NamedTuple
 
 import torch
@@ -15,8 +14,16 @@ from ..loading.weights import DecoderBlockWeights, ExitLayerWeights, ModelWeight
 from .cache import KVCache
 
 Rope = tuple[Tensor, Tensor]  # cos and sin, fp32 [positions, rotary_dim / 2]
-# thresholds, min_layers, limit, exited and similarities of ops.dual_layer
-Decision = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]
+
+
+class Decision(NamedTuple):
+    """What `ops.dual_layer` decides by, and where it writes that down; its shapes are those of the op."""
+
+    thresholds: Tensor
+    min_layers: Tensor
+    limit: Tensor
+    exited: Tensor
+    similarities: Tensor
 
 
 class Layer(NamedTuple):
@@ -24,10 +31,10 @@ class Layer(NamedTuple):
 
     block: DecoderBlockWeights
     exit_layer: ExitLayerWeights
-    block_args: tuple[Tensor, ...]  # the weights of ops.decoder_block, in its order
-    exit_args: tuple[Tensor, ...]  # the weights of ops.exit_layer, in its order
-    dual_args: tuple[Tensor, ...]  # the weights of ops.dual_layer, in its order
-    options: dict  # keyword arguments of all three: biases, q/k norms, sliding window
+    block_args: dict  # what ops.decoder_block takes of this layer, by name
+    exit_args: dict  # what ops.exit_layer takes
+    dual_args: dict  # what ops.dual_layer takes
+    options: dict  # of these, what not every model has: biases, q/k norms, sliding window
 
 
 class Network:
@@ -69,48 +76,84 @@ class Network:
         self, index: int, hidden: Tensor, cache: KVCache, slots: Tensor, positions: Tensor, rope: Rope
     ) -> tuple[Tensor, Tensor]:
         """Up to eight rows through a backbone layer: hidden [T, hidden_size] and similarity [T]."""
-        layer, config = self.layers[index], self.config
         return ops.decoder_block(
-            hidden, *layer.block_args, *cache.layer(index), slots, positions, *rope,
-            config.num_attention_heads, config.rms_norm_eps, **layer.options,
-        )  # fmt: skip
+            hidden=hidden, **self.layers[index].block_args, **_place(index, cache, slots, positions, rope)
+        )
 
     def exit_layer(
         self, index: int, hidden: Tensor, cache: KVCache, slots: Tensor, positions: Tensor, rope: Rope
     ) -> tuple[Tensor, Tensor]:
         """The same through its exit layer."""
-        layer, config = self.layers[index], self.config
         return ops.exit_layer(
-            hidden, *layer.exit_args, *cache.layer(index), slots, positions, *rope,
-            config.num_attention_heads, config.rms_norm_eps, **layer.options,
-        )  # fmt: skip
+            hidden=hidden, **self.layers[index].exit_args, **_place(index, cache, slots, positions, rope)
+        )
 
     def dual_layer(
         self, index: int, hidden: Tensor, previous: Tensor | None, decision: Decision,
         cache: KVCache, slots: Tensor, positions: Tensor, rope: Rope,
     ) -> Tensor:  # fmt: skip
         """The same by the path that the device chooses; previous [T, hidden_size] went into the last."""
-        layer, config = self.layers[index], self.config
         return ops.dual_layer(
-            index, hidden, previous, *decision, *layer.dual_args, *cache.layer(index), slots, positions,
-            *rope, config.num_attention_heads, config.rms_norm_eps, **layer.options,
+            index=index, hidden=hidden, previous=previous, **decision._asdict(),
+            **self.layers[index].dual_args, **_place(index, cache, slots, positions, rope),
         )  # fmt: skip
 
 
+def _place(index: int, cache: KVCache, slots: Tensor, positions: Tensor, rope: Rope) -> dict:
+    """Where the rows of a step are, as the ops take it."""
+    k_cache, v_cache = cache.layer(index)
+    cos, sin = rope
+    return {
+        "k_cache": k_cache,
+        "v_cache": v_cache,
+        "slots": slots,
+        "positions": positions,
+        "cos": cos,
+        "sin": sin,
+    }
+
+
 def _layer(config: ModelConfig, block: DecoderBlockWeights, exit_layer: ExitLayerWeights) -> Layer:
-    tensors = {field.name: getattr(block, field.name) for field in fields(block)}
-    required = [field.name for field in fields(block) if field.default is MISSING]
-    block_args = tuple(tensors.pop(name) for name in required)
-    exit_args = (
-        block.input_layernorm,
-        exit_layer.qkv_proj,
-        exit_layer.o_proj,
-        block.post_attention_layernorm,
-        exit_layer.gate_up_proj,
-        exit_layer.down_proj,
-    )
-    tiles = (exit_layer.qkv_proj, exit_layer.o_proj, exit_layer.gate_up_proj, exit_layer.down_proj)
-    options = {name: tensor for name, tensor in tensors.items() if tensor is not None}
-    if config.sliding_window is not None:
-        options["sliding_window"] = config.sliding_window
-    return Layer(block, exit_layer, block_args, exit_args, block_args + tiles, options)
+    options = _options(config, block)
+    common = {
+        "input_layernorm": block.input_layernorm,
+        "post_attention_layernorm": block.post_attention_layernorm,
+        "num_attention_heads": config.num_attention_heads,
+        "rms_norm_eps": config.rms_norm_eps,
+        **options,
+    }
+    backbone = {
+        "q_proj": block.q_proj,
+        "k_proj": block.k_proj,
+        "v_proj": block.v_proj,
+        "o_proj": block.o_proj,
+        "gate_proj": block.gate_proj,
+        "up_proj": block.up_proj,
+        "down_proj": block.down_proj,
+    }
+    river = {
+        "qkv_proj": exit_layer.qkv_proj,
+        "o_proj": exit_layer.o_proj,
+        "gate_up_proj": exit_layer.gate_up_proj,
+        "down_proj": exit_layer.down_proj,
+    }
+    tiles = {
+        "qkv_tiles": exit_layer.qkv_proj,
+        "o_tiles": exit_layer.o_proj,
+        "gate_up_tiles": exit_layer.gate_up_proj,
+        "down_tiles": exit_layer.down_proj,
+    }
+    return Layer(block, exit_layer, common | backbone, common | river, common | backbone | tiles, options)
+
+
+def _options(config: ModelConfig, block: DecoderBlockWeights) -> dict:
+    options = {
+        "q_bias": block.q_bias,
+        "k_bias": block.k_bias,
+        "v_bias": block.v_bias,
+        "o_bias": block.o_bias,
+        "q_norm": block.q_norm,
+        "k_norm": block.k_norm,
+        "sliding_window": config.sliding_window,
+    }
+    return {name: value for name, value in options.items() if value is not None}

@@ -77,7 +77,7 @@ class Plan:
 
 
 def is_batch(prompt) -> bool:
-    """Whether a prompt is a list of prompts: a list whose first item is no token id."""
+    """Whether a prompt is a list of prompts: one whose first item is neither token id nor chat message."""
     return prompt_list(prompt)[1]
 
 
@@ -90,13 +90,22 @@ def prompt_list(prompt) -> tuple[list, bool]:
         return [prompt], False
     if isinstance(listed("prompt", prompt[0]), Real):  # a token id, which may be an array of one itself
         return [[listed("prompt", token) for token in prompt]], False
-    return list(prompt), True
+    return ([prompt], False) if is_chat(prompt) else (list(prompt), True)
+
+
+def is_chat(prompt) -> bool:
+    """Whether a prompt is a list of chat messages: one whose first item is a dict, but of no token ids."""
+    first = prompt[0] if isinstance(prompt, (list, tuple)) and prompt else None
+    return isinstance(first, Mapping) and "input_ids" not in first
 
 
 def encoded(encoding: Mapping):
     """The token ids of an encoding, without those that its attention_mask leaves out."""
     if "input_ids" not in encoding:
-        raise RiverError(f"prompt is a {type(encoding).__name__} without input_ids; accepted: one with them")
+        raise RiverError(
+            f"prompt is a {type(encoding).__name__} without input_ids; accepted: one with them, or a list of "
+            "chat messages"
+        )
     ids = one_row("input_ids", encoding["input_ids"])
     mask = encoding.get("attention_mask")
     if mask is None:
@@ -161,10 +170,10 @@ def check_exit_control(plan: Plan) -> None:
 
 
 def prompt_tokens(config: ModelConfig, text: Text | None, prompt) -> list[int]:
-    if isinstance(prompt, str):
+    if isinstance(prompt, str) or is_chat(prompt):
         if text is None:
             raise RiverError("a text prompt needs a tokenizer, and this checkpoint has no tokenizer.json")
-        prompt = text.encode(prompt) if prompt else []
+        prompt = text.chat(prompt) if is_chat(prompt) else text.encode(prompt) if prompt else []
     elif isinstance(prompt, Mapping):
         prompt = encoded(prompt)
     tokens = token_ids("prompt", one_row("prompt", prompt), config)

@@ -24,7 +24,7 @@ from .families import FAMILIES
 from .files import is_regular
 from .json_object import read_json_object
 from .tokenizer import load_tokenizer
-from .weights import DecoderBlockWeights, ModelWeights
+from .weights import BlockShape, DecoderBlockWeights, ModelWeights
 
 HEAD = "lm_head.weight"
 # what older files hold beside the weights, and what the model computes itself
@@ -117,21 +117,28 @@ def tensor_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
 
 def _layer_tensors(config: ModelConfig, layer: int) -> Iterator[tuple[str, str, tuple[int, ...]]]:
     """(field of DecoderBlockWeights, tensor name, shape) of one layer."""
-    hidden, inner, head_dim = config.hidden_size, config.intermediate_size, config.head_dim
-    q, kv = config.num_attention_heads * head_dim, config.num_key_value_heads * head_dim
+    for field, shape in BlockShape.of(config).tensors().items():
+        if _has(config, field):
+            yield field, tensor_name(layer, field), shape
+
+
+def _has(config: ModelConfig, field: str) -> bool:
+    """Whether the blocks of a model have a tensor that others may lack."""
     family = FAMILIES[config.model_type]
-    prefix = f"model.layers.{layer}"
-    for norm in ("input_layernorm", "post_attention_layernorm"):
-        yield norm, f"{prefix}.{norm}.weight", (hidden,)
-    for proj, rows, columns in (("q", q, hidden), ("k", kv, hidden), ("v", kv, hidden), ("o", hidden, q)):
-        yield f"{proj}_proj", f"{prefix}.self_attn.{proj}_proj.weight", (rows, columns)
-        if config.attention_bias and (proj != "o" or family.o_bias):
-            yield f"{proj}_bias", f"{prefix}.self_attn.{proj}_proj.bias", (rows,)
-    if family.qk_norm:
-        for norm in ("q_norm", "k_norm"):
-            yield norm, f"{prefix}.self_attn.{norm}.weight", (head_dim,)
-    for proj, rows, columns in (("gate", inner, hidden), ("up", inner, hidden), ("down", hidden, inner)):
-        yield f"{proj}_proj", f"{prefix}.mlp.{proj}_proj.weight", (rows, columns)
+    if field.endswith("_bias"):
+        return config.attention_bias and (field != "o_bias" or family.o_bias)
+    return family.qk_norm or field not in ("q_norm", "k_norm")
+
+
+def tensor_name(layer: int, field: str) -> str:
+    """What a field of DecoderBlockWeights is called in a checkpoint."""
+    name, prefix = f"{field}.weight", f"model.layers.{layer}"
+    if field.endswith("_layernorm"):
+        return f"{prefix}.{name}"
+    if field.endswith("_bias"):
+        name = f"{field.removesuffix('_bias')}_proj.bias"
+    mlp = field in ("gate_proj", "up_proj", "down_proj")
+    return f"{prefix}.mlp.{name}" if mlp else f"{prefix}.self_attn.{name}"
 
 
 @dataclass(frozen=True)

@@ -6,6 +6,7 @@ from pathlib import Path
 from tokenizers import Tokenizer
 
 from ..errors import RiverError
+from .chat import ChatTemplate
 from .config import ModelConfig
 from .decoding import Decoder
 from .stop_strings import StopStrings
@@ -25,25 +26,17 @@ class Text:
         added = tokenizer.get_added_tokens_decoder().values()
         self._special = {token.content for token in added if token.special}
         self._bos, self._adds_bos = config.bos_token_id, False
+        self._directory, self._chat_template = directory, None
         if directory:
             settings = TokenizerSettings.read(directory)
-            if settings.bos_token is not None:
-                self._bos = tokenizer.token_to_id(settings.bos_token)
+            if "bos_token" in settings.roles:
+                self._bos = tokenizer.token_to_id(settings.roles["bos_token"])
             # the post-processor decides, unless it adds nothing at all and the checkpoint asks for bos
             self._adds_bos = settings.add_bos_token and tokenizer.num_special_tokens_to_add(False) == 0
 
     def encode(self, text: str) -> list[int]:
         """The tokens of a prompt and those that the tokenizer puts around it; bos never comes twice."""
-        if len(text) > self._max_characters:
-            raise RiverError(f"a text of {len(text)} characters; accepted: at most {self._max_characters}")
-        if not text.isascii() and any("\ud800" <= c <= "\udfff" for c in text):
-            raise RiverError(
-                "the text holds a lone surrogate, bytes that are not UTF-8; accepted: Unicode text"
-            )
-        try:
-            tokens = self.tokenizer.encode(text).ids
-        except BaseException as error:
-            raise RiverError(f"the tokenizer cannot encode the text ({complaint_of(error)[:160]})") from None
+        tokens = self._tokens(text)
         if self._bos is None:
             return tokens
         tokens = [self._bos, *tokens] if self._adds_bos else tokens
@@ -51,6 +44,30 @@ class Text:
         while tokens[start : start + 2] == [self._bos] * 2:
             start += 1
         return tokens[start:]
+
+    def chat(self, messages, add_generation_prompt: bool = True, **variables) -> list[int]:
+        """The tokens of chat messages, by the checkpoint's template: what it writes, and nothing around it.
+
+        The variables are those that the template knows, such as `tools` or `enable_thinking`.
+        """
+        if self._chat_template is None:
+            if self._directory is None:
+                raise RiverError("chat messages need a checkpoint with a chat template; accepted: text")
+            self._chat_template = ChatTemplate.read(self._directory)
+        text = self._chat_template.render(messages, add_generation_prompt, **variables)
+        return self._tokens(text, add_special_tokens=False)
+
+    def _tokens(self, text: str, add_special_tokens: bool = True) -> list[int]:
+        if len(text) > self._max_characters:
+            raise RiverError(f"a text of {len(text)} characters; accepted: at most {self._max_characters}")
+        if not text.isascii() and any("\ud800" <= c <= "\udfff" for c in text):
+            raise RiverError(
+                "the text holds a lone surrogate, bytes that are not UTF-8; accepted: Unicode text"
+            )
+        try:
+            return self.tokenizer.encode(text, add_special_tokens=add_special_tokens).ids
+        except BaseException as error:
+            raise RiverError(f"the tokenizer cannot encode the text ({complaint_of(error)[:160]})") from None
 
     def decode(self, tokens: list[int]) -> str:
         """The text of tokens, special ones left out."""

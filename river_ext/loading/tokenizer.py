@@ -71,7 +71,7 @@ class TokenizerSettings:
     named: list[dict]  # special tokens that have a role
     extra: list[dict]  # special tokens that have none
     legacy: bool  # whether the list comes from the older files
-    bos_token: str | None
+    roles: dict[str, str]  # the texts of bos_token and its like
     add_bos_token: bool
     split_special_tokens: bool
 
@@ -101,8 +101,8 @@ class TokenizerSettings:
             listed = _legacy_tokens(directory / "added_tokens.json", {t["content"] for t in special})
         else:
             listed = _listed_tokens(path, values["added_tokens_decoder"])
-        bos_token = named["bos_token"]["content"] if "bos_token" in named else None
-        return cls(listed, list(named.values()), extra, legacy, bos_token, **flags)
+        texts = {key: named[key]["content"] for key in NAMED if key in named}
+        return cls(listed, list(named.values()), extra, legacy, texts, **flags)
 
 
 def _own_roles(values: dict) -> dict:

@@ -16,12 +16,12 @@ from ..errors import RiverError
 from ..loading.config import ModelConfig
 from ..loading.files import is_regular, path_of
 from ..loading.json_object import Reader, read_json_object
-from ..loading.weights import DecoderBlockWeights, ExitLayerWeights, ModelWeights
-from ..ops import TILE_COLS, TILE_ROWS, packed_shape
+from ..loading.weights import BlockShape, DecoderBlockWeights, ExitLayerWeights, ModelWeights
+from ..ops import TILE_COLS, TILE_ROWS
 from ..progress import progress_bar
 from . import hqq
 from .river_store import FACTS, refuse_other_content, sha256_of, tensors_file, write_river
-from .w4 import BlockShape, pack_exit_layer
+from .w4 import pack_exit_layer
 
 FORMAT, FORMAT_VERSION = "river_ext W4", 2  # version 1 had no sha256
 HASH = re.compile("[0-9a-f]{64}")
@@ -107,7 +107,7 @@ def load_river(
     if sha256_of(stored) != facts["sha256"]:
         raise RiverError(f"{file}: not what was saved, its sha256 is not the one in {FACTS}; convert again")
     _check_metadata(stored, str(file))
-    names = [field.name for field in fields(ExitLayerWeights)]
+    names = BlockShape.of(config).tiles()
     layers = [
         ExitLayerWeights(**{name: stored[f"layers.{index}.{name}"].to(device) for name in names})
         for index in range(config.num_hidden_layers)
@@ -180,9 +180,9 @@ def _tensors(river: ExitRiver) -> dict[str, torch.Tensor]:
 def _packed_shapes(config: ModelConfig) -> dict[str, tuple[int, int, int]]:
     """Name and shape of every tensor of a river."""
     return {
-        f"layers.{index}.{field}": packed_shape(rows, columns)
+        f"layers.{index}.{field}": shape
         for index in range(config.num_hidden_layers)
-        for field, (rows, columns) in BlockShape.of(config).packed().items()
+        for field, shape in BlockShape.of(config).tiles().items()
     }
 
 

@@ -27,69 +27,16 @@ in the rows g and g + 8 of a tile, which one lane owns: gate with up; the two di
 rotates together. Rows and columns past the real ones are padding with scale 0.
 """
 
-from collections.abc import Callable
-from dataclasses import dataclass
-
 import torch
 from torch import Tensor
 
 from .. import ops
-from ..loading.weights import ExitLayerWeights
-from ..ops import TILE_COLS, TILE_ROWS
+from ..loading.weights import BlockShape, ExitLayerWeights
+from ..ops import TILE_ROWS
 
 PAD = -1  # in an order: a row of padding
 
 Quantised = tuple[Tensor, Tensor, Tensor]  # q uint8 [N, K], scale and zero fp16 [N, groups]
-
-
-@dataclass(frozen=True)
-class BlockShape:
-    """The dimensions of a decoder block, under their names in Hugging Face configs."""
-
-    hidden_size: int
-    num_attention_heads: int
-    num_key_value_heads: int
-    head_dim: int
-    rotary_dim: int
-    intermediate_size: int
-
-    @classmethod
-    def of(cls, config) -> "BlockShape":
-        return cls(**{name: getattr(config, name) for name in cls.__dataclass_fields__})
-
-    def projections(self) -> dict[str, tuple[int, int]]:
-        """(out_features, in_features) of each projection of a block, as in a checkpoint."""
-        hidden, inner = self.hidden_size, self.intermediate_size
-        q, kv = self.num_attention_heads * self.head_dim, self.num_key_value_heads * self.head_dim
-        return {
-            "q_proj": (q, hidden),
-            "k_proj": (kv, hidden),
-            "v_proj": (kv, hidden),
-            "o_proj": (hidden, q),
-            "gate_proj": (inner, hidden),
-            "up_proj": (inner, hidden),
-            "down_proj": (hidden, inner),
-        }
-
-    def packed(self) -> dict[str, tuple[int, int]]:
-        """(rows, columns) of each packed weight of an exit layer, padding included."""
-        hidden = _round_up(self.hidden_size, TILE_COLS)
-        attended = _round_up(self.num_attention_heads * self.head_dim, TILE_COLS)
-        inner = _round_up(self.intermediate_size, TILE_COLS)
-        return {
-            "qkv_proj": (len(qkv_order(self)), hidden),
-            "o_proj": (_round_up(self.hidden_size, TILE_ROWS), attended),
-            "gate_up_proj": (len(gate_up_order(self.intermediate_size)), hidden),
-            "down_proj": (_round_up(self.hidden_size, TILE_ROWS), inner),
-        }
-
-    def padding(self) -> dict[str, tuple[int, int]]:
-        """How many (rows, columns) of each packed weight of an exit layer are padding."""
-        sizes = self.projections()
-        sizes["qkv_proj"] = (sizes["q_proj"][0] + 2 * sizes["k_proj"][0], self.hidden_size)
-        sizes["gate_up_proj"] = (2 * self.intermediate_size, self.hidden_size)
-        packed = self.packed().items()
-        return {name: (rows - sizes[name][0], columns - sizes[name][1]) for name, (rows, columns) in packed}
 
 
 def rotary_pair_order(heads: int, head_dim: int, rotary_dim: int) -> Tensor:
@@ -138,10 +85,6 @@ def _padded(rows: Tensor, multiple: int) -> Tensor:
     return torch.nn.functional.pad(rows, (0, -len(rows) % multiple), value=PAD)
 
 
-def _round_up(n: int, multiple: int) -> int:
-    return -(-n // multiple) * multiple
-
-
 def pack_exit_layer(quantised: dict[str, Quantised], shape: BlockShape) -> ExitLayerWeights:
     """Packs the (q, scale, zero) of a block's seven projections, by their names in a checkpoint."""
 
@@ -164,25 +107,22 @@ def _in_order(part: Tensor, order: Tensor) -> Tensor:
     return rows
 
 
-Dequantize = Callable[[Tensor, int, int, torch.dtype], Tensor]  # ops.dequantize_w4 or its reference
-
-
 def split_qkv(
-    packed: Tensor, shape: BlockShape, dequantize: Dequantize, dtype: torch.dtype = torch.float32
+    packed: Tensor, shape: BlockShape, dtype: torch.dtype = torch.float32
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The dense Q, K and V of an exit layer's qkv_proj, rows in natural order."""
     order = qkv_order(shape)
-    dense = dequantize(packed, len(order), shape.hidden_size, dtype)
+    dense = ops.dequantize_w4(packed, len(order), shape.hidden_size, dtype)
     kv = shape.num_key_value_heads * shape.head_dim
     return _natural(dense, order).split([shape.num_attention_heads * shape.head_dim, kv, kv])
 
 
 def split_gate_up(
-    packed: Tensor, shape: BlockShape, dequantize: Dequantize, dtype: torch.dtype = torch.float32
+    packed: Tensor, shape: BlockShape, dtype: torch.dtype = torch.float32
 ) -> tuple[Tensor, Tensor]:
     """The dense gate and up of an exit layer's gate_up_proj, 8 rows per tile: zeros past the real ones."""
     tiles = packed.shape[0]
-    dense = dequantize(packed, TILE_ROWS * tiles, shape.hidden_size, dtype)
+    dense = ops.dequantize_w4(packed, TILE_ROWS * tiles, shape.hidden_size, dtype)
     gate, up = dense.view(tiles, 2, TILE_ROWS // 2, shape.hidden_size).unbind(1)
     return gate.flatten(0, 1), up.flatten(0, 1)
 
