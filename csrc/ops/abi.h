@@ -3,24 +3,20 @@
 
 #define TORCH_TARGET_VERSION (((0ULL + 2) << 56) | ((0ULL + 11) << 48))
 #include <torch/csrc/stable/library.h>
-#include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
 #include <torch/headeronly/core/ScalarType.h>
 
 #include <cstdint>
 #include <initializer_list>
 #include <optional>
-#include <sstream>
 #include <string>
-
-#include "../river.h"
 
 namespace river::ops {
 
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 using OptionalTensor = std::optional<Tensor>;
-using Sizes = std::initializer_list<int64_t>;  // no allocation per check: a block has up to 20 tensors
+using Sizes = std::initializer_list<int64_t>;  // allocates nothing: an op checks up to 30 tensors
 
 inline const char* name_of(ScalarType type) {
   switch (type) {
@@ -38,26 +34,12 @@ inline const char* name_of(ScalarType type) {
   }
 }
 
+template <class T>
+constexpr ScalarType kScalarType = torch::headeronly::CppTypeToScalarType<T>::value;
+
 inline std::string device_of(const Tensor& t) {
   if (t.is_cpu()) return "cpu";
   return t.is_cuda() ? "cuda:" + std::to_string(t.get_device_index()) : "another device";
-}
-
-constexpr int64_t kAny = -1;
-
-template <class Values>
-std::string text(const Values& values) {
-  std::ostringstream out;
-  const char* separator = "";
-  out << "[";
-  for (const int64_t value : values) {
-    out << separator;
-    if (value == kAny) out << "*";
-    else out << value;
-    separator = ", ";
-  }
-  out << "]";
-  return out.str();
 }
 
 template <class T = void>
@@ -70,7 +52,7 @@ T* mutable_data(const Tensor& t) {
   return static_cast<T*>(t.mutable_data_ptr());
 }
 
-// Contiguous. Not torch::stable::new_empty, which looks its op up by name in every call.
+// A contiguous tensor on the device of `like`. torch::stable::new_empty would look its op up by name in every call.
 inline Tensor empty(Sizes sizes, ScalarType type, const Tensor& like) {
   int64_t strides[4], stride = 1;
   for (size_t i = sizes.size(); i-- > 0; stride *= sizes.begin()[i]) strides[i] = stride;
@@ -78,12 +60,9 @@ inline Tensor empty(Sizes sizes, ScalarType type, const Tensor& like) {
   int32_t device_type;
   TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(like.get(), &device_type));
   AtenTensorHandle out;
-  TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided((int64_t)sizes.size(), sizes.begin(), strides, dtype, device_type,
+  TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(int64_t(sizes.size()), sizes.begin(), strides, dtype, device_type,
                                                   like.get_device_index(), &out));
   return Tensor(out);
 }
-
-inline int64_t tiles_of(int64_t rows) { return ceil_div(rows, kTileRows); }
-inline int64_t column_tiles_of(int64_t columns) { return ceil_div(columns, kTileCols); }
 
 }  // namespace river::ops

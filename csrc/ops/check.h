@@ -1,20 +1,47 @@
 // Argument checks of the ops: device, dtype, shape, layout, range, overlap.
 #pragma once
 
-#include <algorithm>
 #include <cmath>
 #include <cstdint>
 #include <cstring>
 #include <initializer_list>
+#include <ostream>
 #include <sstream>
 #include <stdexcept>
 #include <string>
 
+#include "../river.h"
 #include "abi.h"  // before any header of torch
 
 namespace river::ops {
 
-// Of one op's arguments. The first tensor says where the op runs; all others must be there too. Values in a GPU's
+constexpr int64_t kAny = -1;  // a size that is not checked
+
+inline int64_t tiles_of(int64_t output_rows) { return ceil_div(output_rows, kTileRows); }
+inline int64_t column_tiles_of(int64_t columns) { return ceil_div(columns, kTileCols); }
+
+// A shape in a message, made into text only when a check fails.
+template <class Values>
+struct Shape {
+  const Values& values;
+
+  friend std::ostream& operator<<(std::ostream& out, const Shape& shape) {
+    const char* separator = "";
+    out << "[";
+    for (const int64_t value : shape.values) {
+      out << separator;
+      if (value == kAny) out << "*";
+      else out << value;
+      separator = ", ";
+    }
+    return out << "]";
+  }
+};
+
+template <class Values>
+Shape(const Values&) -> Shape<Values>;
+
+// Checks the arguments of one op. The first tensor says where the op runs; all others must be there too. Values in a GPU's
 // memory are not looked at: that would wait for it. Its kernels treat rows out of range as inactive.
 class Check {
  public:
@@ -41,24 +68,64 @@ class Check {
   // Torch lets None pass for a tensor.
   void defined(const char* name, const Tensor& t) const { require(t.defined(), name, " is None, expected a tensor"); }
 
-  void tensor(const char* name, const Tensor& t, ScalarType type, Sizes sizes) {
+  const void* tensor(const char* name, const Tensor& t, ScalarType type, Sizes sizes) {
     defined(name, t);
     if (!is_here(t)) {
       const std::string here = on_cuda() ? "cuda:" + std::to_string(gpu_) : "cpu";
       require(false, name, " is on ", device_of(t), ", ", first_name_, " on ", here, ", expected one device");
     }
-    content(name, t, type, sizes);
+    return content(name, t, type, sizes);
   }
 
-  // Of a tensor whose device is the caller's business
-  void content(const char* name, const Tensor& t, ScalarType type, Sizes sizes) {
+  template <class T>
+  const T* tensor(const char* name, const Tensor& t, Sizes sizes) {
+    return static_cast<const T*>(tensor(name, t, kScalarType<T>, sizes));
+  }
+
+  // Null where the tensor is absent.
+  const void* optional(const char* name, const OptionalTensor& t, ScalarType type, Sizes sizes) {
+    return t ? tensor(name, *t, type, sizes) : nullptr;
+  }
+
+  template <class T>
+  const T* optional(const char* name, const OptionalTensor& t, Sizes sizes) {
+    return t ? tensor<T>(name, *t, sizes) : nullptr;
+  }
+
+  // A tensor that the CUDA kernels read or write 16 bytes at a time.
+  const void* vectors(const char* name, const Tensor& t, ScalarType type, Sizes sizes) {
+    const void* first = tensor(name, t, type, sizes);
+    const auto remainder = on_cuda() ? reinterpret_cast<uintptr_t>(first) % 16 : 0;
+    require(remainder == 0, name, " starts ", remainder, " bytes past a multiple of 16, expected its data aligned to ",
+            "16 bytes on CUDA");
+    return first;
+  }
+
+  // A packed weight.
+  const uint8_t* tiles(const char* name, const Tensor& t, int64_t row_tiles, int64_t columns) {
+    return static_cast<const uint8_t*>(
+        vectors(name, t, ScalarType::Byte, {row_tiles, column_tiles_of(columns), kTileBytes}));
+  }
+
+  // The places of rows, int32 [rows]: on the CPU a copy that nobody else can change once it has been checked.
+  const int32_t* places(const char* name, const Tensor& t, int rows) {
+    const auto* values = tensor<int32_t>(name, t, {rows});
+    if (on_cuda()) return values;
+    int32_t* copy = copies_ + num_copies_;
+    num_copies_ += rows;
+    std::memcpy(copy, values, rows * sizeof(int32_t));
+    return copy;
+  }
+
+  // A tensor whose device is the caller's business.
+  const void* content(const char* name, const Tensor& t, ScalarType type, Sizes sizes) {
     require(t.scalar_type() == type, name, " is ", name_of(t.scalar_type()), ", expected ", name_of(type));
     const auto have = t.sizes();
     bool same = have.size() == sizes.size();
     for (size_t i = 0; same && i < sizes.size(); i++) same = sizes.begin()[i] == kAny || have[i] == sizes.begin()[i];
-    require(same, name, " has shape ", text(have), ", expected ", text(sizes));
+    require(same, name, " has shape ", Shape{have}, ", expected ", Shape{sizes});
     require(t.is_contiguous(), name, " is not contiguous");
-    remember(name, t);
+    return remember(name, t);
   }
 
   // The last check: memory that the op writes belongs to one of its tensors alone. Else it would change what was
@@ -78,33 +145,6 @@ class Check {
     }
   }
 
-  // int32 [rows], places of rows in memory: on the CPU a copy that nobody else can change once it has been checked
-  const int32_t* places(const char* name, const Tensor& t, int rows) {
-    tensor(name, t, ScalarType::Int, {rows});
-    if (on_cuda()) return static_cast<const int32_t*>(t.const_data_ptr());
-    int32_t* copy = copies_ + num_copies_;
-    num_copies_ += rows;
-    std::memcpy(copy, t.const_data_ptr(), rows * sizeof(int32_t));
-    return copy;
-  }
-
-  // A tensor that the CUDA kernels read or write 16 bytes at a time
-  void vectors(const char* name, const Tensor& t, ScalarType type, Sizes sizes) {
-    tensor(name, t, type, sizes);
-    if (!on_cuda()) return;
-    const auto remainder = reinterpret_cast<uintptr_t>(t.const_data_ptr()) % 16;
-    require(remainder == 0, name, " starts ", remainder, " bytes past a multiple of 16, expected its data aligned to ",
-            "16 bytes on CUDA");
-  }
-
-  // Null where absent
-  template <class T = void>
-  const T* optional(const char* name, const OptionalTensor& t, ScalarType type, Sizes sizes) {
-    if (!t) return nullptr;
-    tensor(name, *t, type, sizes);
-    return data<T>(*t);
-  }
-
   DType dense_dtype(const char* name, ScalarType type) const {
     if (type == ScalarType::Float) return DType::kFloat32;
     if (type == ScalarType::BFloat16) return DType::kBFloat16;
@@ -118,27 +158,47 @@ class Check {
     return dense_dtype(name, type);
   }
 
-  // The first dim of a [T, ...] tensor
+  // The first dimension of a [T, ...] tensor.
   int rows(const char* name, const Tensor& t, int dims) const {
-    require((int)t.dim() == dims, name, " has ", t.dim(), " dimensions, expected ", dims);
+    require(t.dim() == dims, name, " has ", t.dim(), " dimensions, expected ", dims);
     const int64_t rows = t.size(0);
     require(rows >= 1 && rows <= kMaxRows, name, " has ", rows, " rows, expected 1 to ", kMaxRows);
-    return (int)rows;
+    return int(rows);
   }
 
-  // Sizes that fit the int fields of the Args and every product of two of them an int64
+  // Sizes fit the int fields of the Args, and every product of two of them an int64.
   int size(const char* name, int64_t value) const {
     require(value >= 1 && value < (int64_t(1) << 30), name, " is ", value, ", expected 1 to 2^30 - 1");
-    return (int)value;
+    return int(value);
   }
 
-  // The same of rows that the CUDA kernels read 16 bytes at a time
+  // The same of what the CUDA kernels read 16 bytes at a time.
   int vector_size(const char* name, int64_t value) const {
     require(!on_cuda() || value % 8 == 0, name, " is ", value, ", expected a multiple of 8 on CUDA");
     return size(name, value);
   }
 
-  void in_place(const char* name, int row, int64_t value, int64_t first, int64_t last) const {
+  // The second dimension of a [T, hidden] tensor.
+  int hidden_size(const Tensor& t, int factor) const {
+    const int value = size("hidden_size", t.size(1));
+    require(value % factor == 0, "hidden_size is ", value, ", expected a multiple of ", factor);
+    return value;
+  }
+
+  // The number of layers in the state of a step: exited [layers], similarities [layers, T].
+  int layers(const Tensor& exited, const Tensor& similarities, int rows) {
+    tensor<int32_t>("exited", exited, {kAny});
+    const int layers = size("layers of exited", exited.size(0));
+    tensor<float>("similarities", similarities, {layers, rows});
+    return layers;
+  }
+
+  float rms_norm_eps(double eps) const {
+    require(std::isfinite(float(eps)) && eps >= 0, "rms_norm_eps is ", eps, ", expected a finite number >= 0");
+    return float(eps);
+  }
+
+  void in_range(const char* name, int row, int64_t value, int64_t first, int64_t last) const {
     require(value >= first && value <= last, name, "[", row, "] is ", value, ", expected ", first, " to ", last);
   }
 
@@ -151,17 +211,19 @@ class Check {
 
   bool is_here(const Tensor& t) const { return on_cuda() ? t.is_cuda() && t.get_device_index() == gpu_ : t.is_cpu(); }
 
-  // The memory of a contiguous tensor. A storage may be smaller than its tensors: resize_ does not ask them.
-  void remember(const char* name, const Tensor& t) {
-    const auto size = (int64_t)t.element_size();
+  // Notes the memory of a contiguous tensor. A storage may be smaller than its tensors: resize_ does not ask them.
+  const void* remember(const char* name, const Tensor& t) {
+    const auto size = int64_t(t.element_size());
     const int64_t bytes = t.numel() * size;
     int64_t stored;
     TORCH_ERROR_CODE_CHECK(aoti_torch_get_storage_size(t.get(), &stored));
     require(t.storage_offset() * size + bytes <= stored || bytes == 0, name, " has a storage of ", stored,
             " bytes, expected at least ", t.storage_offset() * size + bytes);
     require(num_spans_ < kMaxSpans, "more than ", kMaxSpans, " tensors");
-    const auto begin = bytes ? reinterpret_cast<uintptr_t>(t.const_data_ptr()) : 0;
-    spans_[num_spans_++] = {name, begin, begin + bytes};
+    const void* first = t.const_data_ptr();
+    const auto begin = bytes ? reinterpret_cast<uintptr_t>(first) : 0;
+    spans_[num_spans_++] = {.name = name, .begin = begin, .end = begin + bytes};
+    return first;
   }
 
   const char *op_, *first_name_;
@@ -171,51 +233,5 @@ class Check {
   int32_t copies_[2 * kMaxRows];
   int num_copies_ = 0;
 };
-
-// What decode_attention and the blocks check alike: the caches, and every row's place in them.
-struct Cache {
-  int slots, kv_heads, max_len, head_dim;
-  const int32_t *row_slots, *row_positions;  // [T]
-
-  Cache(Check& check, ScalarType type, int rows, int heads, const Tensor& k, const Tensor& v, const Tensor& slots_,
-        const Tensor& positions, const OptionalTensor& kv_valid) {
-    check.vectors("k_cache", k, type, {kAny, kAny, kAny, kAny});
-    slots = check.size("slots of k_cache", k.size(0));
-    kv_heads = check.size("num_key_value_heads of k_cache", k.size(1));
-    max_len = check.size("max_len of k_cache", k.size(2));
-    head_dim = check.vector_size("head_dim of k_cache", k.size(3));
-    check.vectors("v_cache", v, type, {slots, kv_heads, max_len, head_dim});
-    check.require(head_dim % 2 == 0 && head_dim <= kMaxHeadDim, "head_dim is ", head_dim,
-                  ", expected an even number up to ", kMaxHeadDim);
-    check.require(heads >= 1 && heads % kv_heads == 0 && heads / kv_heads <= kMaxGroup, "num_attention_heads is ",
-                  heads, ", expected a multiple of num_key_value_heads = ", kv_heads, ", at most ", kMaxGroup,
-                  " times as many");
-    check.size("num_attention_heads * head_dim", (int64_t)heads * head_dim);
-    row_slots = check.places("slots", slots_, rows);
-    row_positions = check.places("positions", positions, rows);
-    check.optional("kv_valid", kv_valid, ScalarType::Bool, {slots, max_len});
-    for (int row = 0; row < rows && !check.on_cuda(); row++) {
-      check.in_place("slots", row, row_slots[row], -1, slots - 1);
-      if (row_slots[row] >= 0) check.in_place("positions", row, row_positions[row], 0, max_len - 1);
-    }
-  }
-};
-
-inline int64_t window(const Check& check, std::optional<int64_t> sliding_window) {
-  check.require(!sliding_window || *sliding_window >= 1, "sliding_window is ", sliding_window.value_or(0),
-                ", expected at least 1");
-  return std::min(sliding_window.value_or(0), int64_t(1) << 31);  // no position is larger
-}
-
-inline float scale_of(const Check& check, std::optional<double> softmax_scale, int head_dim) {
-  const double scale = softmax_scale.value_or(1 / std::sqrt((double)head_dim));
-  check.require(std::isfinite((float)scale), "softmax_scale is ", scale, ", expected a finite number");
-  return (float)scale;
-}
-
-inline float eps_of(const Check& check, double eps) {
-  check.require(std::isfinite((float)eps) && eps >= 0, "rms_norm_eps is ", eps, ", expected a finite number >= 0");
-  return (float)eps;
-}
 
 }  // namespace river::ops

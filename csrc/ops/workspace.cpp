@@ -5,17 +5,17 @@
 
 #include "dispatch.h"
 
+#if RIVER_WITH_CUDA
+
 // In libtorch_cuda: null under a torch without CUDA, which then has no CUDA tensors either.
 extern "C" __attribute__((weak)) AOTITorchError aoti_torch_get_current_cuda_stream(int32_t device, void** stream);
 
-#if RIVER_WITH_CUDA
 namespace river::ops {
-
 namespace {
 
-// A growing piece of device memory, zero at first. CUDA graphs that were captured may hold its earlier addresses, so that
-// nothing is ever given back; as each is at least twice the one before, all of them take less than the last one. Not from
-// torch's allocator, whose pools belong to graphs.
+// A growing piece of device memory, zero at first. CUDA graphs that were captured may hold its earlier addresses, so
+// that nothing is ever given back; as each piece is at least twice the one before, all earlier ones together take less
+// than the last one. It does not come from torch's allocator, whose pools belong to graphs.
 class Piece {
  public:
   bool fits(int64_t bytes) const { return bytes <= bytes_; }
@@ -38,7 +38,7 @@ struct StreamMemory {
   Piece partials, counters, scratch;
 };
 
-// Never freed: at the end of the process the GPU may be gone before it.
+// The map is never freed: at the end of the process the GPU may be gone before it.
 StreamMemory& memory_of(int gpu, cuda::Stream stream) {
   static auto& all = *new std::map<std::pair<int, cuda::Stream>, StreamMemory>;
   static std::mutex mutex;
@@ -66,14 +66,15 @@ Gpu::Gpu(const Check& check) : check_(check), guard_(check.gpu()), stream_(curre
 cuda::Workspace Gpu::workspace(const cuda::WorkspaceSize& size) {
   StreamMemory& memory = memory_of(check_.gpu(), stream_);
   lock_ = std::unique_lock<std::mutex>(memory.mutex);
-  for (const auto& [piece, bytes] : {std::pair(&memory.partials, size.partials * int64_t(sizeof(float))),
-                                     std::pair(&memory.counters, size.counters * int64_t(sizeof(uint32_t))),
-                                     std::pair(&memory.scratch, size.scratch)}) {
-    if (piece->fits(bytes)) continue;
+  const auto reserve = [&](Piece& piece, int64_t bytes) {
+    if (piece.fits(bytes)) return;
     check_.require(!cuda::is_capturing(stream_), "its workspace would have to grow while the stream is capturing a ",
                    "CUDA graph: run the op once on this stream before capturing it");
-    piece->grow(bytes, stream_);
-  }
+    piece.grow(bytes, stream_);
+  };
+  reserve(memory.partials, size.partials * int64_t(sizeof(float)));
+  reserve(memory.counters, size.counters * int64_t(sizeof(uint32_t)));
+  reserve(memory.scratch, size.scratch);
   return {.partials = static_cast<float*>(memory.partials.data()),
           .counters = static_cast<uint32_t*>(memory.counters.data()),
           .scratch = memory.scratch.data(),
