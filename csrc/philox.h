@@ -6,11 +6,7 @@
 #include <cstdint>
 #include <cstring>
 
-#ifdef __CUDACC__
-#define RIVER_BOTH __host__ __device__
-#else
-#define RIVER_BOTH
-#endif
+#include "host_device.h"
 
 namespace river {
 
@@ -19,20 +15,20 @@ struct PhiloxWords {
 };
 
 RIVER_BOTH inline PhiloxWords philox(uint64_t seed, uint32_t c0, uint32_t c1, uint32_t c2, uint32_t c3) {
-  uint32_t key0 = (uint32_t)seed, key1 = (uint32_t)(seed >> 32);
+  uint32_t key0 = uint32_t(seed), key1 = uint32_t(seed >> 32);
   for (int round = 0; round < 10; round++) {
     const uint64_t product0 = 0xD2511F53ull * c0, product1 = 0xCD9E8D57ull * c2;
-    c0 = (uint32_t)(product1 >> 32) ^ c1 ^ key0;
-    c1 = (uint32_t)product1;
-    c2 = (uint32_t)(product0 >> 32) ^ c3 ^ key1;
-    c3 = (uint32_t)product0;
+    c0 = uint32_t(product1 >> 32) ^ c1 ^ key0;
+    c1 = uint32_t(product1);
+    c2 = uint32_t(product0 >> 32) ^ c3 ^ key1;
+    c3 = uint32_t(product0);
     key0 += 0x9E3779B9u;
     key1 += 0xBB67AE85u;
   }
   return {{c0, c1, c2, c3}};
 }
 
-// Division by less would overflow what the noise is added to: so small a temperature is greedy all the same
+// Division by less would overflow what the noise is added to; so small a temperature is greedy all the same.
 constexpr float kMinTemperature = 1e-30f;
 
 // A product that no compiler merges with a sum: then every processor gets the same bits.
@@ -69,12 +65,12 @@ struct Reduced {
 RIVER_BOTH inline Reduced reduced(float x) {
   constexpr uint32_t kSqrtHalf = 0x3f3504f3u;
   const uint32_t shifted = bits_of(x) - kSqrtHalf;
-  return {float_of((shifted & 0x7fffffu) + kSqrtHalf) - 1.f, (int32_t)shifted >> 23};
+  return {float_of((shifted & 0x7fffffu) + kSqrtHalf) - 1.f, int32_t(shifted) >> 23};
 }
 
-// log of what was reduced; the polynomial is that of Cephes' logf
+// The logarithm of what was reduced, by the polynomial of Cephes' logf
 RIVER_BOTH inline float log_of(const Reduced& x) {
-  const float f = x.rest, e = (float)x.exponent, square = product(f, f);
+  const float f = x.rest, e = float(x.exponent), square = product(f, f);
   float p = product(7.0376836292e-2f, f) - 1.1514610310e-1f;
   p = product(p, f) + 1.1676998740e-1f;
   p = product(p, f) - 1.2420140846e-1f;
@@ -90,22 +86,22 @@ RIVER_BOTH inline float log_of(const Reduced& x) {
 
 // (word + 1/2) / 2^32, rounded: halves of a word are exact, so that every way to convert gives the same
 RIVER_BOTH inline float uniform_of(uint32_t word) {
-  const float high = product((float)(int32_t)(word >> 16), 65536.f), low = (float)(int32_t)(word & 0xffffu);
+  const float high = product(float(int32_t(word >> 16)), 65536.f), low = float(int32_t(word & 0xffffu));
   return product(high + low + 0.5f, 0x1p-32f);
 }
 
 // Gumbel noise, -log(-log(1 - v)) for v = (word + 1/2) / 2^32: from -3.13 to 22.87. Its large values come from small v,
-// where log(1 - v) must not go by 1 - v. No branches, so that loops over words vectorise.
+// for which log(1 - v) must not be computed from 1 - v. There are no branches, so that loops over words vectorise.
 RIVER_BOTH inline float gumbel_of(uint32_t word) {
-  Reduced x = reduced(uniform_of(~word));             // 1 - v
-  const uint32_t far = (uint32_t)(x.exponent >> 31);  // all ones below sqrt(1/2)
+  Reduced x = reduced(uniform_of(~word));           // 1 - v
+  const uint32_t far = uint32_t(x.exponent >> 31);  // all ones below sqrt(1/2)
   x.rest = float_of((bits_of(x.rest) & far) | (bits_of(-uniform_of(word)) & ~far));
   return -log_of(reduced(-log_of(x)));
 }
 
 // Token id v takes word v % 4 of Philox counter (v / 4, position, purpose, 0).
 RIVER_BOTH inline float gumbel(uint64_t seed, int32_t position, int64_t token, uint32_t purpose = 0) {
-  const PhiloxWords words = philox(seed, (uint32_t)(token / 4), (uint32_t)position, purpose, 0);
+  const PhiloxWords words = philox(seed, uint32_t(token / 4), uint32_t(position), purpose, 0);
   const uint32_t first = token % 2 ? words.word[1] : words.word[0], second = token % 2 ? words.word[3] : words.word[2];
   return gumbel_of(token % 4 < 2 ? first : second);  // no index: the words stay in registers
 }

@@ -16,9 +16,8 @@ constexpr int kTileRows = 16;  // a W4 tile: 16 output rows x 64 input columns,
 constexpr int kTileCols = 64;  // 512 B of nibbles, then (fp16 scale, fp16 zero) per row
 constexpr int kTileBytes = 576;
 constexpr int kMaxHeadDim = 256;
-constexpr int kMaxGroup = 64;                // query heads per KV head
-constexpr int kNoToken = -1;                 // of a row of which a logit is NaN or infinite
-constexpr int kInactive = -1, kFailed = -2;  // in a record, in place of a token: slot -1; no token was drawn
+constexpr int kMaxGroup = 64;  // query heads per KV head
+constexpr int kNoToken = -1;   // of a row of which a logit is NaN or infinite
 
 enum class DType { kFloat32, kBFloat16, kFloat16 };
 
@@ -108,8 +107,7 @@ struct AdvanceArgs {
   int32_t* exited;             // [layers]: zeros after
   float* similarities;         // [layers, T]
   int32_t* step;               // [1], steps taken
-  int32_t* records;            // [num_records, 2 + T + layers * T]: stamp = number of the step from 1, written last;
-                               // exit depth; tokens, kInactive or kFailed; similarities as fp32
+  int32_t* records;            // [num_records, 2 + T + layers * T], see RecordLayout in step_rules.h
 };
 
 struct StateSimilarityArgs {

@@ -39,7 +39,8 @@ def emulator():
     return built()
 
 
-VARIANTS = ("late_trigger", "early_attention", "deep_prefetch", "full_grid")  # of those in csrc/variants.h
+# Of those in csrc/cuda/variants.h, the ones that kernels look at
+VARIANTS = ("late_trigger", "early_attention", "deep_prefetch", "full_grid")
 
 SCHEDULES = {  # (order and timing, the GPU, variants that are off): results depend on none of it
     "ascending, late copies": (("first", "last", True, 0), (4, 90, "prefetch"), ()),

@@ -18,6 +18,7 @@ VARIANTS = {
     "plain": ["-O2"],
     "sanitized": ["-O1", "-fsanitize=address,undefined", "-fno-sanitize-recover=undefined"],
 }
+PYTHON_SOURCES = ("module.cpp", "op_calls.cpp")  # they include pybind11
 
 
 def find_pybind11(torch):
@@ -37,7 +38,7 @@ def build(root, variant="plain", say=lambda text: print(text, flush=True)):
         if source.suffix not in (".cpp", ".cu"):
             continue
         name = f"{source.parent.name}_{source.name}.o"
-        if source.name == "module.cpp":  # slow to compile, nothing to find there: once, for all variants
+        if source.name in PYTHON_SOURCES:  # slow to compile, nothing to find there: once, for all variants
             flags, target = ["-O0", *(f"-isystem{path}" for path in includes)], folder / name
         else:
             flags, target = VARIANTS[variant], folder / variant / name

@@ -72,16 +72,8 @@ def budgets(sources):
 
 
 def plan(nvcc, sources, archs):
-    flags = [
-        "-std=c++20",
-        "-O3",
-        "-Xptxas=-v",
-        "-ccbin",
-        river_native.find_cxx()[-1],
-        "-Xcompiler=-Wall",
-        "--keep",
-        "-cubin",
-    ]
+    flags = ["-std=c++20", "-O3", "-Xptxas=-v", "-Xcompiler=-Wall", "--keep", "-cubin"]
+    flags += ["-ccbin", river_native.find_cxx()[-1]]
     units = {}
     for source in sources:
         for arch in archs:
@@ -164,6 +156,26 @@ def complaints(kernel, name, arch, budget):
             yield "does not use the tensor cores"
 
 
+def tabulate(units):
+    """{(source, kernel<arguments>): {arch: Kernel}}."""
+    table = {}
+    for (source, arch), unit in units.items():
+        kernels = read(unit)
+        for mangled, name in readable(list(kernels)).items():
+            table.setdefault((source.name, name), {})[arch] = kernels[mangled]
+    return table
+
+
+def print_table(table, archs):
+    width = max((len(name) for _, name in table), default=0)
+    print(f"{'kernel':{width}}  " + "  ".join(f"sm_{arch:3}" for arch in archs) + "  shared  spills  mma")
+    for (_, name), by_arch in table.items():
+        kernels = list(by_arch.values())
+        registers = "  ".join(f"{by_arch[a].registers if a in by_arch else '-':>6}" for a in archs)
+        spills = max(k.spills + k.stack for k in kernels)
+        print(f"{name:{width}}  {registers}  {kernels[-1].shared:6}  {spills:6}  {kernels[-1].mma:3}")
+
+
 def main(arguments=None):
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("sources", nargs="*", type=Path, help="default: csrc/cuda/*.cu")
@@ -180,21 +192,12 @@ def main(arguments=None):
     with river_native.alone_in(BUILD):
         river_native.compile_all([u for u in units.values() if not river_native.up_to_date(u)], print)
 
-    table = {}  # (source, mangled name without its per-file hash) -> {arch: kernel}
-    for (source, arch), unit in units.items():
-        names = read(unit)
-        for mangled, name in readable(list(names)).items():
-            table.setdefault((source.name, name), {})[arch] = names[mangled]
-    width = max((len(name) for _, name in table), default=0)
-    print(f"{'kernel':{width}}  " + "  ".join(f"sm_{arch:3}" for arch in archs) + "  shared  spills  mma")
+    table = tabulate(units)
+    print_table(table, archs)
     failures = []
     for (source, name), by_arch in table.items():
-        kernels = list(by_arch.values())
-        registers = "  ".join(f"{by_arch[a].registers if a in by_arch else '-':>6}" for a in archs)
-        spills = max(k.spills + k.stack for k in kernels)
-        print(f"{name:{width}}  {registers}  {kernels[-1].shared:6}  {spills:6}  {kernels[-1].mma:3}")
+        budget = limits.get(name.partition("<")[0])
         for arch, kernel in by_arch.items():
-            budget = limits.get(name.partition("<")[0])
             failures += [f"{source}: {name}, sm_{arch}: {c}" for c in complaints(kernel, name, arch, budget)]
     print(f"{len(table)} kernels, registers per thread, {len(limits)} budgets; {shlex.join([nvcc])}")
     for failure in failures:

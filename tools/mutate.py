@@ -71,7 +71,7 @@ MUTANTS = [
     ),
     Mutant(
         "similarity unscaled too far, CUDA",
-        "csrc/cuda/device/row_sums.cuh",
+        "csrc/cuda/device/similarity.cuh",
         "max >= 0x1p-40f && max <= 0x1p40f",
         "max >= 0x1p-40f && max <= 0x1p70f",
         "test_cuda_kernels.py -k magnitude",
@@ -86,8 +86,8 @@ MUTANTS = [
     Mutant(
         "a merge that swallows NaN, CUDA",
         "csrc/cuda/decode_attention.cu",
-        "state[h][1] == 0 ? 0.f",
-        "!(state[h][1] > 0) ? 0.f",
+        "weights == 0 ? 0.f",
+        "!(weights > 0) ? 0.f",
         "test_cuda_kernels.py -k nan",
     ),
     Mutant(

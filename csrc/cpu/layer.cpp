@@ -5,6 +5,7 @@
 #include <cstring>
 #include <memory>
 
+#include "../row_order.h"
 #include "strips.h"
 
 namespace river::cpu {
@@ -104,15 +105,6 @@ namespace {
 
 // ---- the block ------------------------------------------------------------------------------------
 
-// Where the rows of Q and K stand in the packed QKV weight (w4.py: rotary pairs in rows g and g + 8)
-int64_t packed_row(int64_t head, int dim, int head_dim, int rotary_dim) {
-  const int half = rotary_dim / 2, rest = dim - rotary_dim;
-  const int pair = dim < half ? dim : dim < rotary_dim ? dim - half : half + rest / 2;
-  const bool second = dim < rotary_dim ? dim >= half : rest % 2 == 1;
-  const int64_t p = head * (head_dim / 2) + pair;
-  return p / 8 * 16 + p % 8 + (second ? 8 : 0);
-}
-
 struct Block {
   const BlockArgs& a;
   const Parallel& parallel;
@@ -165,7 +157,7 @@ struct Block {
   }
 
   // Phase 2: q [T, heads, head_dim] rounded; K and V of every active row to the cache. gather(kind, t, head, out)
-  // fetches the fp32 projections of a head in natural order; kind: 0 = Q, 1 = K, 2 = V.
+  // fetches the fp32 projections of a head in natural order.
   template <class Gather>
   void append(Gather gather, void* q) const {
     const int64_t q_size = (int64_t)a.num_heads * a.head_dim, kv_size = (int64_t)a.num_kv_heads * a.head_dim;
@@ -176,17 +168,17 @@ struct Block {
     for (int t = 0; t < count; t++) {
       const int row = active[t];
       const int64_t position = a.positions[row];
-      for (int kind = 0; kind < 3; kind++)
-        for (int head = 0; head < (kind == 0 ? a.num_heads : a.num_kv_heads); head++) {
+      for (const QkvKind kind : {kQuery, kKey, kValue})
+        for (int head = 0; head < (kind == kQuery ? a.num_heads : a.num_kv_heads); head++) {
           float values[kMaxHeadDim];
           gather(kind, t, head, values);
           const float* head_bias = bias[kind] ? &bias[kind][(int64_t)head * a.head_dim] : nullptr;
-          finish_head(values, head_bias, norm[kind].get(), position, kind < 2);
-          if (kind == 0 && a.query_scale)
+          finish_head(values, head_bias, norm[kind].get(), position, kind != kValue);
+          if (kind == kQuery && a.query_scale)
             for (int i = 0; i < a.head_dim; i++) values[i] *= a.query_scale[position];
           const int64_t cache_row = ((int64_t)a.slots[row] * a.num_kv_heads + head) * a.max_len + position;
-          const int64_t place = kind == 0 ? (int64_t)row * a.num_heads + head : cache_row;
-          void* target = kind == 0 ? q : kind == 1 ? a.k_cache : a.v_cache;
+          const int64_t place = kind == kQuery ? (int64_t)row * a.num_heads + head : cache_row;
+          void* target = kind == kQuery ? q : kind == kKey ? a.k_cache : a.v_cache;
           kernels().from_float(a.dtype, values, at(target, a.dtype, place * a.head_dim), a.head_dim);
         }
     }
@@ -267,7 +259,7 @@ struct DenseWeights {
                                            block.project(dense(a.k_proj, rows[1], a.hidden_size), x),
                                            block.project(dense(a.v_proj, rows[2], a.hidden_size), x)};
     block.append(
-        [&](int kind, int t, int head, float* out) {
+        [&](QkvKind kind, int t, int head, float* out) {
           memcpy(out, &y[kind][t * rows[kind] + (int64_t)head * a.head_dim], a.head_dim * sizeof(float));
         },
         query);
@@ -295,15 +287,12 @@ struct W4Weights {
   Weight down() const { return w4(a.down_proj, a.hidden_size, inner()); }
 
   void qkv(const Block& block, const Activations& x, void* query) const {
-    const int64_t q_rows = round_up((int64_t)a.num_heads * a.head_dim, kTileRows);
-    const int64_t kv_rows = round_up((int64_t)a.num_kv_heads * a.head_dim, kTileRows);
-    const int64_t start[3] = {0, q_rows, q_rows + kv_rows}, rows = q_rows + 2 * kv_rows;
+    const QkvOrder order(a);
+    const int64_t rows = (int64_t)order.strips() * kTileRows;
     const auto y = block.project(w4(a.qkv_proj, rows, a.hidden_size), x);
     block.append(
-        [&](int kind, int t, int head, float* out) {
-          const float* source = &y[t * rows + start[kind]];
-          for (int i = 0; i < a.head_dim; i++)
-            out[i] = source[kind == 2 ? (int64_t)head * a.head_dim + i : packed_row(head, i, a.head_dim, a.rotary_dim)];
+        [&](QkvKind kind, int t, int head, float* out) {
+          for (int dim = 0; dim < a.head_dim; dim++) out[dim] = y[t * rows + order.packed_row({kind, head, dim})];
         },
         query);
   }

@@ -1,4 +1,7 @@
 // A step whose path is chosen by the op: one depth by either layer, and the end of the step.
+#include "../step_rules.h"
+
+#include <array>
 #include <atomic>
 #include <cstring>
 
@@ -8,31 +11,66 @@ namespace river::cpu {
 
 namespace {
 
-// The similarities [T] of the rows of x and y, of active rows only
-void measure_active(DType dtype, int rows, int hidden_size, const void* x, const void* y, const int32_t* slots,
-                    float* similarities, const Parallel& parallel) {
-  float measured[kMaxRows];
-  launch_state_similarity({dtype, rows, hidden_size, x, y, measured}, parallel);
-  for (int t = 0; t < rows; t++)
-    if (slots[t] >= 0) similarities[t] = measured[t];
+using RowSimilarities = std::array<float, kMaxRows>;
+
+// Measures all rows of before and after, both [T, hidden], and writes those of active rows to similarities, [T].
+template <class Args>
+RowSimilarities measure_rows(const Args& a, const void* before, const void* after, float* similarities,
+                             const Parallel& parallel) {
+  RowSimilarities measured;
+  launch_state_similarity(
+      {.dtype = a.dtype, .rows = a.rows, .hidden_size = a.hidden_size, .x = before, .y = after, .out = measured.data()},
+      parallel);
+  for (int t = 0; t < a.rows; t++)
+    if (a.slots[t] >= 0) similarities[t] = measured[t];
+  return measured;
 }
 
-// Where the path leaves the backbone, by the layer before and by the rule; measures the similarity it needs.
-bool river_begun(const BlockArgs& a, const ExitDecision& d, const Parallel& parallel) {
-  if (d.index == 0) return false;
-  if (d.exited[d.index - 1]) return true;
-  float* similarity = d.similarities + (int64_t)(d.index - 1) * a.rows;
-  measure_active(a.dtype, a.rows, a.hidden_size, d.previous, a.hidden, a.slots, similarity, parallel);
+bool all_rows_agree(const BlockArgs& a, const ExitDecision& d, const Parallel& parallel) {
+  float* written = d.similarities + int64_t(d.index - 1) * a.rows;
+  const RowSimilarities similarity = measure_rows(a, d.previous, a.hidden, written, parallel);
+  bool all = true;
   for (int t = 0; t < a.rows; t++)
-    if (a.slots[t] >= 0 && !(similarity[t] > d.thresholds[t] && d.index >= d.min_layers[t])) return false;
-  return true;
+    all &= row_agrees(similarity[t], exit_bar(a.slots[t] >= 0, d.thresholds[t], d.index, d.min_layers[t]));
+  return all;
+}
+
+int exit_depth(const AdvanceArgs& a) {
+  int depth = 0;
+  while (depth < a.layers && !a.exited[depth]) depth++;
+  return depth;
+}
+
+// All but the stamp
+void write_record(const AdvanceArgs& a, int32_t* record) {
+  record[RecordLayout::kDepth] = exit_depth(a);
+  for (int t = 0; t < a.rows; t++)
+    record[RecordLayout::kTokens + t] =
+        recorded_token(a.slots[t] >= 0, a.tokens[t], is_drawn(a.tokens[t], a.vocab_size));
+  memcpy(record + RecordLayout::similarities(a.rows), a.similarities, int64_t(a.layers) * a.rows * sizeof(float));
+}
+
+// What the next step starts from, of active row t
+void move_on(const AdvanceArgs& a, int t) {
+  const int64_t token = a.tokens[t], bytes = a.hidden_size * size_of(a.dtype);
+  const bool drawn = is_drawn(token, a.vocab_size);
+  if (drawn)
+    memcpy(static_cast<char*>(a.hidden) + t * bytes, static_cast<const char*>(a.embed_tokens) + token * bytes, bytes);
+  a.positions[t]++;
+  a.draw_positions[t] = a.positions[t] + 1;
+  a.remaining[t]--;
+  bool stop_token = false;
+  for (int i = 0; i < a.num_stop_tokens; i++) stop_token |= token == a.stop_tokens[i];
+  if (is_last_token(a.remaining[t], drawn, stop_token)) a.slots[t] = -1;
 }
 
 }  // namespace
 
 void launch_dual_layer(const DualLayerArgs& a, const Parallel& parallel) {
   const ExitDecision& d = a.decision;
-  const bool begun = river_begun(a.block, d, parallel), exits = begun || d.index >= *d.limit;
+  const bool left = d.index > 0 && d.exited[d.index - 1];
+  const bool agreed = asks_rows(d.index, left) && all_rows_agree(a.block, d, parallel);
+  const bool exits = runs_as_exit_layer(d.index, left, *d.limit, agreed);
   d.exited[d.index] = exits;
   float unused[kMaxRows];  // a layer's own similarity: the next depth measures it if it decides
   if (exits) {
@@ -47,37 +85,17 @@ void launch_dual_layer(const DualLayerArgs& a, const Parallel& parallel) {
 }
 
 void launch_advance(const AdvanceArgs& a, const Parallel& parallel) {
-  if (!a.exited[a.layers - 1])
-    measure_active(a.dtype, a.rows, a.hidden_size, a.before, a.after, a.slots,
-                   a.similarities + (int64_t)(a.layers - 1) * a.rows, parallel);
-  int depth = 0;
-  while (depth < a.layers && !a.exited[depth]) depth++;
-
-  const uint32_t n = *a.step;
-  const int64_t count = (int64_t)a.layers * a.rows;
-  int32_t* record = a.records + n % a.num_records * (2 + a.rows + count);
-  record[1] = depth;
-  const auto is_drawn = [&](int64_t token) { return token >= 0 && token < a.vocab_size; };
-  for (int t = 0; t < a.rows; t++) {
-    const int64_t token = a.tokens[t];
-    record[2 + t] = a.slots[t] < 0 ? kInactive : is_drawn(token) ? (int32_t)token : kFailed;
-  }
-  memcpy(record + 2 + a.rows, a.similarities, count * sizeof(float));
-
-  const int64_t bytes = a.hidden_size * size_of(a.dtype);
-  for (int t = 0; t < a.rows; t++) {
-    if (a.slots[t] < 0) continue;
-    const int64_t token = a.tokens[t];
-    if (is_drawn(token)) memcpy((char*)a.hidden + t * bytes, (const char*)a.embed_tokens + token * bytes, bytes);
-    a.positions[t]++;
-    a.draw_positions[t] = a.positions[t] + 1;
-    bool ends = --a.remaining[t] <= 0 || !is_drawn(token);
-    for (int i = 0; i < a.num_stop_tokens; i++) ends |= token == a.stop_tokens[i];
-    if (ends) a.slots[t] = -1;
-  }
+  const int last = a.layers - 1;
+  if (!a.exited[last]) measure_rows(a, a.before, a.after, a.similarities + int64_t(last) * a.rows, parallel);
+  const uint32_t step = *a.step;
+  int32_t* record = a.records + step % a.num_records * RecordLayout::size(a.rows, a.layers);
+  write_record(a, record);
+  for (int t = 0; t < a.rows; t++)
+    if (a.slots[t] >= 0) move_on(a, t);
   memset(a.exited, 0, a.layers * sizeof(int32_t));
-  *a.step = n + 1;
-  std::atomic_ref(record[0]).store(n + 1, std::memory_order_release);  // who sees it sees all of the record
+  *a.step = step + 1;
+  // Who sees the stamp sees all of the record.
+  std::atomic_ref(record[RecordLayout::kStamp]).store(step + 1, std::memory_order_release);
 }
 
 }  // namespace river::cpu

@@ -1,4 +1,4 @@
-// The W4 tile format on the CPU: pack, unpack, dequantise. The layout is described in river_ext/w4.py.
+// The W4 tile format on the CPU: pack, unpack, dequantise. The layout is described in river_ext/quant/w4.py.
 #include "isa/kernels.h"
 
 #include <cstring>

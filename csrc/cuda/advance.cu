@@ -1,7 +1,9 @@
-// advance: the end of a step, by one block: the record for the host, and what the next step starts from.
-#include "device/activations.cuh"
+// advance: the end of a step. It finishes the record of the step, which the host polls, and turns the rows' state into
+// what the next step starts from: embeddings, positions, and no row that has drawn its last token. The work is small
+// and each part needs what the part before has left alone, so that one block does all of it.
+#include "../step_rules.h"
 #include "device/launch.h"
-#include "device/row_sums.cuh"
+#include "device/similarity.cuh"
 
 namespace river::cuda {
 namespace {
@@ -10,60 +12,65 @@ using namespace device;
 
 constexpr int kThreads = kParts * kWarp;
 
-// The similarity of the last layer, which no other kernel looks at
+RIVER_DEVICE bool is_active(const AdvanceArgs& a, int row) { return load_written(a.slots + row) >= 0; }
+
+// The similarities of the last layer, which no other kernel measures
 template <class T>
 RIVER_DEVICE void finish_similarities(const AdvanceArgs& a) {
   RIVER_SHARED(float, similarities, [kMaxRows]);
   RIVER_SHARED(RowSquares, squares, [1]);
-  if (load_written(a.exited + a.layers - 1)) return;
+  const int last = a.layers - 1, t = threadIdx.x;
+  if (load_written(a.exited + last)) return;
   measure_rows(
       static_cast<const T*>(a.before), static_cast<const T*>(a.after), a.rows, a.hidden_size, similarities, squares[0],
       [] { __syncthreads(); }, KeepNothing{});
-  const int t = threadIdx.x;
-  if (t < a.rows && load_written(a.slots + t) >= 0)
-    a.similarities[int64_t(a.layers - 1) * a.rows + t] = similarities[t];
+  if (t < a.rows && is_active(a, t)) a.similarities[int64_t(last) * a.rows + t] = similarities[t];
 }
 
-RIVER_DEVICE bool is_drawn(const AdvanceArgs& a, int64_t token) { return token >= 0 && token < a.vocab_size; }
+// The first layer that ran as an exit layer, by one warp
+RIVER_DEVICE int exit_depth(const AdvanceArgs& a) {
+  int depth = a.layers;
+  for (int i = a.layers - 1 - lane_id(); i >= 0; i -= kWarp)
+    if (load_written(a.exited + i)) depth = i;
+  for (int lanes = kWarp / 2; lanes > 0; lanes /= 2) depth = min(depth, shuffle_xor(depth, lanes));
+  return depth;
+}
 
 // All but the stamp
 RIVER_DEVICE void write_record(const AdvanceArgs& a, int32_t* record) {
   if (warp_id() == 0) {
-    int depth = a.layers;  // the first layer that ran as an exit layer
-    for (int i = a.layers - 1 - lane_id(); i >= 0; i -= kWarp)
-      if (load_written(a.exited + i)) depth = i;
-    for (int lanes = kWarp / 2; lanes > 0; lanes /= 2) depth = min(depth, shuffle_xor(depth, lanes));
-    if (lane_id() == 0) record[1] = depth;
+    const int depth = exit_depth(a);
+    if (lane_id() == 0) record[RecordLayout::kDepth] = depth;
   }
   for (int t = threadIdx.x; t < a.rows; t += kThreads) {
     const int64_t token = load_written(a.tokens + t);
-    record[2 + t] = load_written(a.slots + t) < 0 ? kInactive : is_drawn(a, token) ? int32_t(token) : kFailed;
+    record[RecordLayout::kTokens + t] = recorded_token(is_active(a, t), token, is_drawn(token, a.vocab_size));
   }
+  int32_t* similarities = record + RecordLayout::similarities(a.rows);
   for (int i = threadIdx.x; i < a.layers * a.rows; i += kThreads)
-    record[2 + a.rows + i] = static_cast<int32_t>(__float_as_uint(load_written(a.similarities + i)));
+    similarities[i] = static_cast<int32_t>(__float_as_uint(load_written(a.similarities + i)));
 }
 
-template <class T>
 RIVER_DEVICE void embed(const AdvanceArgs& a) {
-  const int pieces = a.hidden_size / 8;  // of 16 bytes
+  const int pieces = a.hidden_size / 8;  // of 16 bytes, in a row
   for (int i = threadIdx.x; i < a.rows * pieces; i += kThreads) {
     const int row = i / pieces;
     const int64_t token = load_written(a.tokens + row);
-    if (load_written(a.slots + row) < 0 || !is_drawn(a, token)) continue;
+    if (!is_active(a, row) || !is_drawn(token, a.vocab_size)) continue;
     static_cast<uint4*>(a.hidden)[i] = static_cast<const uint4*>(a.embed_tokens)[token * pieces + i % pieces];
   }
 }
 
 RIVER_DEVICE void move_on(const AdvanceArgs& a, int t) {
-  if (load_written(a.slots + t) < 0) return;
+  if (!is_active(a, t)) return;
   const int64_t token = load_written(a.tokens + t);
   const int remaining = load_written(a.remaining + t) - 1, position = load_written(a.positions + t) + 1;
-  bool last = remaining <= 0 || !is_drawn(a, token);
-  for (int i = 0; i < a.num_stop_tokens; i++) last |= token == a.stop_tokens[i];
+  bool stop_token = false;
+  for (int i = 0; i < a.num_stop_tokens; i++) stop_token |= token == a.stop_tokens[i];
   a.remaining[t] = remaining;
   a.positions[t] = position;
   a.draw_positions[t] = position + 1;
-  if (last) a.slots[t] = -1;
+  if (is_last_token(remaining, is_drawn(token, a.vocab_size), stop_token)) a.slots[t] = -1;
 }
 
 // Budget: 256 threads, 96 registers
@@ -71,28 +78,28 @@ template <class T>
 __global__ void __launch_bounds__(kThreads) advance_kernel(AdvanceArgs a) {
   dependency_trigger();
   dependency_wait();
+  const int t = threadIdx.x;
   const uint32_t step = load_written(a.step);
-  int32_t* record = a.records + int64_t(step % a.num_records) * (2 + a.rows + a.layers * a.rows);
+  int32_t* record = a.records + step % a.num_records * RecordLayout::size(a.rows, a.layers);
   finish_similarities<T>(a);
   __syncthreads();
   write_record(a, record);
-  embed<T>(a);
+  embed(a);
   __syncthreads();  // all have read the slots and the path, and written their part of the record
-  for (int i = threadIdx.x; i < a.layers; i += kThreads) a.exited[i] = 0;
-  if (int(threadIdx.x) < a.rows) move_on(a, threadIdx.x);
-  if (threadIdx.x == 0) {
+  for (int i = t; i < a.layers; i += kThreads) a.exited[i] = 0;
+  if (t < a.rows) move_on(a, t);
+  if (t == 0) {
     a.step[0] = step + 1;
     // One release is enough for what all threads wrote: the barrier has ordered that before it.
-    store_release_system(reinterpret_cast<uint32_t*>(record), step + 1);
+    store_release_system(reinterpret_cast<uint32_t*>(record + RecordLayout::kStamp), step + 1);
   }
 }
 
 }  // namespace
 
 void launch_advance(const AdvanceArgs& a, const Workspace& workspace, Stream stream) {
-  with_16bit_dtype(a.dtype, [&]<class T>() {
-    launch(advance_kernel<T>, 1, kThreads, 0, stream, {"advance", workspace.overlap != Overlap::kNone}, a);
-  });
+  const LaunchOptions options{.name = "advance", .pdl = workspace.overlap != Overlap::kNone};
+  with_16bit_dtype(a.dtype, [&]<class T>() { launch(advance_kernel<T>, 1, kThreads, 0, stream, options, a); });
 }
 
 }  // namespace river::cuda

@@ -14,13 +14,13 @@ void check(cudaError_t error, const char* question) {
   throw std::runtime_error(std::string("CUDA, ") + question + ": " + cudaGetErrorString(error));
 }
 
-// Never launched: the driver is asked what it would run. All kernels are compiled for the same architectures.
+// It is never launched: the driver is asked what it would run. All kernels are compiled for the same architectures.
 __global__ void image_kernel() { device::dependency_wait(); }
 
 Image find_image(int) {
   cudaFuncAttributes attributes{};
   const cudaError_t error = cudaFuncGetAttributes(&attributes, image_kernel);
-  Image image{device::device_facts().arch, 0, 0};
+  Image image{.device = device::device_facts().arch, .code = 0, .ptx = 0};
   switch (error) {
     case cudaErrorNoKernelImageForDevice:
     case cudaErrorInvalidDeviceFunction:

@@ -5,11 +5,11 @@
 
 namespace river::cuda {
 
-// The machine code that the current device runs. Architectures as numbers: 80, 86, 90, ...
+// The machine code that the current device runs, by architectures: 80, 86, 90, ...
 struct Image {
-  int device;  // of the device itself
+  int device;  // architecture of the device itself
   int code;    // that the machine code is for; 0: this build has nothing that the device can run
-  int ptx;     // of the PTX that it was made from
+  int ptx;     // of the PTX that the code was made from
 };
 
 const Image& image();

@@ -1,18 +1,19 @@
-// Cosine of the rows of two [T, hidden] tensors, one block per row: device/similarity.cuh.
+// state_similarity: the cosine of the rows of two [T, hidden] tensors. A block has a row, and each of its kParts warps
+// a part of it: the same sums in the same order as where a layer's kernel decides by them (device/similarity.cuh).
 #include "device/launch.h"
-#include "device/row_sums.cuh"
+#include "device/similarity.cuh"
 
 namespace river::cuda {
-
-using namespace river::device;
-
 namespace {
+
+using namespace device;
 
 constexpr int kThreads = kParts * kWarp;
 
 template <class T>
-__global__ void __launch_bounds__(kThreads)
-    state_similarity_kernel(const T* x, const T* y, int hidden_size, float* out) {
+__global__ void __launch_bounds__(kThreads) state_similarity_kernel(const T* x, const T* y,  // [T, hidden]
+                                                                    int hidden_size,
+                                                                    float* out) {  // [T]
   RIVER_SHARED(float, similarity, [kMaxRows]);
   RIVER_SHARED(RowSquares, squares, [1]);
   dependency_trigger();
@@ -24,11 +25,11 @@ __global__ void __launch_bounds__(kThreads)
 
 }  // namespace
 
-void launch_state_similarity(const StateSimilarityArgs& args, const Workspace& workspace, Stream stream) {
-  with_dtype(args.dtype, [&]<class T>() {
-    launch(state_similarity_kernel<T>, args.rows, kThreads, 0, stream,
-           {"state_similarity", workspace.overlap != Overlap::kNone}, static_cast<const T*>(args.x),
-           static_cast<const T*>(args.y), args.hidden_size, args.out);
+void launch_state_similarity(const StateSimilarityArgs& a, const Workspace& workspace, Stream stream) {
+  const LaunchOptions options{.name = "state_similarity", .pdl = workspace.overlap != Overlap::kNone};
+  with_dtype(a.dtype, [&]<class T>() {
+    launch(state_similarity_kernel<T>, a.rows, kThreads, 0, stream, options, static_cast<const T*>(a.x),
+           static_cast<const T*>(a.y), a.hidden_size, a.out);
   });
 }
 

@@ -1,5 +1,5 @@
-// Designs that hardware is to judge, each a switch: a measurement compares both values in one run. Results do not depend
-// on them. The defaults are what is predicted to be faster (bench/NOTES.md).
+// Designs that hardware is to judge, each a switch: a measurement compares both values in one run. Results do not
+// depend on them. The defaults are what is predicted to be faster (bench/NOTES.md).
 #pragma once
 
 #include <stdexcept>

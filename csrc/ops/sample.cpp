@@ -1,49 +1,64 @@
-// The op that draws tokens from logits.
-#include <tuple>
-
+// sample: tokens from logits.
 #include "../sampling.h"
+#include "arguments.h"
 #include "dispatch.h"
 
 namespace river::ops {
 namespace {
 
-// What the CPU can refuse before it draws
-void check_rules(const Check& check, const SampleArgs& a) {
-  for (int t = 0; t < a.rows; t++) {
-    check.require(std::isfinite(a.temperature[t]) && a.temperature[t] >= 0, "temperature[", t, "] is ",
-                  a.temperature[t], ", expected a finite number >= 0");
-    check.require(a.top_k[t] >= 0, "top_k[", t, "] is ", a.top_k[t], ", expected at least 0");
-    check.require(a.top_p[t] > 0 && a.top_p[t] <= 1, "top_p[", t, "] is ", a.top_p[t], ", expected above 0, at most 1");
-    check.require(a.min_p[t] >= 0 && a.min_p[t] <= 1, "min_p[", t, "] is ", a.min_p[t], ", expected 0 to 1");
+constexpr char kSample[] =
+    "(Tensor logits, Tensor temperature, Tensor top_k, Tensor top_p, Tensor min_p, Tensor seeds, Tensor positions) "
+    "-> (Tensor, Tensor)";
+
+struct SampleTensors {
+  Tensor logits;                                              // [T, vocab]
+  Tensor temperature, top_k, top_p, min_p, seeds, positions;  // [T]
+};
+
+SampleTensors read_sample(Arguments<kSample>& read) {
+  return {.logits = read.tensor("logits"),
+          .temperature = read.tensor("temperature"),
+          .top_k = read.tensor("top_k"),
+          .top_p = read.tensor("top_p"),
+          .min_p = read.tensor("min_p"),
+          .seeds = read.tensor("seeds"),
+          .positions = read.tensor("positions")};
+}
+
+// What the CPU can refuse before it draws.
+void check_options(const Check& check, const SampleArgs& a) {
+  for (int row = 0; row < a.rows; row++) {
+    check.require(std::isfinite(a.temperature[row]) && a.temperature[row] >= 0, "temperature[", row, "] is ",
+                  a.temperature[row], ", expected a finite number >= 0");
+    check.require(a.top_k[row] >= 0, "top_k[", row, "] is ", a.top_k[row], ", expected at least 0");
+    check.require(a.top_p[row] > 0 && a.top_p[row] <= 1, "top_p[", row, "] is ", a.top_p[row],
+                  ", expected above 0, at most 1");
+    check.require(a.min_p[row] >= 0 && a.min_p[row] <= 1, "min_p[", row, "] is ", a.min_p[row], ", expected 0 to 1");
   }
 }
 
-std::tuple<Tensor, Tensor> sample(const Tensor& logits, const Tensor& temperature, const Tensor& top_k,
-                                  const Tensor& top_p, const Tensor& min_p, const Tensor& seeds,
-                                  const Tensor& positions) {
-  Check check("sample", "logits", logits);
-  SampleArgs args{};
-  args.rows = check.rows("logits", logits, 2);
-  check.tensor("logits", logits, ScalarType::Float, {args.rows, kAny});
-  args.vocab_size = check.size("vocab_size of logits", logits.size(1));
+void fill_inputs(Check& check, const SampleTensors& t, SampleArgs& args) {
+  const int rows = args.rows = check.rows("logits", t.logits, 2);
+  args.logits = check.tensor<float>("logits", t.logits, {rows, kAny});
+  args.vocab_size = check.size("vocab_size of logits", t.logits.size(1));
   check.require(args.vocab_size <= kMaxSampledVocab, "vocab_size of logits is ", args.vocab_size, ", expected at most ",
                 kMaxSampledVocab);
-  args.logits = data<float>(logits);
-  check.tensor("temperature", temperature, ScalarType::Float, {args.rows});
-  args.temperature = data<float>(temperature);
-  check.tensor("top_k", top_k, ScalarType::Int, {args.rows});
-  args.top_k = data<int32_t>(top_k);
-  check.tensor("top_p", top_p, ScalarType::Float, {args.rows});
-  args.top_p = data<float>(top_p);
-  check.tensor("min_p", min_p, ScalarType::Float, {args.rows});
-  args.min_p = data<float>(min_p);
-  check.tensor("seeds", seeds, ScalarType::Long, {args.rows});
-  args.seeds = data<int64_t>(seeds);
-  check.tensor("positions", positions, ScalarType::Int, {args.rows});
-  args.positions = data<int32_t>(positions);
-  if (!check.on_cuda()) check_rules(check, args);
-  const Tensor tokens = empty({args.rows}, ScalarType::Long, logits);
-  const Tensor logprobs = empty({args.rows}, ScalarType::Float, logits);
+  args.temperature = check.tensor<float>("temperature", t.temperature, {rows});
+  args.top_k = check.tensor<int32_t>("top_k", t.top_k, {rows});
+  args.top_p = check.tensor<float>("top_p", t.top_p, {rows});
+  args.min_p = check.tensor<float>("min_p", t.min_p, {rows});
+  args.seeds = check.tensor<int64_t>("seeds", t.seeds, {rows});
+  args.positions = check.tensor<int32_t>("positions", t.positions, {rows});
+  if (!check.on_cuda()) check_options(check, args);
+}
+
+std::tuple<Tensor, Tensor> sample(Arguments<kSample>& read) {
+  const SampleTensors tensors = read_sample(read);
+  Check check("sample", "logits", tensors.logits);
+  SampleArgs args{};
+  fill_inputs(check, tensors, args);
+  const Tensor tokens = empty({args.rows}, ScalarType::Long, tensors.logits);
+  const Tensor logprobs = empty({args.rows}, ScalarType::Float, tensors.logits);
   args.tokens = mutable_data<int64_t>(tokens);
   args.logprobs = mutable_data<float>(logprobs);
   launch(
@@ -52,16 +67,7 @@ std::tuple<Tensor, Tensor> sample(const Tensor& logits, const Tensor& temperatur
   return {tokens, logprobs};
 }
 
-void implement(torch::stable::detail::StableLibrary& m) { m.impl("sample", TORCH_BOX(&sample)); }
+RIVER_OP(sample, kSample, boxed<&sample>)
 
 }  // namespace
-
-RIVER_IMPLEMENT(implement)
-
-STABLE_TORCH_LIBRARY_FRAGMENT(river, m) {
-  m.def(
-      "sample(Tensor logits, Tensor temperature, Tensor top_k, Tensor top_p, Tensor min_p, Tensor seeds, "
-      "Tensor positions) -> (Tensor, Tensor)");
-}
-
 }  // namespace river::ops

@@ -13,7 +13,7 @@ from river_ext import ops, reference
 
 DTYPES = [torch.bfloat16, torch.float16]
 LAYERS = ["decoder_block", "exit_layer"]
-LONG = 4352  # hidden_size: some lanes add up two strips of a row
+LONG = 4352  # hidden_size: some lanes add up two chunks of a row
 KERNEL_SHAPES = {name: shape for name, shape in SHAPES.items() if shape.head_dim % 8 == 0} | {
     "pads everywhere": Shape(64, 3, 1, head_dim=24, intermediate_size=88, rotary_dim=24, bias=True),
     "head_dim 96": Shape(hidden_size=192, num_key_value_heads=1, head_dim=96, rotary_dim=48),
@@ -159,40 +159,73 @@ def test_dual_layer_agrees_with_the_reference(kernels):
             ) if active else None
 
 
+def advanced(kernels, drawn, state):
+    """What advance makes of the state, by the kernels and by the reference."""
+    results = []
+    for module in (kernels, reference):
+        written = {name: tensor.clone() for name, tensor in state.items()}
+        module.advance(*drawn, *written.values())
+        results.append(written)
+    return results
+
+
+def rows_in_flight(rows, layers, hidden_size, step, exited, g):
+    """The state that advance starts from: every third row is inactive, and some draw their last token."""
+    return {
+        "hidden": torch.randn(rows, hidden_size, generator=g).bfloat16(),
+        "slots": int32([row if row % 3 != 1 else -1 for row in range(rows)]),
+        "positions": int32(list(range(10, 10 + rows))),
+        "draw_positions": int32(list(range(11, 11 + rows))),
+        "remaining": int32([1 + (row + step) % 3 for row in range(rows)]),
+        "exited": int32(exited),
+        "similarities": torch.rand(layers, rows, generator=g),
+        "step": int32([step]),
+        "records": torch.full((3, 2 + rows + layers * rows), -9, dtype=torch.int32),
+    }
+
+
+EXITED = [[0, 0, 0, 0, 0], [1, 1, 1, 1, 1], [0, 0, 1, 1, 1], [0, 0, 0, 0, 1], [0, 1, 1, 0, 1]]
+
+
+@pytest.mark.parametrize("step", range(len(EXITED)))
 @pytest.mark.parametrize("rows, hidden_size", [(1, 192), (3, 192), (5, LONG), (8, LONG)])
-def test_advance(kernels, rows, hidden_size):
-    g, layers, vocab = torch.Generator().manual_seed(rows), 5, 40
+def test_advance(kernels, rows, hidden_size, step):
+    g, layers, vocab = torch.Generator().manual_seed(10 * rows + step), 5, 40
     embed = torch.randn(vocab, hidden_size, generator=g).bfloat16()
-    for number, (exit_at, not_at) in enumerate([(5, 5), (0, 5), (2, 5), (4, 5), (1, 3)]):
-        before, after, hidden = (torch.randn(rows, hidden_size, generator=g).bfloat16() for _ in range(3))
-        arguments = {
-            "slots": int32([row if row % 3 != 1 else -1 for row in range(rows)]),
-            "positions": int32(list(range(10, 10 + rows))),
-            "draw_positions": int32(list(range(11, 11 + rows))),
-            "remaining": int32([1 + (row + number) % 3 for row in range(rows)]),
-            "exited": int32([int(index >= exit_at and index != not_at) for index in range(layers)]),
-            "similarities": torch.rand(layers, rows, generator=g),
-            "step": int32([number]),
-            "records": torch.full((3, 2 + rows + layers * rows), -9, dtype=torch.int32),
-        }
-        tokens = torch.randint(0, vocab, (rows,), generator=g)
-        stop_tokens = torch.tensor([int(tokens[0]), -1] if number % 2 else [], dtype=torch.int64)
-        results = []
-        for module in (kernels, reference):
-            written = {"hidden": hidden.clone()} | {name: t.clone() for name, t in arguments.items()}
-            module.advance(before, after, tokens, embed, stop_tokens, *written.values())
-            results.append(written)
-        ours, theirs = results
-        for name in ("similarities", "records"):  # a cosine may differ in its last bits
-            actual, wanted = ours.pop(name), theirs.pop(name)
-            if name == "records":
-                head = 2 + rows
-                assert torch.equal(actual[:, :head], wanted[:, :head])
-                entry = number % 3
-                actual, wanted = (r[entry, head:].clone().view(torch.float32) for r in (actual, wanted))
-            assert_close(actual, wanted, torch.float32, name)
-        for name in ours:
-            assert torch.equal(ours[name], theirs[name]), name
+    before, after = (torch.randn(rows, hidden_size, generator=g).bfloat16() for _ in range(2))
+    tokens = torch.randint(0, vocab, (rows,), generator=g)
+    stop_tokens = torch.tensor([int(tokens[0]), -1] if step % 2 else [], dtype=torch.int64)
+    state = rows_in_flight(rows, layers, hidden_size, step, EXITED[step], g)
+    ours, theirs = advanced(kernels, (before, after, tokens, embed, stop_tokens), state)
+
+    # A cosine may differ in its last bits.
+    head, entry = 2 + rows, step % 3
+    records = [written.pop("records") for written in (ours, theirs)]
+    assert torch.equal(*(record[:, :head] for record in records))
+    recorded = [record[entry, head:].clone().view(torch.float32) for record in records]
+    assert_close(*recorded, torch.float32, "records")
+    similarities = [written.pop("similarities") for written in (ours, theirs)]
+    assert_close(*similarities, torch.float32, "similarities")
+    for name in ours:
+        assert torch.equal(ours[name], theirs[name]), name
+
+
+@pytest.mark.parametrize("token", [-1, 40, 2**40, -(2**63)])
+def test_advance_ends_a_row_without_a_token(kernels, token):
+    g = torch.Generator().manual_seed(0)
+    before, after, hidden = (torch.randn(3, 64, generator=g).bfloat16() for _ in range(3))
+    embed = torch.randn(40, 64, generator=g).bfloat16()
+    state = {
+        "hidden": hidden, "slots": int32([0, -1, 2]), "positions": int32([4, 5, 6]),
+        "draw_positions": int32([5, 6, 7]), "remaining": int32([9, 9, 9]), "exited": int32([0, 1]),
+        "similarities": torch.ones(2, 3), "step": int32([0]),
+        "records": torch.full((2, 2 + 3 + 6), -9, dtype=torch.int32),
+    }  # fmt: skip
+    drawn = before, after, torch.tensor([token, 7, 39]), embed, torch.tensor([5])
+    ours, theirs = advanced(kernels, drawn, state)
+    assert all(torch.equal(ours[name], theirs[name]) for name in ours)
+    assert ours["records"][0, 2:5].tolist() == [-2, -1, 39] and ours["slots"].tolist() == [-1, -1, 2]
+    assert torch.equal(ours["hidden"][:2], hidden[:2])
 
 
 @pytest.mark.parametrize("window", [1, 64, 700, 1025, 1500, 2500, 5000])
@@ -316,24 +349,3 @@ def test_lm_head_without_finite_logits_has_no_token(kernels, rows):
                 tokens = kernels.lm_head(hidden, norm, changed, 1e-5, **options)[0]
                 assert torch.equal(tokens, reference.lm_head(hidden, norm, changed, 1e-5, **options)[0])
                 assert tokens[-1] == -1
-
-
-@pytest.mark.parametrize("token", [-1, 40, 2**40, -(2**63)])
-def test_advance_ends_a_row_without_a_token(kernels, token):
-    g, results = torch.Generator().manual_seed(0), []
-    before, after, hidden = (torch.randn(3, 64, generator=g).bfloat16() for _ in range(3))
-    embed = torch.randn(40, 64, generator=g).bfloat16()
-    for module in (kernels, reference):
-        written = {
-            "hidden": hidden.clone(), "slots": int32([0, -1, 2]), "positions": int32([4, 5, 6]),
-            "draw_positions": int32([5, 6, 7]), "remaining": int32([9, 9, 9]), "exited": int32([0, 1]),
-            "similarities": torch.ones(2, 3), "step": int32([0]),
-            "records": torch.full((2, 2 + 3 + 6), -9, dtype=torch.int32),
-        }  # fmt: skip
-        tokens = torch.tensor([token, 7, 39])
-        module.advance(before, after, tokens, embed, torch.tensor([5]), *written.values())
-        results.append(written)
-    ours, theirs = results
-    assert all(torch.equal(ours[name], theirs[name]) for name in ours)
-    assert ours["records"][0, 2:5].tolist() == [-2, -1, 39] and ours["slots"].tolist() == [-1, -1, 2]
-    assert torch.equal(ours["hidden"][:2], hidden[:2])

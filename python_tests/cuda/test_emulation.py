@@ -25,7 +25,7 @@ PLANTED = {  # name: what the message says, or "results" where only they can tel
     "shuffle_mask": "the mask leaves out the calling lane",
     "divergent_barrier": "divergent __syncthreads",
     "return_before_barrier": "deadlock.*threads 0-31 at __syncthreads.*32-63 returned",
-    "endless_wait": "deadlock.*spin loop",
+    "endless_wait": "deadlock.*threads 0-63 at an mbarrier",
     "no_dependency_wait": "returned without a dependency wait",
 }
 RING_BUGS = [("no full wait", True), ("no empty wait", True), ("no expect", True),

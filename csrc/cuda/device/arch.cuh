@@ -58,8 +58,8 @@ RIVER_MMA(__half, "f16")
 
 // ---- dependent launches (nothing on older chips, where launches are plain) -----------------------
 
-// Lets the next kernel of the stream start, once a thread of every block has come here or every block has ended; it still
-// waits for this kernel's end before it touches its results.
+// Lets the next kernel of the stream start, once a thread of every block has come here or every block has ended; it
+// still waits for this kernel's end before it touches its results.
 RIVER_DEVICE void dependency_trigger() {
 #if RIVER_SM90
   asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
@@ -77,8 +77,8 @@ RIVER_DEVICE void dependency_wait() {
 
 RIVER_DEVICE void prefetch_to_l2(const void* p) { asm volatile("prefetch.global.L2 [%0];" ::"l"(p)); }
 
-// What kernels ahead, or other blocks of this one, wrote: from L2, as this SM's L1 may hold what was there before. It stays
-// on its side of dependency_wait().
+// What kernels ahead, or other blocks of this one, wrote: from L2, as this SM's L1 may hold what was there before. It
+// stays on its side of dependency_wait().
 template <class T>
 RIVER_DEVICE T load_written(const T* p) {
   if constexpr (sizeof(T) == 2) {  // CUDA's own of these types may be moved across the wait: it is no volatile asm
@@ -96,16 +96,6 @@ RIVER_DEVICE int32_t load_hint(const int32_t* p) {
   return v;
 }
 
-RIVER_DEVICE uint32_t load_acquire(const uint32_t* p) {
-  uint32_t v;
-  asm volatile("ld.acquire.gpu.global.u32 %0, [%1];" : "=r"(v) : "l"(p) : "memory");
-  return v;
-}
-
-RIVER_DEVICE void store_release(uint32_t* p, uint32_t v) {
-  asm volatile("st.release.gpu.global.u32 [%0], %1;" ::"l"(p), "r"(v) : "memory");
-}
-
 // Before a counter says that this thread's writes are there, and after it said so of others'. Lighter than
 // __threadfence(), which also orders everything among all threads.
 RIVER_DEVICE void gpu_fence() { asm volatile("fence.acq_rel.gpu;" ::: "memory"); }
@@ -114,9 +104,6 @@ RIVER_DEVICE void gpu_fence() { asm volatile("fence.acq_rel.gpu;" ::: "memory");
 RIVER_DEVICE void store_release_system(uint32_t* p, uint32_t v) {
   asm volatile("st.release.sys.global.u32 [%0], %1;" ::"l"(p), "r"(v) : "memory");
 }
-
-// In every loop that polls memory
-RIVER_DEVICE void spin_hint() { __nanosleep(20); }
 
 // ---- parts of a warp ----------------------------------------------------------------------------
 
@@ -208,7 +195,8 @@ RIVER_DEVICE void bulk_prefetch_to_l2(const void* p, uint32_t bytes) {
 }
 RIVER_DEVICE void bulk_prefetch_to_l2(const void* p, uint32_t bytes, CopyHint hint) {
 #if RIVER_SM90
-  asm volatile("cp.async.bulk.prefetch.L2.global.L2::cache_hint [%0], %1, %2;" ::"l"(p), "r"(bytes), "l"(hint) : "memory");
+  asm volatile("cp.async.bulk.prefetch.L2.global.L2::cache_hint [%0], %1, %2;"
+               ::"l"(p), "r"(bytes), "l"(hint) : "memory");
 #endif
 }
 
@@ -244,7 +232,7 @@ RIVER_DEVICE T shuffle(T value, int lane) {
   return __shfl_sync(kAllLanes, value, lane);
 }
 
-// One phase per use of a stage: the n-th use (from 0) waits with parity n % 2. Lies in shared memory. In code for chips
+// Lies in shared memory. Whoever waits for the n-th use of a stage (from 0) waits with parity n % 2. In code for chips
 // without bulk copies, StageBarrier<true> does what <false> does.
 template <bool kWantBulk>
 struct StageBarrier {
@@ -260,7 +248,7 @@ struct StageBarrier {
   RIVER_DEVICE void arrive() { mbarrier_arrive(&state); }
   RIVER_DEVICE void wait(uint32_t parity) { mbarrier_wait(&state, parity); }
 
-  // Starts a stage. No lane may still wait for "empty" when the first one fills: two phases later its parity is back.
+  // Starts a stage. No lane may still wait for "empty" when the first one fills: two uses later its parity is back.
   RIVER_DEVICE void arrive_expect(uint32_t bytes) {
     __syncwarp();
     if constexpr (kBulk) {
@@ -278,7 +266,7 @@ struct StageBarrier {
     }
   }
 
-  // kRows pieces of `bytes`: piece r from the address that lane r holds, to `to` + r * stride
+  // Copies kRows pieces of `bytes`: piece r from the address that lane r holds, to `to` + r * stride.
   template <int kRows>
   RIVER_DEVICE void copy_rows(unsigned char* to, int stride, const void* from, uint32_t bytes, CopyHint hint) {
     const void* row[kRows];

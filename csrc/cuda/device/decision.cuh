@@ -4,6 +4,7 @@
 #pragma once
 
 #include "activations.cuh"
+#include "similarity.cuh"
 
 namespace river::device {
 

@@ -17,9 +17,8 @@
 namespace river::device {
 
 struct LaunchOptions {
-  const char* name;          // for error messages
-  bool pdl = false;          // may start before the kernels ahead of it end; it must execute dependency_wait()
-  bool cooperative = false;  // all blocks resident at once
+  const char* name;  // for error messages
+  bool pdl = false;  // may start before the kernels ahead of it end; it must execute dependency_wait()
 };
 
 inline void check(cudaError_t error, const char* name, const std::string& details = "") {
@@ -28,7 +27,7 @@ inline void check(cudaError_t error, const char* name, const std::string& detail
   throw std::runtime_error(std::string("kernel ") + name + ": " + cudaGetErrorString(error) + details);
 }
 
-// find(device) of the current device, asked once for each
+// What find(device) says of the current device; it is asked once for each device.
 template <class Facts>
 const Facts& of_current_device(Facts (*find)(int device)) {
   constexpr int kMaxDevices = 64;
@@ -59,44 +58,37 @@ inline const DeviceFacts& device_facts() {
   });
 }
 
+inline std::string sizes_of(dim3 grid, dim3 block, size_t shared_bytes) {
+  const auto text = [](dim3 d) {
+    return std::to_string(d.x) + " x " + std::to_string(d.y) + " x " + std::to_string(d.z);
+  };
+  return " (grid " + text(grid) + ", block " + text(block) + ", " + std::to_string(shared_bytes) +
+         " bytes of shared memory)";
+}
+
 template <class... Parameters, class... Arguments>
 void launch(void (*kernel)(Parameters...), dim3 grid, dim3 block, size_t shared_bytes, cudaStream_t stream,
             const LaunchOptions& options, Arguments&&... arguments) {
-  const auto sizes = [&] {
-    auto text = [](dim3 d) { return std::to_string(d.x) + " x " + std::to_string(d.y) + " x " + std::to_string(d.z); };
-    return " (grid " + text(grid) + ", block " + text(block) + ", " + std::to_string(shared_bytes) +
-           " bytes of shared memory)";
-  };
-  auto attempt = [&](cudaError_t error) {
-    if (error != cudaSuccess) check(error, options.name, sizes());
+  const auto attempt = [&](cudaError_t error) {
+    if (error != cudaSuccess) check(error, options.name, sizes_of(grid, block, shared_bytes));
   };
   cudaFuncAttributes facts{};
   attempt(cudaFuncGetAttributes(&facts, kernel));
-  const auto set = [&](cudaFuncAttribute attribute, int value) {
-    attempt(cudaFuncSetAttribute(kernel, attribute, value));
-  };
   // Both belong to the function, not to this launch: always the same values, whatever other threads launch.
-  set(cudaFuncAttributeMaxDynamicSharedMemorySize,
-      device_facts().shared_memory_per_block - static_cast<int>(facts.sharedSizeBytes));
-  // two consecutive kernels share an SM only if the carve-out leaves room for both
-  set(cudaFuncAttributePreferredSharedMemoryCarveout, cudaSharedmemCarveoutMaxShared);
-  cudaLaunchAttribute attributes[2];
-  unsigned count = 0;
-  if (options.pdl && facts.ptxVersion >= 90) {  // code made from older PTX does not wait, on whatever device it runs
-    attributes[count].id = cudaLaunchAttributeProgrammaticStreamSerialization;
-    attributes[count++].val.programmaticStreamSerializationAllowed = 1;
-  }
-  if (options.cooperative) {
-    attributes[count].id = cudaLaunchAttributeCooperative;
-    attributes[count++].val.cooperative = 1;
-  }
-  cudaLaunchConfig_t config = {};
-  config.gridDim = grid;
-  config.blockDim = block;
-  config.dynamicSmemBytes = shared_bytes;
-  config.stream = stream;
-  config.attrs = attributes;
-  config.numAttrs = count;
+  const int dynamic_limit = device_facts().shared_memory_per_block - static_cast<int>(facts.sharedSizeBytes);
+  attempt(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, dynamic_limit));
+  // Two consecutive kernels share an SM only if the carve-out leaves room for both.
+  attempt(cudaFuncSetAttribute(kernel, cudaFuncAttributePreferredSharedMemoryCarveout, cudaSharedmemCarveoutMaxShared));
+  cudaLaunchAttribute early_start{};
+  early_start.id = cudaLaunchAttributeProgrammaticStreamSerialization;
+  early_start.val.programmaticStreamSerializationAllowed = 1;
+  const bool early = options.pdl && facts.ptxVersion >= 90;  // code made from older PTX does not wait, on any device
+  const cudaLaunchConfig_t config{.gridDim = grid,
+                                  .blockDim = block,
+                                  .dynamicSmemBytes = shared_bytes,
+                                  .stream = stream,
+                                  .attrs = &early_start,
+                                  .numAttrs = early ? 1u : 0u};
   attempt(cudaLaunchKernelEx(&config, kernel, std::forward<Arguments>(arguments)...));
 }
 

@@ -22,6 +22,9 @@ RIVER_DEVICE T from_float(float x) {
   else return __float2half_rn(x);
 }
 
+// Orders numbers by magnitude; infinity and NaN are 0x7f800000 and above.
+RIVER_DEVICE uint32_t magnitude_bits(float x) { return __float_as_uint(x) & 0x7fffffffu; }
+
 // Two 16-bit values as a register of the tensor cores, `low` at the lower address
 template <class T>
 RIVER_DEVICE uint32_t pair(T low, T high) {
@@ -38,29 +41,7 @@ RIVER_DEVICE float2 to_float2(uint32_t pair) {
   else return {__half2float(__ushort_as_half(low)), __half2float(__ushort_as_half(high))};
 }
 
-// 16 values from and to memory aligned to 16 bytes
-template <class T>
-RIVER_DEVICE void load16(const T* p, float (&out)[16]) {
-  if constexpr (sizeof(T) == 4) {
-#pragma unroll
-    for (int i = 0; i < 16; i += 4) {
-      const float4 v = *reinterpret_cast<const float4*>(p + i);
-      out[i] = v.x, out[i + 1] = v.y, out[i + 2] = v.z, out[i + 3] = v.w;
-    }
-  } else {
-#pragma unroll
-    for (int i = 0; i < 16; i += 8) {
-      const uint4 v = *reinterpret_cast<const uint4*>(p + i);
-      const uint32_t words[4] = {v.x, v.y, v.z, v.w};
-#pragma unroll
-      for (int j = 0; j < 4; j++) {
-        const float2 two = to_float2<T>(words[j]);
-        out[i + 2 * j] = two.x, out[i + 2 * j + 1] = two.y;
-      }
-    }
-  }
-}
-
+// 16 values to memory aligned to 16 bytes
 template <class T>
 RIVER_DEVICE void store16(T* p, const float (&in)[16]) {
   if constexpr (sizeof(T) == 4) {
@@ -78,6 +59,7 @@ RIVER_DEVICE void store16(T* p, const float (&in)[16]) {
   }
 }
 
+// 8 values from 16 bytes
 template <class T>
 RIVER_DEVICE void unpack(const uint4& v, float (&out)[8]) {
   const uint32_t word[4] = {v.x, v.y, v.z, v.w};
@@ -87,6 +69,7 @@ RIVER_DEVICE void unpack(const uint4& v, float (&out)[8]) {
   }
 }
 
+// 16 bytes from 8 values, each rounded once
 template <class T>
 RIVER_DEVICE uint4 repack(const float (&v)[8]) {
   uint32_t word[4];
@@ -100,7 +83,7 @@ constexpr uint32_t kNibbleMagic = std::is_same_v<T, bf16> ? 0x43004300u : 0x6400
 template <class T>
 constexpr float kNibbleOffset = std::is_same_v<T, bf16> ? 128.f : 1024.f;
 
-// Pair i of a W4 word: i = 0, 1, 2, 3 are the registers a0, a2, a1, a3 of an mma (layout: river_ext/w4.py).
+// Pair i of a W4 word: i = 0, 1, 2, 3 are the registers a0, a2, a1, a3 of an mma (layout: river_ext/quant/w4.py).
 template <class T>
 RIVER_DEVICE uint32_t nibble_pair(uint32_t word, int i) {
   return ((word >> (4 * i)) & 0x000f000fu) | kNibbleMagic<T>;

@@ -65,11 +65,8 @@ T load_written(const T* p) {
   return *p;
 }
 inline int32_t load_hint(const int32_t* p) { return *p; }
-inline uint32_t load_acquire(const uint32_t* p) { return *p; }
-inline void store_release(uint32_t* p, uint32_t v) { *p = v; }
 inline void store_release_system(uint32_t* p, uint32_t v) { *p = v; }
 inline void gpu_fence() {}
-inline void spin_hint() { emulation::spin(); }
 
 inline bool elect_one() { return threadIdx.x % 32 == 0; }
 

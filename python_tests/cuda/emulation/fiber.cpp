@@ -13,7 +13,7 @@
 #include <sanitizer/common_interface_defs.h>
 #endif
 
-#if defined(__x86_64__) && !defined(RIVER_UCONTEXT)
+#if defined(__x86_64__)
 #define RIVER_OWN_SWITCH 1
 #else
 #include <ucontext.h>

@@ -38,8 +38,6 @@ inline __half __float2half_rn(float x) {
   return {static_cast<uint16_t>(out | sign)};
 }
 
-inline __nv_bfloat16 __float2bfloat16(float x) { return __float2bfloat16_rn(x); }
-inline __half __float2half(float x) { return __float2half_rn(x); }
 inline uint16_t __bfloat16_as_ushort(__nv_bfloat16 x) { return x.bits; }
 inline uint16_t __half_as_ushort(__half x) { return x.bits; }
 inline __nv_bfloat16 __ushort_as_bfloat16(uint16_t x) { return {x}; }

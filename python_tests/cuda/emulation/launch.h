@@ -11,7 +11,6 @@ namespace river::device {
 struct LaunchOptions {
   const char* name;
   bool pdl = false;
-  bool cooperative = false;
 };
 
 struct DeviceFacts {
@@ -27,8 +26,12 @@ template <class... Parameters, class... Arguments>
 void launch(void (*kernel)(Parameters...), dim3 grid, dim3 block, size_t shared_bytes, CUstream_st*,
             const LaunchOptions& options, Arguments&&... arguments) {
   std::tuple<Parameters...> copies(std::forward<Arguments>(arguments)...);
-  emulation::enqueue({options.name, grid, block, shared_bytes, options.pdl, options.cooperative,
-                      [kernel, copies] { std::apply(kernel, copies); }});
+  emulation::enqueue({.name = options.name,
+                      .grid = grid,
+                      .block = block,
+                      .shared_bytes = shared_bytes,
+                      .pdl = options.pdl,
+                      .body = [kernel, copies] { std::apply(kernel, copies); }});
 }
 
 }  // namespace river::device

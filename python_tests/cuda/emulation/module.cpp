@@ -1,20 +1,17 @@
-// river_emulation: the CUDA launchers on the emulated GPU, for the tests. A launcher takes the fields of its Args by
-// name: numbers, addresses (0: null), and dtypes by name. run() queues any number of them and returns when all have run.
+// river_emulation: the CUDA launchers on the emulated GPU, for the tests. run() queues any number of them (op_calls.h)
+// and returns when all have run.
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
 #include <algorithm>
 #include <cstdlib>
 #include <cstring>
-#include <functional>
-#include <map>
 #include <new>
 #include <string>
 #include <utility>
 #include <vector>
 
-#include "cuda/read_ring.h"
-#include "river.h"
+#include "op_calls.h"
 #include "runtime.h"
 #include "selftest.h"
 
@@ -23,41 +20,6 @@ namespace cuda = river::cuda;
 using namespace river::emulation;
 
 namespace {
-
-river::DType dtype_of(const std::string& name) {
-  if (name == "float32") return river::DType::kFloat32;
-  if (name == "bfloat16") return river::DType::kBFloat16;
-  if (name == "float16") return river::DType::kFloat16;
-  throw py::value_error("no such dtype: " + name);
-}
-
-// Moves keyword arguments into fields; in the end none may be left.
-class Fields {
- public:
-  explicit Fields(const py::kwargs& values) : values_(values) {}
-  ~Fields() noexcept(false) {
-    if (!failed_ && !values_.empty())
-      throw py::type_error("unknown field " + py::str(values_.begin()->first).cast<std::string>());
-  }
-
-  template <class M>
-  Fields& operator()(const char* name, M& member) {
-    if (!values_.contains(name)) {
-      failed_ = true;
-      throw py::type_error(std::string("missing field ") + name);
-    }
-    const py::object value = values_[name];
-    if constexpr (std::is_pointer_v<M>) member = reinterpret_cast<M>(value.cast<uintptr_t>());
-    else if constexpr (std::is_same_v<M, river::DType>) member = dtype_of(value.cast<std::string>());
-    else member = value.cast<M>();
-    PyDict_DelItemString(values_.ptr(), name);
-    return *this;
-  }
-
- private:
-  py::dict values_;
-  bool failed_ = false;
-};
 
 // Memory of a launch, poisoned, with a guard behind it (under AddressSanitizer the end is exact).
 class Memory {
@@ -100,18 +62,6 @@ void run(F launch) {
   }
 }
 
-// A launcher with its arguments
-struct Call {
-  cuda::WorkspaceSize size{};
-  std::function<void(const cuda::Workspace&)> launch;
-};
-
-template <class Args>
-Call call(const Args& args, cuda::WorkspaceSize size,
-          void (*launch)(const Args&, const cuda::Workspace&, cuda::Stream)) {
-  return {size, [args, launch](const cuda::Workspace& workspace) { launch(args, workspace, nullptr); }};
-}
-
 // Queues the calls, as a stream would, and runs them all, in one workspace.
 void run_calls(const std::vector<Call>& calls) {
   cuda::WorkspaceSize size{};
@@ -123,128 +73,18 @@ void run_calls(const std::vector<Call>& calls) {
   const Memory partials("the partial sums", size.partials * sizeof(float), 0xff);
   const Memory counters("the counters", size.counters * sizeof(uint32_t), 0);
   const Memory scratch("the scratch memory", size.scratch, 0xff);
-  const cuda::Workspace workspace{partials.as<float>(), counters.as<uint32_t>(), scratch.as<void>(),
-                                  device().sm_count,    device().overlap,        cuda::variants};
+  const cuda::Workspace workspace{.partials = partials.as<float>(),
+                                  .counters = counters.as<uint32_t>(),
+                                  .scratch = scratch.as<void>(),
+                                  .blocks = device().sm_count,
+                                  .overlap = device().overlap,
+                                  .variants = cuda::variants};
   run([&] {
     for (const Call& call : calls) call.launch(workspace);
   });
   partials.check(false);
   counters.check(true);
   scratch.check(false);
-}
-
-Call state_similarity(const py::kwargs& values) {
-  river::StateSimilarityArgs a{};
-  Fields{values}("dtype", a.dtype)("rows", a.rows)("hidden_size", a.hidden_size)("x", a.x)("y", a.y)("out", a.out);
-  return call(a, {}, cuda::launch_state_similarity);
-}
-
-Call read_ring(const py::kwargs& values) {
-  river::ReadRingArgs a{};
-  Fields{values}("bytes", a.bytes)("stage_bytes", a.stage_bytes)("copy_bytes", a.copy_bytes)("stages", a.stages)(
-      "blocks_per_sm", a.blocks_per_sm)("data", a.data)("checksums", a.checksums);
-  return call(a, {}, cuda::launch_read_ring);
-}
-
-template <void (*kLaunch)(const river::W4Args&, cuda::Stream)>
-Call w4_format(const py::kwargs& values) {
-  river::W4Args a{};
-  Fields{values}("out_features", a.out_features)("in_features", a.in_features)("group_tiles", a.group_tiles)(
-      "dtype", a.dtype)("packed", a.packed)("q", a.q)("scale", a.scale)("zero", a.zero)("dense", a.dense);
-  return {{}, [a](const cuda::Workspace&) { kLaunch(a, nullptr); }};
-}
-
-Call linear(const py::kwargs& values) {
-  river::LinearArgs a{};
-  Fields{values}("dtype", a.dtype)("packed", a.packed)("rows", a.rows)("in_features", a.in_features)(
-      "out_features", a.out_features)("x", a.x)("weight", a.weight)("bias", a.bias)("out", a.out);
-  return call(a, cuda::linear_workspace(a), cuda::launch_linear);
-}
-
-Call lm_head(const py::kwargs& values) {
-  river::LmHeadArgs a{};
-  Fields{values}("dtype", a.dtype)("rows", a.rows)("hidden_size", a.hidden_size)("vocab_size", a.vocab_size)(
-      "rms_norm_eps", a.rms_norm_eps)("hidden", a.hidden)("norm", a.norm)("weight", a.weight)(
-      "temperature", a.temperature)("seeds", a.seeds)("positions", a.positions)("tokens", a.tokens)("logits", a.logits);
-  return call(a, cuda::lm_head_workspace(a), cuda::launch_lm_head);
-}
-
-Call sample(const py::kwargs& values) {
-  river::SampleArgs a{};
-  Fields{values}("rows", a.rows)("vocab_size", a.vocab_size)("logits", a.logits)("temperature", a.temperature)(
-      "top_k", a.top_k)("top_p", a.top_p)("min_p", a.min_p)("seeds", a.seeds)("positions", a.positions)(
-      "tokens", a.tokens)("logprobs", a.logprobs);
-  return call(a, {}, cuda::launch_sample);
-}
-
-Call decode_attention(const py::kwargs& values) {
-  river::AttentionArgs a{};
-  Fields{values}("dtype", a.dtype)("rows", a.rows)("num_heads", a.num_heads)("num_kv_heads", a.num_kv_heads)(
-      "head_dim", a.head_dim)("num_slots", a.num_slots)("max_len", a.max_len)("softmax_scale", a.softmax_scale)(
-      "sliding_window", a.sliding_window)("query", a.query)("k_cache", a.k_cache)("v_cache", a.v_cache)(
-      "slots", a.slots)("positions", a.positions)("kv_valid", a.kv_valid)("out", a.out);
-  return call(a, cuda::decode_attention_workspace(a), cuda::launch_decode_attention);
-}
-
-Fields& block_fields(Fields& fields, river::BlockArgs& a) {
-  return fields("dtype", a.dtype)("rows", a.rows)("hidden_size", a.hidden_size)("num_heads", a.num_heads)(
-      "num_kv_heads", a.num_kv_heads)("head_dim", a.head_dim)("rotary_dim", a.rotary_dim)("num_slots", a.num_slots)(
-      "max_len", a.max_len)("rms_norm_eps", a.rms_norm_eps)("softmax_scale", a.softmax_scale)(
-      "sliding_window", a.sliding_window)("hidden", a.hidden)("input_layernorm", a.input_layernorm)(
-      "post_attention_layernorm", a.post_attention_layernorm)("q_bias", a.q_bias)("k_bias", a.k_bias)(
-      "v_bias", a.v_bias)("o_bias", a.o_bias)("q_norm", a.q_norm)("k_norm", a.k_norm)("cos", a.cos)("sin", a.sin)(
-      "query_scale", a.query_scale)("slots", a.slots)("positions", a.positions)("kv_valid", a.kv_valid)(
-      "k_cache", a.k_cache)("v_cache", a.v_cache)("out", a.out)("similarity", a.similarity);
-}
-
-Fields& block_weights(Fields& fields, river::DecoderBlockArgs& a) {
-  return fields("intermediate_size", a.intermediate_size)("q_proj", a.q_proj)("k_proj", a.k_proj)("v_proj", a.v_proj)(
-      "o_proj", a.o_proj)("gate_proj", a.gate_proj)("up_proj", a.up_proj)("down_proj", a.down_proj);
-}
-
-Call decoder_block(const py::kwargs& values) {
-  river::DecoderBlockArgs a{};
-  {
-    Fields fields{values};
-    block_weights(block_fields(fields, a), a);
-  }
-  return call(a, cuda::decoder_block_workspace(a), cuda::launch_decoder_block);
-}
-
-Call exit_layer(const py::kwargs& values) {
-  river::ExitLayerArgs a{};
-  {
-    Fields fields{values};
-    block_fields(fields, a)("gate_up_tiles", a.gate_up_tiles)("qkv_proj", a.qkv_proj)("o_proj", a.o_proj)(
-        "gate_up_proj", a.gate_up_proj)("down_proj", a.down_proj);
-  }
-  return call(a, cuda::exit_layer_workspace(a), cuda::launch_exit_layer);
-}
-
-Call dual_layer(const py::kwargs& values) {
-  river::DualLayerArgs a{};
-  river::ExitDecision& d = a.decision;
-  {
-    Fields fields{values};
-    block_weights(block_fields(fields, a.block), a.block)("qkv_tiles", a.exit_layer.qkv_proj)(
-        "o_tiles", a.exit_layer.o_proj)("gate_up_tiles", a.exit_layer.gate_up_proj)(
-        "down_tiles", a.exit_layer.down_proj)("index", d.index)("previous", d.previous)("thresholds", d.thresholds)(
-        "min_layers", d.min_layers)("limit", d.limit)("exited", d.exited)("similarities", d.similarities);
-  }
-  static_cast<river::BlockArgs&>(a.exit_layer) = a.block;
-  a.exit_layer.gate_up_tiles = (a.block.intermediate_size + 7) / 8;
-  return call(a, cuda::dual_layer_workspace(a), cuda::launch_dual_layer);
-}
-
-Call advance(const py::kwargs& values) {
-  river::AdvanceArgs a{};
-  Fields{values}("dtype", a.dtype)("rows", a.rows)("hidden_size", a.hidden_size)("vocab_size", a.vocab_size)(
-      "layers", a.layers)("num_stop_tokens", a.num_stop_tokens)("num_records", a.num_records)("before", a.before)(
-      "after", a.after)("tokens", a.tokens)("embed_tokens", a.embed_tokens)("stop_tokens", a.stop_tokens)(
-      "hidden", a.hidden)("slots", a.slots)("positions", a.positions)("draw_positions", a.draw_positions)(
-      "remaining", a.remaining)("exited", a.exited)("similarities", a.similarities)("step", a.step)("records",
-                                                                                                    a.records);
-  return call(a, {}, cuda::launch_advance);
 }
 
 Choice choice_of(const std::string& name) {
@@ -274,38 +114,23 @@ PYBIND11_MODULE(river_emulation, m) {
   m.def(
       "set_schedule",
       [](const std::string& order, const std::string& copies, bool early_dependents, uint64_t seed) {
-        schedule() = {choice_of(order), choice_of(copies), early_dependents, seed};
+        schedule() = {
+            .order = choice_of(order), .copies = choice_of(copies), .early_dependents = early_dependents, .seed = seed};
       },
       py::kw_only(), py::arg("order"), py::arg("copies"), py::arg("early_dependents"), py::arg("seed"));
   m.def(
       "set_device",
       [](int sm_count, int arch, const std::string& overlap, int shared_memory) {
-        device() = {sm_count, arch, overlap_of(overlap), shared_memory};
+        device() = {.sm_count = sm_count, .arch = arch, .overlap = overlap_of(overlap), .shared_memory = shared_memory};
       },
       py::kw_only(), py::arg("sm_count"), py::arg("arch"), py::arg("overlap"), py::arg("shared_memory") = 0);
   m.def("set_variant", cuda::set_variant, py::arg("name"), py::arg("value"));
 
-  using Op = Call (*)(const py::kwargs&);
-  static const std::map<std::string, Op> kOps{
-      {"decoder_block", decoder_block},
-      {"exit_layer", exit_layer},
-      {"dual_layer", dual_layer},
-      {"advance", advance},
-      {"decode_attention", decode_attention},
-      {"lm_head", lm_head},
-      {"sample", sample},
-      {"linear", linear},
-      {"state_similarity", state_similarity},
-      {"read_ring", read_ring},
-      {"pack_w4", w4_format<cuda::launch_pack_w4>},
-      {"unpack_w4", w4_format<cuda::launch_unpack_w4>},
-      {"dequantize_w4", w4_format<cuda::launch_dequantize_w4>},
-  };
   m.def(
       "run",
       [](const std::vector<std::pair<std::string, py::dict>>& ops) {
         std::vector<Call> calls;
-        for (const auto& [name, fields] : ops) calls.push_back(kOps.at(name)(py::kwargs(fields)));
+        for (const auto& [name, fields] : ops) calls.push_back(make_call(name, py::kwargs(fields)));
         run_calls(calls);
       },
       "Queues ops, (name, fields of its Args) each, and runs them all");

@@ -55,7 +55,7 @@ struct Launch {
   const char* name;
   dim3 grid, block;
   size_t shared_bytes;
-  bool pdl, cooperative;
+  bool pdl;
   std::function<void()> body;  // the kernel with its arguments, run by every thread
 };
 
@@ -71,13 +71,14 @@ struct Piece {  // of a copy to shared memory
 struct Thread {
   Thread(Block* block, int linear);
   Block* block;
-  int linear, lane;
+  int linear, lane;  // its number in the block, and in its warp
   uint3 index;
   const char* waits_at = nullptr;  // null: runs, or has returned
   int line = 0;
-  uint64_t* mbarrier = nullptr;
-  uint32_t parity = 0;
+  uint64_t* mbarrier = nullptr;     // that it waits at
+  uint32_t parity = 0;              // that it waits for the mbarrier to leave
   std::vector<Piece> async_copies;  // not yet followed by an arrival
+  std::string failure;              // what ended it
   Fiber fiber;
 };
 
@@ -101,10 +102,10 @@ struct Block {
     int arrived = 0, expected = 0, line = 0, any = 0, result = 0;
     std::vector<Thread*> waiting;
   } barriers[16];
-  std::vector<std::vector<std::unique_ptr<Collective>>> warps;
+  std::vector<std::vector<std::unique_ptr<Collective>>> warps;  // operations of each warp under way
 
   struct Shared {
-    const void* site;
+    const void* site;  // where it is declared; null: the dynamic shared memory
     size_t bytes;
     std::unique_ptr<unsigned char, void (*)(void*)> memory;
   };
@@ -120,14 +121,13 @@ struct Block {
 
 struct Grid {
   Launch launch;
-  uint64_t random;
+  uint64_t random;           // state of its random numbers
   std::vector<uint3> order;  // of the blocks
   size_t next = 0;           // not yet started
   std::vector<std::unique_ptr<Block>> resident;
   std::vector<Thread*> runnable, at_dependency;
   size_t head = 0;  // of runnable
   bool dependency_met = false;
-  int64_t idle_spins = 0;
 };
 
 extern Thread* current;  // the thread that runs
@@ -141,8 +141,7 @@ bool sanitized();             // AddressSanitizer watches the ends of all memory
 
 // ---- for device code ----------------------------------------------------------------------------
 
-[[noreturn]] void fail(const std::string& what);  // in the running thread
-void spin();
+[[noreturn]] void fail(const std::string& what);                              // in the running thread
 int sync_block(int id, int threads, const char* name, int line, bool value);  // returns whether any value was true
 Collective& join(uint32_t mask, const char* name, int line, const void* mine, size_t bytes,
                  void (*combine)(Collective&));

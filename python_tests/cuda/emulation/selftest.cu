@@ -86,9 +86,12 @@ __global__ void return_before_barrier(float* out) {
 }
 
 template <bool kBroken>
-__global__ void endless_wait(float* out, uint32_t* flag) {  // broken: nobody ever sets the flag
-  if (!kBroken && blockIdx.x == kBlocks - 1 && threadIdx.x == 0) store_release(flag, 1);
-  while (load_acquire(flag) == 0) spin_hint();
+__global__ void endless_wait(float* out) {  // broken: one arrival too few
+  RIVER_SHARED(StageBarrier<true>, barrier, [1]);
+  if (threadIdx.x == 0) barrier[0].init_empty(kThreads);
+  __syncthreads();
+  if (!kBroken || threadIdx.x != 0) barrier[0].arrive();
+  barrier[0].wait(0);
   out[global_index()] = global_index();
 }
 
@@ -219,8 +222,7 @@ bool run_planted(const char* name, float* out, float* scratch) {
   else if (is("divergent_barrier")) run(divergent_barrier<kBroken>, name, out);
   else if (is("return_before_barrier")) run(return_before_barrier<kBroken>, name, out);
   else if (is("last_arriver")) run(last_arriver<kBroken>, name, out, scratch + 1, counter);
-  else if (is("endless_wait"))
-    launch(endless_wait<kBroken>, kBlocks, kThreads, 0, nullptr, {.name = name, .cooperative = true}, out, counter);
+  else if (is("endless_wait")) run(endless_wait<kBroken>, name, out);
   else if (is("no_dependency_wait")) launch(no_dependency_wait<kBroken>, kBlocks, kThreads, 0, nullptr, pdl, out);
   else if (is("missing_dependency_wait")) {
     for (int i = 0; i < kBlocks * kThreads; i++) out[i] = i;

@@ -1,0 +1,61 @@
+// What decides a step, and what it writes down: the exit rule, the last token of a row, the record of a step. Written
+// once for the CPU and the GPU. No function reads memory: a kernel on a GPU loads what it hands over in its own way.
+#pragma once
+
+#include <math.h>
+
+#include <cstdint>
+
+#include "host_device.h"
+
+namespace river {
+
+// ---- the exit rule ----------------------------------------------------------------------------------
+
+// A row agrees that layer `index` and all after it run as exit layers if the similarity of layer index - 1 is above its
+// bar: strictly above the threshold, and not before min_layers backbone layers. An inactive row has no say, so that it
+// always agrees.
+RIVER_BOTH constexpr float exit_bar(bool active, float threshold, int index, int min_layers) {
+  return !active ? -INFINITY : index < min_layers ? INFINITY : threshold;
+}
+RIVER_BOTH constexpr bool row_agrees(float similarity, float bar) { return similarity > bar; }
+
+// Whether layer `index` asks the rows: only the output of a decoder block does. `left`: layer index - 1 ran as an exit
+// layer, which nothing at index 0 did.
+RIVER_BOTH constexpr bool asks_rows(int index, bool left) { return index > 0 && !left; }
+
+// Whether layer `index` runs as an exit layer: for good once a token has left, at the latest after `limit` backbone
+// layers, and earlier where the rows were asked and all agree.
+RIVER_BOTH constexpr bool runs_as_exit_layer(int index, bool left, int limit, bool all_rows_agree) {
+  return left || index >= limit || all_rows_agree;
+}
+
+// ---- the end of a step ------------------------------------------------------------------------------
+
+// Anything else, kNoToken of lm_head included, means that no token was drawn.
+RIVER_BOTH constexpr bool is_drawn(int64_t token, int vocab_size) { return token >= 0 && token < vocab_size; }
+
+// Whether a row ends with this token; `remaining` are those that it may still draw after it.
+RIVER_BOTH constexpr bool is_last_token(int remaining, bool drawn, bool stop_token) {
+  return remaining <= 0 || !drawn || stop_token;
+}
+
+// ---- the record of a step ---------------------------------------------------------------------------
+
+constexpr int kInactive = -1;  // in place of a token: the row is inactive;
+constexpr int kFailed = -2;    // no token was drawn
+
+RIVER_BOTH constexpr int32_t recorded_token(bool active, int64_t token, bool drawn) {
+  return !active ? kInactive : drawn ? int32_t(token) : kFailed;
+}
+
+// int32: the stamp, which is the number of the step from 1 and written last; the exit depth; T tokens or codes; the
+// similarities [layers, T] as fp32
+struct RecordLayout {
+  static constexpr int kStamp = 0, kDepth = 1, kTokens = 2;
+
+  RIVER_BOTH static constexpr int similarities(int rows) { return kTokens + rows; }
+  RIVER_BOTH static constexpr int64_t size(int rows, int layers) { return similarities(rows) + int64_t(layers) * rows; }
+};
+
+}  // namespace river
