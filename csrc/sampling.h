@@ -23,13 +23,13 @@ RIVER_BOTH inline bool is_finite(float x) { return (bits_of(x) & 0x7f800000u) !=
 RIVER_BOTH inline uint64_t token_key(float value, uint32_t id) {
   const uint32_t bits = bits_of(value + 0.f);  // -0 and 0 are equal
   const uint32_t ordered = bits & 0x80000000u ? ~bits : bits | 0x80000000u;
-  return (uint64_t)ordered << 32 | (0xffffffffu - id);
+  return uint64_t(ordered) << 32 | (0xffffffffu - id);
 }
 
-RIVER_BOTH inline int64_t token_of(uint64_t key) { return 0xffffffffu - (uint32_t)key; }
+RIVER_BOTH inline int64_t token_of(uint64_t key) { return 0xffffffffu - uint32_t(key); }
 
 RIVER_BOTH inline float value_of(uint64_t key) {
-  const uint32_t ordered = (uint32_t)(key >> 32);
+  const uint32_t ordered = uint32_t(key >> 32);
   return float_of(ordered & 0x80000000u ? ordered & 0x7fffffffu : ~ordered);
 }
 
@@ -66,7 +66,7 @@ RIVER_BOTH inline uint64_t weight_of(float scaled_logit) { return fixed_point(ex
 
 // log softmax of a logit, from the sum of all weights at temperature 1; never -0
 RIVER_BOTH inline float log_probability(float logit, float largest, uint64_t total) {
-  const float sum = product((float)total, 0x1p-40f);
+  const float sum = product(float(total), 0x1p-40f);
   return ((logit - largest) - log_of(reduced(sum))) + 0.f;
 }
 
@@ -83,7 +83,7 @@ struct DrawRule {
     temperature = temperature_ > kMinTemperature ? temperature_ : kMinTemperature;
     top_k = top_k_ > 0 && top_k_ < vocab_size ? top_k_ : 0;
     const bool nucleus = top_p_ > 0 && top_p_ < 1;
-    top_p = nucleus ? (uint32_t)product(top_p_, 0x1p32f) : 0;
+    top_p = nucleus ? uint32_t(product(top_p_, 0x1p32f)) : 0;
     if (nucleus && top_p == 0) top_p = 1;
     const bool by_min_p = min_p > 0 && min_p <= 1;
     least = !by_min_p ? float_of(0xff800000u) : min_p < 1 ? log_of(reduced(min_p)) : 0.f;
@@ -93,7 +93,7 @@ struct DrawRule {
   // so that one stays.
   RIVER_BOTH uint64_t nucleus_limit(uint64_t total) const {
     const uint64_t high = (total >> 32) * top_p, low = (total & 0xffffffffu) * top_p;
-    return high + (low >> 32) + ((uint32_t)low != 0);
+    return high + (low >> 32) + (uint32_t(low) != 0);
   }
 
   RIVER_BOTH float scale(float logit, float largest) const { return scaled(logit, largest, temperature); }

@@ -43,9 +43,9 @@ MUTANTS = [
     ),
     Mutant(
         "kv_valid by row",
-        "csrc/cpu/layer.cpp",
-        "a.kv_valid[(int64_t)a.slots[row] * a.max_len + p]",
-        "a.kv_valid[(int64_t)row * a.max_len + p]",
+        "csrc/cpu/attention.cpp",
+        "a.kv_valid[int64_t(a.slots[row]) * a.max_len + p]",
+        "a.kv_valid[int64_t(row) * a.max_len + p]",
         "test_decoder_block.py -k options",
     ),
     Mutant(
@@ -64,7 +64,7 @@ MUTANTS = [
     ),
     Mutant(
         "similarity unscaled too far",
-        "csrc/cpu/isa/kernels.cpp",
+        "csrc/cpu/isa/similarity.h",
         "max >= 0x1p-40f && max <= 0x1p40f",
         "max >= 0x1p-40f && max <= 0x1p70f",
         "test_state_similarity.py -k magnitude",
@@ -78,7 +78,7 @@ MUTANTS = [
     ),
     Mutant(
         "a merge that swallows NaN",
-        "csrc/cpu/isa/kernels.cpp",
+        "csrc/cpu/isa/attention.h",
         "if (split.sum == 0) continue;",
         "if (!(split.sum > 0)) continue;",
         "test_decode_attention.py -k nan",
@@ -134,9 +134,9 @@ MUTANTS = [
     ),
     Mutant(
         "a failed row goes on",
-        "csrc/cpu/step.cpp",
-        "--a.remaining[t] <= 0 || !is_drawn(token)",
-        "--a.remaining[t] <= 0",
+        "csrc/step_rules.h",
+        "remaining <= 0 || !drawn || stop_token",
+        "remaining <= 0 || stop_token",
         "test_advance.py test_not_finite.py",
     ),
     Mutant(

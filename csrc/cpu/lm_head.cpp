@@ -1,9 +1,10 @@
 // lm_head on a CPU: each thread keeps the best token of its strips, and the best of all is the same whoever had which.
 #include <cmath>
+#include <cstring>
 #include <mutex>
 
+#include "linear.h"
 #include "noise.h"
-#include "strips.h"
 
 namespace river::cpu {
 
@@ -17,6 +18,10 @@ struct Best {
   void offer(float score_, int64_t id_) {  // ties to the lowest id, in whatever order the offers come
     if (score_ > score || (score_ == score && id_ < id)) score = score_, id = id_;
   }
+  void merge(const Best& other) {
+    offer(other.score, other.id);
+    failed |= other.failed;
+  }
 };
 
 bool all_finite(const float (&logits)[kTileRows], int count) {
@@ -25,43 +30,36 @@ bool all_finite(const float (&logits)[kTileRows], int count) {
   return !failed;
 }
 
+// The strip whose `count` tokens begin at `first`, for row t
+void offer_strip(const LmHeadArgs& a, int t, int64_t first, int count, const float (&logits)[kTileRows], Best& best) {
+  if (a.logits) memcpy(a.logits + int64_t(t) * a.vocab_size + first, logits, count * sizeof(float));
+  best.failed |= !all_finite(logits, count);
+  float noisy[kTileRows];
+  const bool sampled = a.temperature && a.temperature[t] > 0;
+  if (sampled)
+    add_noise(logits, std::max(a.temperature[t], kMinTemperature), uint64_t(a.seeds[t]), a.positions[t], first, noisy);
+  const float* scores = sampled ? noisy : logits;
+  for (int i = 0; i < count; i++) best.offer(scores[i], first + i);
+}
+
 }  // namespace
 
 void launch_lm_head(const LmHeadArgs& a, const Parallel& parallel) {
-  Activations x(a.dtype, false, a.rows, a.hidden_size);
-  auto y = scratch<char>(a.hidden_size * size_of(a.dtype));
-  for (int t = 0; t < a.rows; t++) {
-    kernels().rms_norm(a.dtype, at(a.hidden, a.dtype, (int64_t)t * a.hidden_size), a.norm, a.rms_norm_eps,
-                       a.hidden_size, y.get());
-    x.set(t, y.get());
-  }
+  const Rows rows = Rows::all(a.rows);
+  const Activations x({.dtype = a.dtype, .data = a.hidden, .cols = a.hidden_size, .rows = rows},
+                      {.weight = a.norm, .eps = a.rms_norm_eps}, false);
+  const Weight head{.dtype = a.dtype, .packed = false, .data = a.weight, .rows = a.vocab_size, .cols = a.hidden_size};
   Best best[kMaxRows];
   std::mutex mutex;
-  const Weight head{a.dtype, false, a.weight, a.vocab_size, a.hidden_size};
   parallel(head.strips(), head.grain(), [&](int64_t begin, int64_t end) {
     Best local[kMaxRows];
     StripOut logits;
     for (int64_t s = begin; s < end; s++) {
-      const int64_t first = s * kTileRows;
-      const int count = (int)std::min<int64_t>(kTileRows, a.vocab_size - first);
-      head.strip(s, x.operand(), logits);
-      for (int t = 0; t < a.rows; t++) {
-        if (a.logits) memcpy(a.logits + (int64_t)t * a.vocab_size + first, logits[t], count * sizeof(float));
-        local[t].failed |= !all_finite(logits[t], count);
-        float noisy[kTileRows];
-        const bool sampled = a.temperature && a.temperature[t] > 0;
-        if (sampled)
-          add_noise(logits[t], std::max(a.temperature[t], kMinTemperature), (uint64_t)a.seeds[t], a.positions[t], first,
-                    noisy);
-        const float* scores = sampled ? noisy : logits[t];
-        for (int i = 0; i < count; i++) local[t].offer(scores[i], first + i);
-      }
+      head.strip(s, x, logits);
+      for (int t = 0; t < a.rows; t++) offer_strip(a, t, s * kTileRows, head.strip_rows(s), logits[t], local[t]);
     }
     std::lock_guard<std::mutex> lock(mutex);
-    for (int t = 0; t < a.rows; t++) {
-      best[t].offer(local[t].score, local[t].id);
-      best[t].failed |= local[t].failed;
-    }
+    for (int t = 0; t < a.rows; t++) best[t].merge(local[t]);
   });
   for (int t = 0; t < a.rows; t++) a.tokens[t] = best[t].failed ? kNoToken : best[t].id;
 }

@@ -22,12 +22,12 @@ float largest_of(const float* logits, int n) {
   int32_t most = INT32_MIN;  // the logits' bits, ordered as signed numbers: an involution
   uint32_t failed = 0;
   for (int i = 0; i < n; i++) {
-    const auto bits = (int32_t)bits_of(logits[i]);
+    const auto bits = int32_t(bits_of(logits[i]));
     const int32_t ordered = bits ^ ((bits >> 31) & 0x7fffffff);
     most = ordered > most ? ordered : most;
     failed |= !is_finite(logits[i]);
   }
-  return failed ? NAN : float_of((uint32_t)(most ^ ((most >> 31) & 0x7fffffff)));
+  return failed ? NAN : float_of(uint32_t(most ^ ((most >> 31) & 0x7fffffff)));
 }
 
 struct Row {
@@ -44,11 +44,11 @@ struct Row {
   uint64_t best = 0;                // key of the best score
 
   Row(const SampleArgs& a, int t)
-      : logits(a.logits + (int64_t)t * a.vocab_size), vocab_size(a.vocab_size),
-        rule(a.temperature[t], a.top_k[t], a.top_p[t], a.min_p[t], a.vocab_size), seed((uint64_t)a.seeds[t]),
+      : logits(a.logits + int64_t(t) * a.vocab_size), vocab_size(a.vocab_size),
+        rule(a.temperature[t], a.top_k[t], a.top_p[t], a.min_p[t], a.vocab_size), seed(uint64_t(a.seeds[t])),
         position(a.positions[t]), span_largest(ceil_div(a.vocab_size, kSpan)) {}
 
-  int spans() const { return (int)span_largest.size(); }
+  int spans() const { return int(span_largest.size()); }
   int first(int span) const { return span * kSpan; }
   int end(int span) const { return std::min((span + 1) * kSpan, vocab_size); }
 
@@ -184,8 +184,8 @@ void launch_sample(const SampleArgs& a, const Parallel& parallel) {
   for (int t = 0; t < a.rows; t++) rows.emplace_back(a, t);
   const int spans = rows[0].spans();
   const auto for_spans = [&](auto f) {
-    parallel((int64_t)a.rows * spans, kSpansPerTask, [&](int64_t begin, int64_t end) {
-      for (int64_t i = begin; i < end; i++) f(rows[i / spans], (int)(i % spans));
+    parallel(int64_t(a.rows) * spans, kSpansPerTask, [&](int64_t begin, int64_t end) {
+      for (int64_t i = begin; i < end; i++) f(rows[i / spans], int(i % spans));
     });
   };
 

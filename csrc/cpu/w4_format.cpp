@@ -1,105 +1,118 @@
 // The W4 tile format on the CPU: pack, unpack, dequantise. The layout is described in river_ext/quant/w4.py.
 #include "isa/kernels.h"
 
+#include <algorithm>
 #include <cstring>
 
 namespace river::cpu {
 
 namespace {
 
-struct Place {  // of tile entry (row, column): its 32-bit word and the shift in it
+constexpr int kWords = 128;            // 32-bit words of nibbles in a tile
+constexpr int kMetadata = kWords * 4;  // byte offset of the (scale, zero) pairs
+using Words = uint32_t[kWords];
+using Metadata = uint16_t[kTileRows][2];  // fp16 scale and zero of each row
+
+struct Nibble {  // of tile entry (row, column): its word and the shift in it
   int word, shift;
 };
 
-constexpr Place place(int row, int column) {
-  return {(row % 8) * 16 + column / 4, 16 * (column % 2) + 4 * (column % 4 / 2) + 8 * (row / 8)};
+constexpr Nibble nibble_at(int row, int column) {
+  return {.word = (row % 8) * 16 + column / 4, .shift = 16 * (column % 2) + 4 * (column % 4 / 2) + 8 * (row / 8)};
 }
 
-constexpr int kMetadata = 512;  // byte offset of the (scale, zero) pairs
+// One tile of a weight; rows and columns past those of the weight are padding.
+struct Tile {
+  int64_t first_row, first_column;
+  int rows, columns;  // that are no padding
+  int64_t group;      // along K
+  bool begins_group;
+  uint8_t* bytes;  // [576]
 
-struct Shape {
-  int64_t row_tiles, column_tiles, groups;
-  explicit Shape(const W4Args& a)
-      : row_tiles(ceil_div(a.out_features, kTileRows)), column_tiles(ceil_div(a.in_features, kTileCols)),
-        groups(ceil_div(column_tiles, a.group_tiles)) {}
+  // Calls f(row in the tile, column in the tile, index in [out, in]) for the entries that are no padding.
+  template <class F>
+  void for_entries(const W4Args& a, F f) const {
+    for (int row = 0; row < rows; row++)
+      for (int column = 0; column < columns; column++)
+        f(row, column, (first_row + row) * a.in_features + first_column + column);
+  }
+
+  // Calls f(row in the tile, index in [out, groups]) for the rows that are no padding.
+  template <class F>
+  void for_pairs(const W4Args& a, F f) const {
+    const int64_t groups = ceil_div(ceil_div(a.in_features, kTileCols), a.group_tiles);
+    for (int row = 0; row < rows; row++) f(row, (first_row + row) * groups + group);
+  }
 };
 
-// Calls f(tile bytes, row tile, column tile) for every tile
+// Calls f for every tile, strips of them in parallel.
 template <class F>
-void for_tiles(const W4Args& a, const Shape& shape, const Parallel& parallel, F f) {
-  parallel(shape.row_tiles, 1, [&](int64_t begin, int64_t end) {
+void for_tiles(const W4Args& a, const Parallel& parallel, F f) {
+  const int64_t tiles = ceil_div(a.in_features, kTileCols);
+  parallel(ceil_div(a.out_features, kTileRows), 1, [&](int64_t begin, int64_t end) {
     for (int64_t n = begin; n < end; n++)
-      for (int64_t k = 0; k < shape.column_tiles; k++) f(a.packed + (n * shape.column_tiles + k) * kTileBytes, n, k);
+      for (int64_t k = 0; k < tiles; k++)
+        f(Tile{.first_row = n * kTileRows,
+               .first_column = k * kTileCols,
+               .rows = int(std::min<int64_t>(kTileRows, a.out_features - n * kTileRows)),
+               .columns = int(std::min<int64_t>(kTileCols, a.in_features - k * kTileCols)),
+               .group = k / a.group_tiles,
+               .begins_group = k % a.group_tiles == 0,
+               .bytes = a.packed + (n * tiles + k) * kTileBytes});
   });
 }
-
-// Calls f(row in tile, column in tile, flat index in [out, in]) for the entries that are not padding
-template <class F>
-void for_entries(const W4Args& a, int64_t n, int64_t k, F f) {
-  for (int row = 0; row < kTileRows && n * kTileRows + row < a.out_features; row++)
-    for (int column = 0; column < kTileCols && k * kTileCols + column < a.in_features; column++)
-      f(row, column, (n * kTileRows + row) * a.in_features + k * kTileCols + column);
-}
-
-void read_words(const uint8_t* tile, uint32_t (&words)[128]) { memcpy(words, tile, sizeof(words)); }
 
 }  // namespace
 
 void launch_pack_w4(const W4Args& a, const Parallel& parallel) {
-  const Shape shape(a);
-  for_tiles(a, shape, parallel, [&](uint8_t* tile, int64_t n, int64_t k) {
-    uint32_t words[128] = {};
-    uint16_t metadata[kTileRows][2] = {};
-    for_entries(a, n, k, [&](int row, int column, int64_t i) {
-      const Place at = place(row, column);
-      words[at.word] |= (uint32_t)a.q[i] << at.shift;
+  for_tiles(a, parallel, [&](const Tile& tile) {
+    Words words = {};
+    Metadata metadata = {};
+    tile.for_entries(a, [&](int row, int column, int64_t i) {
+      const Nibble at = nibble_at(row, column);
+      words[at.word] |= uint32_t(a.q[i]) << at.shift;
     });
-    for (int row = 0; row < kTileRows && n * kTileRows + row < a.out_features; row++) {
-      const int64_t group = (n * kTileRows + row) * shape.groups + k / a.group_tiles;
-      metadata[row][0] = a.scale[group];
-      metadata[row][1] = a.zero[group];
-    }
-    memcpy(tile, words, sizeof(words));
-    memcpy(tile + kMetadata, metadata, sizeof(metadata));
+    tile.for_pairs(a, [&](int row, int64_t i) {
+      metadata[row][0] = a.scale[i];
+      metadata[row][1] = a.zero[i];
+    });
+    memcpy(tile.bytes, words, sizeof(words));
+    memcpy(tile.bytes + kMetadata, metadata, sizeof(metadata));
   });
 }
 
 void launch_unpack_w4(const W4Args& a, const Parallel& parallel) {
-  const Shape shape(a);
-  for_tiles(a, shape, parallel, [&](const uint8_t* tile, int64_t n, int64_t k) {
-    uint32_t words[128];
-    uint16_t metadata[kTileRows][2];
-    read_words(tile, words);
-    memcpy(metadata, tile + kMetadata, sizeof(metadata));
-    for_entries(a, n, k, [&](int row, int column, int64_t i) {
-      const Place at = place(row, column);
+  for_tiles(a, parallel, [&](const Tile& tile) {
+    Words words;
+    Metadata metadata;
+    memcpy(words, tile.bytes, sizeof(words));
+    memcpy(metadata, tile.bytes + kMetadata, sizeof(metadata));
+    tile.for_entries(a, [&](int row, int column, int64_t i) {
+      const Nibble at = nibble_at(row, column);
       a.q[i] = words[at.word] >> at.shift & 15;
     });
-    if (k % a.group_tiles != 0) return;
-    for (int row = 0; row < kTileRows && n * kTileRows + row < a.out_features; row++) {
-      const int64_t group = (n * kTileRows + row) * shape.groups + k / a.group_tiles;
-      a.scale[group] = metadata[row][0];
-      a.zero[group] = metadata[row][1];
-    }
+    if (!tile.begins_group) return;  // a group that is larger than a tile repeats its pair in each
+    tile.for_pairs(a, [&](int row, int64_t i) {
+      a.scale[i] = metadata[row][0];
+      a.zero[i] = metadata[row][1];
+    });
   });
 }
 
 void launch_dequantize_w4(const W4Args& a, const Parallel& parallel) {
-  const Shape shape(a);
-  for_tiles(a, shape, parallel, [&](const uint8_t* tile, int64_t n, int64_t k) {
-    uint32_t words[128];
-    float metadata[2 * kTileRows], row_values[kTileCols];
-    read_words(tile, words);
-    kernels().to_float(DType::kFloat16, tile + kMetadata, metadata, 2 * kTileRows);
-    const int64_t columns = a.in_features - k * kTileCols < kTileCols ? a.in_features - k * kTileCols : kTileCols;
-    for (int row = 0; row < kTileRows && n * kTileRows + row < a.out_features; row++) {
+  for_tiles(a, parallel, [&](const Tile& tile) {
+    Words words;
+    float metadata[2 * kTileRows], values[kTileCols];
+    memcpy(words, tile.bytes, sizeof(words));
+    kernels().to_float(DType::kFloat16, tile.bytes + kMetadata, metadata, 2 * kTileRows);
+    for (int row = 0; row < tile.rows; row++) {
       const float scale = metadata[2 * row], zero = metadata[2 * row + 1];
-      for (int column = 0; column < columns; column++) {
-        const Place at = place(row, column);
-        row_values[column] = ((float)(words[at.word] >> at.shift & 15) - zero) * scale;
+      for (int column = 0; column < tile.columns; column++) {
+        const Nibble at = nibble_at(row, column);
+        values[column] = (float(words[at.word] >> at.shift & 15) - zero) * scale;
       }
-      const int64_t first = (n * kTileRows + row) * a.in_features + k * kTileCols;
-      kernels().from_float(a.dtype, row_values, (char*)a.dense + first * size_of(a.dtype), columns);
+      const int64_t first = (tile.first_row + row) * a.in_features + tile.first_column;
+      kernels().from_float(a.dtype, values, static_cast<char*>(a.dense) + first * size_of(a.dtype), tile.columns);
     }
   });
 }

@@ -9,6 +9,7 @@
 #include <cstdint>
 #include <initializer_list>
 #include <optional>
+#include <ostream>
 #include <string>
 
 namespace river::ops {
@@ -41,6 +42,29 @@ inline std::string device_of(const Tensor& t) {
   if (t.is_cpu()) return "cpu";
   return t.is_cuda() ? "cuda:" + std::to_string(t.get_device_index()) : "another device";
 }
+
+constexpr int64_t kAny = -1;  // a size that is not checked
+
+// A shape in a message, made into text only when a check fails.
+template <class Values>
+struct Shape {
+  const Values& values;
+
+  friend std::ostream& operator<<(std::ostream& out, const Shape& shape) {
+    const char* separator = "";
+    out << "[";
+    for (const int64_t value : shape.values) {
+      out << separator;
+      if (value == kAny) out << "*";
+      else out << value;
+      separator = ", ";
+    }
+    return out << "]";
+  }
+};
+
+template <class Values>
+Shape(const Values&) -> Shape<Values>;
 
 template <class T = void>
 const T* data(const Tensor& t) {

@@ -5,7 +5,6 @@
 #include <cstdint>
 #include <cstring>
 #include <initializer_list>
-#include <ostream>
 #include <sstream>
 #include <stdexcept>
 #include <string>
@@ -15,34 +14,11 @@
 
 namespace river::ops {
 
-constexpr int64_t kAny = -1;  // a size that is not checked
-
 inline int64_t tiles_of(int64_t output_rows) { return ceil_div(output_rows, kTileRows); }
 inline int64_t column_tiles_of(int64_t columns) { return ceil_div(columns, kTileCols); }
 
-// A shape in a message, made into text only when a check fails.
-template <class Values>
-struct Shape {
-  const Values& values;
-
-  friend std::ostream& operator<<(std::ostream& out, const Shape& shape) {
-    const char* separator = "";
-    out << "[";
-    for (const int64_t value : shape.values) {
-      out << separator;
-      if (value == kAny) out << "*";
-      else out << value;
-      separator = ", ";
-    }
-    return out << "]";
-  }
-};
-
-template <class Values>
-Shape(const Values&) -> Shape<Values>;
-
-// Checks the arguments of one op. The first tensor says where the op runs; all others must be there too. Values in a GPU's
-// memory are not looked at: that would wait for it. Its kernels treat rows out of range as inactive.
+// Checks the arguments of one op. The first tensor says where the op runs; all others must be there too. Values in a
+// GPU's memory are not looked at: that would wait for it. Its kernels treat rows out of range as inactive.
 class Check {
  public:
   Check(const char* op, const char* first_name, const Tensor& first) : op_(op), first_name_(first_name) {

@@ -46,8 +46,18 @@ def test_layer(printed):
     assert -1 <= number(r"output (-?[\d.]+)", out) < 1
 
 
+def test_benchmark(printed):
+    _, *lines = printed("benchmark.py").splitlines()
+    assert [line[:10] for line in lines] == ["river W4  ", "river bf16", "torch bf16"]
+    for line in lines:
+        microseconds, gb_per_second, percent = map(float, line[10:].rstrip(" %").split())
+        weight_bytes = 4096 * 4096 * (0.5625 if "W4" in line else 2)
+        assert microseconds > 0 and percent > 0
+        assert gb_per_second == pytest.approx(weight_bytes / microseconds / 1e3, rel=0.05, abs=0.06)
+
+
 def test_every_example_is_tested_and_named_in_the_readme():
     names = {path.name for path in EXAMPLES.glob("*.py")}
-    assert names == {"generate.py", "linear_w4.py", "attention.py", "layer.py"}
+    assert names == {"generate.py", "layer.py", "attention.py", "linear_w4.py", "benchmark.py"}
     readme = (EXAMPLES.parent / "README.md").read_text()
     assert all(f"examples/{name}" in readme for name in names)

@@ -123,17 +123,17 @@ inline void reduce_each(const Sum (&sums)[N], float (&out)[N]) {
 #endif
 
 #if defined(__AVX512F__)  // one instruction each, where GCC makes several; maskz: GCC 12 warns without
-inline u16x16 narrow(u32x16 v) { return (u16x16)_mm512_maskz_cvtepi32_epi16(0xffff, (__m512i)v); }
-inline u32x16 widen(u16x16 v) { return (u32x16)_mm512_maskz_cvtepu16_epi32(0xffff, (__m256i)v); }
+inline u16x16 narrow(u32x16 v) { return u16x16(_mm512_maskz_cvtepi32_epi16(0xffff, __m512i(v))); }
+inline u32x16 widen(u16x16 v) { return u32x16(_mm512_maskz_cvtepu16_epi32(0xffff, __m256i(v))); }
 #else
 inline u16x16 narrow(u32x16 v) { return __builtin_convertvector(v, u16x16); }
 inline u32x16 widen(u16x16 v) { return __builtin_convertvector(v, u32x16); }
 #endif
 
-inline f32x16 bf16_to_float(u16x16 v) { return (f32x16)(widen(v) << 16); }
+inline f32x16 bf16_to_float(u16x16 v) { return f32x16(widen(v) << 16); }
 
 inline u16x16 float_to_bf16(f32x16 v) {  // nearest even; NaN stays NaN
-  u32x16 bits = (u32x16)v;
+  u32x16 bits = u32x16(v);
   u32x16 rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
   return narrow(v == v ? rounded : ((bits >> 16) | 0x40u));
 }
@@ -141,7 +141,7 @@ inline u16x16 float_to_bf16(f32x16 v) {  // nearest even; NaN stays NaN
 #if defined(__F16C__)
 inline f32x16 f16_to_float(u16x16 v) {
 #if defined(__AVX512F__)
-  return (f32x16)_mm512_maskz_cvtph_ps(0xffff, (__m256i)v);
+  return f32x16(_mm512_maskz_cvtph_ps(0xffff, __m256i(v)));
 #else
   __m128i half[2];
   memcpy(half, &v, 32);
@@ -161,17 +161,17 @@ inline u16x16 float_to_f16(f32x16 v) {
 inline f32x16 f16_to_float(u16x16 v) {
   u32x16 half = widen(v), magnitude = (half & 0x7fffu) << 13;
   // 2^112 moves the exponent bias from 15 to 127 and makes subnormals right
-  f32x16 scaled = (f32x16)magnitude * 0x1p112f;
+  f32x16 scaled = f32x16(magnitude) * 0x1p112f;
   u32x16 special = magnitude | 0x7f800000u;
-  u32x16 bits = (half & 0x7c00u) == 0x7c00u ? special : (u32x16)scaled;
-  return (f32x16)(bits | ((half & 0x8000u) << 16));
+  u32x16 bits = (half & 0x7c00u) == 0x7c00u ? special : u32x16(scaled);
+  return f32x16(bits | ((half & 0x8000u) << 16));
 }
 
 inline u16x16 float_to_f16(f32x16 v) {
-  u32x16 bits = (u32x16)v, sign = (bits >> 16) & 0x8000u, magnitude = bits & 0x7fffffffu;
+  u32x16 bits = u32x16(v), sign = (bits >> 16) & 0x8000u, magnitude = bits & 0x7fffffffu;
   // normal: rebias and round to nearest even; subnormal: let an addition align and round
   u32x16 normal = (magnitude - 0x38000000u + 0xfffu + ((magnitude >> 13) & 1u)) >> 13;
-  u32x16 subnormal = (u32x16)((f32x16)magnitude + 0.5f) - 0x3f000000u;
+  u32x16 subnormal = u32x16(f32x16(magnitude) + 0.5f) - 0x3f000000u;
   u32x16 out = magnitude < 0x38800000u ? subnormal : normal;
   out = magnitude >= 0x477ff000u ? (u32x16{} + 0x7c00u) : out;  // rounds to infinity
   out = magnitude > 0x7f800000u ? (u32x16{} + 0x7e00u) : out;   // NaN
@@ -179,20 +179,30 @@ inline u16x16 float_to_f16(f32x16 v) {
 }
 #endif
 
+// Calls f<D>() for the dtype D.
+template <class F>
+inline void with_dtype(river::DType dtype, F f) {
+  switch (dtype) {
+    case river::DType::kFloat32: return f.template operator()<river::DType::kFloat32>();
+    case river::DType::kBFloat16: return f.template operator()<river::DType::kBFloat16>();
+    case river::DType::kFloat16: return f.template operator()<river::DType::kFloat16>();
+  }
+}
+
 // 16 elements of the model dtype from index i
 inline f32x16 load_as_float(river::DType dtype, const void* p, int64_t i) {
   switch (dtype) {
-    case river::DType::kBFloat16: return bf16_to_float(load<u16x16>((const uint16_t*)p + i));
-    case river::DType::kFloat16: return f16_to_float(load<u16x16>((const uint16_t*)p + i));
-    default: return load<f32x16>((const float*)p + i);
+    case river::DType::kBFloat16: return bf16_to_float(load<u16x16>(static_cast<const uint16_t*>(p) + i));
+    case river::DType::kFloat16: return f16_to_float(load<u16x16>(static_cast<const uint16_t*>(p) + i));
+    default: return load<f32x16>(static_cast<const float*>(p) + i);
   }
 }
 
 inline void store_as(river::DType dtype, void* p, int64_t i, f32x16 v) {
   switch (dtype) {
-    case river::DType::kBFloat16: return store((uint16_t*)p + i, float_to_bf16(v));
-    case river::DType::kFloat16: return store((uint16_t*)p + i, float_to_f16(v));
-    default: return store((float*)p + i, v);
+    case river::DType::kBFloat16: return store(static_cast<uint16_t*>(p) + i, float_to_bf16(v));
+    case river::DType::kFloat16: return store(static_cast<uint16_t*>(p) + i, float_to_f16(v));
+    default: return store(static_cast<float*>(p) + i, v);
   }
 }
 
@@ -200,7 +210,7 @@ inline void store_as(river::DType dtype, void* p, int64_t i, f32x16 v) {
 inline f32x16 load_tail(river::DType dtype, const void* p, int64_t i, int64_t n) {
   char buffer[64] = {};
   const int64_t size = river::size_of(dtype);
-  memcpy(buffer, (const char*)p + i * size, (n - i) * size);
+  memcpy(buffer, static_cast<const char*>(p) + i * size, (n - i) * size);
   return load_as_float(dtype, buffer, 0);
 }
 
@@ -208,7 +218,7 @@ inline void store_tail(river::DType dtype, void* p, int64_t i, int64_t n, f32x16
   char buffer[64];
   const int64_t size = river::size_of(dtype);
   store_as(dtype, buffer, 0, v);
-  memcpy((char*)p + i * size, buffer, (n - i) * size);
+  memcpy(static_cast<char*>(p) + i * size, buffer, (n - i) * size);
 }
 
 // Calls f(i, lanes) for each 16 elements of x, the last ones zero-filled
@@ -238,8 +248,8 @@ inline Piece exp_piece(Piece x) {
   p = p * r + 1.6666665459e-1f;
   p = p * r + 5.0000001201e-1f;
   p = p * r * r + r + 1.f;
-  const WordPiece exponent = ((WordPiece)shifted - (WordPiece)(Piece{} + round)) << 23;
-  const Piece result = x < -87.3f ? Piece{} : (Piece)((WordPiece)p + exponent);
+  const WordPiece exponent = (WordPiece(shifted) - WordPiece(Piece{} + round)) << 23;
+  const Piece result = x < -87.3f ? Piece{} : Piece(WordPiece(p) + exponent);
   return x == x ? result : x;
 }
 

@@ -21,7 +21,7 @@ constexpr int kVectors = kSums / 4;       // activation vectors per pass
 #if defined(__AVX512BF16__)
 constexpr bool kBf16Dot = true;
 inline f32x16 dot_bf16(f32x16 acc, __m512i a, __m512i b) {
-  return (f32x16)_mm512_dpbf16_ps((__m512)acc, (__m512bh)a, (__m512bh)b);
+  return f32x16(_mm512_dpbf16_ps(__m512(acc), __m512bh(a), __m512bh(b)));
 }
 #else
 constexpr bool kBf16Dot = false;
@@ -52,9 +52,9 @@ inline V every_second(V a, V b) {
 // A W4 word i of a row pair holds columns 4i..4i+3, so packed operands group the columns of a tile by
 // their index mod 4: bf16 as pairs [(0, 1) x 16][(2, 3) x 16], fp32 as [0 x 16][1 x 16][2 x 16][3 x 16].
 inline void regroup_bf16(const void* group, void* out) {
-  const auto low = load<u32x16>(group), high = load<u32x16>((const char*)group + 64);  // pairs
+  const auto low = load<u32x16>(group), high = load<u32x16>(static_cast<const char*>(group) + 64);  // pairs
   store(out, every_second<0>(low, high));
-  store((char*)out + 64, every_second<1>(low, high));
+  store(static_cast<char*>(out) + 64, every_second<1>(low, high));
 }
 
 inline void regroup_float(const f32x16 (&v)[4], float* out) {
@@ -70,13 +70,13 @@ void prepare(DType dtype, const void* x, bool packed, int row, const Operand& op
   const bool bf16 = uses_bf16(dtype);
   const int64_t size = river::size_of(dtype);
   if (bf16 && !packed) {
-    auto* y = (uint16_t*)operand.values + (int64_t)row * operand.padded;
+    auto* y = static_cast<uint16_t*>(operand.values) + int64_t(row) * operand.padded;
     memcpy(y, x, operand.cols * 2);
     memset(y + operand.cols, 0, (operand.padded - operand.cols) * 2);
     return;
   }
   for (int base = 0; base < operand.padded; base += kGroup) {
-    const char* group = (const char*)x + base * size;
+    const char* group = static_cast<const char*>(x) + base * size;
     char tail[kGroup * sizeof(float)];
     if (operand.cols - base < kGroup) {
       memset(tail, 0, sizeof(tail));
@@ -85,11 +85,11 @@ void prepare(DType dtype, const void* x, bool packed, int row, const Operand& op
     }
     f32x16 v[4];
     for (int i = 0; i < 4; i++) v[i] = load_as_float(dtype, group, 16 * i);
-    const int64_t at = (int64_t)row * operand.padded + base;
+    const int64_t at = int64_t(row) * operand.padded + base;
     if (packed) operand.sums[at / kGroup] = reduce(((v[0] + v[1]) + v[2]) + v[3]);
-    if (!packed) memcpy((float*)operand.values + at, v, sizeof(v));
-    else if (bf16) regroup_bf16(group, (uint16_t*)operand.values + at);
-    else regroup_float(v, (float*)operand.values + at);
+    if (!packed) memcpy(static_cast<float*>(operand.values) + at, v, sizeof(v));
+    else if (bf16) regroup_bf16(group, static_cast<uint16_t*>(operand.values) + at);
+    else regroup_float(v, static_cast<float*>(operand.values) + at);
   }
 }
 
@@ -98,17 +98,17 @@ void prepare(DType dtype, const void* x, bool packed, int row, const Operand& op
 #if defined(__AVX512BF16__)
 template <int R, int T>
 inline void dense_rows_bf16(const uint16_t* weight, const Operand& x, int t0, int r0, StripOut& out) {
-  const auto* values = (const uint16_t*)x.values + (int64_t)t0 * x.padded;
+  const auto* values = static_cast<const uint16_t*>(x.values) + int64_t(t0) * x.padded;
   Sum acc[R * T];
   auto step = [&](int k, __mmask32 mask) {
     __m512i w[R];
     RIVER_UNROLL for (int r = 0; r < R; r++) {
-      const uint16_t* row = weight + (int64_t)(r0 + r) * x.cols + k;
-      if (t0 == 0) __builtin_prefetch(row + (int64_t)R * x.cols, 0, 2);  // the next block of rows, into L2
+      const uint16_t* row = weight + int64_t(r0 + r) * x.cols + k;
+      if (t0 == 0) __builtin_prefetch(row + int64_t(R) * x.cols, 0, 2);  // the next block of rows, into L2
       w[r] = _mm512_maskz_loadu_epi16(mask, row);
     }
     RIVER_UNROLL for (int t = 0; t < T; t++) {
-      const __m512i v = _mm512_loadu_si512(values + (int64_t)t * x.padded + k);
+      const __m512i v = _mm512_loadu_si512(values + int64_t(t) * x.padded + k);
       RIVER_UNROLL for (int r = 0; r < R; r++) acc[r * T + t].piece[0] = dot_bf16(acc[r * T + t].piece[0], w[r], v);
     }
   };
@@ -122,22 +122,22 @@ inline void dense_rows_bf16(const uint16_t* weight, const Operand& x, int t0, in
 }
 #endif
 
-template <DType kDType, int R, int T>
+template <DType D, int R, int T>
 inline void dense_rows_float(const char* weight, const Operand& x, int t0, int r0, StripOut& out) {
-  const float* values = (const float*)x.values + (int64_t)t0 * x.padded;
-  const int64_t row_bytes = x.cols * river::size_of(kDType);
+  const float* values = static_cast<const float*>(x.values) + int64_t(t0) * x.padded;
+  const int64_t row_bytes = x.cols * river::size_of(D);
   Sum acc[R * T];
   auto step = [&](int k, auto load_weight) {
     Values w[R];
     RIVER_UNROLL for (int r = 0; r < R; r++) w[r] = load_weight(weight + (r0 + r) * row_bytes);
     RIVER_UNROLL for (int t = 0; t < T; t++) {
-      const Values v = load<f32x16>(values + (int64_t)t * x.padded + k);
+      const Values v = load<f32x16>(values + int64_t(t) * x.padded + k);
       RIVER_UNROLL for (int r = 0; r < R; r++) acc[r * T + t].add(w[r], v);
     }
   };
   int k = 0;
-  for (; k + 16 <= x.cols; k += 16) step(k, [&](const char* row) { return load_as_float(kDType, row, k); });
-  if (k < x.cols) step(k, [&](const char* row) { return load_tail(kDType, row, k, x.cols); });
+  for (; k + 16 <= x.cols; k += 16) step(k, [&](const char* row) { return load_as_float(D, row, k); });
+  if (k < x.cols) step(k, [&](const char* row) { return load_tail(D, row, k, x.cols); });
   float sum[R * T];
   reduce_each(acc, sum);
   for (int t = 0; t < T; t++)
@@ -171,19 +171,16 @@ void dense_rows_all(const void* weight, int count, const Operand& x, StripOut& o
   for_vectors(x.rows, [&]<int T>(int t0) {
     for_rows<rows_in_flight(T)>(count, [&]<int R>(int r0) {
 #if defined(__AVX512BF16__)
-      if constexpr (D == DType::kBFloat16) return dense_rows_bf16<R, T>((const uint16_t*)weight, x, t0, r0, out);
+      if constexpr (D == DType::kBFloat16)
+        return dense_rows_bf16<R, T>(static_cast<const uint16_t*>(weight), x, t0, r0, out);
 #endif
-      dense_rows_float<D, R, T>((const char*)weight, x, t0, r0, out);
+      dense_rows_float<D, R, T>(static_cast<const char*>(weight), x, t0, r0, out);
     });
   });
 }
 
 void dense_strip(DType dtype, const void* weight, int count, const Operand& x, StripOut& out) {
-  switch (dtype) {
-    case DType::kFloat32: return dense_rows_all<DType::kFloat32>(weight, count, x, out);
-    case DType::kBFloat16: return dense_rows_all<DType::kBFloat16>(weight, count, x, out);
-    case DType::kFloat16: return dense_rows_all<DType::kFloat16>(weight, count, x, out);
-  }
+  with_dtype(dtype, [&]<DType D>() { dense_rows_all<D>(weight, count, x, out); });
 }
 
 // ---- W4 ---------------------------------------------------------------------------------------
@@ -204,10 +201,10 @@ struct Bf16Nibbles {
   Bf16Nibbles() {
     alignas(64) uint16_t entry[32];
     for (int i = 0; i < 32; i++) {
-      const float value = (float)(i % 16) - kOffset;
+      const float value = float(i % 16) - kOffset;
       uint32_t bits;
       memcpy(&bits, &value, 4);
-      entry[i] = (uint16_t)(bits >> 16);
+      entry[i] = uint16_t(bits >> 16);
     }
     table = _mm512_load_si512(entry);
   }
@@ -217,11 +214,11 @@ struct Bf16Nibbles {
     __m512i w = _mm512_loadu_si512(words);  // vpermw looks at 5 bits, the table repeats after 4
     asm("" : "+v"(w));                      // one load, not one per shift: there is one 64-byte load a cycle
     const __m512i lo0 = _mm512_permutexvar_epi16(w, table);
-    const __m512i lo1 = _mm512_permutexvar_epi16((__m512i)((u32x16)w >> 4), table);
-    const __m512i hi0 = _mm512_permutexvar_epi16((__m512i)((u32x16)w >> 8), table);
-    const __m512i hi1 = _mm512_permutexvar_epi16((__m512i)((u32x16)w >> 12), table);
+    const __m512i lo1 = _mm512_permutexvar_epi16(__m512i(u32x16(w) >> 4), table);
+    const __m512i hi0 = _mm512_permutexvar_epi16(__m512i(u32x16(w) >> 8), table);
+    const __m512i hi1 = _mm512_permutexvar_epi16(__m512i(u32x16(w) >> 12), table);
     for (int t = 0; t < T; t++) {
-      const auto* v = (const uint16_t*)x.values + (int64_t)(t0 + t) * x.padded + column;
+      const auto* v = static_cast<const uint16_t*>(x.values) + int64_t(t0 + t) * x.padded + column;
       const __m512i v0 = _mm512_loadu_si512(v), v1 = _mm512_loadu_si512(v + 32);
       lo[t].piece[0] = dot_bf16(dot_bf16(lo[t].piece[0], lo0, v0), lo1, v1);
       hi[t].piece[0] = dot_bf16(dot_bf16(hi[t].piece[0], hi0, v0), hi1, v1);
@@ -235,7 +232,7 @@ struct FloatNibbles {  // low nibbles are row g, the next ones row g + 8
 
   static Piece small_float(WordPiece q) {
     using Signed = int32_t __attribute__((vector_size(sizeof(WordPiece))));
-    return __builtin_convertvector((Signed)q, Piece);
+    return __builtin_convertvector(Signed(q), Piece);
   }
 
   template <int T>
@@ -246,7 +243,7 @@ struct FloatNibbles {  // low nibbles are row g, the next ones row g + 8
         const int shift = 16 * (part % 2) + 4 * (part / 2);
         const Piece q_lo = small_float((w >> shift) & 15u), q_hi = small_float((w >> (shift + 8)) & 15u);
         RIVER_UNROLL for (int t = 0; t < T; t++) {
-          const float* v = (const float*)x.values + (int64_t)(t0 + t) * x.padded + column;
+          const float* v = static_cast<const float*>(x.values) + int64_t(t0 + t) * x.padded + column;
           const Piece values = load<Piece>(v + 16 * part + kPieceBytes / 4 * piece);
           lo[t].piece[piece] += q_lo * values;
           hi[t].piece[piece] += q_hi * values;
@@ -265,7 +262,7 @@ inline void w4_vectors(const Nibbles& nibbles, const uint8_t* strip, const Opera
   for (int g0 = 0; g0 < 8; g0 += P) {
     Sum acc[2 * P * T];  // [row of a pair, pair, vector]
     for (int tile = 0; tile < tiles; tile++) {
-      const uint8_t* data = strip + (int64_t)tile * river::kTileBytes;
+      const uint8_t* data = strip + int64_t(tile) * river::kTileBytes;
       f32x16 scales, offsets;
       tile_metadata(data, Nibbles::kOffset, scales, offsets);
       if (T <= 2 && g0 == 0)
@@ -277,10 +274,10 @@ inline void w4_vectors(const Nibbles& nibbles, const uint8_t* strip, const Opera
       store(scale, scales);
       asm volatile("" : "+m"(scale));  // keeps them in memory, where an FMA broadcasts for free
       if (g0 == 0)
-        RIVER_UNROLL for (int t = 0; t < T; t++) correction[t].add(offsets, x.sums[(int64_t)(t0 + t) * tiles + tile]);
+        RIVER_UNROLL for (int t = 0; t < T; t++) correction[t].add(offsets, x.sums[int64_t(t0 + t) * tiles + tile]);
       RIVER_UNROLL for (int p = 0; p < P; p++) {
         Sum part_lo[T], part_hi[T];
-        nibbles.template dot<T>(data + 64 * (g0 + p), x, t0, (int64_t)tile * kGroup, part_lo, part_hi);
+        nibbles.template dot<T>(data + 64 * (g0 + p), x, t0, int64_t(tile) * kGroup, part_lo, part_hi);
         RIVER_UNROLL for (int t = 0; t < T; t++) {
           acc[p * T + t].add(part_lo[t], scale[g0 + p]);
           acc[(P + p) * T + t].add(part_hi[t], scale[g0 + p + 8]);
@@ -305,11 +302,10 @@ void w4_strip_by(const Nibbles& nibbles, const uint8_t* strip, const Operand& x,
   for_vectors(x.rows, [&]<int T>(int t0) { w4_vectors<pairs_in_flight(T), T>(nibbles, strip, x, t0, out); });
 }
 
-void w4_strip(DType dtype, const uint8_t* strip, const Operand& x, StripOut& out) {
+void w4_strip([[maybe_unused]] DType dtype, const uint8_t* strip, const Operand& x, StripOut& out) {
 #if defined(__AVX512BF16__)
   if (dtype == DType::kBFloat16) return w4_strip_by(Bf16Nibbles(), strip, x, out);
 #endif
-  (void)dtype;
   w4_strip_by(FloatNibbles(), strip, x, out);
 }
 

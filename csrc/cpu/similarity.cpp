@@ -1,0 +1,13 @@
+// state_similarity on a CPU.
+#include "buffers.h"
+
+namespace river::cpu {
+
+void launch_state_similarity(const StateSimilarityArgs& a, const Parallel&) {
+  for (int row = 0; row < a.rows; row++) {
+    const int64_t place = int64_t(row) * a.hidden_size;
+    a.out[row] = kernels().similarity(a.dtype, at(a.x, a.dtype, place), at(a.y, a.dtype, place), a.hidden_size);
+  }
+}
+
+}  // namespace river::cpu
