@@ -50,7 +50,7 @@ MUTANTS = [
     ),
     Mutant(
         "kv_valid by row, CUDA",
-        "csrc/cuda/decode_attention.cu",
+        "csrc/cuda/device/attention.cuh",
         "a.kv_valid[int64_t(slot) * a.max_len + p]",
         "a.kv_valid[int64_t(row) * a.max_len + p]",
         "test_cuda_kernels.py -k layer_options",
@@ -142,8 +142,8 @@ MUTANTS = [
     Mutant(
         "a failed row goes on, CUDA",
         "csrc/cuda/advance.cu",
-        "remaining <= 0 || !is_drawn(a, token)",
-        "remaining <= 0",
+        "is_last_token(remaining, is_drawn(token, a.vocab_size), stop_token)",
+        "is_last_token(remaining, true, stop_token)",
         "test_cuda_kernels.py -k advance",
     ),
     Mutant(
@@ -163,8 +163,8 @@ MUTANTS = [
     Mutant(
         "noise by 31 bits",
         "csrc/philox.h",
-        "const float high = product((float)(int32_t)(word >> 16), 65536.f)",
-        "word &= ~1u; const float high = product((float)(int32_t)(word >> 16), 65536.f)",
+        "const float high = product(float(int32_t(word >> 16)), 65536.f)",
+        "word &= ~1u; const float high = product(float(int32_t(word >> 16)), 65536.f)",
         "test_philox.py",
     ),
     Mutant(
