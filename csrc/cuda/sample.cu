@@ -1,10 +1,10 @@
 // sample: tokens from logits, one block per row. The block goes over the row's logits, which lie in L2, several times:
-// for the largest, for the sum of all weights, for each cut-off, and for the best score of what is kept.
+// for the largest, for each cut-off, for the best score of what is kept, and for the sum of all weights.
 //
 // A cut-off is found by bisection on keys, without sorting. Each step is a pass that sums what lies above the middle; it
-// ends once no more tokens than threads are undecided, and then each thread counts what is ahead of one of them. The first
-// "middle" is a good guess: if every thread keeps its largest key, then the k-th largest of those has at least k tokens
-// above or at it, and rarely many more. So most cut-offs take three passes, and a row of equal logits 50.
+// ends once no more tokens than threads are undecided, and then each thread adds up what is ahead of one of them. The
+// first "middle" is a good guess: if every thread keeps its largest key, then the k-th largest of those has at least k
+// tokens at or above it, and rarely many more. So most cut-offs take two passes, and none takes more than 65.
 //
 // Sums are whole numbers (sampling.h): neither their order nor the guess changes a result.
 #include "../sampling.h"
@@ -91,7 +91,7 @@ RIVER_DEVICE uint64_t largest_over_block(uint64_t value) {
   return over_block(value, [](uint64_t a, uint64_t b) { return a > b ? a : b; });
 }
 
-// The rank-th largest (from 1) of the threads' keys, or 0
+// The rank-th largest (from 1) of the threads' keys; 0 where fewer threads have one
 RIVER_DEVICE uint64_t ranked(uint64_t key, int rank) {
   RIVER_SHARED(uint64_t, keys, [kThreads]);
   keys[threadIdx.x] = key;
@@ -119,14 +119,15 @@ RIVER_DEVICE Above measure_above(const Row& row, bool by_weight, uint64_t key) {
   return {by_weight ? sum_over_block(measure) : total, total};
 }
 
-// A cut-off with the tokens above it: too many above `low`, none above `high`, at first
+// Where a cut-off lies: the tokens above `low` reach the limit, those above `high` do not.
 struct Bounds {
   uint64_t low, high;
   uint64_t tokens;  // above low
 };
 
-// Keeps the tokens, among those above bounds.low, of which the likelier ones measure less than the limit, which is at
-// least 1 and at most what all of them measure: those with keys above the result. `middle` is looked at first.
+// Among the tokens above bounds.low, keeps those ahead of which less than the limit is ranked: theirs are the keys above
+// the result. The limit is at least 1, and at most what all of them measure. `middle` is tried first if it lies between
+// the bounds.
 RIVER_DEVICE uint64_t cut_off(const Row& row, bool by_weight, uint64_t limit, Bounds bounds, uint64_t middle) {
   RIVER_SHARED(uint64_t, keys, [kThreads]);
   RIVER_SHARED(uint64_t, measures, [kThreads]);
@@ -181,7 +182,8 @@ RIVER_DEVICE uint64_t filter(const Row& row, uint64_t mine, uint64_t best) {
   return bounds.low;
 }
 
-// The key of the best score, of this thread's tokens among those with keys above the cut
+// The key of the best score, of this thread's tokens among those with keys above the cut. Four at once: they share one
+// Philox counter. No more are asked for ahead, as the noise takes the registers.
 RIVER_DEVICE uint64_t best_score(const Row& row, uint64_t cut, uint64_t seed, uint32_t position) {
   uint64_t best = 0;
   for_each_four<1>(row, [&](int first, const float4& four) {
