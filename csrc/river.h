@@ -1,6 +1,7 @@
-// The contract between the kernels and everything else: one Args struct per op, raw pointers and ints.
-// No torch here, nor in any file but ops*. Shapes stand beside the pointers; T = rows.
-// CPU launchers take a Parallel (how to use the caller's threads), CUDA launchers a stream.
+// The contract between the kernels and everything else: an Args struct per op, a launcher per op and backend, raw
+// pointers and ints. No torch here, nor in any file outside ops/. Shapes stand beside the pointers; T = rows. Comments
+// say which pointers may be null, and which are written to. CPU launchers take a Parallel (how to use the caller's
+// threads), CUDA launchers a workspace and a stream.
 #pragma once
 
 #include <cstdint>
@@ -11,85 +12,119 @@ struct CUstream_st;  // a cudaStream_t points to one
 
 namespace river {
 
-constexpr int kMaxRows = 8;    // rows (tokens in flight) of one step
-constexpr int kTileRows = 16;  // a W4 tile: 16 output rows x 64 input columns,
-constexpr int kTileCols = 64;  // 512 B of nibbles, then (fp16 scale, fp16 zero) per row
-constexpr int kTileBytes = 576;
+constexpr int kMaxRows = 8;         // rows (tokens in flight) of one step
+constexpr int kTileRows = 16;       // a W4 tile has 16 output rows
+constexpr int kTileCols = 64;       // and 64 input columns:
+constexpr int kTileMetadata = 512;  // 512 bytes of nibbles, and behind them
+constexpr int kTileBytes = 576;     // fp16 scale and zero of each output row; river_ext/quant/w4.py says more
 constexpr int kMaxHeadDim = 256;
 constexpr int kMaxGroup = 64;  // query heads per KV head
 constexpr int kNoToken = -1;   // of a row of which a logit is NaN or infinite
 
-enum class DType { kFloat32, kBFloat16, kFloat16 };
+enum class DType { kFloat32, kBFloat16, kFloat16 };  // the model dtype; CUDA: the last two
 
 constexpr int64_t size_of(DType dtype) { return dtype == DType::kFloat32 ? 4 : 2; }
 constexpr int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 constexpr int64_t round_up(int64_t a, int64_t b) { return ceil_div(a, b) * b; }
 
+// ---- layers -----------------------------------------------------------------------------------------
+
 struct AttentionArgs {
-  DType dtype;
+  DType dtype;  // of query, caches and out
   int rows, num_heads, num_kv_heads, head_dim, num_slots, max_len;
-  float softmax_scale;
+  float softmax_scale;       // of the scores, before the softmax
   int64_t sliding_window;    // positions a row sees, itself included; 0 = all
   const void* query;         // [T, heads, head_dim], rotated
   const void* k_cache;       // [slots, kv_heads, max_len, head_dim]
   const void* v_cache;       // the same
   const int32_t* slots;      // [T], -1 = inactive
   const int32_t* positions;  // [T]
-  const bool* kv_valid;      // [slots, max_len] or null
-  void* out;                 // [T, heads, head_dim]
+  const bool* kv_valid;      // [slots, max_len] or null = all
+  void* out;                 // [T, heads, head_dim], written; zeros where a row sees nothing
 };
 
-// What decoder_block and exit_layer share. Null pointers: absent.
+// What decoder_block and exit_layer share
 struct BlockArgs {
-  DType dtype;
-  int rows, hidden_size, num_heads, num_kv_heads, head_dim, rotary_dim, num_slots, max_len;
+  DType dtype;  // of everything that is void here
+  int rows, hidden_size, num_heads, num_kv_heads, head_dim;
+  int rotary_dim;  // leading dims of a head that rotate
+  int num_slots, max_len;
   float rms_norm_eps, softmax_scale;
-  int64_t sliding_window;
+  int64_t sliding_window;                // positions a row sees, itself included; 0 = all
   const void* hidden;                    // [T, hidden]
   const void* input_layernorm;           // [hidden]
   const void* post_attention_layernorm;  // [hidden]
-  const void *q_bias, *k_bias, *v_bias;  // [heads * head_dim], [kv_heads * head_dim] x 2
-  const void* o_bias;                    // [hidden]
-  const void *q_norm, *k_norm;           // [head_dim]
+  const void* q_bias;                    // [heads * head_dim] or null
+  const void *k_bias, *v_bias;           // [kv_heads * head_dim] or null
+  const void* o_bias;                    // [hidden] or null
+  const void *q_norm, *k_norm;           // [head_dim] or null; CUDA: both or none
   const float *cos, *sin;                // [max_len, rotary_dim / 2]
-  const float* query_scale;              // [max_len]
-  const int32_t *slots, *positions;      // [T]
-  const bool* kv_valid;                  // [slots, max_len]
-  void *k_cache, *v_cache;               // [slots, kv_heads, max_len, head_dim]
-  void* out;                             // [T, hidden]
-  float* similarity;                     // [T]
+  const float* query_scale;              // [max_len] or null: factor of a query, by its position
+  const int32_t* slots;                  // [T], -1 = inactive
+  const int32_t* positions;              // [T]
+  const bool* kv_valid;                  // [slots, max_len] or null = all
+  void *k_cache, *v_cache;               // [slots, kv_heads, max_len, head_dim]: K and V of active rows are written
+  void* out;                             // [T, hidden], written
+  float* similarity;                     // [T], written: of hidden and out
 };
 
 struct DecoderBlockArgs : BlockArgs {
   int intermediate_size;
-  const void *q_proj, *k_proj, *v_proj;  // [heads * head_dim, hidden], [kv_heads * head_dim, hidden] x 2
-  const void* o_proj;                    // [hidden, heads * head_dim]
-  const void *gate_proj, *up_proj;       // [intermediate, hidden]
-  const void* down_proj;                 // [hidden, intermediate]
+  const void* q_proj;               // [heads * head_dim, hidden]
+  const void *k_proj, *v_proj;      // [kv_heads * head_dim, hidden]
+  const void* o_proj;               // [hidden, heads * head_dim]
+  const void *gate_proj, *up_proj;  // [intermediate, hidden]
+  const void* down_proj;            // [hidden, intermediate]
 };
 
-struct ExitLayerArgs : BlockArgs {  // packed weights: [out / 16, in / 64, 576]
-  int gate_up_tiles;                // row tiles of gate_up_proj: 8 intermediate channels each
-  const uint8_t *qkv_proj, *o_proj, *gate_up_proj, *down_proj;
+struct ExitLayerArgs : BlockArgs {  // packed weights: [strips, in / 64, 576], both rounded up
+  int gate_up_tiles;                // strips of gate_up_proj, 8 intermediate channels each
+  const uint8_t* qkv_proj;          // in = hidden; rows in the order of row_order.h, as those of gate_up_proj
+  const uint8_t* o_proj;            // in = heads * head_dim
+  const uint8_t* gate_up_proj;      // in = hidden
+  const uint8_t* down_proj;         // in = intermediate
 };
 
-// What the device needs to choose the path of layer `index`: exit layer if `limit` or the exit rule says so, or if the
-// layer before ran as one; decoder block otherwise. Rows with slot -1 have no say.
+// What decides the path of layer `index`, by the exit rule of step_rules.h: exit layer or decoder block
 struct ExitDecision {
   int index;
   const void* previous;     // [T, hidden], the input of layer index - 1, whose output is the input here; null: index 0
   const float* thresholds;  // [T]
-  const int32_t* min_layers;  // [T]
+  const int32_t* min_layers;  // [T], backbone layers before a row may exit
   const int32_t* limit;       // [1], backbone layers that a token may run
   int32_t* exited;      // [layers]: entry index - 1 is read, entry index written: 1 = exit layer, 0 = decoder block
   float* similarities;  // [layers, T]: row index - 1 is written if that layer ran as a decoder block
 };
 
-// One depth of the network, by the path that the device chooses. Both members hold the same BlockArgs.
+// One depth of the network, by the path that the device chooses. Both members hold the same BlockArgs, without
+// `similarity`: the next depth measures it where it decides.
 struct DualLayerArgs {
   DecoderBlockArgs block;
   ExitLayerArgs exit_layer;
   ExitDecision decision;
+};
+
+struct StateSimilarityArgs {
+  DType dtype;
+  int rows, hidden_size;
+  const void *x, *y;  // [T, hidden]
+  float* out;         // [T], written
+};
+
+// ---- tokens -----------------------------------------------------------------------------------------
+
+struct LmHeadArgs {
+  DType dtype;
+  int rows, hidden_size, vocab_size;
+  float rms_norm_eps;
+  const void* hidden;        // [T, hidden]
+  const void* norm;          // [hidden]
+  const void* weight;        // [vocab, hidden]
+  const float* temperature;  // [T] or null; a row is sampled above 0, else it is greedy
+  const int64_t* seeds;      // [T], null without temperature
+  const int32_t* positions;  // [T], null without temperature: those of the tokens that are drawn
+  int64_t* tokens;           // [T], written; kNoToken where a logit is not finite
+  float* logits;             // [T, vocab], written, or null
 };
 
 // The end of a step whose tokens are drawn: what the next one starts from, and a record for the host.
@@ -100,34 +135,19 @@ struct AdvanceArgs {
   const int64_t* tokens;       // [T], drawn
   const void* embed_tokens;    // [vocab, hidden]
   const int64_t* stop_tokens;  // [num_stop_tokens]
-  void* hidden;                // [T, hidden]: the embedding of an active row's token
-  int32_t *slots, *positions;  // [T]: -1 after a row's last token, or without one; one further
-  int32_t* draw_positions;     // [T]: positions + 1
-  int32_t* remaining;          // [T], tokens that a row may still draw
-  int32_t* exited;             // [layers]: zeros after
-  float* similarities;         // [layers, T]
-  int32_t* step;               // [1], steps taken
-  int32_t* records;            // [num_records, 2 + T + layers * T], see RecordLayout in step_rules.h
+  void* hidden;                // [T, hidden], written: the embedding of an active row's token
+  int32_t* slots;              // [T], written: -1 after a row's last token, or without one
+  int32_t* positions;          // [T], written: one further
+  int32_t* draw_positions;     // [T], written: positions + 1
+  int32_t* remaining;          // [T], written: tokens that a row may still draw
+  int32_t* exited;             // [layers], read, then zeros
+  float* similarities;         // [layers, T]: the last layer's are written if it ran as a decoder block
+  int32_t* step;               // [1], written: steps taken
+  int32_t* records;            // [num_records, 2 + T + layers * T], see RecordLayout in step_rules.h: entry
+                               // step % num_records is written
 };
 
-struct StateSimilarityArgs {
-  DType dtype;
-  int rows, hidden_size;
-  const void *x, *y;  // [T, hidden]
-  float* out;         // [T]
-};
-
-struct LmHeadArgs {
-  DType dtype;
-  int rows, hidden_size, vocab_size;
-  float rms_norm_eps;
-  const void *hidden, *norm, *weight;  // [T, hidden], [hidden], [vocab, hidden]
-  const float* temperature;            // [T] or null = greedy
-  const int64_t* seeds;                // [T] or null
-  const int32_t* positions;            // [T] or null
-  int64_t* tokens;                     // [T], or kNoToken
-  float* logits;                       // [T, vocab] or null
-};
+// ---- linears and the W4 format ----------------------------------------------------------------------
 
 struct SampleArgs {
   int rows, vocab_size;
@@ -147,7 +167,7 @@ struct LinearArgs {
   const void* x;       // [T, in]
   const void* weight;  // [out, in] or [out / 16, in / 64, 576]
   const void* bias;    // [out] or null
-  void* out;           // [T, out]
+  void* out;           // [T, out], written
 };
 
 struct W4Args {  // pack, unpack, dequantize: which pointers are read and which written depends on the op
@@ -159,6 +179,8 @@ struct W4Args {  // pack, unpack, dequantize: which pointers are read and which 
   uint16_t *scale, *zero;  // fp16 [out, groups]
   void* dense;             // [out, in]
 };
+
+// ---- launchers --------------------------------------------------------------------------------------
 
 namespace cpu {
 
@@ -203,7 +225,8 @@ enum class Overlap {
   kPrefetch,  // its launch, and filling the ring with its weights, which those kernels must not write
 };
 
-// What a launch may use beside its arguments. One workspace may serve all launches of a stream.
+// What a launch may use beside its arguments; WorkspaceSize says how much an op needs. One workspace may serve all
+// launches of a stream.
 struct Workspace {
   float* partials;     // fp32 sums of split weights
   uint32_t* counters;  // zero before the first launch, 8-byte aligned; every launch leaves zeros

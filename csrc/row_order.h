@@ -1,5 +1,5 @@
-// The order in which strips hold the output rows of qkv_proj and gate_up_proj: written here once for every kernel, and a
-// second time in river_ext/quant/w4.py, which packs by it. What an epilogue combines lies in rows g and g + 8 of a
+// The order in which strips hold the output rows of qkv_proj and gate_up_proj: written here once for every kernel, and
+// a second time in river_ext/quant/w4.py, which packs by it. What an epilogue combines lies in rows g and g + 8 of a
 // strip, which one lane of an mma owns: the two dims of Q or K that rotate together, a gate and its up.
 //
 // Plain ints, no memory: kernels on a GPU ask (strip, r) -> natural row, kernels on a CPU natural row -> packed row.
@@ -107,7 +107,8 @@ struct QkvOrder {
     return rotary_dim + 2 * (pair - rotary_pairs()) + (second ? 1 : 0);
   }
   RIVER_BOTH constexpr int pair_of_dim(int dim) const {
-    return dim < rotary_dim ? dim % rotary_pairs() : rotary_pairs() + (dim - rotary_dim) / 2;
+    if (dim >= rotary_dim) return rotary_pairs() + (dim - rotary_dim) / 2;
+    return second_dim(dim) ? dim - rotary_pairs() : dim;
   }
   RIVER_BOTH constexpr bool second_dim(int dim) const {
     return dim < rotary_dim ? dim >= rotary_pairs() : (dim - rotary_dim) % 2 == 1;

@@ -28,7 +28,7 @@ def run(arguments) -> None:
     torch_cuda = f"has CUDA {torch.version.cuda}" if torch.version.cuda else "is a CPU build"
     reason = build.get("cuda_note") or f"built without them; torch {torch_cuda}"
     lines = {
-        "river_ext": __version__ + ("" if build["version"] == __version__ else f", ops {build['version']}"),
+        "river_ext": __version__,
         "CUDA kernels": f"for {', '.join(_compiled(build))}" if build["cuda"] else f"none ({reason})",
         "CPU kernels": f"{build['cpu_isa']}, {threads()}",
         "torch": torch.__version__,

@@ -8,7 +8,7 @@ from importlib import import_module
 
 from . import ops as ops  # registers torch.ops.river.*
 
-__version__ = "0.1.0"
+__version__: str = ops._C.build_info()["version"]  # pyproject.toml has it, and the compiled module knows
 
 # Names and their modules, which come when asked for: users of the ops need no tokenizer and no safetensors.
 _HOMES = {

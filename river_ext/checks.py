@@ -7,7 +7,6 @@ from numbers import Integral, Real
 import torch
 
 from .errors import RiverError
-from .loading.config import ModelConfig
 
 MAX_CHARACTERS = 1 << 16  # of all strings of an option together
 FP32_MAX = torch.finfo(torch.float32).max
@@ -82,15 +81,13 @@ def strings(name: str, value) -> tuple[str, ...]:
     return tuple(values)
 
 
-def token_ids(name: str, value, config: ModelConfig) -> list[int]:
+def token_ids(name: str, value, vocab_size: int) -> list[int]:
     if not isinstance(value, (list, tuple, range)):
         text = "text or " if name == "prompt" else ""
         raise RiverError(f"{name} is a {type(value).__name__}; accepted: {text}a list of token ids")
     for token in value:
-        if not isinstance(token, Integral) or isinstance(token, bool) or not 0 <= token < config.vocab_size:
-            raise RiverError(
-                f"{name} holds {short(token)}; accepted: token ids from 0 to {config.vocab_size - 1}"
-            )
+        if not isinstance(token, Integral) or isinstance(token, bool) or not 0 <= token < vocab_size:
+            raise RiverError(f"{name} holds {short(token)}; accepted: token ids from 0 to {vocab_size - 1}")
     return [int(token) for token in value]
 
 

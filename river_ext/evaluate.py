@@ -106,7 +106,7 @@ def settings_of(model: Model, thresholds: Sequence[float], **options) -> list[Se
 
 def demo_items(problems: int, functions: int, seed: int = 0) -> list[Item]:
     """Held-out word problems and functions. Functions are checked by an interpreter that runs no code."""
-    from .demo import generator
+    from .demo_tasks import generator  # only who asks for the demo's tasks needs it
 
     def items(task: str, found: Iterable, is_right: Callable) -> list[Item]:
         return [Item(item.prompt, task, lambda text, item=item: is_right(text, item)) for item in found]

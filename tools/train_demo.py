@@ -27,8 +27,8 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, 
 from torch import nn
 
 ROOT = Path(__file__).resolve().parent.parent
-sys.path[:0] = [str(ROOT), str(ROOT / "river_ext")]  # `demo` alone comes without the extension
-from demo import generator  # noqa: E402
+sys.path[:0] = [str(ROOT), str(ROOT / "river_ext")]  # `demo_tasks` alone comes without the extension
+from demo_tasks import generator  # noqa: E402
 
 CONFIG = {
     "architectures": ["LlamaForCausalLM"],

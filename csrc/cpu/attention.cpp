@@ -1,6 +1,6 @@
 // decode_attention on a CPU. The context of each (row, KV head) is cut into splits at multiples of kSplit positions, so
-// that the cut depends on nothing but the position. Splits run in parallel, each for all query heads of its KV head, and
-// are merged in order.
+// that the cut depends on nothing but the position. Splits run in parallel, each for all query heads of its KV head,
+// and are merged in order.
 #include <algorithm>
 #include <cstring>
 

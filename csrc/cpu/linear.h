@@ -45,7 +45,7 @@ struct RmsNorm {
   float eps;
 };
 
-// Vectors, as they are or normalised, in the order and type that the strips of a weight read: a packed one or a dense one
+// Vectors, as they are or normalised, in the order and type that strips read: those of a packed or of a dense weight
 class Activations {
  public:
   Activations(const Vectors& x, bool packed);

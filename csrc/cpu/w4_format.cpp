@@ -8,9 +8,7 @@ namespace river::cpu {
 
 namespace {
 
-constexpr int kWords = 128;            // 32-bit words of nibbles in a tile
-constexpr int kMetadata = kWords * 4;  // byte offset of the (scale, zero) pairs
-using Words = uint32_t[kWords];
+using Words = uint32_t[kTileMetadata / sizeof(uint32_t)];
 using Metadata = uint16_t[kTileRows][2];  // fp16 scale and zero of each row
 
 struct Nibble {  // of tile entry (row, column): its word and the shift in it
@@ -77,7 +75,7 @@ void launch_pack_w4(const W4Args& a, const Parallel& parallel) {
       metadata[row][1] = a.zero[i];
     });
     memcpy(tile.bytes, words, sizeof(words));
-    memcpy(tile.bytes + kMetadata, metadata, sizeof(metadata));
+    memcpy(tile.bytes + kTileMetadata, metadata, sizeof(metadata));
   });
 }
 
@@ -86,7 +84,7 @@ void launch_unpack_w4(const W4Args& a, const Parallel& parallel) {
     Words words;
     Metadata metadata;
     memcpy(words, tile.bytes, sizeof(words));
-    memcpy(metadata, tile.bytes + kMetadata, sizeof(metadata));
+    memcpy(metadata, tile.bytes + kTileMetadata, sizeof(metadata));
     tile.for_entries(a, [&](int row, int column, int64_t i) {
       const Nibble at = nibble_at(row, column);
       a.q[i] = words[at.word] >> at.shift & 15;
@@ -104,7 +102,7 @@ void launch_dequantize_w4(const W4Args& a, const Parallel& parallel) {
     Words words;
     float metadata[2 * kTileRows], values[kTileCols];
     memcpy(words, tile.bytes, sizeof(words));
-    kernels().to_float(DType::kFloat16, tile.bytes + kMetadata, metadata, 2 * kTileRows);
+    kernels().to_float(DType::kFloat16, tile.bytes + kTileMetadata, metadata, 2 * kTileRows);
     for (int row = 0; row < tile.rows; row++) {
       const float scale = metadata[2 * row], zero = metadata[2 * row + 1];
       for (int column = 0; column < tile.columns; column++) {

@@ -241,11 +241,10 @@ class PretendedGraph:
 
 
 @pytest.fixture
-def pretended_gpu(monkeypatch, tmp_path, switches):
-    """The scripts as they are, but for the calls that need a device: the ops run on the CPU."""
+def pretended_device(monkeypatch):
+    """What the scripts ask of a device."""
     facts = SimpleNamespace(name="Pretended GPU", multi_processor_count=2, L2_cache_size=1, major=9, minor=0,
                             total_memory=2**30, shared_memory_per_block_optin=227 * 1024)  # fmt: skip
-    monkeypatch.setenv("RIVER_RECORDS", str(tmp_path / "gpu.jsonl"))
     monkeypatch.setattr(gpu, "require_cuda", lambda: torch.manual_seed(0))
     monkeypatch.setattr(torch, "set_default_device", lambda device: None)
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda index: facts)
@@ -256,12 +255,16 @@ def pretended_gpu(monkeypatch, tmp_path, switches):
     monkeypatch.setattr(gpu, "DEVICE", "cpu")
     monkeypatch.setattr(gpu, "WORKING_SET", 1)
     monkeypatch.setattr(gpu, "GRAPH_BYTES", 1)
-    graphs = []
+
+
+@pytest.fixture
+def pretended_gpu(monkeypatch, tmp_path, switches, pretended_device):
+    """The scripts as they are, but for the calls that need a device: the ops run on the CPU."""
+    monkeypatch.setenv("RIVER_RECORDS", str(tmp_path / "gpu.jsonl"))
 
     def capture(run, keep_graph=False):
         run()
-        graphs.append(PretendedGraph(run, switches))
-        return graphs[-1]
+        return PretendedGraph(run, switches)
 
     def replay_us(graph, repeats):
         graph.replay()

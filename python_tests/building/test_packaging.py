@@ -371,3 +371,12 @@ def test_a_module_that_has_gone_is_in_no_wheel(checkout):
     run_setup(checkout, "build_py")
     assert not built.exists() and (built.parent / "model.py").exists()
     assert (built.parent.parent / "river_cli" / "arguments.py").exists()
+
+
+def test_what_is_no_module_is_in_the_wheel_too(checkout):
+    run_setup(checkout, "build_py")
+    (built,) = (path.parent for path in (checkout / "build").rglob("py.typed"))
+    assert (built / "_C.pyi").exists() and (built / "demo_tasks" / "generator.py").exists()
+    assert {path.name for path in (built / "demo").iterdir()} == {
+        "MODEL_CARD.md", "config.json", "model.safetensors", "tokenizer.json"
+    }  # fmt: skip

@@ -101,6 +101,19 @@ def change(random: Random, arguments: dict, key: str):
     kind = random.randrange(12)
     if kind == 0:
         return random.choice([None, 1, "x", [1.0]])
+    others = [v for k, v in arguments.items() if plain(v) and k != key]
+    if kind == 6 and others:  # on top of another argument
+        return overlapping(random, value, random.choice(others))
+    changed = other_form(random, value, kind) if kind < 6 else other_values(random, value, kind)
+    if changed is not None:
+        return changed
+    return random.choice(
+        [value[:0] if value.dim() else value, value.to_sparse() if value.numel() < 10**4 else value]
+    )
+
+
+def other_form(random: Random, value: torch.Tensor, kind: int) -> torch.Tensor | None:
+    """Another dtype, shape, layout or device; None where this kind of change does not fit the tensor."""
     if kind == 1:
         return value.to(
             random.choice(
@@ -119,9 +132,11 @@ def change(random: Random, arguments: dict, key: str):
         )
     if kind == 5:
         return value.to("meta") if random.random() < 0.5 else value.expand(2, *value.shape)
-    others = [v for k, v in arguments.items() if plain(v) and k != key]
-    if kind == 6 and others:  # on top of another argument
-        return overlapping(random, value, random.choice(others))
+    return None
+
+
+def other_values(random: Random, value: torch.Tensor, kind: int) -> torch.Tensor | None:
+    """An extreme number, another place in memory, or a gradient; None where this kind does not fit."""
     if kind == 7 and not value.dtype.is_floating_point and value.numel():
         changed = value.clone()
         info = torch.iinfo(value.dtype)
@@ -134,15 +149,11 @@ def change(random: Random, arguments: dict, key: str):
             [float("nan"), float("inf"), -1.0, 1e30, 0.0]
         )
         return changed
-    if kind == 9:
-        return torch.cat([value.flatten(), value.flatten()[:1]])[1:].view(
-            value.shape
-        )  # not where torch allocates
+    if kind == 9:  # not where torch allocates
+        return torch.cat([value.flatten(), value.flatten()[:1]])[1:].view(value.shape)
     if kind == 10 and value.dtype.is_floating_point:
         return value.clone().requires_grad_()
-    return random.choice(
-        [value[:0] if value.dim() else value, value.to_sparse() if value.numel() < 10**4 else value]
-    )
+    return None
 
 
 def overlapping(random: Random, value: torch.Tensor, other: torch.Tensor):

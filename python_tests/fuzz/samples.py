@@ -8,7 +8,7 @@ from random import Random
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
 
 TESTS = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(TESTS))
+sys.path[:0] = [str(TESTS), str(TESTS / "ops")]
 
 VOCAB_SIZE = 320
 

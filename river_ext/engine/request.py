@@ -149,7 +149,7 @@ def plan(config: ModelConfig, text: Text | None, prompt, options: Options) -> Pl
         sampling=sampling(config, options),
         max_new_tokens=max_new_tokens,
         stop=stop,
-        stop_tokens=frozenset(token_ids("stop_tokens", stop_tokens, config)),
+        stop_tokens=frozenset(token_ids("stop_tokens", stop_tokens, config.vocab_size)),
         return_logits=flag("return_logits", options.return_logits),
         exit_control=options.exit_control,
         dtype=config.dtype,
@@ -176,7 +176,7 @@ def prompt_tokens(config: ModelConfig, text: Text | None, prompt) -> list[int]:
         prompt = text.chat(prompt) if is_chat(prompt) else text.encode(prompt) if prompt else []
     elif isinstance(prompt, Mapping):
         prompt = encoded(prompt)
-    tokens = token_ids("prompt", one_row("prompt", prompt), config)
+    tokens = token_ids("prompt", one_row("prompt", prompt), config.vocab_size)
     if not tokens:
         raise RiverError("the prompt is empty; accepted: at least one token")
     return tokens

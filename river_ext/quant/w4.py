@@ -24,7 +24,8 @@ its terms as long as operand B has the same one: lane t reads the 16 activations
 
 `pack_w4` packs rows as they are given. An exit layer orders them so that what its epilogues combine lies
 in the rows g and g + 8 of a tile, which one lane owns: gate with up; the two dims of Q and K that RoPE
-rotates together. Rows and columns past the real ones are padding with scale 0.
+rotates together. The kernels read by csrc/row_order.h, the same orders. Rows and columns past the real ones
+are padding with scale 0.
 """
 
 import torch

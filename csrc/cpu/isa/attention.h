@@ -12,8 +12,8 @@ using river::cpu::AttentionState;
 using river::cpu::kSplit;
 using river::cpu::SplitArgs;
 
-// 16 values of a head from index i, zero past head_dim. bf16 comes piece by piece: GCC would take a whole vector through
-// memory.
+// 16 values of a head from index i, zero past head_dim. bf16 comes piece by piece: GCC would take a whole vector
+// through memory.
 template <DType D>
 inline Values load_head(const void* head, int i, int head_dim) {
   if (i + 16 > head_dim) return load_tail(D, head, i, head_dim);
@@ -32,18 +32,15 @@ using Weights = float[kMaxGroup][kSplit];  // of each query head and position of
 constexpr int kHeads = 4;                // query heads at a time, and
 constexpr int kBeside = kSums / kHeads;  // positions (scores) or vectors of 16 values beside them
 
-// Arguments come by value here: what is stored through pointers then cannot be an argument, for all the compiler knows.
-
-// weights[g][p] = query head g . k of position p
+// weight[g][p] = query head g . k of position p
 template <DType D>
-void score(const SplitArgs a, Weights& weights) {
+void score(const SplitArgs a, Weights& weight) {
   const int padded = int(river::round_up(a.head_dim, 16));
   for (int p0 = 0; p0 < a.count; p0 += kBeside) {
     const char* head[kBeside];
-    for (int p = 0; p < kBeside; p++) {  // past the end: the last one again
-      const int32_t position = a.positions[p0 + p < a.count ? p0 + p : a.count - 1];
-      head[p] = static_cast<const char*>(a.k) + position * int64_t(a.head_dim) * river::size_of(D);
-    }
+    for (int p = 0; p < kBeside; p++)  // past the end: the last one again
+      head[p] = static_cast<const char*>(a.k) +
+                a.positions[p0 + p < a.count ? p0 + p : a.count - 1] * int64_t(a.head_dim) * river::size_of(D);
     for (int g0 = 0; g0 < a.group; g0 += kHeads) {
       const float* q[kHeads];
       for (int g = 0; g < kHeads; g++) q[g] = a.queries + (g0 + g < a.group ? g0 + g : a.group - 1) * padded;
@@ -55,24 +52,24 @@ void score(const SplitArgs a, Weights& weights) {
       float dot[kSums];
       reduce_each(sums, dot);
       for (int p = 0; p < kBeside && p0 + p < a.count; p++)
-        for (int g = 0; g < kHeads && g0 + g < a.group; g++) weights[g0 + g][p0 + p] = dot[p * kHeads + g];
+        for (int g = 0; g < kHeads && g0 + g < a.group; g++) weight[g0 + g][p0 + p] = dot[p * kHeads + g];
     }
   }
 }
 
-// Scores become weights, exp(score - max); max and sum go to the states. Weights past the last position, up to whole
-// vectors, are zero.
-void soften(const SplitArgs a, Weights& weights) {
+// Scores become weights, exp(score - max), zero past the last position up to a whole vector; max and sum go to the
+// states. Inline by force: where this is a function of its own, GCC spills the sums of weigh, a quarter slower.
+[[gnu::always_inline]] inline void soften(const SplitArgs a, Weights& weight) {
   static_assert(kSplit % 16 == 0);
   for (int g = 0; g < a.group; g++) {
-    float max = weights[g][0];
-    for (int p = 1; p < a.count; p++) max = weights[g][p] > max ? weights[g][p] : max;
-    for (int p = a.count; p % 16 != 0; p++) weights[g][p] = -__builtin_inff();
+    float max = weight[g][0];
+    for (int p = 1; p < a.count; p++) max = weight[g][p] > max ? weight[g][p] : max;
+    for (int p = a.count; p % 16 != 0; p++) weight[g][p] = -__builtin_inff();
     if (max == -__builtin_inff()) max = 0;  // all weights are then 0, and merge skips the split
     f32x16 sum{};
     for (int p = 0; p < a.count; p += 16) {
-      const f32x16 e = vexp(load<f32x16>(weights[g] + p) - max);
-      store(weights[g] + p, e);
+      const f32x16 e = vexp(load<f32x16>(weight[g] + p) - max);
+      store(weight[g] + p, e);
       sum += e;
     }
     a.out[g * a.stride].max = max;
@@ -80,14 +77,14 @@ void soften(const SplitArgs a, Weights& weights) {
   }
 }
 
-// The weighted values of each query head: the sum over the positions p of weights[g][p] * v
+// The weighted values of each query head: the sum over the positions p of weight[g][p] * v
 template <DType D>
-void weigh(const SplitArgs a, const Weights& weights) {
+void weigh(const SplitArgs a, const Weights& weight) {
   const int padded = int(river::round_up(a.head_dim, 16));
   for (int i0 = 0; i0 < padded; i0 += 16 * kBeside)
     for (int g0 = 0; g0 < a.group; g0 += kHeads) {
       const float* w[kHeads];
-      for (int g = 0; g < kHeads; g++) w[g] = weights[g0 + g < a.group ? g0 + g : a.group - 1];
+      for (int g = 0; g < kHeads; g++) w[g] = weight[g0 + g < a.group ? g0 + g : a.group - 1];
       Sum sums[kSums];
       for (int p = 0; p < a.count; p++) {
         const char* head = static_cast<const char*>(a.v) + a.positions[p] * int64_t(a.head_dim) * river::size_of(D);
@@ -103,14 +100,17 @@ void weigh(const SplitArgs a, const Weights& weights) {
     }
 }
 
-// Two passes over the split, the scores of all positions and then the weighted values
+// Two passes over the split: the scores of all positions, then the weighted values
+template <DType D>
+void attend_as(const SplitArgs a) {
+  alignas(64) Weights weight;
+  score<D>(a, weight);
+  soften(a, weight);
+  weigh<D>(a, weight);
+}
+
 void attend(const SplitArgs& a) {
-  alignas(64) Weights weights;
-  with_dtype(a.dtype, [&]<DType D>() {
-    score<D>(a, weights);
-    soften(a, weights);
-    weigh<D>(a, weights);
-  });
+  with_dtype(a.dtype, [&]<DType D>() { attend_as<D>(a); });
 }
 
 // Merges the states of all splits of one query head in order. The largest score of all scales them, so that no exp

@@ -1,5 +1,5 @@
 // Sixteen fp32 lanes as one GCC/Clang vector; the compiler maps it to the instruction set of the build.
-// Included only by kernels.cpp. Everything is static: the same names exist once per instruction set.
+// Included only by kernels.cpp. Everything lies in an anonymous namespace: the same names exist once per set.
 #pragma once
 
 #include <cstdint>

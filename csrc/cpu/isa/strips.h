@@ -1,9 +1,9 @@
-// Sixteen output rows of a dense or W4 linear for T = 1..8 activation vectors, out[t][r] = w[r] . x[t].
+// A strip of a dense or W4 linear: sixteen output rows for T = 1..8 activation vectors, out[t][r] = w[r] . x[t].
 //
-// Decoding reads every weight once, so the loops keep several rows in flight per weight load and T
-// accumulators per row. Each (row, t) has one accumulator that runs over K in order, whatever T is: a
-// result never depends on its neighbours. With AVX512_BF16, bf16 products go through vdpbf16ps; all other
-// cases run in fp32. W4 nibbles become exact small numbers first; scale and zero are applied in fp32.
+// Decoding reads every weight once, so the loops work on several output rows at once, with T accumulators each. Each
+// (output row, t) has one accumulator that runs over K in order, whatever T is: a result never depends on its
+// neighbours. With AVX512_BF16, bf16 products go through vdpbf16ps; all other cases run in fp32. W4 nibbles become
+// exact small numbers first; scale and zero are applied in fp32.
 #pragma once
 
 #include "kernels.h"
@@ -15,7 +15,7 @@ using river::DType;
 using river::cpu::Operand;
 using river::cpu::StripOut;
 
-constexpr int kGroup = river::kTileCols;  // activation columns per tile, one (scale, zero) pair per row
+constexpr int kGroup = river::kTileCols;  // columns of a tile, one (scale, zero) pair per output row
 constexpr int kVectors = kSums / 4;       // activation vectors per pass
 
 #if defined(__AVX512BF16__)
@@ -164,12 +164,12 @@ inline void for_rows(int count, F f) {
   for (; r < count; r++) f.template operator()<1>(r);
 }
 
-constexpr int rows_in_flight(int vectors) { return vectors <= 2 ? kSums / 2 : kSums / 4; }
+constexpr int rows_at_once(int vectors) { return vectors <= 2 ? kSums / 2 : kSums / 4; }
 
 template <DType D>
 void dense_rows_all(const void* weight, int count, const Operand& x, StripOut& out) {
   for_vectors(x.rows, [&]<int T>(int t0) {
-    for_rows<rows_in_flight(T)>(count, [&]<int R>(int r0) {
+    for_rows<rows_at_once(T)>(count, [&]<int R>(int r0) {
 #if defined(__AVX512BF16__)
       if constexpr (D == DType::kBFloat16)
         return dense_rows_bf16<R, T>(static_cast<const uint16_t*>(weight), x, t0, r0, out);
@@ -187,7 +187,7 @@ void dense_strip(DType dtype, const void* weight, int count, const Operand& x, S
 
 // The scales of a tile's 16 rows, and what multiplies the sum of activations: (offset - zero) * scale
 inline void tile_metadata(const uint8_t* tile, float offset, f32x16& scale, f32x16& correction) {
-  const u32x16 pairs = load<u32x16>(tile + 512);
+  const u32x16 pairs = load<u32x16>(tile + river::kTileMetadata);
   scale = f16_to_float(narrow(pairs));
   correction = (splat(offset) - f16_to_float(narrow(pairs >> 16))) * scale;
 }
@@ -295,11 +295,11 @@ inline void w4_vectors(const Nibbles& nibbles, const uint8_t* strip, const Opera
   for (int t = 0; t < T; t++) store(out[t0 + t], load<f32x16>(out[t0 + t]) + correction[t].all());
 }
 
-constexpr int pairs_in_flight(int vectors) { return vectors == 1 ? kSums / 2 : vectors == 2 ? kSums / 4 : kSums / 8; }
+constexpr int pairs_at_once(int vectors) { return vectors == 1 ? kSums / 2 : vectors == 2 ? kSums / 4 : kSums / 8; }
 
 template <class Nibbles>
 void w4_strip_by(const Nibbles& nibbles, const uint8_t* strip, const Operand& x, StripOut& out) {
-  for_vectors(x.rows, [&]<int T>(int t0) { w4_vectors<pairs_in_flight(T), T>(nibbles, strip, x, t0, out); });
+  for_vectors(x.rows, [&]<int T>(int t0) { w4_vectors<pairs_at_once(T), T>(nibbles, strip, x, t0, out); });
 }
 
 void w4_strip([[maybe_unused]] DType dtype, const uint8_t* strip, const Operand& x, StripOut& out) {

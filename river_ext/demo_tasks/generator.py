@@ -9,8 +9,8 @@ its completion is followed by ``<s>`` (id 0), which also separates documents.
 import hashlib
 import random
 
-from .arithmetic import Problem, problem, score_problem
 from .functions import Function, function, score_function
+from .word_problems import Problem, problem, score_problem
 
 __all__ = [
     "Function",

@@ -1,1 +1,0 @@
-"""The bundled demo model and the generator of its training and test text."""
