@@ -149,6 +149,17 @@ struct AdvanceArgs {
 
 // ---- linears and the W4 format ----------------------------------------------------------------------
 
+struct SampleArgs {
+  int rows, vocab_size;
+  const float* logits;                       // [T, vocab]
+  const float *temperature, *top_p, *min_p;  // [T]: 0 = greedy; 1 = all; 0 = all
+  const int32_t* top_k;                      // [T], 0 = all
+  const int64_t* seeds;                      // [T]
+  const int32_t* positions;                  // [T], of the tokens that are drawn
+  int64_t* tokens;                           // [T], or kNoToken
+  float* logprobs;                           // [T], of the tokens under softmax(logits), or NaN
+};
+
 struct LinearArgs {
   DType dtype;
   bool packed;  // W4 tiles, else dense row-major
@@ -191,6 +202,7 @@ void launch_dual_layer(const DualLayerArgs& args, const Parallel& parallel);
 void launch_advance(const AdvanceArgs& args, const Parallel& parallel);
 void launch_state_similarity(const StateSimilarityArgs& args, const Parallel& parallel);
 void launch_lm_head(const LmHeadArgs& args, const Parallel& parallel);
+void launch_sample(const SampleArgs& args, const Parallel& parallel);
 void launch_linear(const LinearArgs& args, const Parallel& parallel);
 void launch_pack_w4(const W4Args& args, const Parallel& parallel);
 void launch_unpack_w4(const W4Args& args, const Parallel& parallel);
@@ -241,6 +253,7 @@ void launch_exit_layer(const ExitLayerArgs& args, const Workspace& workspace, St
 void launch_dual_layer(const DualLayerArgs& args, const Workspace& workspace, Stream stream);
 void launch_decode_attention(const AttentionArgs& args, const Workspace& workspace, Stream stream);
 void launch_lm_head(const LmHeadArgs& args, const Workspace& workspace, Stream stream);
+void launch_sample(const SampleArgs& args, const Workspace& workspace, Stream stream);
 void launch_linear(const LinearArgs& args, const Workspace& workspace, Stream stream);
 void launch_state_similarity(const StateSimilarityArgs& args, const Workspace& workspace, Stream stream);
 void launch_advance(const AdvanceArgs& args, const Workspace& workspace, Stream stream);

@@ -41,6 +41,16 @@ def lm_head(
     return got["tokens"], got.get("logits", torch.empty(0, vocab_size))
 
 
+def sample(logits, temperature, top_k, top_p, min_p, seeds, positions):
+    rows, vocab_size = logits.shape
+    outputs = {"tokens": ((rows,), torch.int64), "logprobs": ((rows,), torch.float32)}
+    got = emulate(
+        "sample", outputs, rows=rows, vocab_size=vocab_size, logits=logits, temperature=temperature,
+        top_k=top_k, top_p=top_p, min_p=min_p, seeds=seeds, positions=positions,
+    )  # fmt: skip
+    return got["tokens"], got["logprobs"]
+
+
 def state_similarity(x, y):
     rows, hidden_size = x.shape
     outputs = {"out": ((rows,), torch.float32)}

@@ -312,6 +312,37 @@ def lm_head(
     return _river.lm_head(hidden, norm, weight, rms_norm_eps, return_logits, temperature, seeds, positions)
 
 
+def sample(
+    logits: Tensor,
+    temperature: Tensor,
+    top_k: Tensor,
+    top_p: Tensor,
+    min_p: Tensor,
+    seeds: Tensor,
+    positions: Tensor,
+) -> tuple[Tensor, Tensor]:
+    """Draws a token per row from fp32 logits [T, vocab_size], each row by its own options.
+
+    A token is the argmax of logits / temperature + Gumbel noise (see `reference.gumbel`) over the tokens that
+    three filters keep, ties to the lowest id. Tokens are ranked by logit, then by lower id. A row does not
+    depend on the others; CPU and GPU give the same tokens, and log-probabilities of the same bits.
+
+    Args:
+        temperature: [T] fp32; 0 is greedy, whatever the filters.
+        top_k: [T] int32, keeps so many tokens of the highest rank; 0 keeps all.
+        top_p: [T] fp32, above 0, at most 1: of the tokens that top_k keeps, and by their softmax(logits /
+            temperature), keeps each before which less than this probability is ranked; 1 keeps all.
+        min_p: [T] fp32, 0 to 1, keeps tokens at least this times as likely as the likeliest, by
+            softmax(logits / temperature); 0 keeps all.
+        seeds: [T] int64. positions: [T] int32, of the tokens that are drawn.
+
+    Returns:
+        tokens int64 [T], and logprobs fp32 [T]: their log_softmax(logits), before filters and temperature. A
+        row of which a logit is NaN or infinite has no token: -1, and NaN.
+    """
+    return _river.sample(logits, temperature, top_k, top_p, min_p, seeds, positions)
+
+
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """x [T, in_features] @ weight [out_features, in_features]^T + bias, fp32 sums, in x's dtype."""
     return _river.linear(x, weight, bias)

@@ -250,6 +250,70 @@ def lm_head(
     return tokens, logits if return_logits else logits[:0]
 
 
+def sample(logits, temperature, top_k, top_p, min_p, seeds, positions):
+    options = (option.tolist() for option in (top_k, seeds, positions))
+    drawn = [
+        _draw(*row)
+        for row in zip(logits.cpu(), *(t.cpu() for t in (temperature, top_p, min_p)), *options, strict=True)
+    ]
+    tokens, logprobs = zip(*drawn, strict=True)
+    return torch.tensor(tokens, device=logits.device), torch.stack(logprobs).to(logits.device)
+
+
+def _draw(logits, temperature, top_p, min_p, top_k, seed, position):
+    """A token of logits [vocab_size] and its log-probability, by sorting."""
+    if not logits.isfinite().all():
+        return -1, torch.tensor(float("nan"))
+    kept = logits.sort(descending=True, stable=True).indices  # ranked, ties by id
+    largest, token = logits[kept[0]], kept[0]
+    if temperature > 0:
+        temperature = temperature.clamp_min(1e-30)
+        scaled = (logits - largest) / temperature
+        kept = kept[: top_k or None]
+        if top_p < 1:
+            weights = weights_of(scaled[kept])
+            limit = max(1, int(top_p * 2**32)) * int(weights.sum())  # in units of 2^-32 of a weight
+            kept = kept[weights.cumsum(0) - weights < -(-limit >> 32)]
+        if min_p > 0:
+            kept = kept[scaled[kept] >= (_log(min_p) if min_p < 1 else 0)]
+        scores = logits[kept] / temperature + gumbel(seed, position, kept)
+        token = kept[scores == scores.max()].min()
+    total = weights_of(logits - largest).sum()
+    return int(token), (logits[token] - largest) - _log(total.float() * 2.0**-WEIGHT_BITS) + 0.0  # never -0
+
+
+WEIGHT_BITS = 40
+# e^r ~ 1 + r + r^2 * polynomial, highest power first (Cephes, expf)
+EXP_POLYNOMIAL = (
+    1.9875691500e-4,
+    1.3981999507e-3,
+    8.3334519073e-3,
+    4.1665795894e-2,
+    1.6666665459e-1,
+    5.0000001201e-1,
+)
+
+
+def weights_of(scaled: Tensor) -> Tensor:
+    """e^x of fp32 x <= 0 in units of 2^-40, rounded down, as int64: sums of them are exact in any order.
+
+    e^x itself is a fixed sequence of sums and products of IEEE fp32, rounded once each.
+    """
+    x = scaled.clamp_min(-32)  # its weight is 0
+    n = (x * 1.44269504 + 12582912.0) - 12582912.0  # rounds to an integer
+    r = (x - n * LOG_2[0]) - n * LOG_2[1]
+    p = torch.full_like(r, EXP_POLYNOMIAL[0])
+    for coefficient in EXP_POLYNOMIAL[1:]:
+        p = p * r
+        p = p + coefficient
+    p = ((p * r) * r + r) + 1
+    return torch.ldexp(p.double(), n.double() + WEIGHT_BITS).floor().long()
+
+
+def _log(x: Tensor) -> Tensor:
+    return _log_of(*_reduced(x))
+
+
 def philox(seed: int, counter: tuple[Tensor, int, int, int]) -> list[Tensor]:
     """Philox4x32-10 (Salmon et al., SC 2011): four uint32 words, as int64, per entry of counter[0]."""
     mask = 0xFFFFFFFF

@@ -181,6 +181,12 @@ def _(hidden, norm, weight, rms_norm_eps, return_logits=True, *args):
     return hidden.new_empty(rows, dtype=torch.int64), logits
 
 
+@_fake("sample")
+def _(logits, *args):
+    rows = logits.shape[0]
+    return logits.new_empty(rows, dtype=torch.int64), logits.new_empty(rows)
+
+
 @_fake("linear")
 def _(x, weight, bias=None):
     return x.new_empty(x.shape[0], weight.shape[0])

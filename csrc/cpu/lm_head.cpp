@@ -1,11 +1,10 @@
 // lm_head on a CPU: each thread keeps the best token of its strips, and the best of all is the same whoever had which.
-#include "../philox.h"
-
 #include <cmath>
 #include <cstring>
 #include <mutex>
 
 #include "linear.h"
+#include "noise.h"
 
 namespace river::cpu {
 
@@ -24,17 +23,6 @@ struct Best {
     failed |= other.failed;
   }
 };
-
-// logits / temperature + noise of 16 tokens from `first` on, a multiple of 16
-void add_noise(const float (&logits)[kTileRows], float temperature, uint64_t seed, int32_t position, int64_t first,
-               float (&scores)[kTileRows]) {
-  uint32_t words[kTileRows];
-  for (int i = 0; i < kTileRows; i += 4) {
-    const PhiloxWords four = philox(seed, uint32_t((first + i) / 4), uint32_t(position), 0, 0);
-    memcpy(words + i, four.word, sizeof(four.word));
-  }
-  for (int i = 0; i < kTileRows; i++) scores[i] = logits[i] / temperature + gumbel_of(words[i]);
-}
 
 bool all_finite(const float (&logits)[kTileRows], int count) {
   uint32_t failed = 0;

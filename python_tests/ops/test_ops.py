@@ -3,6 +3,7 @@
 import pytest
 import torch
 from blocks import SHAPES, Block, int32
+from drawing import drawing
 from test_advance import State
 from test_dual_layer import Decision, weights_of
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -36,6 +37,7 @@ def samples():
         "decode_attention": (block.random(2, 4, 32), k, v, int32([0, 1]), int32([5, 7]), 0.2, 3, None),
         "state_similarity": (hidden, hidden.flip(0)),
         "lm_head": (hidden, norm1, block.random(50, 128), 1e-5, True),
+        "sample": tuple(drawing(block.random(2, 50).float(), top_k=9, top_p=0.9, min_p=0.01).values()),
         "linear": (x, block.random(40, 100), None),
         "linear_w4": (x, packed, 40, block.random(40)),
         "pack_w4": (q, scale, zero),

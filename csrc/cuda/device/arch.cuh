@@ -126,6 +126,9 @@ RIVER_DEVICE void barrier_sync(int id, int threads) {
   asm volatile("barrier.sync %0, %1;" ::"r"(id), "r"(threads) : "memory");
 }
 
+// 0, 1, 2, ... from a counter in shared memory: every call gets its own
+RIVER_DEVICE unsigned next_number(unsigned* counter) { return atomicAdd(counter, 1u); }
+
 // ---- mbarriers and copies ---------------------------------------------------------------------
 
 RIVER_DEVICE void mbarrier_init(uint64_t* barrier, int count) {

@@ -74,6 +74,8 @@ inline void barrier_sync(int id, int threads, int line = __builtin_LINE()) {
   emulation::sync_block(id, threads, "barrier_sync", line, false);
 }
 
+inline unsigned next_number(unsigned* counter) { return (*counter)++; }
+
 inline void mbarrier_init(uint64_t* barrier, int count) { emulation::mbarrier_init(barrier, count); }
 inline void mbarrier_init_fence() {}
 inline void mbarrier_arrive(uint64_t* barrier) { emulation::mbarrier_arrive(barrier, 0); }

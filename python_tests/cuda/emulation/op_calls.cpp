@@ -88,6 +88,14 @@ Call lm_head(const py::kwargs& values) {
   return call(a, cuda::lm_head_workspace(a), cuda::launch_lm_head);
 }
 
+Call sample(const py::kwargs& values) {
+  SampleArgs a{};
+  Fields{values}("rows", a.rows)("vocab_size", a.vocab_size)("logits", a.logits)("temperature", a.temperature)(
+      "top_k", a.top_k)("top_p", a.top_p)("min_p", a.min_p)("seeds", a.seeds)("positions", a.positions)(
+      "tokens", a.tokens)("logprobs", a.logprobs);
+  return call(a, {}, cuda::launch_sample);
+}
+
 Call decode_attention(const py::kwargs& values) {
   AttentionArgs a{};
   Fields{values}("dtype", a.dtype)("rows", a.rows)("num_heads", a.num_heads)("num_kv_heads", a.num_kv_heads)(
@@ -166,6 +174,7 @@ const std::map<std::string, Op> kOps{
     {"advance", advance},
     {"decode_attention", decode_attention},
     {"lm_head", lm_head},
+    {"sample", sample},
     {"linear", linear},
     {"state_similarity", state_similarity},
     {"read_ring", read_ring},
