@@ -1,4 +1,4 @@
-"""Designs of the CUDA path that hardware is to judge (csrc/cuda/variants.h), as RIVER_VARIANTS asks for them."""
+"""Designs of the CUDA path that hardware is to judge (csrc/cuda/variants.h), as RIVER_VARIANTS asks."""
 
 from . import _C
 from .errors import RiverError
