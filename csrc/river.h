@@ -57,7 +57,7 @@ struct BlockArgs {
   const void* q_bias;                    // [heads * head_dim] or null
   const void *k_bias, *v_bias;           // [kv_heads * head_dim] or null
   const void* o_bias;                    // [hidden] or null
-  const void *q_norm, *k_norm;           // [head_dim] or null; CUDA: both or none
+  const void *q_norm, *k_norm;           // [head_dim]; both or none
   const float *cos, *sin;                // [max_len, rotary_dim / 2]
   const float* query_scale;              // [max_len] or null: factor of a query, by its position
   const int32_t* slots;                  // [T], -1 = inactive

@@ -73,6 +73,8 @@ void fill_options(Check& check, const BlockTensors& t, ScalarType type, BlockArg
   args.o_bias = check.optional("o_bias", t.o_bias, type, {args.hidden_size});
   args.q_norm = check.optional("q_norm", t.q_norm, type, {args.head_dim});
   args.k_norm = check.optional("k_norm", t.k_norm, type, {args.head_dim});
+  check.require(!args.q_norm == !args.k_norm, args.q_norm ? "k_norm" : "q_norm", " is None beside a ",
+                args.q_norm ? "q_norm" : "k_norm", ", expected both or none");
   args.query_scale = check.optional<float>("query_scale", t.query_scale, {kAny});
   const int64_t scales = t.query_scale ? t.query_scale->size(0) : args.max_len;
   check.require(scales >= args.max_len, "query_scale has ", scales,

@@ -166,6 +166,8 @@ BAD_ARGUMENTS = {
     "cache layout": (dict(k_cache=torch.zeros(9, 2, 32, 48).transpose(2, 3)), "k_cache is not contiguous"),
     "cache shape": (dict(v_cache=torch.zeros(9, 2, 47, 32)), "v_cache has shape"),
     "bias": (dict(q_bias=torch.zeros(5)), r"q_bias has shape \[5\], expected \[128\]"),
+    "one norm": (dict(k_norm=torch.ones(32)), "q_norm is None beside a k_norm, expected both or none"),
+    "the other norm": (dict(q_norm=torch.ones(32)), "k_norm is None beside a q_norm, expected both or none"),
     "valid": (dict(kv_valid=torch.zeros(9, 48)), "kv_valid is float32, expected bool"),
 }
 
