@@ -82,7 +82,8 @@ def decoder_block(
         cos, sin: [max_len, rotary_dim / 2] fp32; dims i and i + rotary_dim / 2 of a head rotate
             together, dims past rotary_dim pass through.
         q_bias, k_bias, v_bias, o_bias: added before the norm and the rotation, before the residual.
-        q_norm, k_norm: [head_dim] RMSNorm weights per head, applied before the rotation (Qwen3); both or none.
+        q_norm, k_norm: [head_dim] RMSNorm weights per head, applied before the rotation (Qwen3); both
+            or none.
         query_scale: [max_len] fp32, factor on the rotated query by position (Ministral 3).
         softmax_scale: default head_dim ** -0.5.
         sliding_window: a row at p sees positions p - sliding_window + 1 .. p.
