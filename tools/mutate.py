@@ -179,7 +179,7 @@ MUTANTS = [
         "river_ext/quant/exit_river.py",
         'if sha256_of(stored) != facts["sha256"]:',
         "if False:",
-        "test_river.py",
+        "test_exit_river.py",
     ),
 ]
 

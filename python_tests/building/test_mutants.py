@@ -1,4 +1,4 @@
-"""The mistakes that tools/mutate.py plants: each still has its place in the code, and tests that look at it."""
+"""The mistakes that tools/mutate.py plants: each has its place in the code, and tests that look at it."""
 
 from pathlib import Path
 
