@@ -53,7 +53,12 @@ def _load(path, device: torch.device, dtype, river) -> "Model":
     else:
         exit_layers = exit_river.load_river(river, config, checkpoint.fingerprint, device)
     return Model(
-        config, weights, exit_layers, checkpoint.tokenizer, checkpoint.directory, checkpoint.fingerprint
+        config=config,
+        weights=weights,
+        river=exit_layers,
+        tokenizer=checkpoint.tokenizer,
+        directory=checkpoint.directory,
+        fingerprint=checkpoint.fingerprint,
     )
 
 
@@ -149,9 +154,22 @@ class Model:
                 "device" where it can, which is predicted to be the faster but not yet measured, else "host".
         """
         options = Options(
-            max_new_tokens, threshold, min_layers, batch_policy, prefill, mode, kv_strategy,
-            temperature, top_k, top_p, seed, stop, stop_tokens, return_logits, exit_control,
-        )  # fmt: skip
+            max_new_tokens=max_new_tokens,
+            threshold=threshold,
+            min_layers=min_layers,
+            batch_policy=batch_policy,
+            prefill=prefill,
+            mode=mode,
+            kv_strategy=kv_strategy,
+            temperature=temperature,
+            top_k=top_k,
+            top_p=top_p,
+            seed=seed,
+            stop=stop,
+            stop_tokens=stop_tokens,
+            return_logits=return_logits,
+            exit_control=exit_control,
+        )
         return generate(self.network, self.text, prompt, options)
 
     def stream(self, prompt: str | Sequence, **options) -> Stream:

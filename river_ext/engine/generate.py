@@ -120,11 +120,11 @@ def prefill_one(network: Network, cache: KVCache, sequence: Sequence) -> None:
         cache,
         slot,
         sequence.prompt,
-        plan.rule.keep([slot]),
-        plan.prefill,
-        plan.sampling,
-        plan.seeds[slot],
-        plan.return_logits,
+        rule=plan.rule.keep([slot]),
+        policy=plan.prefill,
+        sampling=plan.sampling,
+        seed=plan.seeds[slot],
+        return_logits=plan.return_logits,
     )
     sequence.append(step.tokens.item(), step, row=0)
 
