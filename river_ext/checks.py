@@ -9,7 +9,7 @@ import torch
 from .errors import RiverError
 
 MAX_CHARACTERS = 1 << 16  # of all strings of an option together
-FP32_MAX = torch.finfo(torch.float32).max
+FP32_MAX, FP32_TINY = torch.finfo(torch.float32).max, torch.finfo(torch.float32).tiny
 
 
 def per_request(name: str, value, rows: int, check, *limits) -> list:

@@ -10,6 +10,7 @@ import torch
 from .. import ops
 from ..checks import (
     FP32_MAX,
+    FP32_TINY,
     choice,
     flag,
     fp32,
@@ -214,4 +215,4 @@ def sampling(config: ModelConfig, options: Options) -> Sampling:
     if not 0 < top_p <= 1:
         raise RiverError(f"top_p={top_p}; accepted: above 0, up to 1")
     top_k = min(integer("top_k", options.top_k, 0), config.vocab_size)
-    return Sampling(fp32(temperature), top_k, fp32(top_p))
+    return Sampling(fp32(temperature), top_k, max(fp32(top_p), FP32_TINY))  # what rounds to 0 keeps one token

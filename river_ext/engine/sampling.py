@@ -13,8 +13,6 @@ from torch import Tensor
 from .. import ops
 from .network import Network
 
-FIRST_RANKED = 1024  # tokens that top_p looks at before it looks at all
-
 
 @dataclass(frozen=True)
 class Sampling:
@@ -54,50 +52,13 @@ def next_tokens(
         **drawn,
     )
     if sampling.filters:
-        rows = zip(tokens, logits, seeds.tolist(), positions.tolist(), (tokens < 0).tolist(), strict=True)
-        tokens = torch.stack([
-            none if failed else draw(row, sampling, seed, position)
-            for none, row, seed, position, failed in rows
-        ])  # fmt: skip
+        tokens, _ = ops.sample(
+            logits,
+            temperature=torch.full_like(positions, sampling.temperature, dtype=torch.float32),
+            top_k=torch.full_like(positions, sampling.top_k),
+            top_p=torch.full_like(positions, sampling.top_p, dtype=torch.float32),
+            min_p=torch.zeros_like(positions, dtype=torch.float32),
+            seeds=seeds,
+            positions=positions,
+        )
     return tokens, logits if return_logits else None
-
-
-def draw(logits: Tensor, sampling: Sampling, seed: int, position: int) -> Tensor:
-    """One token from filtered fp32 logits [vocab_size], all finite, as an int64 scalar tensor."""
-    logits = logits / max(sampling.temperature, 1e-30)
-    tokens = filtered(logits, sampling)
-    noise = torch.from_numpy(ops._C.gumbel(seed, position, tokens.cpu().numpy()))
-    scores = logits[tokens] + noise.to(logits.device)
-    best = (scores == scores.max()).nonzero()[0, 0]  # argmax does not promise the lowest id among ties
-    return tokens[best]
-
-
-def filtered(logits: Tensor, sampling: Sampling) -> Tensor:
-    """The ids, ascending, of the tokens that top_k and top_p leave of logits / temperature [vocab_size].
-
-    Tokens are ranked by logit, ties by id. top_p looks at what top_k left, and keeps at least one token. Only
-    as many are ranked as it takes: sorting a vocabulary costs as much as a step of a small model.
-    """
-    vocab_size = logits.shape[0]
-    count = min(sampling.top_k or FIRST_RANKED, vocab_size)
-    while True:
-        tokens = likeliest(logits, count)
-        ranked = logits[tokens]
-        if sampling.top_p == 1:
-            return tokens.sort().values
-        total = (ranked if sampling.top_k else logits).logsumexp(0)
-        probability = (ranked - total).exp()
-        before = probability.cumsum(0) - probability  # what the likelier tokens have together
-        keep = before < sampling.top_p
-        keep[0] = True
-        if sampling.top_k or count == vocab_size or not keep[-1]:
-            return tokens[keep].sort().values
-        count = vocab_size
-
-
-def likeliest(logits: Tensor, count: int) -> Tensor:
-    """The ids of the `count` largest logits, ranked, ties by id."""
-    if count == logits.shape[0]:
-        return logits.sort(descending=True, stable=True).indices
-    tokens = (logits >= logits.topk(count).values[-1]).nonzero().flatten()
-    return tokens[logits[tokens].sort(descending=True, stable=True).indices[:count]]
