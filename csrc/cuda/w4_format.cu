@@ -16,7 +16,6 @@ using namespace device;
 
 constexpr int kThreads = 128;
 constexpr int kLaneColumns = 16;
-constexpr int kMetadata = 512;  // byte offset of the (scale, zero) pairs in a tile
 
 struct TileShape {
   int out_features, in_features, column_tiles, group_tiles, groups;
@@ -140,7 +139,7 @@ __global__ void __launch_bounds__(kThreads)
       const int64_t group = shape.group_index(row, k);
       metadata = scale[group] | static_cast<uint32_t>(zero[group]) << 16;
     }
-    reinterpret_cast<uint32_t*>(to + kMetadata)[lane_id()] = metadata;
+    reinterpret_cast<uint32_t*>(to + kTileMetadata)[lane_id()] = metadata;
   });
 }
 
@@ -157,7 +156,7 @@ __global__ void __launch_bounds__(kThreads) unpack_w4_kernel(const uint8_t* pack
     for (int half = 0; half < 2; half++) store_bytes(q, place, half, gather_half(words, half));
     const int row = first_row + lane_id();
     if (lane_id() >= kTileRows || row >= shape.out_features || k % shape.group_tiles != 0) return;
-    const uint32_t metadata = reinterpret_cast<const uint32_t*>(from + kMetadata)[lane_id()];
+    const uint32_t metadata = reinterpret_cast<const uint32_t*>(from + kTileMetadata)[lane_id()];
     const int64_t group = shape.group_index(row, k);
     scale[group] = static_cast<uint16_t>(metadata);
     zero[group] = static_cast<uint16_t>(metadata >> 16);
@@ -175,7 +174,7 @@ __global__ void __launch_bounds__(kThreads) dequantize_w4_kernel(const uint8_t* 
     const uint4 words = reinterpret_cast<const uint4*>(from)[lane_id()];
 #pragma unroll
     for (int half = 0; half < 2; half++) {
-      const uint32_t metadata = reinterpret_cast<const uint32_t*>(from + kMetadata)[lane_id() / 4 + 8 * half];
+      const uint32_t metadata = reinterpret_cast<const uint32_t*>(from + kTileMetadata)[lane_id() / 4 + 8 * half];
       const auto [scale, zero] = to_float2<fp16>(metadata);
       const uint4 levels = gather_half(words, half);
       const uint32_t bytes[4] = {levels.x, levels.y, levels.z, levels.w};
