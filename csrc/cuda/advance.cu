@@ -48,7 +48,7 @@ RIVER_DEVICE void write_record(const AdvanceArgs& a, int32_t* record) {
   }
   int32_t* similarities = record + RecordLayout::similarities(a.rows);
   for (int i = threadIdx.x; i < a.layers * a.rows; i += kThreads)
-    similarities[i] = static_cast<int32_t>(__float_as_uint(load_written(a.similarities + i)));
+    similarities[i] = int32_t(__float_as_uint(load_written(a.similarities + i)));
 }
 
 RIVER_DEVICE void embed(const AdvanceArgs& a) {

@@ -123,8 +123,8 @@ __global__ void __launch_bounds__(kAttentionThreads, kBlocksPerSm)
     return;
   }
   const ContextSplits context(a, place.position);
-  const int blocks = min(context.count, static_cast<int>(gridDim.x));
-  if (static_cast<int>(blockIdx.x) >= blocks) return;
+  const int blocks = min(context.count, int(gridDim.x));
+  if (int(blockIdx.x) >= blocks) return;
   const auto heads_from = [&](int n) { return HeadRange{first_head + n, min(kHeads, group - n)}; };
   const SplitAttention<T, kLanes> attention{a, partials, context, shared[0], row, place.slot, kv_head};
   for (int split = blockIdx.x; split < context.count; split += blocks) {

@@ -24,9 +24,7 @@ __global__ void __launch_bounds__(kStreamThreads, 2)
   ring[0].init(args.stages);
   Cursor cursor(args.stages);
   const int64_t first = int64_t(blockIdx.x) * args.stage_bytes, step = int64_t(gridDim.x) * args.stage_bytes;
-  auto bytes_at = [&](int64_t start) {
-    return static_cast<int>(min(static_cast<int64_t>(args.stage_bytes), args.bytes - start));
-  };
+  auto bytes_at = [&](int64_t start) { return int(min(int64_t(args.stage_bytes), args.bytes - start)); };
   if (warp_id() == kReaders) {
     if (!prefetch) dependency_wait();
     const CopyHint hint = evict_first();

@@ -167,7 +167,7 @@ RIVER_DEVICE uint64_t cut_off(const Row& row, bool by_weight, uint64_t limit, Bo
 // What top_k and top_p keep has keys above this. `mine` is the largest key of this thread, `best` that of the row.
 RIVER_DEVICE uint64_t filter(const Row& row, uint64_t mine, uint64_t best) {
   const DrawRule& rule = row.rule;
-  Bounds bounds{0, best, static_cast<uint64_t>(row.vocab_size)};
+  Bounds bounds{0, best, uint64_t(row.vocab_size)};
   if (!rule.top_k && !rule.top_p) return bounds.low;
   const bool few = rule.top_k && rule.top_k < kGuessedRank;
   const uint64_t guess = ranked(mine, few ? rule.top_k : kGuessedRank) - 1;

@@ -42,7 +42,7 @@ RIVER_DEVICE void copy_decided_weights(Ring<kBulk> (&rings)[2], const RingSizes&
   if (deep && packed) prefetch_weights<Packed>(place, sizes.packed_stages, weight.packed, shape, work);
   if (deep && !packed) prefetch_weights<Dense>(place, sizes.dense_stages, weight.dense, shape, work);
   barrier_sync(kDecisionBarrier, kStreamThreads);
-  if (packed != static_cast<bool>(decided)) {
+  if (packed != bool(decided)) {
     for (int i = 0; i < guessed; i++) rings[packed].full[i].wait(0);  // landed: the memory is free, nobody reads it
     packed = !packed;
     place = CopyPlace(sizes.stages(packed), work);
