@@ -126,7 +126,13 @@ __global__ void __launch_bounds__(kAttentionThreads, kBlocksPerSm)
   const int blocks = min(context.count, int(gridDim.x));
   if (int(blockIdx.x) >= blocks) return;
   const auto heads_from = [&](int n) { return HeadRange{first_head + n, min(kHeads, group - n)}; };
-  const SplitAttention<T, kLanes> attention{a, partials, context, shared[0], row, place.slot, kv_head};
+  const SplitAttention<T, kLanes> attention{.a = a,
+                                            .partials = partials,
+                                            .context = context,
+                                            .shared = shared[0],
+                                            .row = row,
+                                            .slot = place.slot,
+                                            .kv_head = kv_head};
   for (int split = blockIdx.x; split < context.count; split += blocks) {
     for (int n = 0; n < group; n += kHeads) {
       const HeadRange heads = heads_from(n);
@@ -138,7 +144,7 @@ __global__ void __launch_bounds__(kAttentionThreads, kBlocksPerSm)
     }
   }
   if (!block_arrives_last(counters + row * a.num_kv_heads + kv_head, blocks)) return;
-  const SplitMerge<T, kLanes> splits{partials, shared[0], row, context.count};
+  const SplitMerge<T, kLanes> splits{.partials = partials, .shared = shared[0], .row = row, .splits = context.count};
   for (int n = 0; n < group; n += kHeads) splits.merge(heads_from(n), out + n * a.head_dim);
 }
 
