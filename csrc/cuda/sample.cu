@@ -251,7 +251,8 @@ __global__ void __launch_bounds__(kThreads) sample_kernel(SampleArgs a) {
 }  // namespace
 
 void launch_sample(const SampleArgs& a, const Workspace& workspace, Stream stream) {
-  launch(sample_kernel, a.rows, kThreads, 0, stream, {"sample", workspace.overlap != Overlap::kNone}, a);
+  const LaunchOptions options{.name = "sample", .pdl = workspace.overlap != Overlap::kNone};
+  launch(sample_kernel, a.rows, kThreads, 0, stream, options, a);
 }
 
 }  // namespace river::cuda

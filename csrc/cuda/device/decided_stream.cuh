@@ -105,8 +105,8 @@ void launch_stream(const StreamLaunch& l, const DecidedWeight<Rows, Decision>& w
   const bool overlap = may_overlap(l);
   launch(overlap ? decided_stream_kernel<T, true, Weight, Input, Epilogue>
                  : decided_stream_kernel<T, false, Weight, Input, Epilogue>,
-         blocks_of(l), kStreamThreads, sizes.bytes + activations, l.stream, {l.name, overlap}, weight, input, epilogue,
-         l.shape, l.rows, sizes, l.workspace);
+         blocks_of(l), kStreamThreads, sizes.bytes + activations, l.stream, {.name = l.name, .pdl = overlap}, weight,
+         input, epilogue, l.shape, l.rows, sizes, l.workspace);
 }
 
 }  // namespace river::device
