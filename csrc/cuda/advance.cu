@@ -76,7 +76,7 @@ RIVER_DEVICE void move_on(const AdvanceArgs& a, int t) {
 
 // Budget: 256 threads, 96 registers
 template <class T>
-__global__ void __launch_bounds__(kThreads) advance_kernel(AdvanceArgs a) {
+__global__ void __launch_bounds__(kThreads) advance_kernel(AdvanceArgs a) {  // shapes: river.h
   dependency_trigger();
   dependency_wait();
   const int t = threadIdx.x;

@@ -104,7 +104,8 @@ struct SplitMerge {
 // Budget: 128 threads, 168 registers
 template <class T, int kLanes>
 __global__ void __launch_bounds__(kAttentionThreads, kBlocksPerSm)
-    decode_attention_kernel(AttentionArgs a, Partials partials,
+    decode_attention_kernel(AttentionArgs a,     // shapes: river.h
+                            Partials partials,   // [T, heads, splits, 2 + head_dim]
                             uint32_t* counters,  // [T, kv_heads]
                             bool early) {        // ask L2 for K and V before the kernels ahead have ended
   RIVER_SHARED(AttentionMemory<kLanes>, shared, [1]);

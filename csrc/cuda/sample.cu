@@ -209,7 +209,7 @@ RIVER_DEVICE uint64_t best_score(const Row& row, uint64_t cut, uint64_t seed, ui
 }
 
 // Budget: 512 threads, 64 registers, 12560 shared
-__global__ void __launch_bounds__(kThreads) sample_kernel(SampleArgs a) {
+__global__ void __launch_bounds__(kThreads) sample_kernel(SampleArgs a) {  // shapes: river.h
   dependency_trigger();
   dependency_wait();
   const int t = blockIdx.x;
