@@ -22,7 +22,7 @@ struct LmHeadEpilogue : PlainEpilogue {
   };
 
   LmHeadArgs a;
-  unsigned long long* keys;  // [8], zero before and after a launch
+  unsigned long long* keys;  // [8], of the type that atomicMax takes; zero before and after a launch
   uint32_t* counter;         // [1], the same
 
   RIVER_DEVICE State begin() const {
