@@ -1,6 +1,6 @@
-// Philox4x32-10 (Salmon et al., SC 2011) and Gumbel noise. A draw depends on (seed, position, purpose, token id)
-// alone, and has the same bits wherever it is made: sums and products of IEEE fp32, one rounding each. The Python twin
-// is reference.gumbel.
+// Philox4x32-10 (Salmon et al., SC 2011) and Gumbel noise. A draw depends on (seed, position, token id) alone,
+// and has the same bits wherever it is made: sums and products of IEEE fp32, one rounding each. The Python twin is
+// reference.gumbel.
 #pragma once
 
 #include <cstdint>
@@ -99,9 +99,9 @@ RIVER_BOTH inline float gumbel_of(uint32_t word) {
   return -log_of(reduced(-log_of(x)));
 }
 
-// Token id v takes word v % 4 of Philox counter (v / 4, position, purpose, 0).
-RIVER_BOTH inline float gumbel(uint64_t seed, int32_t position, int64_t token, uint32_t purpose = 0) {
-  const PhiloxWords words = philox(seed, uint32_t(token / 4), uint32_t(position), purpose, 0);
+// Token id v takes word v % 4 of Philox counter (v / 4, position, 0, 0).
+RIVER_BOTH inline float gumbel(uint64_t seed, int32_t position, int64_t token) {
+  const PhiloxWords words = philox(seed, uint32_t(token / 4), uint32_t(position), 0, 0);
   const uint32_t first = token % 2 ? words.word[1] : words.word[0], second = token % 2 ? words.word[3] : words.word[2];
   return gumbel_of(token % 4 < 2 ? first : second);  // no index: the words stay in registers
 }

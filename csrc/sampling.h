@@ -3,11 +3,11 @@
 //
 // A sum of fp32 numbers depends on its order, and a parallel sum has no order. So a probability here is a whole number,
 // exp(logit - largest) in units of 2^-40, rounded down: the largest logit weighs 2^40. Sums of whole numbers are exact,
-// whoever adds what and when, and so is every comparison with a limit. The weights of 2^23 tokens fit into 64 bits. What
-// rounding takes is less than 2^-40 a token, of a sum of at least 1: nothing that fp32 could show in a vocabulary.
+// whoever adds what and when, and so is every comparison with a limit. The weights of 2^23 tokens fit into 64 bits.
+// What rounding takes is less than 2^-40 a token, of a sum of at least 1: nothing that fp32 could show in a vocabulary.
 //
-// Tokens are ranked by 64-bit keys, the logit and then the lower id, of which no two are equal. A filter is a cut-off: it
-// keeps the tokens with keys above it.
+// Tokens are ranked by 64-bit keys, the logit and then the lower id, of which no two are equal. A filter is a cut-off:
+// it keeps the tokens with keys above it.
 #pragma once
 
 #include "philox.h"
@@ -56,8 +56,8 @@ RIVER_BOTH inline uint64_t fixed_point(uint32_t bits) {
   return mantissa << (kWeightBits - 23) >> (127u - (bits >> 23));
 }
 
-// (logit - largest) / temperature. The difference comes first: what it overflows to is -infinity, not NaN. Rounding keeps
-// the order of the logits.
+// (logit - largest) / temperature. The difference comes first: what it overflows to is -infinity, not NaN. Rounding
+// keeps the order of the logits.
 RIVER_BOTH inline float scaled(float logit, float largest, float temperature) {
   return (logit - largest) / temperature;
 }

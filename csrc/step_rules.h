@@ -1,5 +1,5 @@
-// What decides a step, and what it writes down: the exit rule, the last token of a row, the record of a step. Written
-// once for the CPU and the GPU. No function reads memory: a kernel on a GPU loads what it hands over in its own way.
+// What decides a step, and what it writes down: the exit rule, the state of a row, the record of a step. Written once
+// for the CPU and the GPU. No function reads memory: a kernel on a GPU loads what it hands over in its own way.
 #pragma once
 
 #include <math.h>
@@ -35,9 +35,20 @@ RIVER_BOTH constexpr bool runs_as_exit_layer(int index, bool left, int limit, bo
 // Anything else, kNoToken of lm_head included, means that no token was drawn.
 RIVER_BOTH constexpr bool is_drawn(int64_t token, int vocab_size) { return token >= 0 && token < vocab_size; }
 
-// Whether a row ends with this token; `remaining` are those that it may still draw after it.
-RIVER_BOTH constexpr bool is_last_token(int remaining, bool drawn, bool stop_token) {
-  return remaining <= 0 || !drawn || stop_token;
+// The state of an active row after a step
+struct NextRow {
+  int position;       // of the token that the step drew
+  int draw_position;  // of the token that the next step draws
+  int remaining;      // tokens that the row may still draw
+  bool ends;          // the token was the row's last one
+};
+
+// From the state before the step, and what the step drew
+RIVER_BOTH constexpr NextRow next_row(int position, int remaining, bool drawn, bool stop_token) {
+  return {.position = position + 1,
+          .draw_position = position + 2,
+          .remaining = remaining - 1,
+          .ends = remaining <= 1 || !drawn || stop_token};
 }
 
 // ---- the record of a step ---------------------------------------------------------------------------

@@ -333,12 +333,12 @@ def _mulhilo(a: int, b: Tensor) -> tuple[Tensor, Tensor]:
     return middle >> 16, ((middle & 0xFFFF) << 16) | (low & 0xFFFF)
 
 
-def gumbel(seed: int, position: int, tokens: Tensor, purpose: int = 0) -> Tensor:
-    """Gumbel noise of token ids [n] in one draw: a function of (seed, position, purpose, token id) only.
+def gumbel(seed: int, position: int, tokens: Tensor) -> Tensor:
+    """Gumbel noise of token ids [n] in one draw: a function of (seed, position, token id) only.
 
-    Token id v takes word v % 4 of Philox counter (v / 4, position, purpose, 0).
+    Token id v takes word v % 4 of Philox counter (v / 4, position, 0, 0).
     """
-    words = torch.stack(philox(seed, (tokens // 4, position, purpose, 0)), -1)
+    words = torch.stack(philox(seed, (tokens // 4, position, 0, 0)), -1)
     return gumbel_of(words.gather(-1, tokens[:, None] % 4).flatten())
 
 

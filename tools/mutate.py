@@ -135,15 +135,15 @@ MUTANTS = [
     Mutant(
         "a failed row goes on",
         "csrc/step_rules.h",
-        "remaining <= 0 || !drawn || stop_token",
-        "remaining <= 0 || stop_token",
+        "remaining <= 1 || !drawn || stop_token",
+        "remaining <= 1 || stop_token",
         "test_advance.py test_not_finite.py",
     ),
     Mutant(
         "a failed row goes on, CUDA",
         "csrc/cuda/advance.cu",
-        "is_last_token(remaining, is_drawn(token, a.vocab_size), stop_token)",
-        "is_last_token(remaining, true, stop_token)",
+        "load_written(a.remaining + t), drawn, stop_token)",
+        "load_written(a.remaining + t), true, stop_token)",
         "test_cuda_kernels.py -k advance",
     ),
     Mutant(

@@ -3,6 +3,7 @@
 #include <cstring>
 #include <mutex>
 
+#include "../sampling.h"
 #include "linear.h"
 #include "noise.h"
 
@@ -24,16 +25,10 @@ struct Best {
   }
 };
 
-bool all_finite(const float (&logits)[kTileRows], int count) {
-  uint32_t failed = 0;
-  for (int i = 0; i < count; i++) failed |= (bits_of(logits[i]) & 0x7f800000u) == 0x7f800000u;
-  return !failed;
-}
-
 // The strip whose `count` tokens begin at `first`, for row t
 void offer_strip(const LmHeadArgs& a, int t, int64_t first, int count, const float (&logits)[kTileRows], Best& best) {
   if (a.logits) memcpy(a.logits + int64_t(t) * a.vocab_size + first, logits, count * sizeof(float));
-  best.failed |= !all_finite(logits, count);
+  for (int i = 0; i < count; i++) best.failed |= !is_finite(logits[i]);
   float noisy[kTileRows];
   const bool sampled = a.temperature && a.temperature[t] > 0;
   if (sampled)

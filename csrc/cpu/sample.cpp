@@ -1,5 +1,6 @@
-// sample on a CPU. The largest logit of every span of 256 tokens is found first; after that, whatever filters looks only
-// into the spans that can hold a token it keeps. Compiled once, for the plainest processor: the same bits on all of them.
+// sample on a CPU. The largest logit of every span of 256 tokens is found first; after that, whatever filters looks
+// only into the spans that can hold a token it keeps. Compiled once, for the plainest processor: the same bits on all
+// of them.
 #include <algorithm>
 #include <atomic>
 #include <cmath>
@@ -108,8 +109,8 @@ uint64_t sum_of_weights(const Row& row, const std::vector<uint64_t>& keys) {
   return sum;
 }
 
-// The keys of tokens that together weigh the limit, and of all that are likelier: of those less and less likely than the
-// best one, until they are enough.
+// The keys of tokens that together weigh the limit, and of all that are likelier: of those less and less likely than
+// the best one, until they are enough.
 std::vector<uint64_t> weighing(const Row& row, uint64_t limit) {
   for (float reach = 2;; reach *= 1.5f) {
     std::vector<uint64_t> keys = at_least(row, row.largest - reach * row.rule.temperature);
@@ -117,8 +118,8 @@ std::vector<uint64_t> weighing(const Row& row, uint64_t limit) {
   }
 }
 
-// Leaves the keys of which the larger ones measure less than the limit, which is at least 1. Halves what is undecided, and
-// measures the upper half.
+// Leaves the keys of which the larger ones measure less than the limit, which is at least 1. Halves what is undecided,
+// and measures the upper half.
 template <class Measure>
 void keep_below(std::vector<uint64_t>& keys, uint64_t limit, Measure measure) {
   auto begin = keys.begin(), end = keys.end();

@@ -56,12 +56,13 @@ void move_on(const AdvanceArgs& a, int t) {
   const bool drawn = is_drawn(token, a.vocab_size);
   if (drawn)
     memcpy(static_cast<char*>(a.hidden) + t * bytes, static_cast<const char*>(a.embed_tokens) + token * bytes, bytes);
-  a.positions[t]++;
-  a.draw_positions[t] = a.positions[t] + 1;
-  a.remaining[t]--;
   bool stop_token = false;
   for (int i = 0; i < a.num_stop_tokens; i++) stop_token |= token == a.stop_tokens[i];
-  if (is_last_token(a.remaining[t], drawn, stop_token)) a.slots[t] = -1;
+  const NextRow next = next_row(a.positions[t], a.remaining[t], drawn, stop_token);
+  a.positions[t] = next.position;
+  a.draw_positions[t] = next.draw_position;
+  a.remaining[t] = next.remaining;
+  if (next.ends) a.slots[t] = -1;
 }
 
 }  // namespace

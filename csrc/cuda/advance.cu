@@ -48,7 +48,7 @@ RIVER_DEVICE void write_record(const AdvanceArgs& a, int32_t* record) {
   }
   int32_t* similarities = record + RecordLayout::similarities(a.rows);
   for (int i = threadIdx.x; i < a.layers * a.rows; i += kThreads)
-    similarities[i] = static_cast<int32_t>(__float_as_uint(load_written(a.similarities + i)));
+    similarities[i] = int32_t(__float_as_uint(load_written(a.similarities + i)));
 }
 
 RIVER_DEVICE void embed(const AdvanceArgs& a) {
@@ -64,18 +64,19 @@ RIVER_DEVICE void embed(const AdvanceArgs& a) {
 RIVER_DEVICE void move_on(const AdvanceArgs& a, int t) {
   if (!is_active(a, t)) return;
   const int64_t token = load_written(a.tokens + t);
-  const int remaining = load_written(a.remaining + t) - 1, position = load_written(a.positions + t) + 1;
   bool stop_token = false;
   for (int i = 0; i < a.num_stop_tokens; i++) stop_token |= token == a.stop_tokens[i];
-  a.remaining[t] = remaining;
-  a.positions[t] = position;
-  a.draw_positions[t] = position + 1;
-  if (is_last_token(remaining, is_drawn(token, a.vocab_size), stop_token)) a.slots[t] = -1;
+  const bool drawn = is_drawn(token, a.vocab_size);
+  const NextRow next = next_row(load_written(a.positions + t), load_written(a.remaining + t), drawn, stop_token);
+  a.positions[t] = next.position;
+  a.draw_positions[t] = next.draw_position;
+  a.remaining[t] = next.remaining;
+  if (next.ends) a.slots[t] = -1;
 }
 
 // Budget: 256 threads, 96 registers
 template <class T>
-__global__ void __launch_bounds__(kThreads) advance_kernel(AdvanceArgs a) {
+__global__ void __launch_bounds__(kThreads) advance_kernel(AdvanceArgs a) {  // shapes: river.h
   dependency_trigger();
   dependency_wait();
   const int t = threadIdx.x;

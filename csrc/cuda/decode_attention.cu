@@ -104,7 +104,8 @@ struct SplitMerge {
 // Budget: 128 threads, 168 registers
 template <class T, int kLanes>
 __global__ void __launch_bounds__(kAttentionThreads, kBlocksPerSm)
-    decode_attention_kernel(AttentionArgs a, Partials partials,
+    decode_attention_kernel(AttentionArgs a,     // shapes: river.h
+                            Partials partials,   // [T, heads, splits, 2 + head_dim]
                             uint32_t* counters,  // [T, kv_heads]
                             bool early) {        // ask L2 for K and V before the kernels ahead have ended
   RIVER_SHARED(AttentionMemory<kLanes>, shared, [1]);
@@ -123,10 +124,16 @@ __global__ void __launch_bounds__(kAttentionThreads, kBlocksPerSm)
     return;
   }
   const ContextSplits context(a, place.position);
-  const int blocks = min(context.count, static_cast<int>(gridDim.x));
-  if (static_cast<int>(blockIdx.x) >= blocks) return;
+  const int blocks = min(context.count, int(gridDim.x));
+  if (int(blockIdx.x) >= blocks) return;
   const auto heads_from = [&](int n) { return HeadRange{first_head + n, min(kHeads, group - n)}; };
-  const SplitAttention<T, kLanes> attention{a, partials, context, shared[0], row, place.slot, kv_head};
+  const SplitAttention<T, kLanes> attention{.a = a,
+                                            .partials = partials,
+                                            .context = context,
+                                            .shared = shared[0],
+                                            .row = row,
+                                            .slot = place.slot,
+                                            .kv_head = kv_head};
   for (int split = blockIdx.x; split < context.count; split += blocks) {
     for (int n = 0; n < group; n += kHeads) {
       const HeadRange heads = heads_from(n);
@@ -138,7 +145,7 @@ __global__ void __launch_bounds__(kAttentionThreads, kBlocksPerSm)
     }
   }
   if (!block_arrives_last(counters + row * a.num_kv_heads + kv_head, blocks)) return;
-  const SplitMerge<T, kLanes> splits{partials, shared[0], row, context.count};
+  const SplitMerge<T, kLanes> splits{.partials = partials, .shared = shared[0], .row = row, .splits = context.count};
   for (int n = 0; n < group; n += kHeads) splits.merge(heads_from(n), out + n * a.head_dim);
 }
 

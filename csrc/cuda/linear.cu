@@ -14,9 +14,9 @@ struct LinearEpilogue : PlainEpilogue {
   int rows, out_features;
 
   RIVER_DEVICE void finish(int strip, const StripTotals& totals, const Asked&, State&) const {
-    const int row = output_row_of_thread(), t = row_of_thread(), n = strip * kTileRows + row;
-    if (row >= kTileRows || t >= rows || n >= out_features) return;
-    const float sum = totals(row, t) + (bias ? to_float(bias[n]) : 0.f);
+    const int output_row = output_row_of_thread(), t = row_of_thread(), n = strip * kTileRows + output_row;
+    if (output_row >= kTileRows || t >= rows || n >= out_features) return;
+    const float sum = totals(output_row, t) + (bias ? to_float(bias[n]) : 0.f);
     out[int64_t(t) * out_features + n] = from_float<T>(sum);
   }
 };

@@ -1,7 +1,7 @@
 // lm_head: final norm and head for T = 1..8 rows, with the token chosen in the epilogue. A key orders logits and
 // breaks ties to the lowest id, so that the largest key over all blocks, whatever their order, is the token.
+#include "../sampling.h"
 #include "device/stream.cuh"
-#include "../philox.h"
 
 namespace river::cuda {
 namespace {
@@ -9,19 +9,12 @@ namespace {
 using namespace device;
 
 // Above every other key: one logit that is NaN or infinite, and the row has no token
-constexpr unsigned long long kFailedKey = ~0ull;
-
-// Larger for larger values, then for lower ids; 0 is below every key.
-RIVER_DEVICE unsigned long long key_of(float value, uint32_t id) {
-  const uint32_t bits = __float_as_uint(value + 0.f);  // -0 and 0 are equal
-  const uint32_t ordered = bits & 0x80000000u ? ~bits : bits | 0x80000000u;
-  return static_cast<unsigned long long>(ordered) << 32 | (0xffffffffu - id);
-}
+constexpr uint64_t kFailedKey = ~0ull;
 
 template <class T>
 struct LmHeadEpilogue : PlainEpilogue {
   struct State {
-    unsigned long long best;  // the largest key that this thread has seen
+    uint64_t best;  // the largest key that this thread has seen
     // of its row
     float temperature;
     uint64_t seed;
@@ -29,7 +22,7 @@ struct LmHeadEpilogue : PlainEpilogue {
   };
 
   LmHeadArgs a;
-  unsigned long long* keys;  // [8], zero before and after a launch
+  unsigned long long* keys;  // [8], of the type that atomicMax takes; zero before and after a launch
   uint32_t* counter;         // [1], the same
 
   RIVER_DEVICE State begin() const {
@@ -37,31 +30,30 @@ struct LmHeadEpilogue : PlainEpilogue {
     if (!a.temperature || t >= a.rows) return {};
     return {.best = 0,
             .temperature = a.temperature[t],
-            .seed = static_cast<uint64_t>(a.seeds[t]),
+            .seed = uint64_t(a.seeds[t]),
             .position = load_written(a.positions + t)};
   }
 
   RIVER_DEVICE void finish(int strip, const StripTotals& totals, const Asked&, State& state) const {
-    const int row = output_row_of_thread(), t = row_of_thread(), n = strip * kTileRows + row;
-    if (row >= kTileRows || t >= a.rows || n >= a.vocab_size) return;
-    const float logit = totals(row, t);
+    const int output_row = output_row_of_thread(), t = row_of_thread(), n = strip * kTileRows + output_row;
+    if (output_row >= kTileRows || t >= a.rows || n >= a.vocab_size) return;
+    const float logit = totals(output_row, t);
     if (a.logits) a.logits[int64_t(t) * a.vocab_size + n] = logit;
-    const bool finite = magnitude_bits(logit) < 0x7f800000u;
-    const unsigned long long key = finite ? key_of(score(logit, n, state), n) : kFailedKey;
+    const uint64_t key = is_finite(logit) ? token_key(score(logit, n, state), n) : kFailedKey;
     state.best = key > state.best ? key : state.best;
   }
 
   RIVER_DEVICE void end(State& state) const {
-    unsigned long long& best = state.best;
+    uint64_t& best = state.best;
     for (int lanes = kMaxRows; lanes < kWarp; lanes *= 2) {  // lanes of a warp hold four output rows for each t
-      const unsigned long long other = shuffle_xor(best, lanes);
+      const uint64_t other = shuffle_xor(best, lanes);
       best = other > best ? other : best;
     }
     if (lane_id() < kMaxRows && best) atomicMax(keys + lane_id(), best);
     if (!readers_arrive_last(counter, gridDim.x) || threadIdx.x >= kMaxRows) return;
-    const unsigned long long key = atomicExch(keys + threadIdx.x, 0ull);
+    const uint64_t key = atomicExch(keys + threadIdx.x, 0ull);
     if (int(threadIdx.x) >= a.rows) return;
-    a.tokens[threadIdx.x] = key == kFailedKey ? kNoToken : int64_t(0xffffffffu - static_cast<uint32_t>(key));
+    a.tokens[threadIdx.x] = key == kFailedKey ? kNoToken : token_of(key);
   }
 
  private:

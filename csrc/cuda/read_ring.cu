@@ -24,9 +24,7 @@ __global__ void __launch_bounds__(kStreamThreads, 2)
   ring[0].init(args.stages);
   Cursor cursor(args.stages);
   const int64_t first = int64_t(blockIdx.x) * args.stage_bytes, step = int64_t(gridDim.x) * args.stage_bytes;
-  auto bytes_at = [&](int64_t start) {
-    return static_cast<int>(min(static_cast<int64_t>(args.stage_bytes), args.bytes - start));
-  };
+  auto bytes_at = [&](int64_t start) { return int(min(int64_t(args.stage_bytes), args.bytes - start)); };
   if (warp_id() == kReaders) {
     if (!prefetch) dependency_wait();
     const CopyHint hint = evict_first();
@@ -85,9 +83,10 @@ void launch_read_ring(const ReadRingArgs& a, const Workspace& workspace, Stream 
   const int64_t ring_bytes = int64_t(a.stages) * a.stage_bytes;
   require(ring_bytes <= room, "stages * stage_bytes", ring_bytes, "at most " + std::to_string(room));
   const bool bulk = workspace.overlap != Overlap::kNone && device_facts().arch >= 90;
+  const LaunchOptions options{.name = "read_ring", .pdl = bulk};
+  const bool prefetch = workspace.overlap == Overlap::kPrefetch && bulk;
   auto run = [&](auto kernel) {
-    launch(kernel, workspace.blocks * a.blocks_per_sm, kStreamThreads, ring_bytes, stream, {"read_ring", bulk}, a,
-           workspace.overlap == Overlap::kPrefetch && bulk);
+    launch(kernel, workspace.blocks * a.blocks_per_sm, kStreamThreads, ring_bytes, stream, options, a, prefetch);
   };
   if (bulk) run(read_ring_kernel<true>);
   else run(read_ring_kernel<false>);

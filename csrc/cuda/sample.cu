@@ -1,10 +1,10 @@
 // sample: tokens from logits, one block per row. The block goes over the row's logits, which lie in L2, several times:
 // for the largest, for each cut-off, for the best score of what is kept, and for the sum of all weights.
 //
-// A cut-off is found by bisection on keys, without sorting. Each step is a pass that sums what lies above the middle; it
-// ends once no more tokens than threads are undecided, and then each thread adds up what is ahead of one of them. The
-// first "middle" is a good guess: if every thread keeps its largest key, then the k-th largest of those has at least k
-// tokens at or above it, and rarely many more. So most cut-offs take two passes, and none takes more than 65.
+// A cut-off is found by bisection on keys, without sorting. Each step is a pass that sums what lies above the middle;
+// it ends once no more tokens than threads are undecided, and then each thread adds up what is ahead of one of them.
+// The first "middle" is a good guess: if every thread keeps its largest key, then the k-th largest of those has at
+// least k tokens at or above it, and rarely many more. So most cut-offs take two passes, and none takes more than 65.
 //
 // Sums are whole numbers (sampling.h): neither their order nor the guess changes a result.
 #include "../sampling.h"
@@ -125,9 +125,9 @@ struct Bounds {
   uint64_t tokens;  // above low
 };
 
-// Among the tokens above bounds.low, keeps those ahead of which less than the limit is ranked: theirs are the keys above
-// the result. The limit is at least 1, and at most what all of them measure. `middle` is tried first if it lies between
-// the bounds.
+// Among the tokens above bounds.low, keeps those ahead of which less than the limit is ranked: theirs are the keys
+// above the result. The limit is at least 1, and at most what all of them measure. `middle` is tried first if it lies
+// between the bounds.
 RIVER_DEVICE uint64_t cut_off(const Row& row, bool by_weight, uint64_t limit, Bounds bounds, uint64_t middle) {
   RIVER_SHARED(uint64_t, keys, [kThreads]);
   RIVER_SHARED(uint64_t, measures, [kThreads]);
@@ -167,7 +167,7 @@ RIVER_DEVICE uint64_t cut_off(const Row& row, bool by_weight, uint64_t limit, Bo
 // What top_k and top_p keep has keys above this. `mine` is the largest key of this thread, `best` that of the row.
 RIVER_DEVICE uint64_t filter(const Row& row, uint64_t mine, uint64_t best) {
   const DrawRule& rule = row.rule;
-  Bounds bounds{0, best, static_cast<uint64_t>(row.vocab_size)};
+  Bounds bounds{0, best, uint64_t(row.vocab_size)};
   if (!rule.top_k && !rule.top_p) return bounds.low;
   const bool few = rule.top_k && rule.top_k < kGuessedRank;
   const uint64_t guess = ranked(mine, few ? rule.top_k : kGuessedRank) - 1;
@@ -209,7 +209,7 @@ RIVER_DEVICE uint64_t best_score(const Row& row, uint64_t cut, uint64_t seed, ui
 }
 
 // Budget: 512 threads, 64 registers, 12560 shared
-__global__ void __launch_bounds__(kThreads) sample_kernel(SampleArgs a) {
+__global__ void __launch_bounds__(kThreads) sample_kernel(SampleArgs a) {  // shapes: river.h
   dependency_trigger();
   dependency_wait();
   const int t = blockIdx.x;
@@ -251,7 +251,8 @@ __global__ void __launch_bounds__(kThreads) sample_kernel(SampleArgs a) {
 }  // namespace
 
 void launch_sample(const SampleArgs& a, const Workspace& workspace, Stream stream) {
-  launch(sample_kernel, a.rows, kThreads, 0, stream, {"sample", workspace.overlap != Overlap::kNone}, a);
+  const LaunchOptions options{.name = "sample", .pdl = workspace.overlap != Overlap::kNone};
+  launch(sample_kernel, a.rows, kThreads, 0, stream, options, a);
 }
 
 }  // namespace river::cuda

@@ -16,22 +16,18 @@ using namespace device;
 
 constexpr int kThreads = 128;
 constexpr int kLaneColumns = 16;
-constexpr int kMetadata = 512;  // byte offset of the (scale, zero) pairs in a tile
 
 struct TileShape {
   int out_features, in_features, column_tiles, group_tiles, groups;
   int64_t tiles;
 
   explicit TileShape(const W4Args& a)
-      : out_features(a.out_features), in_features(a.in_features),
-        column_tiles(static_cast<int>(ceil_div(a.in_features, kTileCols))), group_tiles(a.group_tiles),
-        groups(static_cast<int>(ceil_div(column_tiles, a.group_tiles))),
+      : out_features(a.out_features), in_features(a.in_features), column_tiles(int(ceil_div(a.in_features, kTileCols))),
+        group_tiles(a.group_tiles), groups(int(ceil_div(column_tiles, a.group_tiles))),
         tiles(ceil_div(a.out_features, kTileRows) * column_tiles) {}
 
   // Where the (scale, zero) of an output row and tile column k lies in the canonical form
-  RIVER_DEVICE int64_t group_index(int row, int k) const {
-    return static_cast<int64_t>(row) * groups + k / group_tiles;
-  }
+  RIVER_DEVICE int64_t group_index(int row, int k) const { return int64_t(row) * groups + k / group_tiles; }
 };
 
 // Calls f(tile, its first output row, its tile column) for the tiles of this warp.
@@ -40,7 +36,7 @@ RIVER_DEVICE void for_tiles(const TileShape& shape, F f) {
   constexpr int kWarps = kThreads / kWarp;
   for (int64_t tile = blockIdx.x * kWarps + warp_id(); tile < shape.tiles; tile += gridDim.x * kWarps) {
     const int64_t strip = tile / shape.column_tiles;
-    f(tile, static_cast<int>(strip) * kTileRows, static_cast<int>(tile - strip * shape.column_tiles));
+    f(tile, int(strip) * kTileRows, int(tile - strip * shape.column_tiles));
   }
 }
 
@@ -59,9 +55,7 @@ struct LanePlace {
     if (row + 8 * half >= shape.out_features) return 0;
     return max(0, min(kLaneColumns, shape.in_features - column));
   }
-  RIVER_DEVICE int64_t offset(int half) const {
-    return static_cast<int64_t>(row + 8 * half) * shape.in_features + column;
-  }
+  RIVER_DEVICE int64_t offset(int half) const { return int64_t(row + 8 * half) * shape.in_features + column; }
 };
 
 // ---- the 16 values of a lane in one output row, a byte each --------------------------------------
@@ -88,7 +82,7 @@ RIVER_DEVICE uint4 load_bytes(const uint8_t* q, const LanePlace& place, int half
   uint32_t bytes[4] = {};
 #pragma unroll
   for (int i = 0; i < kLaneColumns; i++)
-    if (i < count) bytes[i / 4] |= static_cast<uint32_t>(from[i]) << (8 * (i % 4));
+    if (i < count) bytes[i / 4] |= uint32_t(from[i]) << (8 * (i % 4));
   return make_uint4(bytes[0], bytes[1], bytes[2], bytes[3]);
 }
 
@@ -102,7 +96,7 @@ RIVER_DEVICE void store_bytes(uint8_t* q, const LanePlace& place, int half, cons
   const uint32_t bytes[4] = {values.x, values.y, values.z, values.w};
 #pragma unroll
   for (int i = 0; i < kLaneColumns; i++)
-    if (i < count) to[i] = static_cast<uint8_t>(bytes[i / 4] >> (8 * (i % 4)));
+    if (i < count) to[i] = uint8_t(bytes[i / 4] >> (8 * (i % 4)));
 }
 
 template <class T>
@@ -138,9 +132,9 @@ __global__ void __launch_bounds__(kThreads)
     uint32_t metadata = 0;
     if (row < shape.out_features) {
       const int64_t group = shape.group_index(row, k);
-      metadata = scale[group] | static_cast<uint32_t>(zero[group]) << 16;
+      metadata = scale[group] | uint32_t(zero[group]) << 16;
     }
-    reinterpret_cast<uint32_t*>(to + kMetadata)[lane_id()] = metadata;
+    reinterpret_cast<uint32_t*>(to + kTileMetadata)[lane_id()] = metadata;
   });
 }
 
@@ -157,10 +151,10 @@ __global__ void __launch_bounds__(kThreads) unpack_w4_kernel(const uint8_t* pack
     for (int half = 0; half < 2; half++) store_bytes(q, place, half, gather_half(words, half));
     const int row = first_row + lane_id();
     if (lane_id() >= kTileRows || row >= shape.out_features || k % shape.group_tiles != 0) return;
-    const uint32_t metadata = reinterpret_cast<const uint32_t*>(from + kMetadata)[lane_id()];
+    const uint32_t metadata = reinterpret_cast<const uint32_t*>(from + kTileMetadata)[lane_id()];
     const int64_t group = shape.group_index(row, k);
-    scale[group] = static_cast<uint16_t>(metadata);
-    zero[group] = static_cast<uint16_t>(metadata >> 16);
+    scale[group] = uint16_t(metadata);
+    zero[group] = uint16_t(metadata >> 16);
   });
 }
 
@@ -175,14 +169,14 @@ __global__ void __launch_bounds__(kThreads) dequantize_w4_kernel(const uint8_t* 
     const uint4 words = reinterpret_cast<const uint4*>(from)[lane_id()];
 #pragma unroll
     for (int half = 0; half < 2; half++) {
-      const uint32_t metadata = reinterpret_cast<const uint32_t*>(from + kMetadata)[lane_id() / 4 + 8 * half];
+      const uint32_t metadata = reinterpret_cast<const uint32_t*>(from + kTileMetadata)[lane_id() / 4 + 8 * half];
       const auto [scale, zero] = to_float2<fp16>(metadata);
       const uint4 levels = gather_half(words, half);
       const uint32_t bytes[4] = {levels.x, levels.y, levels.z, levels.w};
       float values[kLaneColumns];
 #pragma unroll
       for (int i = 0; i < kLaneColumns; i++) {
-        const auto level = static_cast<float>(bytes[i / 4] >> (8 * (i % 4)) & 15u);
+        const auto level = float(bytes[i / 4] >> (8 * (i % 4)) & 15u);
         values[i] = (level - zero) * scale;
       }
       store_dense(dense, place, half, values);
@@ -194,8 +188,8 @@ template <class... Parameters, class... Arguments>
 void launch_tiles(const char* name, void (*kernel)(Parameters...), const TileShape& shape, Stream stream,
                   Arguments... arguments) {
   constexpr int kWarps = kThreads / kWarp, kBlocksPerSm = 8;
-  const auto room = static_cast<int64_t>(kBlocksPerSm) * device_facts().sm_count;
-  const auto blocks = static_cast<unsigned>(std::min(ceil_div(shape.tiles, kWarps), room));
+  const auto room = int64_t(kBlocksPerSm) * device_facts().sm_count;
+  const auto blocks = unsigned(std::min(ceil_div(shape.tiles, kWarps), room));
   launch(kernel, blocks, kThreads, 0, stream, {.name = name, .pdl = true}, arguments...);
 }
 

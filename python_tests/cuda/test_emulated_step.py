@@ -18,7 +18,7 @@ PROMPTS = [random_prompt(n, n) for n in (3, 7)]
 
 
 class Steps:
-    """A random network and the state of its rows, as river_ext/graph.py arranges them."""
+    """A random network and the state of its rows, as river_ext/engine/graph.py arranges them."""
 
     def __init__(self, shape, slots, thresholds, limit=LAYERS, min_layers=1, remaining=9):
         self.blocks = [Block(shape, torch.bfloat16, seed=seed) for seed in range(LAYERS)]

@@ -112,12 +112,12 @@ def test_filters_and_op_draw_the_same_tokens():
         assert torch.equal(plain, filters)
 
 
-def test_noise_depends_on_seed_position_and_purpose():
+def test_noise_depends_on_seed_position_and_token():
     tokens = torch.arange(16)
     base = gumbel(1, 2, tokens)
     assert torch.equal(base, gumbel(1, 2, tokens))
     assert torch.equal(base[[3, 9]], gumbel(1, 2, tokens[[3, 9]]))
-    for other in (gumbel(3, 2, tokens), gumbel(1, 3, tokens), gumbel(1, 2, tokens, purpose=1)):
+    for other in (gumbel(3, 2, tokens), gumbel(1, 3, tokens), gumbel(1, 2, tokens + 16)):
         assert not torch.equal(base, other)
 
 

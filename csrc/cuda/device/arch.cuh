@@ -32,7 +32,7 @@
 
 namespace river::device {
 
-RIVER_DEVICE uint32_t shared_address(const void* p) { return static_cast<uint32_t>(__cvta_generic_to_shared(p)); }
+RIVER_DEVICE uint32_t shared_address(const void* p) { return uint32_t(__cvta_generic_to_shared(p)); }
 
 // clang-format off: it would scatter the operands of inline PTX
 

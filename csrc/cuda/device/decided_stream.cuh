@@ -42,7 +42,7 @@ RIVER_DEVICE void copy_decided_weights(Ring<kBulk> (&rings)[2], const RingSizes&
   if (deep && packed) prefetch_weights<Packed>(place, sizes.packed_stages, weight.packed, shape, work);
   if (deep && !packed) prefetch_weights<Dense>(place, sizes.dense_stages, weight.dense, shape, work);
   barrier_sync(kDecisionBarrier, kStreamThreads);
-  if (packed != static_cast<bool>(decided)) {
+  if (packed != bool(decided)) {
     for (int i = 0; i < guessed; i++) rings[packed].full[i].wait(0);  // landed: the memory is free, nobody reads it
     packed = !packed;
     place = CopyPlace(sizes.stages(packed), work);
@@ -105,8 +105,8 @@ void launch_stream(const StreamLaunch& l, const DecidedWeight<Rows, Decision>& w
   const bool overlap = may_overlap(l);
   launch(overlap ? decided_stream_kernel<T, true, Weight, Input, Epilogue>
                  : decided_stream_kernel<T, false, Weight, Input, Epilogue>,
-         blocks_of(l), kStreamThreads, sizes.bytes + activations, l.stream, {l.name, overlap}, weight, input, epilogue,
-         l.shape, l.rows, sizes, l.workspace);
+         blocks_of(l), kStreamThreads, sizes.bytes + activations, l.stream, {.name = l.name, .pdl = overlap}, weight,
+         input, epilogue, l.shape, l.rows, sizes, l.workspace);
 }
 
 }  // namespace river::device

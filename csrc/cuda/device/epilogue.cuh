@@ -40,7 +40,7 @@ RIVER_DEVICE bool readers_arrive_last(uint32_t* counter, int count) {
   barrier_sync(kReaderBarrier, kReaderThreads);
   if (threadIdx.x == 0) {
     gpu_fence();  // after the barrier: it releases what all readers wrote
-    last[0] = atomicInc(counter, count - 1) == static_cast<unsigned>(count - 1);
+    last[0] = atomicInc(counter, count - 1) == unsigned(count - 1);
     gpu_fence();
   }
   barrier_sync(kReaderBarrier, kReaderThreads);

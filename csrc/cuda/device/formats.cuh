@@ -118,7 +118,7 @@ struct W4Format {
                        nibble_pair<T>(word[j], 3)},
                       {x[2 * j], x[2 * j + 1]});
     for (int i = 0; i < 4; i++) part[i] += even[i];
-    const auto* metadata = reinterpret_cast<const uint32_t*>(tile + 512);
+    const auto* metadata = reinterpret_cast<const uint32_t*>(tile + kTileMetadata);
     const float2 top = to_float2<fp16>(metadata[g]), bottom = to_float2<fp16>(metadata[g + 8]);  // scale, zero
     sum[0] += top.x * (part[0] - kNibbleOffset<T> * sum0 - top.y * sum0);
     sum[1] += top.x * (part[1] - kNibbleOffset<T> * sum1 - top.y * sum1);

@@ -75,7 +75,7 @@ void launch(void (*kernel)(Parameters...), dim3 grid, dim3 block, size_t shared_
   cudaFuncAttributes facts{};
   attempt(cudaFuncGetAttributes(&facts, kernel));
   // Both belong to the function, not to this launch: always the same values, whatever other threads launch.
-  const int dynamic_limit = device_facts().shared_memory_per_block - static_cast<int>(facts.sharedSizeBytes);
+  const int dynamic_limit = device_facts().shared_memory_per_block - int(facts.sharedSizeBytes);
   attempt(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, dynamic_limit));
   // Two consecutive kernels share an SM only if the carve-out leaves room for both.
   attempt(cudaFuncSetAttribute(kernel, cudaFuncAttributePreferredSharedMemoryCarveout, cudaSharedmemCarveoutMaxShared));

@@ -147,15 +147,15 @@ struct ResidualEpilogue : PlainEpilogue {
   }
 
   RIVER_DEVICE Asked ask(int strip, const State&) const {
-    const int row = output_row_of_thread(), t = row_of_thread();
-    if (row >= kTileRows || t >= rows) return {};
-    return {load_written(residual + int64_t(t) * hidden_size + strip * kTileRows + row)};
+    const int output_row = output_row_of_thread(), t = row_of_thread();
+    if (output_row >= kTileRows || t >= rows) return {};
+    return {load_written(residual + int64_t(t) * hidden_size + strip * kTileRows + output_row)};
   }
 
   RIVER_DEVICE void finish(int strip, const StripTotals& totals, const Asked& asked, const State& state) const {
-    const int row = output_row_of_thread(), t = row_of_thread(), n = strip * kTileRows + row;
-    if (row >= kTileRows || t >= rows) return;
-    const float before = to_float(asked.residual), sum = totals(row, t) + (bias ? to_float(bias[n]) : 0.f);
+    const int output_row = output_row_of_thread(), t = row_of_thread(), n = strip * kTileRows + output_row;
+    if (output_row >= kTileRows || t >= rows) return;
+    const float before = to_float(asked.residual), sum = totals(output_row, t) + (bias ? to_float(bias[n]) : 0.f);
     out[int64_t(t) * hidden_size + n] = from_float<T>(state.active ? before + sum : before);
   }
 };

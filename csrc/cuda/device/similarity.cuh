@@ -86,7 +86,11 @@ RIVER_DEVICE void measure_part(const T* x, const T* y, int part, int first, int 
   over_lanes(largest, [](uint32_t a, uint32_t b) { return max(a, b); });
 #pragma unroll
   for (int r = 0; r < kRows; r++)
-    out[r] = {sum[3 * r], sum[3 * r + 1], sum[3 * r + 2], largest[2 * r], largest[2 * r + 1]};
+    out[r] = {.dot = sum[3 * r],
+              .xx = sum[3 * r + 1],
+              .yy = sum[3 * r + 2],
+              .largest_x = largest[2 * r],
+              .largest_y = largest[2 * r + 1]};
 }
 
 // Measures a row once more, with squares that are safe. parts: what is known of the row, and what the warps replace.

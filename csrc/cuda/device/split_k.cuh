@@ -79,7 +79,7 @@ class SplitK {
 
   RIVER_DEVICE void publish(int n) const {
     if (threadIdx.x != kArriver) return;
-    const bool last = arrivals_before_ == static_cast<uint32_t>(shape_.splits - 1);
+    const bool last = arrivals_before_ == uint32_t(shape_.splits - 1);
     came_last_[n % 2] = last;
     if (last) gpu_fence();
   }

@@ -153,8 +153,8 @@ void launch_stream(const StreamLaunch& l, const Source& weight, const Input& inp
   const bool overlap = may_overlap(l);
   launch(overlap ? stream_kernel<T, Format, true, Source, Input, Epilogue>
                  : stream_kernel<T, Format, false, Source, Input, Epilogue>,
-         blocks_of(l), kStreamThreads, stages * Format::kStageBytes + activations, l.stream, {l.name, overlap}, weight,
-         input, epilogue, l.shape, l.rows, stages, l.workspace);
+         blocks_of(l), kStreamThreads, stages * Format::kStageBytes + activations, l.stream,
+         {.name = l.name, .pdl = overlap}, weight, input, epilogue, l.shape, l.rows, stages, l.workspace);
 }
 
 }  // namespace river::device

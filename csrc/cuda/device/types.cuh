@@ -28,14 +28,13 @@ RIVER_DEVICE uint32_t magnitude_bits(float x) { return __float_as_uint(x) & 0x7f
 // Two 16-bit values as a register of the tensor cores, `low` at the lower address
 template <class T>
 RIVER_DEVICE uint32_t pair(T low, T high) {
-  if constexpr (std::is_same_v<T, bf16>)
-    return __bfloat16_as_ushort(low) | static_cast<uint32_t>(__bfloat16_as_ushort(high)) << 16;
-  else return __half_as_ushort(low) | static_cast<uint32_t>(__half_as_ushort(high)) << 16;
+  if constexpr (std::is_same_v<T, bf16>) return __bfloat16_as_ushort(low) | uint32_t(__bfloat16_as_ushort(high)) << 16;
+  else return __half_as_ushort(low) | uint32_t(__half_as_ushort(high)) << 16;
 }
 
 template <class T>
 RIVER_DEVICE float2 to_float2(uint32_t pair) {
-  const auto low = static_cast<unsigned short>(pair), high = static_cast<unsigned short>(pair >> 16);
+  const auto low = uint16_t(pair), high = uint16_t(pair >> 16);
   if constexpr (std::is_same_v<T, bf16>)
     return {__bfloat162float(__ushort_as_bfloat16(low)), __bfloat162float(__ushort_as_bfloat16(high))};
   else return {__half2float(__ushort_as_half(low)), __half2float(__ushort_as_half(high))};
