@@ -1,7 +1,7 @@
 // The contract between the kernels and everything else: an Args struct per op, a launcher per op and backend, raw
-// pointers and ints. No torch here, nor in any file outside ops/. Shapes stand beside the pointers; T = rows. Comments
-// say which pointers may be null, and which are written to. CPU launchers take a Parallel (how to use the caller's
-// threads), CUDA launchers a workspace and a stream.
+// pointers and ints. No torch here, nor in any file outside csrc/ops/. Shapes stand beside the pointers; T = rows.
+// Comments say which pointers may be null, and which are written to. CPU launchers take a Parallel (how to use the
+// caller's threads), CUDA launchers a workspace and a stream.
 #pragma once
 
 #include <cstdint>
@@ -43,6 +43,13 @@ struct AttentionArgs {
   void* out;                 // [T, heads, head_dim], written; zeros where a row sees nothing
 };
 
+struct StateSimilarityArgs {
+  DType dtype;
+  int rows, hidden_size;
+  const void *x, *y;  // [T, hidden]
+  float* out;         // [T], written
+};
+
 // What decoder_block and exit_layer share
 struct BlockArgs {
   DType dtype;  // of everything that is void here
@@ -68,6 +75,32 @@ struct BlockArgs {
   float* similarity;                     // [T], written: of hidden and out
 };
 
+// The attention of a layer. query and out: [T, heads, head_dim]
+inline AttentionArgs attention_of(const BlockArgs& a, const void* query, void* out) {
+  return {.dtype = a.dtype,
+          .rows = a.rows,
+          .num_heads = a.num_heads,
+          .num_kv_heads = a.num_kv_heads,
+          .head_dim = a.head_dim,
+          .num_slots = a.num_slots,
+          .max_len = a.max_len,
+          .softmax_scale = a.softmax_scale,
+          .sliding_window = a.sliding_window,
+          .query = query,
+          .k_cache = a.k_cache,
+          .v_cache = a.v_cache,
+          .slots = a.slots,
+          .positions = a.positions,
+          .kv_valid = a.kv_valid,
+          .out = out};
+}
+
+// The similarity of a layer's input and output
+inline StateSimilarityArgs similarity_of(const BlockArgs& a) {
+  return {
+      .dtype = a.dtype, .rows = a.rows, .hidden_size = a.hidden_size, .x = a.hidden, .y = a.out, .out = a.similarity};
+}
+
 struct DecoderBlockArgs : BlockArgs {
   int intermediate_size;
   const void* q_proj;               // [heads * head_dim, hidden]
@@ -78,7 +111,7 @@ struct DecoderBlockArgs : BlockArgs {
 };
 
 struct ExitLayerArgs : BlockArgs {  // packed weights: [strips, in / 64, 576], both rounded up
-  int gate_up_tiles;                // strips of gate_up_proj, 8 intermediate channels each
+  int gate_up_strips;               // of gate_up_proj, 8 intermediate channels each
   const uint8_t* qkv_proj;          // in = hidden; rows in the order of row_order.h, as those of gate_up_proj
   const uint8_t* o_proj;            // in = heads * head_dim
   const uint8_t* gate_up_proj;      // in = hidden
@@ -104,13 +137,6 @@ struct DualLayerArgs {
   ExitDecision decision;
 };
 
-struct StateSimilarityArgs {
-  DType dtype;
-  int rows, hidden_size;
-  const void *x, *y;  // [T, hidden]
-  float* out;         // [T], written
-};
-
 // ---- tokens -----------------------------------------------------------------------------------------
 
 struct LmHeadArgs {
@@ -125,6 +151,17 @@ struct LmHeadArgs {
   const int32_t* positions;  // [T], null without temperature: those of the tokens that are drawn
   int64_t* tokens;           // [T], written; kNoToken where a logit is not finite
   float* logits;             // [T, vocab], written, or null
+};
+
+struct SampleArgs {
+  int rows, vocab_size;
+  const float* logits;                       // [T, vocab]
+  const float *temperature, *top_p, *min_p;  // [T]: 0 = greedy; 1 = all; 0 = all
+  const int32_t* top_k;                      // [T], 0 = all
+  const int64_t* seeds;                      // [T]
+  const int32_t* positions;                  // [T], of the tokens that are drawn
+  int64_t* tokens;                           // [T], or kNoToken
+  float* logprobs;                           // [T], of the tokens under softmax(logits), or NaN
 };
 
 // The end of a step whose tokens are drawn: what the next one starts from, and a record for the host.
@@ -148,17 +185,6 @@ struct AdvanceArgs {
 };
 
 // ---- linears and the W4 format ----------------------------------------------------------------------
-
-struct SampleArgs {
-  int rows, vocab_size;
-  const float* logits;                       // [T, vocab]
-  const float *temperature, *top_p, *min_p;  // [T]: 0 = greedy; 1 = all; 0 = all
-  const int32_t* top_k;                      // [T], 0 = all
-  const int64_t* seeds;                      // [T]
-  const int32_t* positions;                  // [T], of the tokens that are drawn
-  int64_t* tokens;                           // [T], or kNoToken
-  float* logprobs;                           // [T], of the tokens under softmax(logits), or NaN
-};
 
 struct LinearArgs {
   DType dtype;

@@ -30,6 +30,7 @@ struct GateUpRow {
 };
 
 RIVER_BOTH constexpr int gate_up_strips(int channels) { return (channels + kStripPairs - 1) / kStripPairs; }
+RIVER_BOTH constexpr int64_t gate_up_channels(int64_t strips) { return strips * kStripPairs; }
 RIVER_BOTH constexpr GateUpRow gate_up_row(int strip, int r) { return {second_of_pair(r), pair_at(strip, r)}; }
 RIVER_BOTH constexpr int packed_row(const GateUpRow& at) { return row_of_pair(at.channel, at.up); }
 

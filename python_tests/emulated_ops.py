@@ -99,7 +99,7 @@ def exit_layer(
     return _block(
         "exit_layer", hidden, input_layernorm, post_attention_layernorm, *common, **options,
         weights=dict(qkv_proj=qkv_proj, o_proj=o_proj, gate_up_proj=gate_up_proj, down_proj=down_proj,
-                     gate_up_tiles=gate_up_proj.shape[0]),
+                     gate_up_strips=gate_up_proj.shape[0]),
     )  # fmt: skip
 
 

@@ -54,7 +54,6 @@ BUDGETS = [
     Budget("8B", 0, 1.08, "none"),
     Budget("1B", 3, 1.15, "none"),
 ]
-CONTROL_GOAL_US = 3.0  # of decisions and control per token; the paper: 100
 
 
 def layer_bytes(config: ModelConfig) -> tuple[int, int]:

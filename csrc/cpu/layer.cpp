@@ -1,5 +1,5 @@
-// decoder_block and exit_layer on a CPU. Block::run tells the phases of a layer in order, for dense and packed weights
-// alike; DenseWeights and PackedWeights say where the rows lie that a phase needs together. Only active rows are
+// decoder_block and exit_layer on a CPU. Block::run tells the parts of a layer in order, for dense and packed weights
+// alike; DenseWeights and PackedWeights say where the rows lie that a part needs together. Only active rows are
 // computed, and every row's arithmetic is its own, so that neighbours never matter.
 #include "../row_order.h"
 
@@ -76,7 +76,7 @@ struct PackedWeights {
   Weight weight(const void* data, int64_t rows, int64_t cols) const {
     return {.dtype = a.dtype, .packed = true, .data = data, .rows = rows, .cols = cols};
   }
-  int64_t inner() const { return int64_t(a.gate_up_tiles) * kStripPairs; }
+  int64_t inner() const { return gate_up_channels(a.gate_up_strips); }
   Weight o() const { return weight(a.o_proj, a.hidden_size, int64_t(a.num_heads) * a.head_dim); }
   Weight down() const { return weight(a.down_proj, a.hidden_size, inner()); }
 
@@ -89,13 +89,15 @@ struct PackedWeights {
   // As of DenseWeights; a strip has 8 channels.
   template <class F>
   void gate_up(const Activations& x, const Parallel& parallel, F f) const {
-    const Weight gate_up = weight(a.gate_up_proj, int64_t(a.gate_up_tiles) * kTileRows, a.hidden_size);
+    const Weight gate_up = weight(a.gate_up_proj, int64_t(a.gate_up_strips) * kTileRows, a.hidden_size);
     for_strips(gate_up, x, parallel, [&](int64_t first, int, const StripOut& y) {
       for (int t = 0; t < x.rows(); t++) {
         float gate[kTileRows] = {}, up[kTileRows] = {};
-        memcpy(gate, y[t], kStripPairs * sizeof(float));
-        memcpy(up, y[t] + kStripPairs, kStripPairs * sizeof(float));
-        f(t, gate_up_row(int(first / kTileRows), 0).channel, kStripPairs, gate, up);
+        for (int i = 0; i < kStripPairs; i++) {
+          gate[i] = y[t][row_of_pair(i, false)];
+          up[i] = y[t][row_of_pair(i, true)];
+        }
+        f(t, gate_up_channels(first / kTileRows), kStripPairs, gate, up);
       }
     });
   }
@@ -124,7 +126,7 @@ struct Block {
     if (rows.count > 0) {
       const auto query = vectors(q_size), attended = vectors(q_size), middle = vectors(hidden), swiglu = vectors(inner);
       append(weights.qkv(normalised(a.hidden, a.input_layernorm, packed), parallel), query.get());
-      attend(query.get(), attended.get());
+      launch_decode_attention(attention_of(a, query.get(), attended.get()), parallel);
       linear_into(weights.o(), Activations(of(attended.get(), q_size), packed),
                   {.bias = a.o_bias, .addend = a.hidden, .out = middle.get(), .rows = rows}, parallel);
       weights.gate_up(normalised(middle.get(), a.post_attention_layernorm, packed), parallel,
@@ -134,13 +136,7 @@ struct Block {
       linear_into(weights.down(), Activations(of(swiglu.get(), inner), packed),
                   {.bias = nullptr, .addend = middle.get(), .out = a.out, .rows = rows}, parallel);
     }
-    launch_state_similarity({.dtype = a.dtype,
-                             .rows = a.rows,
-                             .hidden_size = a.hidden_size,
-                             .x = a.hidden,
-                             .y = a.out,
-                             .out = a.similarity},
-                            parallel);
+    launch_state_similarity(similarity_of(a), parallel);
   }
 
  private:
@@ -207,27 +203,6 @@ struct Block {
     if (kind == kQuery) return at(query, a.dtype, (int64_t(row) * a.num_heads + head) * a.head_dim);
     const int64_t vector = (int64_t(a.slots[row]) * a.num_kv_heads + head) * a.max_len + a.positions[row];
     return at(kind == kKey ? a.k_cache : a.v_cache, a.dtype, vector * a.head_dim);
-  }
-
-  // query and out: [T, heads, head_dim]
-  void attend(const void* query, void* out) const {
-    launch_decode_attention({.dtype = a.dtype,
-                             .rows = a.rows,
-                             .num_heads = a.num_heads,
-                             .num_kv_heads = a.num_kv_heads,
-                             .head_dim = a.head_dim,
-                             .num_slots = a.num_slots,
-                             .max_len = a.max_len,
-                             .softmax_scale = a.softmax_scale,
-                             .sliding_window = a.sliding_window,
-                             .query = query,
-                             .k_cache = a.k_cache,
-                             .v_cache = a.v_cache,
-                             .slots = a.slots,
-                             .positions = a.positions,
-                             .kv_valid = a.kv_valid,
-                             .out = out},
-                            parallel);
   }
 
   // out: `count` entries in the model dtype; gate, up: 16 fp32 each

@@ -14,7 +14,7 @@
 
 namespace river::ops {
 
-inline int64_t tiles_of(int64_t output_rows) { return ceil_div(output_rows, kTileRows); }
+inline int64_t strips_of(int64_t output_rows) { return ceil_div(output_rows, kTileRows); }
 inline int64_t column_tiles_of(int64_t columns) { return ceil_div(columns, kTileCols); }
 
 // Checks the arguments of one op. The first tensor says where the op runs; all others must be there too. Values in a
@@ -78,9 +78,9 @@ class Check {
   }
 
   // A packed weight.
-  const uint8_t* tiles(const char* name, const Tensor& t, int64_t row_tiles, int64_t columns) {
+  const uint8_t* tiles(const char* name, const Tensor& t, int64_t strips, int64_t columns) {
     return static_cast<const uint8_t*>(
-        vectors(name, t, ScalarType::Byte, {row_tiles, column_tiles_of(columns), kTileBytes}));
+        vectors(name, t, ScalarType::Byte, {strips, column_tiles_of(columns), kTileBytes}));
   }
 
   // The places of rows, int32 [rows]: on the CPU a copy that nobody else can change once it has been checked.

@@ -1,4 +1,5 @@
 // The ops of a network's layers: decoder_block, exit_layer, and dual_layer, which chooses between them.
+#include "../row_order.h"
 #include "cache.h"
 #include "dispatch.h"
 
@@ -157,17 +158,17 @@ struct PackedTensors {
   Named qkv, o, gate_up, down;
 };
 
-// fill_block comes first. `gate_up_tiles` is how many row tiles gate_up must have, kAny where nothing says.
-void fill_packed(Check& check, const PackedTensors& t, int64_t gate_up_tiles, ExitLayerArgs& args) {
-  const auto tiles = [&](const PackedTensors::Named& weight, int64_t row_tiles, int64_t columns) {
-    return check.tiles(weight.name, weight.tensor, row_tiles, columns);
+// fill_block comes first. `strips` is how many gate_up must have, kAny where nothing says.
+void fill_packed(Check& check, const PackedTensors& t, int64_t strips, ExitLayerArgs& args) {
+  const auto tiles = [&](const PackedTensors::Named& weight, int64_t count, int64_t columns) {
+    return check.tiles(weight.name, weight.tensor, count, columns);
   };
-  args.qkv_proj = tiles(t.qkv, tiles_of(q_size(args)) + 2 * tiles_of(kv_size(args)), args.hidden_size);
-  args.o_proj = tiles(t.o, tiles_of(args.hidden_size), q_size(args));
-  args.gate_up_proj = tiles(t.gate_up, gate_up_tiles, args.hidden_size);
-  args.gate_up_tiles = check.size("row tiles of gate_up", t.gate_up.tensor.size(0));
-  const int channels = check.size("channels of gate_up", int64_t(args.gate_up_tiles) * kTileRows / 2);
-  args.down_proj = tiles(t.down, tiles_of(args.hidden_size), channels);
+  args.qkv_proj = tiles(t.qkv, QkvOrder(args).strips(), args.hidden_size);
+  args.o_proj = tiles(t.o, strips_of(args.hidden_size), q_size(args));
+  args.gate_up_proj = tiles(t.gate_up, strips, args.hidden_size);
+  args.gate_up_strips = check.size("strips of gate_up", t.gate_up.tensor.size(0));
+  const int channels = check.size("channels of gate_up", gate_up_channels(args.gate_up_strips));
+  args.down_proj = tiles(t.down, strips_of(args.hidden_size), channels);
 }
 
 // --- decoder_block ---
@@ -284,7 +285,7 @@ std::tuple<Tensor> dual_layer(Arguments<kDualLayer>& read) {
   fill_block(check, tensors, args.block);
   fill_dense(check, dense, type, args.block);
   static_cast<BlockArgs&>(args.exit_layer) = args.block;
-  fill_packed(check, packed, tiles_of(2 * int64_t(args.block.intermediate_size)), args.exit_layer);
+  fill_packed(check, packed, gate_up_strips(args.block.intermediate_size), args.exit_layer);
   args.decision = decision_args(check, decision, type, args.block);
   check.written({"exited", "similarities", "k_cache", "v_cache"});
   const Tensor out = new_out(tensors.hidden, args.block);

@@ -40,7 +40,7 @@ Tensor linear_w4(const Tensor& x, const Tensor& weight, int64_t out_features, co
   args.packed = true;
   fill_x(check, x, args);
   args.out_features = check.size("out_features", out_features);
-  args.weight = check.tiles("weight", weight, tiles_of(out_features), args.in_features);
+  args.weight = check.tiles("weight", weight, strips_of(out_features), args.in_features);
   return run(check, x, bias, args);
 }
 

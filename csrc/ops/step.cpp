@@ -1,4 +1,5 @@
 // advance, the end of a step.
+#include "../step_rules.h"
 #include "arguments.h"
 #include "dispatch.h"
 
@@ -62,7 +63,7 @@ void fill_inputs(Check& check, const StepTensors& t, AdvanceArgs& args) {
   // The host reads the records while the GPU works: there they are memory of the host.
   check.defined("records", t.records);
   check.require(t.records.is_cpu(), "records is on ", device_of(t.records), ", expected cpu");
-  const int record = check.size("the size of a record", 2 + rows + int64_t(args.layers) * rows);
+  const int record = check.size("the size of a record", RecordLayout::size(rows, args.layers));
   check.content("records", t.records, ScalarType::Int, {kAny, record});
   args.num_records = check.size("entries of records", t.records.size(0));
   const int64_t stops = t.stop_tokens.size(0);

@@ -39,7 +39,7 @@ Tensor pack_w4(const Tensor& q, const Tensor& scale, const Tensor& zero) {
   args.q = const_cast<uint8_t*>(data<uint8_t>(q));
   args.scale = const_cast<uint16_t*>(data<uint16_t>(scale));
   args.zero = const_cast<uint16_t*>(data<uint16_t>(zero));
-  const Tensor packed = empty({tiles_of(args.out_features), tiles, kTileBytes}, ScalarType::Byte, q);
+  const Tensor packed = empty({strips_of(args.out_features), tiles, kTileBytes}, ScalarType::Byte, q);
   args.packed = mutable_data<uint8_t>(packed);
   launch(
       check, [&] { cpu::launch_pack_w4(args, kParallel); },
@@ -54,7 +54,7 @@ W4Args packed_args(Check& check, const Tensor& packed, int64_t out_features, int
   W4Args args{};
   args.out_features = check.size("out_features", out_features);
   args.in_features = check.size("in_features", in_features);
-  args.packed = const_cast<uint8_t*>(check.tiles("packed", packed, tiles_of(out_features), in_features));
+  args.packed = const_cast<uint8_t*>(check.tiles("packed", packed, strips_of(out_features), in_features));
   return args;
 }
 

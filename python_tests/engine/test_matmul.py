@@ -70,10 +70,10 @@ def test_dynamic_scaling(by_matmul):
 
 @pytest.mark.parametrize("sliding_window", [None, 5])
 @pytest.mark.parametrize("rows", [7, 16])
-def test_chunks_change_nothing(monkeypatch, by_matmul, sliding_window, rows):
+def test_blocks_of_rows_change_nothing(monkeypatch, by_matmul, sliding_window, rows):
     args = (random_model(sliding_window=sliding_window).network, random_prompt(40))
-    monkeypatch.setattr(matmul, "CHUNK_ROWS", rows)
-    monkeypatch.setattr(matmul, "CHUNK_SCORES", 4 * 40 * 3)
+    monkeypatch.setattr(matmul, "ROWS_AT_A_TIME", rows)
+    monkeypatch.setattr(matmul, "SCORES_AT_A_TIME", 4 * 40 * 3)
     assert max(differences(by_matmul(*args), prefilled(*args))) < 1e-5
 
 
@@ -81,7 +81,7 @@ def test_attention_memory_is_bounded(monkeypatch, by_matmul):
     largest = []
     softmax = torch.softmax
     monkeypatch.setattr(torch, "softmax", lambda x, dim: largest.append(x.numel()) or softmax(x, dim=dim))
-    monkeypatch.setattr(matmul, "CHUNK_SCORES", 1000)
+    monkeypatch.setattr(matmul, "SCORES_AT_A_TIME", 1000)
     by_matmul(random_model().network, random_prompt(60))
     assert largest and max(largest) <= 1000
 

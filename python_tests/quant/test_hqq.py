@@ -127,11 +127,11 @@ def two_threads():
     torch.set_num_threads(before)
 
 
-def test_deterministic_and_independent_of_chunks_and_threads(monkeypatch, two_threads):
+def test_deterministic_and_independent_of_blocks_and_threads(monkeypatch, two_threads):
     weight = weight_of("student t, 3, wide")
     expected = hqq.quantize(weight)
     few = hqq.quantize(weight[40:50])
-    monkeypatch.setitem(hqq.CHUNK, "cpu", 1)  # one row at a time
+    monkeypatch.setitem(hqq.WEIGHTS_AT_A_TIME, "cpu", 1)  # one row at a time
     by_row = hqq.quantize(weight)
     assert torch.get_num_threads() == 2
     torch.set_num_threads(1)

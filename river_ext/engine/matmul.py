@@ -1,7 +1,7 @@
 """A prompt through large matrix products: what prefill uses on a GPU, where many rows are cheap.
 
 The arithmetic is that of the ops: fp32 sums, values rounded to the model dtype at the same six points. A
-layer takes a chunk of rows at a time, and attention a part of a chunk, which bounds the memory that a long
+layer takes a block of rows at a time, and attention a part of a block, which bounds the memory that a long
 prompt needs. Packed weights are dequantised, exactly, for the time of a product.
 """
 
@@ -18,8 +18,8 @@ from ..quant import w4
 from .cache import KVCache
 from .network import Layer, Network, Rope
 
-CHUNK_ROWS = 512  # rows that go through a layer together
-CHUNK_SCORES = 1 << 24  # attention scores that exist at a time
+ROWS_AT_A_TIME = 512  # rows that go through a layer together
+SCORES_AT_A_TIME = 1 << 24  # of attention
 
 
 @dataclass(frozen=True)
@@ -34,10 +34,10 @@ class Matrices:
 
 def backbone_matrices(block: DecoderBlockWeights) -> Matrices:
     return Matrices(
-        lambda: (block.q_proj, block.k_proj, block.v_proj),
-        lambda: block.o_proj,
-        lambda: (block.gate_proj, block.up_proj),
-        lambda: block.down_proj,
+        qkv=lambda: (block.q_proj, block.k_proj, block.v_proj),
+        o=lambda: block.o_proj,
+        gate_up=lambda: (block.gate_proj, block.up_proj),
+        down=lambda: block.down_proj,
     )
 
 
@@ -45,10 +45,10 @@ def river_matrices(weights: ExitLayerWeights, shape: BlockShape) -> Matrices:
     attended = shape.num_attention_heads * shape.head_dim
     inner = weights.gate_up_proj.shape[0] * ops.TILE_ROWS // 2
     return Matrices(
-        lambda: w4.split_qkv(weights.qkv_proj, shape),
-        lambda: ops.dequantize_w4(weights.o_proj, shape.hidden_size, attended, torch.float32),
-        lambda: w4.split_gate_up(weights.gate_up_proj, shape),
-        lambda: ops.dequantize_w4(weights.down_proj, shape.hidden_size, inner, torch.float32),
+        qkv=lambda: w4.split_qkv(weights.qkv_proj, shape),
+        o=lambda: ops.dequantize_w4(weights.o_proj, shape.hidden_size, attended, torch.float32),
+        gate_up=lambda: w4.split_gate_up(weights.gate_up_proj, shape),
+        down=lambda: ops.dequantize_w4(weights.down_proj, shape.hidden_size, inner, torch.float32),
     )
 
 
@@ -62,19 +62,26 @@ class MatmulPrompt:
     def decoder_block(self, index: int, hidden: Tensor) -> Tensor:
         """hidden [n, hidden_size] through a backbone layer, which writes K and V of all n positions."""
         matrices = backbone_matrices(self.network.layers[index].block)
-        return self._in_chunks(index, matrices, hidden)
+        return self._by_blocks(index, matrices, hidden)
 
     def exit_layer(self, index: int, hidden: Tensor) -> Tensor:
         """The same through its exit layer."""
         shape = BlockShape.of(self.network.config)
-        return self._in_chunks(index, river_matrices(self.network.layers[index].exit_layer, shape), hidden)
+        return self._by_blocks(index, river_matrices(self.network.layers[index].exit_layer, shape), hidden)
 
-    def _in_chunks(self, index: int, matrices: Matrices, hidden: Tensor) -> Tensor:
-        """Attention is causal: a chunk of rows needs what those before it have written."""
+    def _by_blocks(self, index: int, matrices: Matrices, hidden: Tensor) -> Tensor:
+        """Attention is causal: a block of rows needs what those before it have written."""
         k, v = (part[self.slot] for part in self.cache.layer(index))
-        layer = ManyRows(self.network.config, self.network.layers[index], matrices, self.rope, k, v)
-        chunks = enumerate(hidden.split(CHUNK_ROWS))
-        return torch.cat([layer.run(number * CHUNK_ROWS, chunk) for number, chunk in chunks])
+        layer = ManyRows(
+            config=self.network.config,
+            layer=self.network.layers[index],
+            matrices=matrices,
+            rope=self.rope,
+            k=k,
+            v=v,
+        )
+        blocks = enumerate(hidden.split(ROWS_AT_A_TIME))
+        return torch.cat([layer.run(number * ROWS_AT_A_TIME, rows) for number, rows in blocks])
 
 
 class ManyRows:
@@ -127,7 +134,7 @@ def causal_attention(
     """
     rows, heads, head_dim = query.shape
     kv_heads = k_cache.shape[0]
-    group, queries_at_a_time = heads // kv_heads, max(1, CHUNK_SCORES // (heads * (start + rows)))
+    group, queries_at_a_time = heads // kv_heads, max(1, SCORES_AT_A_TIME // (heads * (start + rows)))
     out = torch.empty(query.shape, dtype=torch.float32, device=query.device)
     for begin in range(0, rows, queries_at_a_time):
         part = query[begin : begin + queries_at_a_time].float()

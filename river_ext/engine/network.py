@@ -143,7 +143,14 @@ def _layer(config: ModelConfig, block: DecoderBlockWeights, exit_layer: ExitLaye
         "gate_up_tiles": exit_layer.gate_up_proj,
         "down_tiles": exit_layer.down_proj,
     }
-    return Layer(block, exit_layer, common | backbone, common | river, common | backbone | tiles, options)
+    return Layer(
+        block=block,
+        exit_layer=exit_layer,
+        block_args=common | backbone,
+        exit_args=common | river,
+        dual_args=common | backbone | tiles,
+        options=options,
+    )
 
 
 def _options(config: ModelConfig, block: DecoderBlockWeights) -> dict:

@@ -116,5 +116,13 @@ class Sequence:
             mean_exit_depth=sum(self.exit_depths) / max(1, len(self.exit_depths)),
         )
         logits = torch.stack(self.logits) if self.logits else None
-        lists = (list(values) for values in (self.tokens, self.exit_depths, self.similarities))
-        return GenerationOutput(self.text, *lists, self.finish_reason, stats, logits, self.error)
+        return GenerationOutput(
+            text=self.text,
+            tokens=list(self.tokens),
+            exit_depths=list(self.exit_depths),
+            similarities=list(self.similarities),
+            finish_reason=self.finish_reason,
+            stats=stats,
+            logits=logits,
+            error=self.error,
+        )

@@ -24,7 +24,7 @@ GROUP_SIZES = (64, 128)
 LEVELS = 15  # q is 0 .. 15
 LP_NORM, BETA, KAPPA = 0.7, 10.0, 1.01  # the splitting's weight and its growth
 FP16_MAX, FP16_NORMAL, FP16_TINY = 65504.0, 2.0**-14, 2.0**-24
-CHUNK = {"cpu": 1 << 18, "cuda": 1 << 26}  # weights refined at a time; on a CPU by each thread
+WEIGHTS_AT_A_TIME = {"cpu": 1 << 18, "cuda": 1 << 26}  # that are refined; on a CPU by each thread
 
 
 def quantize(
@@ -50,24 +50,25 @@ def quantize(
         raise RiverError(f"{name} is {found}; a float matrix [out_features, in_features] can be quantised")
     if group_size not in GROUP_SIZES:
         raise RiverError(f"group size {group_size} is not supported; accepted: 64, 128")
-    rows = max(1, CHUNK.get(weight.device.type, CHUNK["cpu"]) // weight.shape[1])
-    chunks = _map(lambda part: _quantize_rows(part, group_size, iterations), weight.detach().split(rows))
-    q, scale, zero, step = (torch.cat(parts) for parts in zip(*chunks, strict=True))
+    at_a_time = WEIGHTS_AT_A_TIME.get(weight.device.type, WEIGHTS_AT_A_TIME["cpu"])
+    blocks = weight.detach().split(max(1, at_a_time // weight.shape[1]))
+    quantized = _map(lambda rows: _quantize_rows(rows, group_size, iterations), blocks)
+    q, scale, zero, step = (torch.cat(parts) for parts in zip(*quantized, strict=True))
     _check(step, scale, name)
     return q, scale, zero
 
 
-def _map(function: Callable, chunks: Sequence[Tensor]) -> list:
-    """The results for all chunks; on a CPU each chunk has a thread, in which the many small ops run alone.
+def _map(function: Callable, blocks: Sequence[Tensor]) -> list:
+    """The results for all blocks of rows; on a CPU each has a thread, in which the many small ops run alone.
 
     Threads inside of the ops would have to wait for each other after every one of them.
     """
     threads = torch.get_num_threads()
-    if chunks[0].device.type != "cpu" or threads == 1:
-        return [function(chunk) for chunk in chunks]
+    if blocks[0].device.type != "cpu" or threads == 1:
+        return [function(rows) for rows in blocks]
     try:
         with ThreadPoolExecutor(threads, initializer=torch.set_num_threads, initargs=(1,)) as pool:
-            return list(pool.map(function, chunks))
+            return list(pool.map(function, blocks))
     finally:
         torch.set_num_threads(threads)  # a part of what the workers set holds for all threads
 

@@ -23,30 +23,6 @@ inline Places places_of(const BlockArgs& a) {
   return {.slots = a.slots, .positions = a.positions, .num_slots = a.num_slots, .max_len = a.max_len};
 }
 
-inline AttentionArgs attention_of(const BlockArgs& a, const void* query, void* out) {
-  return {.dtype = a.dtype,
-          .rows = a.rows,
-          .num_heads = a.num_heads,
-          .num_kv_heads = a.num_kv_heads,
-          .head_dim = a.head_dim,
-          .num_slots = a.num_slots,
-          .max_len = a.max_len,
-          .softmax_scale = a.softmax_scale,
-          .sliding_window = a.sliding_window,
-          .query = query,
-          .k_cache = a.k_cache,
-          .v_cache = a.v_cache,
-          .slots = a.slots,
-          .positions = a.positions,
-          .kv_valid = a.kv_valid,
-          .out = out};
-}
-
-inline StateSimilarityArgs similarity_of(const BlockArgs& a) {
-  return {
-      .dtype = a.dtype, .rows = a.rows, .hidden_size = a.hidden_size, .x = a.hidden, .y = a.out, .out = a.similarity};
-}
-
 // Parts of the scratch memory of one layer, each 256-byte aligned: byte offsets, but for the total
 struct LayerScratch {
   int64_t total = 0;

@@ -52,7 +52,7 @@ struct DenseWeights {
 struct PackedWeights {
   const ExitLayerArgs& a;
 
-  int channels() const { return a.gate_up_tiles * kStripPairs; }
+  int channels() const { return int(gate_up_channels(a.gate_up_strips)); }
   PackedTiles qkv() const { return {a.qkv_proj}; }
   PackedTiles o() const { return {a.o_proj}; }
   PackedTiles gate_up() const { return {a.gate_up_proj}; }

@@ -4,6 +4,7 @@
 #include <map>
 
 #include "cuda/read_ring.h"
+#include "row_order.h"
 
 namespace py = pybind11;
 
@@ -134,7 +135,7 @@ Call exit_layer(const py::kwargs& values) {
   ExitLayerArgs a{};
   {
     Fields fields{values};
-    block_fields(fields, a)("gate_up_tiles", a.gate_up_tiles)("qkv_proj", a.qkv_proj)("o_proj", a.o_proj)(
+    block_fields(fields, a)("gate_up_strips", a.gate_up_strips)("qkv_proj", a.qkv_proj)("o_proj", a.o_proj)(
         "gate_up_proj", a.gate_up_proj)("down_proj", a.down_proj);
   }
   return call(a, cuda::exit_layer_workspace(a), cuda::launch_exit_layer);
@@ -151,7 +152,7 @@ Call dual_layer(const py::kwargs& values) {
         "min_layers", d.min_layers)("limit", d.limit)("exited", d.exited)("similarities", d.similarities);
   }
   static_cast<BlockArgs&>(a.exit_layer) = a.block;
-  a.exit_layer.gate_up_tiles = (a.block.intermediate_size + 7) / 8;
+  a.exit_layer.gate_up_strips = gate_up_strips(a.block.intermediate_size);
   return call(a, cuda::dual_layer_workspace(a), cuda::launch_dual_layer);
 }
 
