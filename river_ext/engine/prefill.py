@@ -119,5 +119,5 @@ def prefill_river(prompt: OpsPrompt | MatmulPrompt, hidden: Tensor, first: int) 
 
 
 def lowest_similarity(before: Tensor, after: Tensor) -> float:
-    chunks = zip(before.split(ops.MAX_ROWS), after.split(ops.MAX_ROWS), strict=True)
-    return min(ops.state_similarity(x, y).min().item() for x, y in chunks)
+    blocks = zip(before.split(ops.MAX_ROWS), after.split(ops.MAX_ROWS), strict=True)
+    return min(ops.state_similarity(x, y).min().item() for x, y in blocks)
