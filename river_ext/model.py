@@ -114,6 +114,7 @@ class Model:
         temperature: float = 0.0,
         top_k: int = 0,
         top_p: float = 1.0,
+        min_p: float = 0.0,
         seed: int | Sequence[int] = 0,
         stop: str | Sequence[str] = (),
         stop_tokens: int | Sequence[int] | None = None,
@@ -143,6 +144,7 @@ class Model:
             temperature: 0 is greedy.
             top_k: draw among the k likeliest tokens; 0 is all.
             top_p: draw among the likeliest tokens that together have this probability; 1 is all.
+            min_p: draw among the tokens at least this times as likely as the likeliest one; 0 is all.
             seed: the same seed and prompt give the same tokens, whatever else is in the batch.
             stop: strings that end the text, and are not part of it. Special tokens are no text, but a
                 string that is or contains the name of one ends it there.
@@ -150,8 +152,8 @@ class Model:
             return_logits: keep the fp32 logits of every new token.
             exit_control: where exits are decided, which changes no result: "host", after reading similarities
                 back, by CUDA graphs per layer and per exit depth; or on the "device", by graphs of two steps,
-                not together with return_logits, top_k or top_p. "auto" runs op by op on the CPU; on a GPU
-                "device" where it can, which is predicted to be the faster but not yet measured, else "host".
+                not together with return_logits. "auto" runs op by op on the CPU; on a GPU "device" where it
+                can, which is predicted to be the faster but not yet measured, else "host".
         """
         options = Options(
             max_new_tokens=max_new_tokens,
@@ -164,6 +166,7 @@ class Model:
             temperature=temperature,
             top_k=top_k,
             top_p=top_p,
+            min_p=min_p,
             seed=seed,
             stop=stop,
             stop_tokens=stop_tokens,

@@ -77,7 +77,7 @@ class Step:
         runner.draw_positions.fill_(self.context + 1)
         runner.remaining.fill_(1 << 30)
         runner.stop_tokens.fill_(-1)
-        runner.temperature.zero_()
+        runner.drawing.temperature.zero_()
         for state in (runner.exited, runner.steps_taken):
             state.zero_()
 

@@ -62,6 +62,8 @@ def test_a_river_of_another_model(river, refused, tmp_path):
         (["hi", "--temperature", "inf"], "temperature=inf"),
         (["hi", "--top-k", "-1"], "top_k=-1"),
         (["hi", "--top-p", "0"], "top_p=0"),
+        (["hi", "--min-p", "1.5"], "min_p=1.5"),
+        (["hi", "--min-p", "-0.1"], "min_p=-0.1"),
         (["hi", "--seed", str(2**70)], "seed="),
         (["hi", "--stop", ""], "--stop"),
         (["hi", "--device", "tpu"], "device 'tpu'"),
@@ -132,7 +134,7 @@ HOSTILE = [
 COMMANDS = {
     ("generate", "--demo", "def f", *SHORT): (
         "--model --river --device --dtype --threads --file --max-new-tokens --threshold --min-layers "
-        "--prefill --mode --temperature --top-k --top-p --seed --stop --exit-control"
+        "--prefill --mode --temperature --top-k --top-p --min-p --seed --stop --exit-control"
     ),
     ("info",): "--model --river",
     ("info", "--demo"): "--river",

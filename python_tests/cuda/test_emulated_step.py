@@ -20,7 +20,7 @@ PROMPTS = [random_prompt(n, n) for n in (3, 7)]
 class Steps:
     """A random network and the state of its rows, as river_ext/engine/graph.py arranges them."""
 
-    def __init__(self, shape, slots, thresholds, limit=LAYERS, min_layers=1, remaining=9):
+    def __init__(self, shape, slots, thresholds, limit=LAYERS, min_layers=1, remaining=9, filters=None):
         self.blocks = [Block(shape, torch.bfloat16, seed=seed) for seed in range(LAYERS)]
         g = torch.Generator().manual_seed(7)
         rows, size = len(slots), shape.hidden_size
@@ -40,6 +40,11 @@ class Steps:
             "seeds": torch.arange(rows) + 10,
             "positions": self.draw_positions,
         }
+        self.filters = filters and {
+            "top_k": int32([filters["top_k"]] * rows),
+            "top_p": torch.tensor([filters["top_p"]] * rows),
+            "min_p": torch.tensor([filters["min_p"]] * rows),
+        }
 
     def take(self, module):
         previous, hidden = None, self.hidden
@@ -47,11 +52,18 @@ class Steps:
             decision = (index, previous, *self.rule, self.exited, self.similarities)
             following = block.run_dual(module, decision, hidden, caches, self.slots, self.positions)
             previous, hidden = hidden, following
-        tokens, _ = module.lm_head(hidden, self.norm, self.head, 1e-5, return_logits=False, **self.sampled)
+        tokens = self.draw(module, hidden)
         module.advance(
             previous, hidden, tokens, self.embed, torch.tensor([-1]), self.hidden, self.slots, self.positions,
             self.draw_positions, self.remaining, self.exited, self.similarities, self.step, self.records,
         )  # fmt: skip
+
+    def draw(self, module, hidden):
+        head = (hidden, self.norm, self.head, 1e-5)
+        if not self.filters:
+            return module.lm_head(*head, return_logits=False, **self.sampled)[0]
+        _, logits = module.lm_head(*head, return_logits=True)
+        return module.sample(logits, **self.sampled, **self.filters)[0]
 
     def state(self):
         caches = {
@@ -63,6 +75,7 @@ class Steps:
         return caches | {name: getattr(self, name) for name in names}
 
 
+FILTERS = {"top_k": 20, "top_p": 0.9, "min_p": 0.02}
 CASES = {
     "each token its depth": {"thresholds": 0.86},
     "a stricter row": {"thresholds": 0.75, "last": 0.9},
@@ -71,10 +84,11 @@ CASES = {
     "limit": {"thresholds": float("inf"), "limit": 2},
     "at once": {"thresholds": -2.0},
     "after three": {"thresholds": -2.0, "min_layers": 3},
+    "filters": {"thresholds": 0.86, "filters": FILTERS},
 }
 
 if VARIANT == "sanitized":  # it looks for overruns, which no threshold hides
-    CASES = {name: CASES[name] for name in ("each token its depth", "limit")}
+    CASES = {name: CASES[name] for name in ("each token its depth", "limit", "filters")}
 SHAPES = {"gqa": Shape(), "qk norm": Shape(qk_norm=True, hidden_size=192, intermediate_size=200)}
 
 
@@ -110,12 +124,14 @@ def test_steps(monkeypatch, shape, slots, case):
 
 
 @pytest.mark.parametrize("control", ["host", "device"])
-def test_generation_by_the_cuda_kernels(monkeypatch, control):
+@pytest.mark.parametrize("sampled", [{}, {"temperature": 1.0, **FILTERS}], ids=["greedy", "filters"])
+def test_generation_by_the_cuda_kernels(monkeypatch, control, sampled):
     """The whole engine on the emulated GPU: the tokens and depths that the CPU kernels give."""
     model = random_model(dtype=torch.bfloat16)
-    options = {"threshold": 0.7, "max_new_tokens": 6, "exit_control": control}
+    options = {"threshold": 0.7, "max_new_tokens": 6, "exit_control": control, **sampled}
     expected = model.generate(PROMPTS, **options)
-    for name in ("decoder_block", "exit_layer", "dual_layer", "lm_head", "advance", "state_similarity"):
+    layers = ("decoder_block", "exit_layer", "dual_layer", "state_similarity")
+    for name in (*layers, "lm_head", "sample", "advance"):
         monkeypatch.setattr(ops, name, getattr(emulated_ops, name))
     got = model.generate(PROMPTS, **options)
     assert [(o.tokens, o.exit_depths) for o in got] == [(o.tokens, o.exit_depths) for o in expected]

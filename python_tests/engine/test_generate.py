@@ -122,7 +122,7 @@ def test_outputs_are_json():
     assert document == {k: v for k, v in vars(out).items() if k not in ("logits", "stats")}
 
 
-@pytest.mark.parametrize("options", [{}, {"top_k": 3}, {"top_p": 0.9}])
+@pytest.mark.parametrize("options", [{}, {"top_k": 3}, {"top_p": 0.9}, {"min_p": 1e-30}])
 def test_temperatures_at_the_limits_of_fp32(options):
     """The smallest are greedy; the largest draw from a flat distribution."""
     model, options = random_model(), {"max_new_tokens": 12, "mode": "full", **options}
@@ -141,9 +141,11 @@ def test_limits_of_fp32_elsewhere():
     greedy = model.generate(PROMPTS[1], **options).tokens
     for top_p in (1e-300, 1e-45):
         assert model.generate(PROMPTS[1], temperature=1, top_p=top_p, **options).tokens == greedy
+    assert model.generate(PROMPTS[1], temperature=1, min_p=1 - 1e-12, **options).tokens == greedy
     alike = [{"top_p": 1.0}, {"top_p": 1 - 1e-12}, {"top_k": 10**30}, {"top_k": 80}]
+    alike += [{"min_p": 0}, {"min_p": 1e-300}, {"min_p": 1e-45}]
     drawn = [model.generate(PROMPTS[1], temperature=1, seed=2**63 - 1, **options, **o).tokens for o in alike]
-    assert drawn == drawn[:1] * 4 and drawn[0] != greedy
+    assert drawn == drawn[:1] * 7 and drawn[0] != greedy
     assert model.generate(PROMPTS[1], temperature=1, seed=-(2**63), **options).tokens
 
 
@@ -308,6 +310,7 @@ def test_without_a_tokenizer_there_is_no_text():
         {"max_new_tokens": 1},
         {"temperature": 2.0, "seed": 3},
         {"temperature": 2.0, "top_p": 0.95, "seed": 4},
+        {"temperature": 2.0, "min_p": 0.05, "seed": 5},
     ],
 )
 def test_stream_gives_what_generate_gives(options):
@@ -462,6 +465,10 @@ REFUSED = {
     "infinite temperature": ([1], {"temperature": math.inf}, "temperature=inf"),
     "top_p 0": ([1], {"top_p": 0.0}, "top_p=0.0"),
     "top_p 2": ([1], {"top_p": 2}, "top_p=2"),
+    "min_p below 0": ([1], {"min_p": -0.1}, "min_p=-0.1; accepted: a number from 0 .* to 1"),
+    "min_p 2": ([1], {"min_p": 2}, "min_p=2"),
+    "nan min_p": ([1], {"min_p": math.nan}, "min_p=nan"),
+    "text for min_p": ([1], {"min_p": "0.1"}, "min_p='0.1'; accepted: a number"),
     "top_k": ([1], {"top_k": -1}, "top_k=-1"),
     "seed": ([1], {"seed": 2**63}, "seed=9223372036854775808"),
     "seeds": ([1], {"seed": [1, 2]}, "seed has 2 values for 1 prompts"),
@@ -483,16 +490,6 @@ REFUSED = {
         [1],
         {"exit_control": "device", "return_logits": True},
         "exit_control='device' with return_logits=True.*accepted: 'auto' or 'host'",
-    ),
-    "device and top_k": (
-        [1],
-        {"exit_control": "device", "temperature": 1, "top_k": 5},
-        "'device' with top_k=5.*accepted: 'auto'",
-    ),
-    "device and top_p": (
-        [1],
-        {"exit_control": "device", "temperature": 1, "top_p": 0.5},
-        "'device' with top_p=0.5.*accepted: 'a",
     ),
 }
 

@@ -78,6 +78,13 @@ SAME = {
     "prefill depth": {"threshold": 0.7, "prefill": "depth:2"},
     "sampled": {"threshold": 0.7, "temperature": 1.3, "seed": 7},
     "sampled river": {"mode": "full_w4", "temperature": 0.7, "seed": -3},
+    "top_k": {"threshold": 0.7, "temperature": 1.3, "top_k": 9, "seed": 7},
+    "top_p": {"mode": "full", "temperature": 1.0, "top_p": 0.8},
+    "min_p": {"mode": "full_w4", "temperature": 1.0, "min_p": 0.2},
+    "filters": {
+        "threshold": 0.5, "temperature": 2.0, "top_k": 30, "top_p": 0.9, "min_p": 0.05, "seed": 9,
+        "stop_tokens": EVERY_SEVENTH,
+    },
     "stop tokens": {"threshold": 0.7, "stop_tokens": EVERY_SEVENTH},
     "stop tokens, full": {"mode": "full", "stop_tokens": EVERY_SEVENTH},
     "sampled with stop tokens": {"threshold": 0.7, "temperature": 1.0, "stop_tokens": EVERY_SEVENTH},
@@ -85,7 +92,7 @@ SAME = {
     "1 token": {"max_new_tokens": 1},
     "2 tokens": {"max_new_tokens": 2},
     "few tokens": {"max_new_tokens": 5, "threshold": 0.7},
-}
+}  # fmt: skip
 
 
 @pytest.mark.parametrize("batch", [1, 2, 3, 8])
@@ -195,7 +202,7 @@ def test_logits_on_the_host(model, options, mode, batch):
 
 
 def test_top_k_without_a_temperature_filters_nothing(model):
-    options = {"max_new_tokens": 6, "top_k": 3, "top_p": 0.5}
+    options = {"max_new_tokens": 6, "top_k": 3, "top_p": 0.5, "min_p": 0.3}
     assert facts(model.generate(PROMPTS[1], exit_control="device", **options)) == facts(
         model.generate(PROMPTS[1], **options)
     )
@@ -231,20 +238,25 @@ def test_streams(control, options):
 # --- what is captured -----------------------------------------------------------------------------------
 
 CAPTURED = {
-    "full": ({"mode": "full"}, {(backbone_part, (4,)), (tail_part, (4,))}),
-    "full_w4": ({"mode": "full_w4"}, {(tail_part, ())}),
-    "first": ({"threshold": -2}, {(backbone_part, (1,)), (tail_part, (1,))}),
+    "full": ({"mode": "full"}, {(backbone_part, (4,)), (tail_part, (4,), False)}),
+    "full_w4": ({"mode": "full_w4"}, {(tail_part, (), False)}),
+    "first": ({"threshold": -2}, {(backbone_part, (1,)), (tail_part, (1,), False)}),
     "no decision before min_layers": (
         {"threshold": -2, "min_layers": 3},
-        {(backbone_part, (3,)), (tail_part, (3,))},
+        {(backbone_part, (3,)), (tail_part, (3,), False)},
     ),
     "no decision at the last layer": (
         {"threshold": -2, "min_layers": 4},
-        {(backbone_part, (4,)), (tail_part, (4,))},
+        {(backbone_part, (4,)), (tail_part, (4,), False)},
     ),
     "never met": (
         {"threshold": 0.9999, "min_layers": 2},
-        {(backbone_part, (2,)), (backbone_part, (2, 3)), (backbone_part, (2, 3, 4)), (tail_part, (2, 3, 4))},
+        {
+            (backbone_part, (2,)),
+            (backbone_part, (2, 3)),
+            (backbone_part, (2, 3, 4)),
+            (tail_part, (2, 3, 4), False),
+        },
     ),
     "logits, full": ({"mode": "full", "return_logits": True}, {(backbone_part, (4,))}),
     "logits": (
@@ -264,7 +276,9 @@ def test_host_graphs_of_one_depth_are_shared_and_captured_when_needed(model):
     """Depths 1 and 2 occur: two parts of the backbone, and a tail for each."""
     output = model.generate(PROMPTS[1], max_new_tokens=24, threshold=0.5, exit_control="host")
     assert set(output.exit_depths[1:]) == {1, 2}
-    expected = {(part, depths) for part in (backbone_part, tail_part) for depths in ((1,), (1, 2))}
+    expected = {
+        key for depths in ((1,), (1, 2)) for key in ((backbone_part, depths), (tail_part, depths, False))
+    }
     assert set(idle(model).graphs) == expected
 
 
@@ -288,10 +302,27 @@ def test_the_host_waits_where_it_decides_and_for_the_token(model, monkeypatch, o
 def test_the_device_has_one_graph_for_every_rule(model):
     model.generate(PROMPTS[1], max_new_tokens=8, exit_control="device")
     captured = dict(idle(model).graphs)
-    assert set(captured) == {(whole_steps, 2), (whole_steps, 1)}, "seven steps"
+    assert set(captured) == {(whole_steps, 2, False), (whole_steps, 1, False)}, "seven steps"
     for options in ({"mode": "full"}, {"mode": "full_w4"}, {"temperature": 1.0}, {"min_layers": 3}):
         model.generate(PROMPTS[1], max_new_tokens=8, exit_control="device", **options)
     assert idle(model).graphs == captured
+
+
+@pytest.mark.parametrize("control", CONTROLS)
+def test_one_graph_serves_all_filters_and_another_none(model, control):
+    """Values of an earlier run do not stay: each run gives what eager steps give."""
+    common = {"max_new_tokens": 8, "mode": "full"}
+    filters = [{"top_k": 5}, {"top_p": 0.7}, {"min_p": 0.3}, {"top_k": 9, "top_p": 0.9, "min_p": 0.1}]
+    captured = []
+    for options in (*filters, {}):
+        options = {"temperature": 1.5, **common, **options}
+        eager = facts(model.generate(PROMPTS[:3], **options))
+        assert facts(model.generate(PROMPTS[:3], exit_control=control, **options)) == eager
+        captured.append({key for key in idle(model).graphs if key[0] is not backbone_part})
+    filtered, plain = captured[0], captured[-1] - captured[0]
+    assert captured[:-1] == [filtered] * len(filters)
+    assert {key[-1] for key in filtered} == {True}
+    assert plain == {(*key[:-1], False) for key in filtered}
 
 
 def test_a_capture(monkeypatch):
@@ -449,6 +480,7 @@ def test_a_runner_is_used_again_if_the_next_run_fits():
         (4, 8, {}),
         (3, 2, {"mode": "full"}),
         (4, 1, {"temperature": 1.0}),
+        (4, 1, {"temperature": 1.0, "top_k": 7}),
     ]:
         assert run(batch, length, **options) is first
     for batch, length, options in [(2, 5, {}), (5, 5, {}), (3, 10, {}), (3, 5, {"stop_tokens": range(17)})]:
@@ -611,5 +643,6 @@ def test_auto(monkeypatch):
     assert chosen("cuda") == "DeviceDecoder"
     assert chosen("cuda", temperature=1.0) == "DeviceDecoder"
     assert chosen("cuda", exit_control="host") == "HostDecoder"
-    for options in ({"return_logits": True}, {"temperature": 1.0, "top_k": 3}):
-        assert chosen("cuda", **options) == "HostDecoder"
+    for filters in ({"top_k": 3}, {"top_p": 0.5}, {"min_p": 0.1}):
+        assert chosen("cuda", temperature=1.0, **filters) == "DeviceDecoder"
+    assert chosen("cuda", return_logits=True) == "HostDecoder"

@@ -1,4 +1,4 @@
-"""Greedy, temperature, top-k and top-p."""
+"""Greedy, temperature, top-k, top-p and min-p."""
 
 import math
 
@@ -49,10 +49,20 @@ def test_top_p_looks_at_what_top_k_left():
     assert kept(logits, temperature=1.0, top_k=2, top_p=0.57) == [1]
 
 
+def test_min_p_keeps_what_is_likely_enough_beside_the_likeliest():
+    logits = torch.tensor([0.1, 0.4, 0.3, 0.2]).log()
+    assert kept(logits, temperature=1.0, min_p=0.24) == [0, 1, 2, 3]
+    assert kept(logits, temperature=1.0, min_p=0.26) == [1, 2, 3]
+    assert kept(logits, temperature=1.0, min_p=0.6) == [1, 2]
+    assert kept(logits, temperature=0.2, min_p=0.26) == [1], "of the distribution at this temperature"
+    assert kept([1.0, 2.0, 2.0, 0.0], temperature=1.0, min_p=1.0) == [1, 2], "ties stay"
+
+
 @pytest.mark.parametrize(
     "options",
-    [{}, {"temperature": 1.0}, {"temperature": 1.0, "top_k": 2}, {"temperature": 1.0, "top_p": 0.9}],
-)
+    [{}, {"temperature": 1.0}, {"temperature": 1.0, "top_k": 2}, {"temperature": 1.0, "top_p": 0.9},
+     {"temperature": 1.0, "min_p": 0.1}],
+)  # fmt: skip
 @pytest.mark.parametrize("value", [math.nan, math.inf])
 def test_a_row_without_finite_logits_has_no_token(value, options):
     network = random_model().network
@@ -78,7 +88,7 @@ LIMIT = {2: 13.8, 5: 20.5}
 
 @pytest.mark.parametrize(
     ("options", "left"), [({}, [0, 1, 2, 3, 4, 5]), ({"top_k": 3}, [0, 3, 5]), ({"top_p": 0.8}, [0, 3, 5]),
-                          ({"top_k": 4, "top_p": 0.8}, [0, 3, 5])]
+                          ({"top_k": 4, "top_p": 0.8}, [0, 3, 5]), ({"min_p": 0.5}, [0, 3, 5])]
 )  # fmt: skip
 def test_draws_follow_the_filtered_distribution(options, left):
     probabilities = torch.zeros(6)
@@ -108,8 +118,9 @@ def test_filters_and_op_draw_the_same_tokens():
     for position in range(40):
         seeds, positions = torch.arange(8) + 100, torch.full((8,), position, dtype=torch.int32)
         plain, _ = next_tokens(network, hidden, Sampling(1.2), seeds, positions)
-        filters, _ = next_tokens(network, hidden, Sampling(1.2, top_k=80), seeds, positions)
-        assert torch.equal(plain, filters)
+        for nothing in ({"top_k": 80}, {"min_p": 1e-30}):
+            filters, _ = next_tokens(network, hidden, Sampling(1.2, **nothing), seeds, positions)
+            assert torch.equal(plain, filters)
 
 
 def test_noise_depends_on_seed_position_and_token():
@@ -135,18 +146,18 @@ def test_greedy_is_the_argmax_with_ties_to_the_lowest_id():
 
 def test_zero_temperature_ignores_the_filters():
     greedy = random_model().generate(random_prompt(4), max_new_tokens=10)
-    filters = random_model().generate(random_prompt(4), max_new_tokens=10, top_k=3, top_p=0.5)
+    filters = random_model().generate(random_prompt(4), max_new_tokens=10, top_k=3, top_p=0.5, min_p=0.3)
     assert filters.tokens == greedy.tokens
 
 
-@pytest.mark.parametrize("options", [{"top_k": 1}, {"top_p": 1e-6}])
+@pytest.mark.parametrize("options", [{"top_k": 1}, {"top_p": 1e-6}, {"min_p": 1.0}])
 def test_a_filter_that_leaves_one_token_is_greedy(options):
     greedy = random_model().generate(random_prompt(4), max_new_tokens=10)
     drawn = random_model().generate(random_prompt(4), max_new_tokens=10, temperature=1.0, **options)
     assert drawn.tokens == greedy.tokens
 
 
-@pytest.mark.parametrize("options", [{}, {"top_k": 20}, {"top_p": 0.9}])
+@pytest.mark.parametrize("options", [{}, {"top_k": 20}, {"top_p": 0.9}, {"min_p": 0.1}])
 def test_same_seed_and_prompt_give_the_same_tokens_in_any_batch(options):
     options = {"max_new_tokens": 12, "temperature": 1.0, "mode": "full", **options}
     prompt, seeds = random_prompt(5), [5, 6, 5, -1]
@@ -160,7 +171,7 @@ def test_same_seed_and_prompt_give_the_same_tokens_in_any_batch(options):
     assert [out.tokens for out in one_seed] == [alone[0]] * 3
 
 
-@pytest.mark.parametrize("options", [{}, {"top_k": 40}])
+@pytest.mark.parametrize("options", [{}, {"top_k": 40}, {"min_p": 0.05}])
 def test_noise_belongs_to_the_position_of_the_token_drawn(options):
     """Prefill and every step: the token at position p is drawn with the noise of p."""
     prompt = random_prompt(5)

@@ -34,10 +34,11 @@ NUMBERS = [
 OPTIONS = {
     "generate": {
         "--threshold": NUMBERS, "--min-layers": NUMBERS, "--temperature": NUMBERS, "--top-k": NUMBERS,
-        "--top-p": NUMBERS, "--seed": NUMBERS, "--prefill": ["full", "min", "last", "depth:1", "depth:",
-        "depth:" + "9" * 5000, "", "x"], "--mode": ["river", "full", "full_w4", "", "x"], "--stop": ["a",
-        "", "\udcff", "<|im_end|>"], "--dtype": ["auto", "float32", "bfloat16", "float64", ""], "--device":
-        ["cpu", "auto", "cuda", "cuda:99", "meta", ""], "--exit-control": ["auto", "host", "device", "x"],
+        "--top-p": NUMBERS, "--min-p": NUMBERS, "--seed": NUMBERS,
+        "--prefill": ["full", "min", "last", "depth:1", "depth:", "depth:" + "9" * 5000, "", "x"],
+        "--mode": ["river", "full", "full_w4", "", "x"], "--stop": ["a", "", "\udcff", "<|im_end|>"],
+        "--dtype": ["auto", "float32", "bfloat16", "float64", ""],
+        "--device": ["cpu", "auto", "cuda", "cuda:99", "meta", ""], "--exit-control": ["auto", "host", "device", "x"],
         "--compare": None, "--json": None, "--demo": None, "--river": ["RIVER", "MODEL", "nowhere", "",
         "/dev/zero"], "--file": ["PROMPT", "nowhere", "", ".", "/dev/null"],
     },

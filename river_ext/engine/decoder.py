@@ -19,7 +19,7 @@ from .cache import KVCache
 from .graph import Depths, advance, backbone_part, lend_runner, river_part, tail_part, whole_steps
 from .network import Network
 from .request import Plan
-from .sampling import next_tokens
+from .sampling import draw
 from .step import Rows, StepOutput, decode_step
 
 # Steps in flight beyond the one that the host waits for: with the second of a pair, fewer than graph.RECORDS
@@ -53,7 +53,7 @@ def decoder_for(network: Network, plan: Plan, max_len: int) -> Decoder:
     if control == "auto" and network.device.type == "cpu":
         return EagerDecoder(network, plan, max_len)
     if control == "auto":
-        control = "host" if plan.needs_logits else "device"
+        control = "host" if plan.return_logits else "device"
     return {"host": HostDecoder, "device": DeviceDecoder}[control](network, plan, max_len)
 
 
@@ -127,9 +127,9 @@ class HostDecoder(_GraphDecoder):
         runner, logits = self.runner, None
         with torch.cuda.stream(runner.stream):
             depths = self._run_backbone()
-            if not self.plan.needs_logits:
-                runner.replay(self.network, tail_part, depths)
-        if self.plan.needs_logits:
+            if not self.plan.return_logits:
+                runner.replay(self.network, tail_part, depths, self.plan.sampling.filters)
+        if self.plan.return_logits:
             drawn, logits = self._run_tail_with_logits(depths)  # drawn must live until the record is there
         self.taken += 1
         _, tokens, _ = runner.record(self.taken)
@@ -156,17 +156,16 @@ class HostDecoder(_GraphDecoder):
 
         return self.runner.poll(read, lambda similarities: not any(map(math.isnan, similarities)))
 
-    def _run_tail_with_logits(self, depths: Depths) -> tuple[Tensor, Tensor | None]:
+    def _run_tail_with_logits(self, depths: Depths) -> tuple[Tensor, Tensor]:
         """Tokens and logits by row of the runner, on the caller's stream, which runs the head."""
-        runner, network, plan = self.runner, self.network, self.plan
+        runner, network = self.runner, self.network
         before, hidden = runner.state(depths)
         if not depths or depths[-1] < runner.layers:  # else there is nothing to capture
             with torch.cuda.stream(runner.stream):
                 before, hidden = runner.replay(network, river_part, depths).outputs
         runner.lead_caller()
-        drawn, logits = next_tokens(
-            network, hidden, plan.sampling, runner.seeds, runner.draw_positions, plan.return_logits
-        )
+        filters = self.plan.sampling.filters
+        drawn, logits = draw(network, hidden, runner.drawing, filters, return_logits=True)
         runner.follow_caller()
         with torch.cuda.stream(runner.stream):
             advance(network, runner, before, hidden, drawn)
@@ -189,7 +188,7 @@ class DeviceDecoder(_GraphDecoder):
         with torch.cuda.stream(self.runner.stream):
             while self.replayed < min(self.taken + 1 + ahead, last):
                 count = 2 if self.pairs and ahead and last - self.replayed >= 2 else 1
-                self.runner.replay(self.network, whole_steps, count)
+                self.runner.replay(self.network, whole_steps, count, self.plan.sampling.filters)
                 self.replayed += count
         self.taken += 1
         depth, tokens, similarities = self.runner.record(self.taken)

@@ -3,7 +3,8 @@
 A graph holds addresses, not values. So all that a step reads and writes lies in a `Runner`, which the network
 keeps for the next run together with the graphs captured on it. What is captured are the functions at the end
 of this file. Where the host decides on exits, a step is the backbone in parts and then the tail of its exit
-depth; where the device does, two steps are a graph. On the CPU a graph is the function itself, called again.
+depth; where the device does, two steps are a graph. Whether filters sample is part of what is captured, how
+they do is not. On the CPU a graph is the function itself, called again.
 """
 
 import time
@@ -20,6 +21,7 @@ from ..errors import RiverError
 from .cache import KVCache
 from .network import Decision, Network
 from .request import Plan
+from .sampling import Drawing, Sampling, draw
 from .step import Rows
 
 RECORDS = 8  # steps whose results the device keeps for the host
@@ -69,7 +71,7 @@ class Runner:
         self.hidden = zeros(rows, config.hidden_size, dtype=network.dtype)  # embeddings that go in
         self.slots, self.positions = zeros(rows) - 1, zeros(rows)
         self.draw_positions, self.remaining = zeros(rows), zeros(rows)
-        self.seeds, self.temperature = zeros(rows, dtype=torch.int64), zeros(rows, dtype=torch.float32)
+        self.drawing = Drawing.of(Sampling(), zeros(rows, dtype=torch.int64), self.draw_positions)
         self.stop_tokens = zeros(stop_tokens, dtype=torch.int64) - 1
         self.thresholds, self.min_layers = zeros(rows, dtype=torch.float32), zeros(rows)
         self.limit, self.exited, self.steps_taken = zeros(1), zeros(layers), zeros(1)
@@ -98,8 +100,8 @@ class Runner:
         self.follow_caller()
         with torch.cuda.stream(self.stream):
             backbone_part(network, self, (self.layers,))
-            tail_part(network, self, ())
-            whole_step(network, self)
+            tail_part(network, self, (), filters=False)
+            whole_step(network, self, filters=True)
         self.stream.synchronize()
 
     def fits(self, rows: int, max_len: int, stop_tokens: int) -> bool:
@@ -118,9 +120,9 @@ class Runner:
         self.slots[:count] = rows.slots
         self.positions[:count] = rows.positions
         self.draw_positions[:count] = rows.positions + 1
-        self.seeds[:count] = rows.seeds
+        self.drawing.seeds[:count] = rows.seeds
         self.remaining.fill_(plan.max_new_tokens - 1)  # the prefill has drawn the first one
-        self.temperature.fill_(plan.sampling.temperature)
+        self.drawing.fill(plan.sampling)
         self.stop_tokens[: len(stop_tokens)] = self.stop_tokens.new_tensor(stop_tokens)
         self.thresholds[:count] = self.thresholds.new_tensor(rows.rule.thresholds)
         self.min_layers[:count] = self.min_layers.new_tensor(rows.rule.min_layers)
@@ -223,35 +225,35 @@ def river_part(network: Network, runner: Runner, depths: Depths) -> tuple[Tensor
     return before, hidden
 
 
-def tail_part(network: Network, runner: Runner, depths: Depths) -> tuple:
+def tail_part(network: Network, runner: Runner, depths: Depths, filters: bool) -> tuple:
     """The river from depths[-1] on, the head, and the next token's embedding."""
     before, hidden = river_part(network, runner, depths)
-    _draw_and_advance(network, runner, before, hidden)
+    _draw_and_advance(network, runner, before, hidden, filters)
     return ()
 
 
-def whole_steps(network: Network, runner: Runner, count: int) -> tuple:
+def whole_steps(network: Network, runner: Runner, count: int, filters: bool = False) -> tuple:
     """Several whole steps: from one to the next the device does not wait for a graph to start."""
     for _ in range(count):
-        whole_step(network, runner)
+        whole_step(network, runner, filters)
     return ()
 
 
-def whole_step(network: Network, runner: Runner) -> tuple:
+def whole_step(network: Network, runner: Runner, filters: bool = False) -> tuple:
     """A whole step, each layer by the path that the device chooses."""
     before, hidden = None, runner.hidden
     for index in range(runner.layers):
         after = network.dual_layer(index, hidden, before, runner.decision, *runner.place)
         before, hidden = hidden, after
-    _draw_and_advance(network, runner, before, hidden)
+    _draw_and_advance(network, runner, before, hidden, filters)
     return ()
 
 
-def _draw_and_advance(network: Network, runner: Runner, before: Tensor, hidden: Tensor) -> None:
-    tokens, _ = ops.lm_head(
-        hidden, network.norm, network.lm_head, network.config.rms_norm_eps, return_logits=False,
-        temperature=runner.temperature, seeds=runner.seeds, positions=runner.draw_positions,
-    )  # fmt: skip
+def _draw_and_advance(
+    network: Network, runner: Runner, before: Tensor, hidden: Tensor, filters: bool
+) -> None:
+    """With filters there is a kernel more, and logits are written: what draws without them does not pay."""
+    tokens, _ = draw(network, hidden, runner.drawing, filters)
     advance(network, runner, before, hidden, tokens)
 
 

@@ -48,6 +48,7 @@ class Options:
     temperature: float = 0.0
     top_k: int = 0
     top_p: float = 1.0
+    min_p: float = 0.0
     seed: int | Sequence[int] = 0
     stop: str | Sequence[str] = ()
     stop_tokens: int | Sequence[int] | None = None
@@ -70,11 +71,6 @@ class Plan:
     return_logits: bool
     exit_control: str
     dtype: torch.dtype  # of the model
-
-    @property
-    def needs_logits(self) -> bool:
-        """Whether the host sees the logits of every step."""
-        return self.return_logits or self.sampling.filters
 
 
 def is_batch(prompt) -> bool:
@@ -161,11 +157,9 @@ def plan(config: ModelConfig, text: Text | None, prompt, options: Options) -> Pl
 
 def check_exit_control(plan: Plan) -> None:
     choice("exit_control", plan.exit_control, EXIT_CONTROLS)
-    if plan.exit_control == "device" and plan.needs_logits:
-        top_k, top_p = plan.sampling.top_k, plan.sampling.top_p
-        why = "return_logits=True" if plan.return_logits else f"top_k={top_k}" if top_k else f"top_p={top_p}"
+    if plan.exit_control == "device" and plan.return_logits:
         raise RiverError(
-            f"exit_control='device' with {why}, which needs every step's logits on the host; "
+            "exit_control='device' with return_logits=True, which needs every step's logits on the host; "
             "accepted: 'auto' or 'host'"
         )
 
@@ -209,10 +203,14 @@ def prefill_policy(config: ModelConfig, options: Options) -> PrefillPolicy:
 
 def sampling(config: ModelConfig, options: Options) -> Sampling:
     """Numbers as the ops will see them, in fp32."""
-    temperature, top_p = number("temperature", options.temperature), number("top_p", options.top_p)
+    temperature = number("temperature", options.temperature)
+    top_p, min_p = number("top_p", options.top_p), number("min_p", options.min_p)
     if not 0 <= temperature <= FP32_MAX:
         raise RiverError(f"temperature={temperature}; accepted: a number from 0 (greedy) to {FP32_MAX:.6g}")
     if not 0 < top_p <= 1:
         raise RiverError(f"top_p={top_p}; accepted: above 0, up to 1")
+    if not 0 <= min_p <= 1:
+        raise RiverError(f"min_p={min_p}; accepted: a number from 0 (off) to 1")
     top_k = min(integer("top_k", options.top_k, 0), config.vocab_size)
-    return Sampling(fp32(temperature), top_k, max(fp32(top_p), FP32_TINY))  # what rounds to 0 keeps one token
+    top_p = max(fp32(top_p), FP32_TINY)  # what rounds to 0 keeps one token
+    return Sampling(fp32(temperature), top_k, top_p, fp32(min_p))
