@@ -140,7 +140,7 @@ def _add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--temperature", type=float, metavar="T", help="0, the default, is greedy")
     parser.add_argument("--top-k", type=int, metavar="K", help="draw among the K likeliest; 0 is all")
     parser.add_argument("--top-p", type=float, metavar="P", help="draw among the likeliest; 1 is all")
-    parser.add_argument("--min-p", type=float, metavar="P", help="as likely as P x the likeliest; 0 is all")
+    parser.add_argument("--min-p", type=float, metavar="P", help="draw above P x the best chance; 0 is all")
     parser.add_argument("--seed", type=int, help="of sampling, and of the demo's prompts (0)")
     parser.add_argument("--stop", action="append", metavar="TEXT", help="end before this text")
     parser.add_argument("--exit-control", help="where exits are decided: auto (default), host or device")

@@ -132,6 +132,7 @@ def test_memory_that_the_host_polls_must_be_pinned():
     [
         {"threshold": 0.5}, {"threshold": 0.98}, {"mode": "full"}, {"mode": "full_w4"},
         {"threshold": 0.9, "temperature": 0.7, "seed": 3}, {"threshold": 0.9, "min_layers": 3, "stop": "2"},
+        {"threshold": 0.9, "temperature": 0.9, "top_k": 50, "top_p": 0.95, "min_p": 0.01, "seed": 4},
     ],
     ids=str,
 )  # fmt: skip

@@ -3,8 +3,8 @@
 A graph holds addresses, not values. So all that a step reads and writes lies in a `Runner`, which the network
 keeps for the next run together with the graphs captured on it. What is captured are the functions at the end
 of this file. Where the host decides on exits, a step is the backbone in parts and then the tail of its exit
-depth; where the device does, two steps are a graph. Whether filters sample is part of what is captured, how
-they do is not. On the CPU a graph is the function itself, called again.
+depth; where the device does, two steps are a graph. Steps that draw through filters are captured apart;
+the filters' settings are values. On the CPU a graph is the function itself, called again.
 """
 
 import time
