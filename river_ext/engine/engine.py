@@ -1,0 +1,308 @@
+"""The engine: requests come and go, and each gets the tokens that it would get alone.
+
+A step of the engine takes queued requests into free slots, works on a prompt, and gives every sequence that
+decodes its next token:
+
+    submit -> queue -> a slot: prefill, piece by piece -> decode, step by step -> its last event
+"""
+
+import threading
+import time
+from collections import deque
+from collections.abc import Hashable, Iterator
+from contextlib import contextmanager
+from itertools import count
+from os.path import commonprefix
+from typing import NamedTuple
+
+from .. import ops
+from ..checks import choice, flag, integer, short
+from ..errors import RiverError
+from ..loading.text import Text
+from .decoder import Decoder, DeviceDecoder, HostDecoder
+from .exit_rule import BATCH_POLICIES
+from .graph import Memory
+from .network import Network
+from .prefill import Prefill
+from .request import request
+from .sequence import GenerationOutput, Piece, Sequence
+from .step import NewToken
+
+EXIT_CONTROLS = {"host": HostDecoder, "device": DeviceDecoder}
+DEFAULT_POSITIONS = 4096  # of a slot, where nobody says and the model has as many
+# of a prompt, between two steps of those that decode: on a CPU a row costs a good part of a step
+PREFILL_ROWS = {"cpu": 32, "cuda": 512}
+
+
+class Event(NamedTuple):
+    """Something new of one request."""
+
+    id: Hashable
+    piece: Piece | None  # a new token; None where it ends without one
+    output: GenerationOutput | None  # once it has ended: then no other event of it follows
+
+
+class _Running:
+    """A sequence in its slot."""
+
+    def __init__(self, id: Hashable, sequence: Sequence):
+        self.id, self.sequence = id, sequence
+        self.slot = -1
+        self.prefill: Prefill | None = None
+        self.cancelled = False
+
+
+class Engine:
+    """Generates for up to `slots` requests at once; the others wait. `Model.engine` makes one.
+
+    `submit` and `cancel` may be called from any thread, also while another one is in `step`; one thread at a
+    time steps.
+    """
+
+    def __init__(
+        self,
+        network: Network,
+        text: Text | None,
+        *,
+        slots: int = 8,
+        max_len: int | None = None,
+        batch_policy: str = "row",
+        exit_control: str = "auto",
+        reuse_prompts: bool = False,
+    ):
+        config = network.config
+        choice("batch_policy", batch_policy, BATCH_POLICIES)
+        choice("exit_control", exit_control, ("auto", *EXIT_CONTROLS))
+        self.network, self.text, self.batch_policy = network, text, batch_policy
+        self.slots = integer("slots", slots, 1, ops.MAX_ROWS)
+        if max_len is None:
+            max_len = min(DEFAULT_POSITIONS, config.max_length)
+        self.max_len = integer("max_len", max_len, 1, config.max_length)
+        self.reuse_prompts = flag("reuse_prompts", reuse_prompts)
+        self._memory = Memory(network, self.slots, self.max_len)
+        self._together = batch_policy == "min"
+        self._decoders = {
+            name: decoder(self._memory, self._together) for name, decoder in EXIT_CONTROLS.items()
+        }
+        self.use(exit_control)
+        self._lock = threading.Lock()  # of what other threads see: the queue, the ids, what is cancelled
+        self._stepping = threading.Lock()
+        self._ids, self._closed = count(), False
+        self._queue: deque[_Running] = deque()
+        self._known: dict[Hashable, _Running] = {}  # all that have not ended
+        self._free = list(range(self.slots))
+        self._contents: list[list[int]] = [[] for _ in range(self.slots)]  # tokens whose K and V a slot holds
+        self._prefilling: deque[_Running] = deque()
+        self._ready: list[_Running] = []  # prefilled, not yet among the rows of the decoder
+        self._decoding: list[_Running] = []  # in the order of the decoder's rows
+
+    def submit(self, prompt, *, id: Hashable = None, **options) -> Hashable:
+        """Queues a prompt with its own options, those of `Model.generate`; returns the id of its events.
+
+        A request that is refused, by a RiverError, changes nothing for the others.
+        """
+        return self.add(Sequence(request(self.network.config, self.text, prompt, options), self.text), id)
+
+    def add(self, sequence: Sequence, id: Hashable = None) -> Hashable:
+        """`submit` for a request that is checked already."""
+        needed, prompt = sequence.request.positions, len(sequence.request.prompt)
+        if needed > self.max_len:
+            raise RiverError(
+                f"a prompt of {prompt} tokens and max_new_tokens={sequence.request.max_new_tokens} need "
+                f"{needed} positions of a slot; this engine has {self.slots} slots of {self.max_len}"
+            )
+        with self._lock:
+            self._check_open()
+            id = next(i for i in self._ids if i not in self._known) if id is None else id
+            try:
+                used = id in self._known
+            except TypeError:
+                raise RiverError(
+                    f"id is a {type(id).__name__}; accepted: what can be a key, a str say"
+                ) from None
+            if used:
+                raise RiverError(f"the request {short(id)} was submitted before, and has not ended")
+            self._known[id] = running = _Running(id, sequence)
+            self._queue.append(running)
+        return id
+
+    def cancel(self, id: Hashable) -> None:
+        """Ends a request at the next step, with finish_reason "cancelled" and what it has until then."""
+        with self._lock:
+            self._check_open()
+            running = self._known.get(id)
+            if running is None or running.cancelled:
+                raise RiverError(f"there is no request {short(id)} to cancel: it has ended, or never was")
+            running.cancelled = True
+
+    def step(self) -> list[Event]:
+        """What happens next; nothing, if no request is left."""
+        with self._one_at_a_time():
+            events = self._cancel()
+            self._admit()
+            events += self._work_on_prompts()
+            events += self._decode()
+            return events
+
+    def __iter__(self) -> Iterator[Event]:
+        """Steps until every request has ended."""
+        while self.busy:
+            yield from self.step()
+
+    @property
+    def busy(self) -> bool:
+        """Whether a request has not ended."""
+        return bool(self._known)
+
+    def clear(self) -> None:
+        """Forgets all requests, wherever they are, without another event."""
+        with self._stepping, self._lock:
+            self._check_open()
+            self._memory.synchronise()
+            self._known.clear()
+            for waiting in (self._queue, self._prefilling, self._ready, self._decoding):
+                waiting.clear()
+            self._free = list(range(self.slots))
+            self._contents = [[] for _ in self._free]
+
+    def close(self) -> None:
+        """Forgets all requests and gives the memory back; whatever is called afterwards says so."""
+        self.clear()
+        self._closed = True
+        self._decoders.clear()
+        del self._memory, self._decoder
+
+    def __enter__(self) -> "Engine":
+        return self
+
+    def __exit__(self, *_) -> None:
+        if not self._closed:
+            self.close()
+
+    def use(self, exit_control: str) -> None:
+        """The control of exits; no request is on its way."""
+        if exit_control == "auto":
+            exit_control = "host" if self.network.device.type == "cpu" else "device"
+        self._decoder: Decoder = self._decoders[exit_control]
+
+    # --- a step -------------------------------------------------------------------------------------------
+
+    def _cancel(self) -> list[Event]:
+        with self._lock:
+            cancelled = [running for running in self._known.values() if running.cancelled]
+        for running in cancelled:
+            running.sequence.end("cancelled")
+        return self._retire(cancelled)
+
+    def _admit(self) -> None:
+        """Queued requests into free slots, first come, first served."""
+        with self._lock:
+            while self._queue and self._free:
+                running = self._queue.popleft()
+                running.slot, start = self._choose_slot(running.sequence.request.prompt)
+                self._free.remove(running.slot)
+                request = running.sequence.request
+                running.prefill = Prefill(self.network, self._memory.cache, running.slot, request, start)
+                self._prefilling.append(running)
+
+    def _work_on_prompts(self) -> list[Event]:
+        """On the first one, for as long as those that decode are to wait; alone, until it is done."""
+        if not self._prefilling:
+            return []
+        running, start = self._prefilling[0], time.perf_counter()
+        rows = PREFILL_ROWS[self.network.device.type] if self._decoding else float("inf")
+        new = running.prefill.advance(rows)
+        running.sequence.prefill_seconds += time.perf_counter() - start
+        if new is None:
+            return []
+        self._prefilling.popleft()
+        running.prefill = None
+        self._ready.append(running)
+        return self._take([running], [new])
+
+    def _decode(self) -> list[Event]:
+        """The next token of every sequence. New ones join when nothing is in flight."""
+        start = time.perf_counter()
+        if self._together and (self._prefilling or (self._queue and self._free)):
+            return []  # rows that leave the backbone together begin together
+        if self._ready and not (self._decoding and self._decoder.in_flight):
+            self._decoding, self._ready = self._decoding + self._ready, []
+            self._decoder.start([running.sequence.row(running.slot) for running in self._decoding])
+        if not self._decoding:
+            return []
+        decoding = list(self._decoding)
+        news = self._decoder.step(run_ahead=self._may_run_ahead())
+        seconds = time.perf_counter() - start
+        for running in decoding:
+            running.sequence.decode_seconds += seconds
+        return self._take(decoding, news)
+
+    def _may_run_ahead(self) -> bool:
+        """Not when others are about to join. Nor where rows leave together and one of them may end by a stop
+        string, of which only the host knows: the others then leave earlier."""
+        if self._ready or self._prefilling:
+            return False
+        lone = not self._together or len(self._decoding) == 1
+        return lone or not any(running.sequence.request.stop for running in self._decoding)
+
+    def _take(self, runnings: list[_Running], news: list[NewToken]) -> list[Event]:
+        """Each sequence takes its new token; those that end leave."""
+        pieces = [running.sequence.append(new) for running, new in zip(runnings, news, strict=True)]
+        ended = [running for running in runnings if running.sequence.finish_reason]
+        outputs = {event.id: event.output for event in self._retire(ended)}
+        return [
+            Event(running.id, piece, outputs.get(running.id))
+            for running, piece in zip(runnings, pieces, strict=True)
+        ]
+
+    def _retire(self, ended: list[_Running]) -> list[Event]:
+        """Gives their slots back."""
+        if not ended:
+            return []
+        stay = [row for row, running in enumerate(self._decoding) if running not in ended]
+        if len(stay) < len(self._decoding):
+            self._decoder.keep(stay)
+            self._decoding = [self._decoding[row] for row in stay]
+        self._ready = [running for running in self._ready if running not in ended]
+        with self._lock:
+            for running in ended:
+                del self._known[running.id]
+                for waiting in (self._queue, self._prefilling):
+                    if running in waiting:
+                        waiting.remove(running)
+                if running.slot >= 0:
+                    self._free.append(running.slot)
+                    self._contents[running.slot] = self._written(running)
+        self._memory.lead_caller()  # steps in flight may still write to the slots
+        return [Event(running.id, None, running.sequence.output()) for running in ended]
+
+    # --- slots --------------------------------------------------------------------------------------------
+
+    def _choose_slot(self, prompt: list[int]) -> tuple[int, int]:
+        """A free slot, and how many positions of the prompt it holds already: all but one at most."""
+        if not self.reuse_prompts or self.network.scales_by_length(len(prompt)):
+            return self._free[0], 0
+        shared = {slot: len(commonprefix([self._contents[slot], prompt[:-1]])) for slot in self._free}
+        slot = max(shared, key=shared.get)
+        return slot, shared[slot]
+
+    @staticmethod
+    def _written(running: _Running) -> list[int]:
+        """The tokens whose K and V its slot holds in all layers."""
+        if running.prefill is not None:
+            return []
+        return running.sequence.request.prompt + running.sequence.tokens[:-1]
+
+    def _check_open(self) -> None:
+        if self._closed:
+            raise RiverError("the engine is closed")
+
+    @contextmanager
+    def _one_at_a_time(self) -> Iterator[None]:
+        if not self._stepping.acquire(blocking=False):
+            raise RiverError("another thread is in a step of this engine; accepted: one at a time")
+        try:
+            self._check_open()
+            yield
+        finally:
+            self._stepping.release()
