@@ -6,6 +6,7 @@ decodes its next token:
     submit -> queue -> a slot: prefill, piece by piece -> decode, step by step -> its last event
 """
 
+import math
 import threading
 import time
 from collections import deque
@@ -136,13 +137,14 @@ class Engine:
             running.cancelled = True
 
     def step(self) -> list[Event]:
-        """What happens next; nothing, if no request is left."""
+        """Works until there is something new: a first token, or one for every sequence that decodes.
+
+        Returns [] after a part of a long prompt, and when no request is left.
+        """
         with self._one_at_a_time():
             events = self._cancel()
             self._admit()
-            events += self._work_on_prompts()
-            events += self._decode()
-            return events
+            return events + self._work_on_prompts() or self._decode()
 
     def __iter__(self) -> Iterator[Event]:
         """Steps until every request has ended."""
@@ -167,6 +169,8 @@ class Engine:
 
     def close(self) -> None:
         """Forgets all requests and gives the memory back; whatever is called afterwards says so."""
+        if self._closed:
+            return
         self.clear()
         self._closed = True
         self._decoders.clear()
@@ -176,8 +180,7 @@ class Engine:
         return self
 
     def __exit__(self, *_) -> None:
-        if not self._closed:
-            self.close()
+        self.close()
 
     def use(self, exit_control: str) -> None:
         """The control of exits; no request is on its way."""
@@ -210,7 +213,7 @@ class Engine:
         if not self._prefilling:
             return []
         running, start = self._prefilling[0], time.perf_counter()
-        rows = PREFILL_ROWS[self.network.device.type] if self._decoding else float("inf")
+        rows = PREFILL_ROWS[self.network.device.type] if self._decoding or self._ready else math.inf
         new = running.prefill.advance(rows)
         running.sequence.prefill_seconds += time.perf_counter() - start
         if new is None:

@@ -88,7 +88,7 @@ class Stream:
             raise RiverError("stream takes one prompt, not a list of prompts; generate takes a list")
         (asked,) = requests(engines.network.config, engines.text, prompt, options)
         self._sequence = Sequence(asked, engines.text)
-        self._pieces = self._run(engines, batch_policy, exit_control)
+        self._pieces = _pieces(engines, self._sequence, batch_policy, exit_control)
 
     def __iter__(self) -> "Stream":
         return self
@@ -96,18 +96,20 @@ class Stream:
     def __next__(self) -> Piece:
         return next(self._pieces)
 
-    def _run(self, engines: Engines, batch_policy: str, exit_control: str) -> Iterator[Piece]:
-        with engines.lend([self._sequence.request], batch_policy, exit_control) as engine:
-            engine.add(self._sequence)
-            for event in engine:
-                if event.piece is None:
-                    self.output.checked()
-                yield event.piece
-
     @property
     def output(self) -> GenerationOutput:
         """What `generate` returns: when the stream has ended, or what there is before."""
         return self._sequence.output()
+
+
+def _pieces(engines: Engines, sequence: Sequence, batch_policy: str, exit_control: str) -> Iterator[Piece]:
+    """A function, not a method: the engine goes back when the stream that holds this is dropped."""
+    with engines.lend([sequence.request], batch_policy, exit_control) as engine:
+        engine.add(sequence)
+        for event in engine:
+            if event.piece is None:
+                sequence.output().checked()
+            yield event.piece
 
 
 def score(network: Network, tokens, prompt_length: int, options: Mapping) -> Score:
