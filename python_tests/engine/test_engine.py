@@ -164,8 +164,8 @@ def test_what_is_refused_when_submitted():
     engine = random_model().engine(slots=2, max_len=16)
     kept = engine.submit([1, 2, 3], max_new_tokens=4)
     for prompt, options, message in (
-        ([1] * 10, {"max_new_tokens": 8}, "a prompt of 10 tokens and max_new_tokens=8 need 17 positions of a slot; "
-         "this engine has 2 slots of 16"),
+        ([1] * 10, {"max_new_tokens": 8}, "a prompt of 10 tokens and max_new_tokens=8 need 17 positions of a "
+         "slot; this engine has 2 slots of 16"),
         ([80], {}, "prompt holds 80"),
         ([], {}, "prompt is empty"),
         ([1], {"threshold": math.nan}, "threshold=nan"),
@@ -225,7 +225,12 @@ def test_a_closed_engine():
         engine.step()
     engine.close()
     assert not engine.busy and list(engine) == []
-    for call in (engine.step, lambda: engine.submit([1]), lambda: engine.cancel(0), engine.clear):
+    for call in (
+        engine.step,
+        lambda: engine.submit([1], max_new_tokens=1),
+        lambda: engine.cancel(0),
+        engine.clear,
+    ):
         with pytest.raises(RiverError, match="the engine is closed"):
             call()
 
