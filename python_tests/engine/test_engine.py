@@ -3,6 +3,7 @@
 import math
 import random
 import threading
+from functools import partial
 
 import pytest
 import torch
@@ -225,12 +226,8 @@ def test_a_closed_engine():
         engine.step()
     engine.close()
     assert not engine.busy and list(engine) == []
-    for call in (
-        engine.step,
-        lambda: engine.submit([1], max_new_tokens=1),
-        lambda: engine.cancel(0),
-        engine.clear,
-    ):
+    submit = partial(engine.submit, [1], max_new_tokens=1)
+    for call in (engine.step, submit, partial(engine.cancel, 0), engine.clear):
         with pytest.raises(RiverError, match="the engine is closed"):
             call()
 

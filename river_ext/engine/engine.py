@@ -72,8 +72,7 @@ class Engine:
         reuse_prompts: bool = False,
     ):
         config = network.config
-        choice("batch_policy", batch_policy, BATCH_POLICIES)
-        choice("exit_control", exit_control, ("auto", *EXIT_CONTROLS))
+        self.check(batch_policy, exit_control)
         self.network, self.text, self.batch_policy = network, text, batch_policy
         self.slots = integer("slots", slots, 1, ops.MAX_ROWS)
         if max_len is None:
@@ -96,6 +95,11 @@ class Engine:
         self._prefilling: deque[_Running] = deque()
         self._ready: list[_Running] = []  # prefilled, not yet among the rows of the decoder
         self._decoding: list[_Running] = []  # in the order of the decoder's rows
+
+    @staticmethod
+    def check(batch_policy: str = "row", exit_control: str = "auto") -> None:
+        choice("batch_policy", batch_policy, BATCH_POLICIES)
+        choice("exit_control", exit_control, ("auto", *EXIT_CONTROLS))
 
     def submit(self, prompt, *, id: Hashable = None, **options) -> Hashable:
         """Queues a prompt with its own options, those of `Model.generate`; returns the id of its events.

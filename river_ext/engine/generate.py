@@ -69,6 +69,7 @@ def generate(
     engines: Engines, prompt, options: Mapping, batch_policy: str, exit_control: str
 ) -> GenerationOutput | list[GenerationOutput]:
     """One output for one prompt, a list for a list; an error of one prompt alone is raised."""
+    Engine.check(batch_policy, exit_control)
     asked = requests(engines.network.config, engines.text, prompt, options)
     outputs = dict.fromkeys(range(len(asked)))
     with engines.lend(asked, batch_policy, exit_control) as engine:
@@ -86,6 +87,7 @@ class Stream:
     def __init__(self, engines: Engines, prompt, options: Mapping, batch_policy: str, exit_control: str):
         if is_batch(prompt):
             raise RiverError("stream takes one prompt, not a list of prompts; generate takes a list")
+        Engine.check(batch_policy, exit_control)
         (asked,) = requests(engines.network.config, engines.text, prompt, options)
         self._sequence = Sequence(asked, engines.text)
         self._pieces = _pieces(engines, self._sequence, batch_policy, exit_control)
