@@ -128,7 +128,7 @@ def score(network: Network, tokens, prompt_length: int, options: Mapping) -> Sco
     decoder = HostDecoder(memory, together=False)
     for position in range(prompt_length, len(tokens) - 1):
         decoder.start([Row(tokens[position], position, 0, asked, remaining=1)])
-        news += decoder.step()
+        news += decoder.step()[0].tokens
     for position, new in enumerate(news, start=prompt_length):
         if new.token < 0:
             raise RiverError(not_finite(network.dtype, position, new.similarities))
