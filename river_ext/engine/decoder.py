@@ -14,7 +14,7 @@ from torch import Tensor
 
 from .. import ops
 from .exit_rule import next_decision, still_staying
-from .graph import LEAST_STOP_TOKENS, Graph, Memory, Runner, backbone_part, tail_part, whole_steps
+from .graph import LEAST_STOP_TOKENS, Graph, Graphs, Memory, Runner, backbone_part, tail_part, whole_steps
 from .step import NewToken, Row, RowOutput
 
 # Steps in flight beyond the one that the host waits for: with the second of a pair, fewer than graph.RECORDS
@@ -24,9 +24,9 @@ RUN_AHEAD = 4
 class Decoder:
     """Takes steps of up to eight rows; every step gives each of its rows a token."""
 
-    def __init__(self, memory: Memory, together: bool):
+    def __init__(self, memory: Memory, together: bool = False):
         self.memory, self.together = memory, together
-        self.runners: dict[int, Runner] = {}  # by their number of rows
+        self.runners: dict[int, Graphs] = {}  # by their number of rows
 
     def start(self, rows: Sequence[Row]) -> None:
         """The rows of the next steps; none is in flight."""
@@ -43,8 +43,11 @@ class Decoder:
         runner = self.runners.get(count)
         if runner is None or runner.stop_tokens.shape[1] < stop_tokens:
             columns = max(LEAST_STOP_TOKENS, power_of_two(stop_tokens))
-            runner = self.runners[count] = Runner(self.memory, count, columns, self.together)
+            runner = self.runners[count] = self.new_runner(count, columns)
         return runner
+
+    def new_runner(self, rows: int, stop_tokens: int) -> Graphs:
+        return Runner(self.memory, rows, stop_tokens, self.together)
 
     def step(self, run_ahead: bool = True) -> list[RowOutput]:
         """A token for every row, which goes in at the next step. May begin steps beyond, if wanted."""
@@ -70,7 +73,7 @@ class Decoder:
         graph: Graph,
     ) -> list[RowOutput]:
         """Of the live rows; depths and tokens are by row of the runner, similarities by layer and row."""
-        logits = self._copied(graph.outputs[0]) if self.logits else None
+        logits = self.copied(graph.outputs[0]) if self.logits else None
         return [
             RowOutput(
                 [
@@ -86,7 +89,7 @@ class Decoder:
         ]
 
     @torch.inference_mode()
-    def _copied(self, logits: Tensor) -> Tensor:
+    def copied(self, logits: Tensor) -> Tensor:
         """The next replay writes to the same place."""
         with torch.cuda.stream(self.memory.stream):
             copied = logits.clone()
