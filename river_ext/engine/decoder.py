@@ -32,19 +32,27 @@ class Decoder:
         """The rows of the next steps; none is in flight."""
         self.runner = self._runner(len(rows), max(len(row.request.stop_tokens) for row in rows))
         self.runner.start(rows)
+        self._started = self._count(len(rows))
         self.rows = dict(enumerate(rows))  # by their index in the runner, in the order of the outputs
         self.taken = 0  # steps whose output the caller has
         self.filters = any(row.request.sampling.filters for row in rows)
         self.logits = any(row.request.wants_logits for row in rows)
 
-    def _runner(self, rows: int, stop_tokens: int) -> Runner:
-        """On a GPU of a power of two of rows: graphs are large, and a row more costs a step little."""
-        count = rows if self.memory.stream is None else power_of_two(rows)
+    def _runner(self, rows: int, stop_tokens: int) -> Graphs:
+        count = self._count(rows)
         runner = self.runners.get(count)
         if runner is None or runner.stop_tokens.shape[1] < stop_tokens:
             columns = max(LEAST_STOP_TOKENS, power_of_two(stop_tokens))
             runner = self.runners[count] = self.new_runner(count, columns)
         return runner
+
+    def _count(self, rows: int) -> int:
+        """On a GPU a power of two of rows: graphs are large, and a row more costs a step little."""
+        return rows if self.memory.stream is None else power_of_two(rows)
+
+    def has_room(self, rows: int) -> bool:
+        """Whether steps of so many rows, those that are left, would be smaller after a new start."""
+        return rows > 0 and self._count(rows) < self._started
 
     def new_runner(self, rows: int, stop_tokens: int) -> Graphs:
         return Runner(self.memory, rows, stop_tokens, self.together)
