@@ -452,7 +452,7 @@ def test_sizes_of_a_runner(model, batch, length, rows):
     model.generate([[1] * length] * batch, max_new_tokens=3, exit_control="host")
     runner = idle(model)
     assert (runner.cache.slots, runner.cache.max_len) == (rows, 64), "no more positions than the model has"
-    assert runner.hidden.shape == (rows, 64) and len(runner.stop_tokens) == 16
+    assert runner.hidden.shape == (rows, 64) and runner.stop_tokens.shape == (rows, 16)
 
 
 def test_lengths_are_rounded_up():
@@ -460,7 +460,7 @@ def test_lengths_are_rounded_up():
     assert [graph.lend_runner(network, 1, n, 0).cache.max_len for n in (1, 256, 257, 512, 513, 599)] == [
         256, 256, 512, 512, 600, 600,
     ]  # fmt: skip
-    assert [len(graph.lend_runner(network, 1, 1, n).stop_tokens) for n in (0, 16, 17)] == [16, 16, 32]
+    assert [graph.lend_runner(network, 1, 1, n).stop_tokens.shape[1] for n in (0, 16, 17)] == [16, 16, 32]
 
 
 def test_a_runner_is_used_again_if_the_next_run_fits():

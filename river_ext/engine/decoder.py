@@ -110,13 +110,17 @@ class _GraphDecoder:
         del self.runner, self.cache
 
     def _output(
-        self, tokens: list[int], depth: int, similarities: list[list[float]], logits: Tensor | None = None
+        self,
+        tokens: list[int],
+        depths: list[int],
+        similarities: list[list[float]],
+        logits: Tensor | None = None,
     ) -> StepOutput:
-        """Of the live rows; tokens and logits are by row of the runner, similarities by layer and row."""
-        by_row = [[similarities[index][row] for index in range(depth)] for row in self.live]
+        """Of the live rows; what goes in is by row of the runner, similarities by layer and row."""
+        by_row = [[similarities[index][row] for index in range(depths[row])] for row in self.live]
         tokens = torch.tensor([tokens[row] for row in self.live])
         logits = None if logits is None else logits[self.live]
-        return StepOutput(tokens, logits, [depth] * len(by_row), by_row)
+        return StepOutput(tokens, logits, [depths[row] for row in self.live], by_row)
 
 
 class HostDecoder(_GraphDecoder):
@@ -133,7 +137,8 @@ class HostDecoder(_GraphDecoder):
             drawn, logits = self._run_tail_with_logits(depths)  # drawn must live until the record is there
         self.taken += 1
         _, tokens, _ = runner.record(self.taken)
-        return self._output(tokens, depths[-1] if depths else 0, runner.seen.tolist(), logits)
+        depth = depths[-1] if depths else 0
+        return self._output(tokens, [depth] * runner.rows, runner.seen.tolist(), logits)
 
     def _run_backbone(self) -> Depths:
         runner, rule, depths = self.runner, self.rule, ()
@@ -191,5 +196,5 @@ class DeviceDecoder(_GraphDecoder):
                 self.runner.replay(self.network, whole_steps, count, self.plan.sampling.filters)
                 self.replayed += count
         self.taken += 1
-        depth, tokens, similarities = self.runner.record(self.taken)
-        return self._output(tokens, depth, similarities)
+        depths, tokens, similarities = self.runner.record(self.taken)
+        return self._output(tokens, depths, similarities)

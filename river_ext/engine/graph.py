@@ -72,12 +72,12 @@ class Runner:
         self.slots, self.positions = zeros(rows) - 1, zeros(rows)
         self.draw_positions, self.remaining = zeros(rows), zeros(rows)
         self.drawing = Drawing.of(Sampling(), zeros(rows, dtype=torch.int64), self.draw_positions)
-        self.stop_tokens = zeros(stop_tokens, dtype=torch.int64) - 1
+        self.stop_tokens = zeros(rows, stop_tokens, dtype=torch.int64) - 1
         self.thresholds, self.min_layers = zeros(rows, dtype=torch.float32), zeros(rows)
-        self.limit, self.exited, self.steps_taken = zeros(1), zeros(layers), zeros(1)
+        self.limit, self.exited, self.steps_taken = zeros(rows), zeros(layers, rows), zeros(1)
         self.similarities = zeros(layers, rows, dtype=torch.float32)
         host = {"device": "cpu", "pin_memory": on_gpu}  # whatever torch's default device is
-        self.records = torch.zeros(RECORDS, 2 + rows + layers * rows, dtype=torch.int32, **host)
+        self.records = torch.zeros(RECORDS, 1 + 2 * rows + layers * rows, dtype=torch.int32, **host)
         # similarities that the host decides by
         self.seen = torch.zeros(layers, rows, dtype=torch.float32, **host)
         self.place = (self.cache, self.slots, self.positions, network.rope(max_len))
@@ -87,6 +87,7 @@ class Runner:
             limit=self.limit,
             exited=self.exited,
             similarities=self.similarities,
+            together=True,
         )
         self.stream = torch.cuda.Stream(device) if on_gpu else None
         self.pool = torch.cuda.graph_pool_handle() if on_gpu else None
@@ -105,7 +106,7 @@ class Runner:
         self.stream.synchronize()
 
     def fits(self, rows: int, max_len: int, stop_tokens: int) -> bool:
-        enough = max_len <= self.cache.max_len and stop_tokens <= len(self.stop_tokens)
+        enough = max_len <= self.cache.max_len and stop_tokens <= self.stop_tokens.shape[1]
         return rows == self.rows and enough  # with more rows, every step would cost more
 
     @torch.inference_mode()
@@ -123,7 +124,7 @@ class Runner:
         self.drawing.seeds[:count] = rows.seeds
         self.remaining.fill_(plan.max_new_tokens - 1)  # the prefill has drawn the first one
         self.drawing.fill(plan.sampling)
-        self.stop_tokens[: len(stop_tokens)] = self.stop_tokens.new_tensor(stop_tokens)
+        self.stop_tokens[:, : len(stop_tokens)] = self.stop_tokens.new_tensor(stop_tokens)
         self.thresholds[:count] = self.thresholds.new_tensor(rows.rule.thresholds)
         self.min_layers[:count] = self.min_layers.new_tensor(rows.rule.min_layers)
         self.limit.fill_(rows.rule.limit)
@@ -152,12 +153,13 @@ class Runner:
                     raise RiverError(f"no result from {self.cache.k.device} after {polls} polls")
         return value
 
-    def record(self, number: int) -> tuple[int, list[int], list[list[float]]]:
-        """Of step `number`, counted from 1: exit depth, tokens by row, similarities by layer and row."""
-        record, tokens_end = self.records[(number - 1) % RECORDS], 2 + self.rows
+    def record(self, number: int) -> tuple[list[int], list[int], list[list[float]]]:
+        """Of step `number`, counted from 1: depths and tokens by row, similarities by layer and row."""
+        record = self.records[(number - 1) % RECORDS]
         self.poll(record[0].item, number.__eq__)
-        _, depth, *tokens = record[:tokens_end].tolist()
-        return depth, tokens, record[tokens_end:].view(torch.float32).view(self.layers, -1).tolist()
+        depths, tokens, similarities = record[1:].split([self.rows, self.rows, self.layers * self.rows])
+        similarities = similarities.view(torch.float32).view(self.layers, -1)
+        return depths.tolist(), tokens.tolist(), similarities.tolist()
 
     def follow_caller(self) -> None:
         """What the caller's stream has been given comes before what this stream is given next."""

@@ -24,6 +24,7 @@ class Decision(NamedTuple):
     limit: Tensor
     exited: Tensor
     similarities: Tensor
+    together: bool  # policy "min"
 
 
 class Layer(NamedTuple):
