@@ -75,7 +75,7 @@ def read_ring() -> None:
 
 @torch.inference_mode()
 def layers_and_steps() -> None:
-    """Layers alone, and device-controlled steps that exit after one layer, at once, and never."""
+    """Layers alone, and device-controlled steps: exits after one layer, at once, never, of one row only."""
     network = random_network(TINY)
     runner = Runner(network, 2, 64, 4)
     runner.cache.k.normal_()
@@ -92,6 +92,10 @@ def layers_and_steps() -> None:
         runner.min_layers.fill_(1)
         runner.limit.fill_(limit)
         whole_step(network, runner)
+    runner.slots.copy_(int32(0, 1))
+    runner.thresholds.copy_(torch.tensor([-2.0, 2.0]))
+    runner.decision = runner.decision._replace(together=False)
+    whole_step(network, runner)
 
 
 def main() -> None:

@@ -84,10 +84,10 @@ class Step:
     def check(self, depth: int) -> None:
         """What the last replay did must be what was asked."""
         taken = int(self.runner.steps_taken.item())
-        got = self.runner.records[(taken - 1) % len(self.runner.records)][:2].tolist()
-        if got != [taken, depth]:
+        got = self.runner.records[(taken - 1) % len(self.runner.records)][: 1 + self.rows].tolist()
+        if got != [taken] + [depth] * self.rows:
             raise SystemExit(
-                f"steps: the device took step {got[0]} at depth {got[1]}, not {taken} at {depth}"
+                f"steps: the device took step {got[0]} at depths {got[1:]}, not {taken} at {depth}"
             )
 
     @torch.inference_mode()

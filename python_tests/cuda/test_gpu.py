@@ -116,13 +116,14 @@ def test_memory_that_the_host_polls_must_be_pinned():
     rows, layers, size = 1, 2, 64
     there = {"device": "cuda"}
     hidden = torch.zeros(rows, size, dtype=torch.bfloat16, **there)
-    ints = [torch.zeros(n, dtype=torch.int32, **there) for n in (rows, rows, rows, rows, layers)]
+    ints = [torch.zeros(n, dtype=torch.int32, **there) for n in (rows, rows, rows, rows)]
     arguments = [
         hidden, hidden, torch.zeros(rows, dtype=torch.int64, **there), hidden,
-        torch.zeros(0, dtype=torch.int64, **there), hidden.clone(), *ints,
-        torch.zeros(layers, rows, **there), torch.zeros(1, dtype=torch.int32, **there),
+        torch.zeros(rows, 0, dtype=torch.int64, **there), hidden.clone(), *ints,
+        torch.zeros(layers, rows, dtype=torch.int32, **there), torch.zeros(layers, rows, **there),
+        torch.zeros(1, dtype=torch.int32, **there),
     ]  # fmt: skip
-    records = torch.zeros(2, 2 + rows + layers * rows, dtype=torch.int32)
+    records = torch.zeros(2, 1 + 2 * rows + layers * rows, dtype=torch.int32)
     with pytest.raises(RuntimeError, match="pinned"):
         ops.advance(*arguments, records)
 
