@@ -141,14 +141,15 @@ def real_model():
     root = Path(__file__).resolve().parent.parent
     named = os.environ.get("RIVER_REAL_MODEL")
     directory = Path(named) if named else root / "build" / "real_model"
-    directory.parent.mkdir(parents=True, exist_ok=True)
-    with open(directory.with_name(f"{directory.name}.lock"), "w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)  # sessions beside this one wait for the first
-        if not (directory / "model.safetensors").exists():
-            command = [sys.executable, root / "tools" / "real_model.py", directory]
-            done = subprocess.run(command, capture_output=True, text=True)
-            if done.returncode:
-                (pytest.fail if named else pytest.skip)(done.stderr.strip().splitlines()[-1])
+    if (directory / "model.safetensors").exists():
+        return directory
+    (root / "build").mkdir(exist_ok=True)
+    with open(root / "build" / "real_model.lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)  # sessions beside this one wait, and then find it made
+        command = [sys.executable, root / "tools" / "real_model.py", directory]
+        done = subprocess.run(command, capture_output=True, text=True)
+    if done.returncode:
+        (pytest.fail if named else pytest.skip)(done.stderr.strip().splitlines()[-1])
     return directory
 
 
