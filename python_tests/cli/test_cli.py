@@ -16,7 +16,8 @@ from tiny_model import demo_model
 import river_cli as cli
 from river_cli import shared, terminal, threads
 from river_cli.arguments import parse
-from river_ext import __version__
+from river_ext import __version__, ops
+from river_ext.loading.families import FAMILIES
 from river_ext.model import DEMO
 
 # --- generate -------------------------------------------------------------------------------------------
@@ -192,6 +193,8 @@ def test_info(river, river_json):
     document = river_json("info")
     assert document["version"] == __version__ and document["torch"] == torch.__version__
     assert document["build"]["cpu_isa"] and "model" not in document
+    assert document["model_types"] == list(FAMILIES) and document["max_prompts"] == ops.MAX_ROWS
+    assert "llama, mistral, qwen2" in out and "up to 8 at a time" in out
 
 
 def test_info_of_a_model(river, river_json):
@@ -216,6 +219,17 @@ def test_info_says_what_is_padded(river, tmp_path):
     out = river("info", "--model", directory)[1]
     assert "gate_up_proj 8 rows" in out and "down_proj" in out and "28 columns" in out
     assert "no tokenizer.json" in out
+
+
+def test_info_names_the_chat_templates(river, river_json, tmp_path):
+    directory = write_tiny_checkpoint(tmp_path / "model")
+    assert river_json("info", directory)["model"]["chat_templates"] == []
+    assert "chat template    none" in river("info", directory)[1]
+    (directory / "chat_template.jinja").write_text("{{ messages }}")
+    (directory / "additional_chat_templates").mkdir()
+    (directory / "additional_chat_templates" / "rag.jinja").write_text("{{ messages }}")
+    assert river_json("info", directory)["model"]["chat_templates"] == ["default", "rag"]
+    assert "chat template    default, rag\n" in river("info", directory)[1]
 
 
 # --- convert --------------------------------------------------------------------------------------------

@@ -356,7 +356,8 @@ def test_an_unknown_keyword_is_answered_with_the_closest_one():
         (model.generate, "max_tokens", "max_new_tokens"),
         (model.stream, "threshhold", "threshold"),
     ):
-        with pytest.raises(TypeError, match=f"^no argument '{keyword}'; accepted: .*; did you mean {meant}\\?$"):
+        message = f"^no argument '{keyword}'; accepted: .*; did you mean {meant}\\?$"
+        with pytest.raises(TypeError, match=message):
             call(PROMPTS[1], **{keyword: 1})
     with pytest.raises(TypeError, match="did you mean prompt_length"):
         model.score(PROMPTS[1], promt_length=1)

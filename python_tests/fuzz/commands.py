@@ -125,8 +125,9 @@ def command_line(state: State, random: Random) -> list[str]:
         line += [name] if values is None else [f"{name}={named(random.choice(values))}"]
     if command == "eval":
         line += ["--demo", "--thresholds=x"]
+    odd = ["--help", "--", "--x", "-x", "-", "--json=1"]
     if random.random() < 0.05:
-        line.insert(random.randrange(len(line) + 1), random.choice(["--help", "--", "--x", "-x", "-", "--json=1"]))
+        line.insert(random.randrange(len(line) + 1), random.choice(odd))
     return line
 
 
