@@ -114,7 +114,7 @@ def main() -> None:
         fail(f"{sys.executable} lacks {names}; `python3 tools/setup_env.py --dev` installs what is needed")
     real_model(directory)
     print(f"{directory}: SmolLM2-135M-Instruct, for example\n"
-          f"  river generate --model {directory} --chat 'Why is the sky blue?'")  # fmt: skip
+          f"  river generate {directory} --chat 'Why is the sky blue?'")  # fmt: skip
 
 
 if __name__ == "__main__":
