@@ -287,6 +287,8 @@ def test_the_file_comes_before_tokenizer_config(tmp_path):
     assert template_names(tmp_path) == ["tool_use", "default"]
     add_template(tmp_path, "rag", "retrieved")
     assert template_names(tmp_path) == ["rag"], "files replace all that tokenizer_config.json has"
+    with pytest.raises(RiverError, match="no chat template 'tool_use'; accepted: chat_template='rag'"):
+        read_template(tmp_path, "tool_use")
 
 
 def test_where_no_template_is_found(tmp_path):
