@@ -20,7 +20,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     if argv and argv[0] in commands:
         _refuse_unknown_options(commands[argv[0]], argv[1:])
     arguments, rest = parser.parse_known_args(argv)
-    _take_rest(arguments, rest)
+    _take_rest(commands[argv[0]], arguments, rest)
     _take_directory(arguments)
     for name, value in vars(arguments).items():
         if name != "prompts" and (value == [] or isinstance(value, list) and [] in value):
@@ -37,7 +37,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     return arguments
 
 
-def _refuse_unknown_options(parser: "_Parser", texts: list[str]) -> None:
+def _refuse_unknown_options(parser: argparse.ArgumentParser, texts: list[str]) -> None:
     """Before argparse, which would first miss a required option that was misspelt."""
     options = parser._option_string_actions
     for text in texts[: texts.index("--") if "--" in texts else None]:
@@ -46,20 +46,22 @@ def _refuse_unknown_options(parser: "_Parser", texts: list[str]) -> None:
             parser.error(f"unrecognized arguments: {name[:80]}{did_you_mean(name, options)}")
 
 
-def _take_rest(arguments, rest: list[str]) -> None:
+def _take_rest(parser: argparse.ArgumentParser, arguments, rest: list[str]) -> None:
     """What argparse leaves over: the prompts that come after an option, or too much."""
     takes = arguments.module == "generate"
     end = rest.index("--") if "--" in rest else len(rest)
     dashed = [text for text in rest[:end] if text[:1] == "-" != text and " " not in text]
     if refused := dashed if takes else rest:
-        arguments.parser.error(f"unrecognized arguments: {' '.join(refused)}")
+        parser.error(f"unrecognized arguments: {' '.join(refused)}")
     if takes:
         arguments.prompts += rest[:end] + rest[end + 1 :]
 
 
 def _take_directory(arguments) -> None:
-    """The model's directory may do without --model. Before prompts it is the first one, whatever is there:
-    with --model or --demo every one is a prompt, even one that names a directory."""
+    """The model's directory may do without --model. Before prompts it is the first text.
+
+    With --model or --demo every text is a prompt, even one that names a directory.
+    """
     if arguments.module != "generate":
         arguments.model = arguments.model if arguments.directory is None else arguments.directory
     elif arguments.prompts and not _names_a_model(arguments):
@@ -121,7 +123,7 @@ def _parser() -> tuple[argparse.ArgumentParser, Mapping[str, argparse.ArgumentPa
 
     def command(name: str, module: str, text: str) -> argparse.ArgumentParser:
         added = commands.add_parser(name, help=text, description=text[0].upper() + text[1:] + ".")
-        added.set_defaults(module=module, parser=added, threads=None)
+        added.set_defaults(module=module, threads=None)
         added.add_argument("--json", action="store_true", help="print one JSON document")
         return added
 
