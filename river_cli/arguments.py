@@ -76,11 +76,11 @@ def _take_directory(arguments) -> None:
 
 def _check_generate(arguments) -> None:
     if not (arguments.prompts or arguments.file or arguments.demo):
-        raise UsageError("no prompt; accepted: 1 to 8 prompts, - for standard input, --file, or --demo")
+        raise UsageError("no prompt; accepted: prompts, - for standard input, --file, or --demo")
     if not _names_a_model(arguments):
         raise UsageError("no model; accepted: its directory, or --demo for the bundled one")
     if arguments.chat and not (arguments.prompts or arguments.file):
-        raise UsageError("--chat without a prompt; accepted: 1 to 8 prompts, - for standard input, or --file")
+        raise UsageError("--chat without a prompt; accepted: prompts, - for standard input, or --file")
     for text in arguments.stop or ():
         refuse_surrogates("--stop", text)
     arguments.prompts = read_prompts(arguments.prompts, arguments.file or [])
@@ -168,7 +168,7 @@ def _add_prompts(parser: argparse.ArgumentParser) -> None:
         "prompts",
         nargs="*",
         metavar="PROMPT",
-        help="1 to 8 prompts; - is standard input. Without --model and --demo the first is the model's "
+        help="any number of them; - is standard input. Without --model and --demo the first is the model's "
         "directory: river generate DIR PROMPT",
     )
     parser.add_argument(

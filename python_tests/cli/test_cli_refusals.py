@@ -37,7 +37,6 @@ def test_a_river_of_another_model(river, refused, tmp_path):
     [
         ([""], "prompt is empty"),
         (["a", ""], "prompt is empty"),
-        (list("abcdefghi"), "9 prompts"),
         (["\udcff"], "no UTF-8"),
         (["hi", "--threshold", "nan"], "threshold=nan"),
         (["hi", "--threshold", "x"], "--threshold: invalid float value: 'x'"),

@@ -178,7 +178,7 @@ def test_what_is_refused_when_submitted():
         with pytest.raises(RiverError, match=message):
             engine.submit(prompt, **{"max_new_tokens": 4, **options})
     with pytest.raises(
-        TypeError, match=r"no argument 'temprature'; accepted: .*; did you mean temperature\?"
+        TypeError, match="no argument .temprature.; .* did you mean temperature"
     ):
         engine.submit([1], temprature=1.0)
     (output,) = drain(engine, {}).values()
