@@ -186,6 +186,42 @@ struct AdvanceArgs {
                                // step % num_records is written
 };
 
+// What the R requests of lossless mode draft from, and what is verified of them: up to V tokens each. Row i * R + r of a
+// verification is token i of request r: its last token (i = 0), or draft i. So the first (k + 1) * R rows verify k
+// drafts. R * V is at most kMaxRows.
+struct LosslessArgs {
+  DType dtype;
+  int requests, max_tokens;  // R, V
+  int hidden_size, vocab_size;
+  const int64_t* tokens;     // drawn
+  const void* embed_tokens;  // [vocab, hidden]
+  int64_t* drafts;           // [V, R], those of row 0 are never read
+  void* hidden;              // [R, hidden]
+  int32_t *slots, *positions, *draw_positions;  // [R]
+  void* verify_hidden;                          // [V * R, hidden]
+  int32_t* verify_slots;                        // [V * R]
+};
+
+// The end of a draft step, which drew tokens [R]. Where a request that drafts (its slot is not -1) drew what counts as
+// draft `index + 1`, from 1, by next_draft() in step_rules.h, that is written to drafts, verify_hidden and
+// verify_slots, and the request goes on behind it: hidden, positions and draw_positions are written. slots: -1 once a
+// request drafts no more.
+struct DraftAdvanceArgs : LosslessArgs {
+  int index;              // drafts before this one, index + 1 < V
+  const int32_t* wanted;  // [R], drafts
+};
+
+// The end of a verification, which drew tokens [rows]: accepts drafts by NewTokens in step_rules.h. All that the next
+// cycle starts from is written of a request whose row 0 is active; no drafts are left.
+struct AcceptArgs : LosslessArgs {
+  int rows, num_stop_tokens, num_records;          // rows: a multiple of R
+  const int64_t* stop_tokens;                      // [R, num_stop_tokens]
+  int32_t* remaining;                              // [R], written: tokens that a request may still draw
+  int32_t *verify_positions, *verify_draw_positions;  // [V * R], written
+  int32_t* step;                                   // [1], written: cycles so far
+  int32_t* records;  // [num_records, 1 + R + V * R], see CycleLayout in step_rules.h: entry step % num_records is written
+};
+
 // ---- linears and the W4 format ----------------------------------------------------------------------
 
 struct LinearArgs {
@@ -228,6 +264,8 @@ void launch_exit_layer(const ExitLayerArgs& args, const Parallel& parallel);
 void launch_decode_attention(const AttentionArgs& args, const Parallel& parallel);
 void launch_dual_layer(const DualLayerArgs& args, const Parallel& parallel);
 void launch_advance(const AdvanceArgs& args, const Parallel& parallel);
+void launch_draft_advance(const DraftAdvanceArgs& args, const Parallel& parallel);
+void launch_accept(const AcceptArgs& args, const Parallel& parallel);
 void launch_state_similarity(const StateSimilarityArgs& args, const Parallel& parallel);
 void launch_lm_head(const LmHeadArgs& args, const Parallel& parallel);
 void launch_sample(const SampleArgs& args, const Parallel& parallel);
@@ -285,6 +323,8 @@ void launch_sample(const SampleArgs& args, const Workspace& workspace, Stream st
 void launch_linear(const LinearArgs& args, const Workspace& workspace, Stream stream);
 void launch_state_similarity(const StateSimilarityArgs& args, const Workspace& workspace, Stream stream);
 void launch_advance(const AdvanceArgs& args, const Workspace& workspace, Stream stream);
+void launch_draft_advance(const DraftAdvanceArgs& args, const Workspace& workspace, Stream stream);
+void launch_accept(const AcceptArgs& args, const Workspace& workspace, Stream stream);
 void launch_pack_w4(const W4Args& args, Stream stream);
 void launch_unpack_w4(const W4Args& args, Stream stream);
 void launch_dequantize_w4(const W4Args& args, Stream stream);

@@ -1,5 +1,5 @@
-// What decides a step, and what it writes down: the exit rule, the state of a row, the record of a step. Written once
-// for the CPU and the GPU. No function reads memory: a kernel on a GPU loads what it hands over in its own way.
+// What decides a step, and what it writes down: the exit rule, the state of a row, the record of a step, which drafts
+// are accepted. Written once for the CPU and the GPU. No function reads memory: a kernel on a GPU loads what it hands over in its own way.
 #pragma once
 
 #include <math.h>
@@ -63,6 +63,53 @@ struct RecordLayout {
   RIVER_BOTH static constexpr int tokens(int rows) { return kDepths + rows; }
   RIVER_BOTH static constexpr int similarities(int rows) { return tokens(rows) + rows; }
   RIVER_BOTH static constexpr int64_t size(int rows, int layers) { return similarities(rows) + int64_t(layers) * rows; }
+};
+
+// ---- lossless mode: drafts and their acceptance -----------------------------------------------------
+
+// What becomes of a request that is drafting
+struct NextDraft {
+  bool counts;  // the draft is one, and is to be verified
+  bool ends;    // the request drafts no more
+};
+
+// From draft `index`, counted from 0, of the `wanted` ones
+RIVER_BOTH constexpr NextDraft next_draft(int index, int wanted, bool drawn) {
+  const bool counts = drawn && index < wanted;
+  return {.counts = counts, .ends = !counts || index + 1 >= wanted};
+}
+
+// The new tokens of a request, from a verification. Its rows are offered in order: for as long as a row `follows`, the
+// target that was drawn from it is the next token.
+struct NewTokens {
+  NextRow row;   // the state behind them
+  int count;     // of them
+  int64_t last;  // one of them, if there is any
+
+  // Whether a row, which was given `draft`, follows. Row 0 was given the request's last token, not a draft.
+  RIVER_BOTH constexpr bool follows(bool active, int64_t draft) const {
+    return active && (count == 0 || (!row.ends && draft == last));
+  }
+  RIVER_BOTH constexpr NewTokens with(int64_t target, bool drawn, bool stop_token) const {
+    return {
+        .row = next_row(row.position, row.remaining, drawn, stop_token), .count = count + 1, .last = target};
+  }
+};
+
+// position: that of row 0
+RIVER_BOTH constexpr NewTokens no_new_tokens(int position, int remaining) {
+  return {.row = {.position = position, .draw_position = position + 1, .remaining = remaining, .ends = false},
+          .count = 0,
+          .last = 0};
+}
+
+// int32: the stamp, which is the number of the cycle from 1 and written last; R numbers of new tokens, or kInactive;
+// the new tokens [V, R], or kFailed for one that was not drawn, and kInactive past the end
+struct CycleLayout {
+  static constexpr int kStamp = 0, kCounts = 1;
+
+  RIVER_BOTH static constexpr int tokens(int requests) { return kCounts + requests; }
+  RIVER_BOTH static constexpr int size(int requests, int rows) { return tokens(requests) + rows; }
 };
 
 }  // namespace river

@@ -140,6 +140,42 @@ def advance(
         tensor.copy_(got[name])
 
 
+def draft_advance(
+    tokens, index, wanted, embed_tokens, drafts, hidden, slots, positions, draw_positions, verify_hidden,
+    verify_slots,
+):  # fmt: skip
+    written = dict(drafts=drafts, hidden=hidden, slots=slots, positions=positions,
+                   draw_positions=draw_positions, verify_hidden=verify_hidden,
+                   verify_slots=verify_slots)  # fmt: skip
+    _end_of_step("draft_advance", written, tokens, embed_tokens, index=index, wanted=wanted)
+
+
+def accept(
+    tokens, drafts, embed_tokens, stop_tokens, remaining, hidden, slots, positions, draw_positions,
+    verify_hidden, verify_slots, verify_positions, verify_draw_positions, step, records,
+):  # fmt: skip
+    written = dict(drafts=drafts, remaining=remaining, hidden=hidden, slots=slots, positions=positions,
+                   draw_positions=draw_positions, verify_hidden=verify_hidden, verify_slots=verify_slots,
+                   verify_positions=verify_positions, verify_draw_positions=verify_draw_positions, step=step,
+                   records=records)  # fmt: skip
+    _end_of_step(
+        "accept", written, tokens, embed_tokens, rows=len(tokens), num_stop_tokens=stop_tokens.shape[1],
+        num_records=len(records), stop_tokens=stop_tokens,
+    )  # fmt: skip
+
+
+def _end_of_step(op, written, tokens, embed_tokens, **fields):
+    """Of a draft step or a verification."""
+    max_tokens, requests = written["drafts"].shape
+    vocab_size, hidden_size = embed_tokens.shape
+    got = emulate(
+        op, written, dtype=embed_tokens.dtype, requests=requests, max_tokens=max_tokens,
+        hidden_size=hidden_size, vocab_size=vocab_size, tokens=tokens, embed_tokens=embed_tokens, **fields,
+    )  # fmt: skip
+    for name, tensor in written.items():
+        tensor.copy_(got[name])
+
+
 def _block(op, hidden, *args, **options):
     got = _run_block(op, {"similarity": (hidden.shape[:1], torch.float32)}, hidden, *args, **options)
     return got["out"], got["similarity"]

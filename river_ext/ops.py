@@ -265,6 +265,94 @@ def advance(
     )  # fmt: skip
 
 
+def draft_advance(
+    tokens: Tensor,
+    index: int,
+    wanted: Tensor,
+    embed_tokens: Tensor,
+    drafts: Tensor,
+    hidden: Tensor,
+    slots: Tensor,
+    positions: Tensor,
+    draw_positions: Tensor,
+    verify_hidden: Tensor,
+    verify_slots: Tensor,
+) -> None:
+    """Ends a draft step of R requests: what it drew becomes rows to verify, and what the next one starts from.
+
+    At most V tokens of a request are verified together, R * V <= 8. Their rows go token by token: row i * R + r
+    is token i of request r, its last token (i = 0) or its draft i. So k drafts are verified by the first
+    (k + 1) * R rows.
+
+    Args:
+        tokens: [R] int64, drawn by the draft step.
+        index: drafts before this one, 0 <= index and index + 1 < V.
+        wanted: [R] int32, how many drafts of each request are to be verified, 0 to V - 1.
+        embed_tokens: [vocab_size, hidden_size].
+        drafts: [V, R] int64; entry index + 1 becomes the token, of a request that drafts (its slot is not -1),
+            wants more than `index` drafts, and drew a token (-1 from `lm_head` is none).
+        hidden: [R, hidden_size]; there becomes the token's embedding.
+        slots: [R] int32; becomes -1 after the last draft that is wanted, or where none was drawn.
+        positions, draw_positions: [R] int32, of the request's newest token and of the one to be drawn; there
+            become one more.
+        verify_hidden: [V * R, hidden_size]; the draft's row becomes its embedding.
+        verify_slots: [V * R] int32; the draft's row becomes the request's slot.
+    """
+    _river.draft_advance(
+        tokens, index, wanted, embed_tokens, drafts, hidden, slots, positions, draw_positions, verify_hidden,
+        verify_slots,
+    )  # fmt: skip
+
+
+def accept(
+    tokens: Tensor,
+    drafts: Tensor,
+    embed_tokens: Tensor,
+    stop_tokens: Tensor,
+    remaining: Tensor,
+    hidden: Tensor,
+    slots: Tensor,
+    positions: Tensor,
+    draw_positions: Tensor,
+    verify_hidden: Tensor,
+    verify_slots: Tensor,
+    verify_positions: Tensor,
+    verify_draw_positions: Tensor,
+    step: Tensor,
+    records: Tensor,
+) -> None:
+    """Ends a verification: accepts drafts, and writes a record and what the next cycle starts from.
+
+    The new tokens of a request are the target that was drawn from its row 0, and each further target as long as
+    the row that it was drawn from is active and holds the new token before it as its draft. They end early with
+    a stop token, when no more may be drawn, or without a token (-1 from `lm_head`); that ends the request.
+    Nothing is written of a request whose row 0 is inactive, but that it has no drafts.
+
+    Args:
+        tokens: [(k + 1) * R] int64, the targets: drawn from the first rows of the verification.
+        drafts: [V, R] int64, what `draft_advance` wrote; becomes -1.
+        embed_tokens: [vocab_size, hidden_size].
+        stop_tokens: [R, any number] int64, tokens that end the request; unused entries are -1.
+        remaining: [R] int32, tokens that a request may still draw; one less for each new token.
+        hidden, verify_hidden: [R, hidden_size] and [V * R, hidden_size]; row r becomes the embedding of the
+            last new token, if it is one.
+        slots, verify_slots: [R] and [V * R] int32; row r becomes the request's slot, or -1 if it has ended, and
+            the rows of drafts become -1.
+        positions, draw_positions: [R] int32, become the position of the last new token, and one more.
+        verify_positions, verify_draw_positions: [V * R] int32, become the positions of that token and of those
+            to come, and one more.
+        step: [1] int32, cycles so far; one more.
+        records: [any number, 1 + R + V * R] int32, on the CPU, and pinned where the others are on CUDA. Entry
+            step % records is written: the number of the cycle from 1; R numbers of new tokens, -1 of inactive
+            requests; the new tokens [V, R], -2 where none was drawn, -1 past the end. The number of the cycle
+            is written last, so that the host may poll it.
+    """
+    _river.accept(
+        tokens, drafts, embed_tokens, stop_tokens, remaining, hidden, slots, positions, draw_positions,
+        verify_hidden, verify_slots, verify_positions, verify_draw_positions, step, records,
+    )  # fmt: skip
+
+
 def state_similarity(x: Tensor, y: Tensor) -> Tensor:
     """Cosine of the rows of x and y, [T, hidden_size] each -> [T] fp32, clamped to [-1, 1].
 

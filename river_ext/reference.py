@@ -212,6 +212,64 @@ def advance(
     record[0] = number + 1  # last of all: the host polls it
 
 
+def draft_advance(
+    tokens, index, wanted, embed_tokens, drafts, hidden, slots, positions, draw_positions, verify_hidden,
+    verify_slots,
+):  # fmt: skip
+    drafting = slots >= 0
+    counts = drafting & (index < wanted) & (tokens >= 0) & (tokens < len(embed_tokens))
+    draft = tokens[counts]
+    row = slice((index + 1) * len(tokens), (index + 2) * len(tokens))
+    drafts[index + 1, counts] = draft
+    verify_slots[row][counts] = slots[counts]
+    verify_hidden[row][counts] = hidden[counts] = embed_tokens[draft]
+    positions += counts
+    draw_positions += counts
+    slots[drafting & ~(counts & (index + 1 < wanted))] = -1
+
+
+def accept(
+    tokens, drafts, embed_tokens, stop_tokens, remaining, hidden, slots, positions, draw_positions,
+    verify_hidden, verify_slots, verify_positions, verify_draw_positions, step, records,
+):  # fmt: skip
+    (max_tokens, requests), number = drafts.shape, step.item()
+    record = records[number % len(records)]
+    record[1:] = -1
+    for r in range(requests):
+        if verify_slots[r] < 0:
+            continue
+        rows = slice(r, None, requests)
+        asked = zip(tokens[rows].tolist(), drafts[:, r].tolist(), verify_slots[rows].tolist(), strict=False)
+        new, ends = _new_tokens(asked, stop_tokens[r].tolist(), remaining[r].item(), len(embed_tokens))
+        record[1 + r] = len(new)
+        record[1 + requests :][rows][: len(new)] = torch.tensor(new)
+        if new[-1] >= 0:
+            hidden[r] = verify_hidden[r] = embed_tokens[new[-1]]
+        verify_positions[rows] = verify_positions[r] + len(new) + torch.arange(max_tokens)
+        verify_draw_positions[rows] = verify_positions[rows] + 1
+        positions[r], draw_positions[r] = verify_positions[r], verify_draw_positions[r]
+        remaining[r] -= len(new)
+        slots[r] = -1 if ends else verify_slots[r]
+        verify_slots[r] = slots[r]
+    verify_slots[requests:] = -1
+    drafts.fill_(-1)
+    step += 1
+    record[0] = number + 1  # last of all: the host polls it
+
+
+def _new_tokens(asked, stop_tokens, remaining, vocab_size) -> tuple[list[int], bool]:
+    """What a request gains of the rows (target, draft, slot) that were asked for it, and whether that ends it."""
+    new = []
+    for target, draft, slot in asked:
+        if slot < 0 or (new and draft != new[-1]):
+            break
+        drawn = 0 <= target < vocab_size
+        new.append(target if drawn else -2)
+        if not drawn or target in stop_tokens or len(new) >= remaining:
+            return new, True
+    return new, False
+
+
 def state_similarity(x: Tensor, y: Tensor) -> Tensor:
     x, y = _prescaled(x), _prescaled(y)
     dot, a, b = (_ordered_sum(p) for p in (x * y, x * x, y * y))
