@@ -15,7 +15,7 @@ from torch import Tensor
 from .. import ops
 from .exit_rule import next_decision, still_staying
 from .graph import LEAST_STOP_TOKENS, Graph, Memory, Runner, backbone_part, tail_part, whole_steps
-from .step import NewToken, Row
+from .step import NewToken, Row, RowOutput
 
 # Steps in flight beyond the one that the host waits for: with the second of a pair, fewer than graph.RECORDS
 RUN_AHEAD = 4
@@ -46,7 +46,7 @@ class Decoder:
             runner = self.runners[count] = Runner(self.memory, count, columns, self.together)
         return runner
 
-    def step(self, run_ahead: bool = True) -> list[NewToken]:
+    def step(self, run_ahead: bool = True) -> list[RowOutput]:
         """A token for every row, which goes in at the next step. May begin steps beyond, if wanted."""
         raise NotImplementedError
 
@@ -68,15 +68,19 @@ class Decoder:
         tokens: Sequence[int],
         similarities: Sequence[Sequence[float]],
         graph: Graph,
-    ) -> list[NewToken]:
+    ) -> list[RowOutput]:
         """Of the live rows; depths and tokens are by row of the runner, similarities by layer and row."""
         logits = self._copied(graph.outputs[0]) if self.logits else None
         return [
-            NewToken(
-                tokens[row],
-                depths[row],
-                [similarities[index][row] for index in range(depths[row])],
-                logits[row] if logits is not None and self.rows[row].request.wants_logits else None,
+            RowOutput(
+                [
+                    NewToken(
+                        tokens[row],
+                        depths[row],
+                        [similarities[index][row] for index in range(depths[row])],
+                        logits[row] if logits is not None and self.rows[row].request.wants_logits else None,
+                    )
+                ]
             )
             for row in self.rows
         ]
@@ -93,7 +97,7 @@ class Decoder:
 class HostDecoder(Decoder):
     """Replays the backbone up to the next depth at which a row may leave, and decides there."""
 
-    def step(self, run_ahead: bool = True) -> list[NewToken]:
+    def step(self, run_ahead: bool = True) -> list[RowOutput]:
         runner, layers, together = self.runner, self.runner.layers, self.together
         rules = [row.request.rule for row in self.rows.values()]
         runner.seen.fill_(math.nan)  # which no similarity is
@@ -139,7 +143,7 @@ class DeviceDecoder(Decoder):
     def in_flight(self) -> int:
         return self.replayed - self.taken
 
-    def step(self, run_ahead: bool = True) -> list[NewToken]:
+    def step(self, run_ahead: bool = True) -> list[RowOutput]:
         ahead = RUN_AHEAD if run_ahead and not self.logits else 0
         last = max(row.remaining for row in self.rows.values())
         while self.replayed < min(self.taken + 1 + ahead, last):

@@ -6,6 +6,7 @@ decodes its next token:
     submit -> queue -> a slot: prefill, piece by piece -> decode, step by step -> its last event
 """
 
+import math
 import threading
 import time
 from collections import deque
@@ -19,14 +20,15 @@ from .. import ops
 from ..checks import choice, flag, integer, short
 from ..errors import RiverError
 from ..loading.text import Text
-from .decoder import Decoder, DeviceDecoder, HostDecoder
+from .batch import Batch, Running
+from .decoder import DeviceDecoder, HostDecoder
 from .exit_rule import BATCH_POLICIES
 from .graph import Memory
 from .network import Network
 from .prefill import Prefill
 from .request import request
 from .sequence import GenerationOutput, Piece, Sequence
-from .step import NewToken
+from .step import RowOutput
 
 EXIT_CONTROLS = {"host": HostDecoder, "device": DeviceDecoder}
 DEFAULT_POSITIONS = 4096  # of a slot, where nobody says and the model has as many
@@ -40,16 +42,6 @@ class Event(NamedTuple):
     id: Hashable
     piece: Piece | None  # a new token; None where it ends without one
     output: GenerationOutput | None  # once it has ended: then no other event of it follows
-
-
-class _Running:
-    """A sequence in its slot."""
-
-    def __init__(self, id: Hashable, sequence: Sequence):
-        self.id, self.sequence = id, sequence
-        self.slot = -1
-        self.prefill: Prefill | None = None
-        self.cancelled = False
 
 
 class Engine:
@@ -71,8 +63,7 @@ class Engine:
         reuse_prompts: bool = False,
     ):
         config = network.config
-        choice("batch_policy", batch_policy, BATCH_POLICIES)
-        choice("exit_control", exit_control, ("auto", *EXIT_CONTROLS))
+        self.check(batch_policy, exit_control)
         self.network, self.text, self.batch_policy = network, text, batch_policy
         self.slots = integer("slots", slots, 1, ops.MAX_ROWS)
         if max_len is None:
@@ -80,21 +71,25 @@ class Engine:
         self.max_len = integer("max_len", max_len, 1, config.max_length)
         self.reuse_prompts = flag("reuse_prompts", reuse_prompts)
         self._memory = Memory(network, self.slots, self.max_len)
-        self._together = batch_policy == "min"
         self._decoders = {
-            name: decoder(self._memory, self._together) for name, decoder in EXIT_CONTROLS.items()
+            name: decoder(self._memory, together=batch_policy == "min")
+            for name, decoder in EXIT_CONTROLS.items()
         }
+        self._batch = Batch(self._decoders["host"])
         self.use(exit_control)
         self._lock = threading.Lock()  # of what other threads see: the queue, the ids, what is cancelled
         self._stepping = threading.Lock()
         self._ids, self._closed = count(), False
-        self._queue: deque[_Running] = deque()
-        self._known: dict[Hashable, _Running] = {}  # all that have not ended
+        self._queue: deque[Running] = deque()
+        self._known: dict[Hashable, Running] = {}  # all that have not ended
         self._free = list(range(self.slots))
         self._contents: list[list[int]] = [[] for _ in range(self.slots)]  # tokens whose K and V a slot holds
-        self._prefilling: deque[_Running] = deque()
-        self._ready: list[_Running] = []  # prefilled, not yet among the rows of the decoder
-        self._decoding: list[_Running] = []  # in the order of the decoder's rows
+        self._prefilling: deque[Running] = deque()
+
+    @staticmethod
+    def check(batch_policy: str = "row", exit_control: str = "auto") -> None:
+        choice("batch_policy", batch_policy, BATCH_POLICIES)
+        choice("exit_control", exit_control, ("auto", *EXIT_CONTROLS))
 
     def submit(self, prompt, *, id: Hashable = None, **options) -> Hashable:
         """Queues a prompt with its own options, those of `Model.generate`; returns the id of its events.
@@ -122,7 +117,7 @@ class Engine:
                 ) from None
             if used:
                 raise RiverError(f"the request {short(id)} was submitted before, and has not ended")
-            self._known[id] = running = _Running(id, sequence)
+            self._known[id] = running = Running(id, sequence)
             self._queue.append(running)
         return id
 
@@ -136,13 +131,14 @@ class Engine:
             running.cancelled = True
 
     def step(self) -> list[Event]:
-        """What happens next; nothing, if no request is left."""
+        """Works until there is something new: a first token, or one for every sequence that decodes.
+
+        Returns [] after a part of a long prompt, and when no request is left.
+        """
         with self._one_at_a_time():
             events = self._cancel()
             self._admit()
-            events += self._work_on_prompts()
-            events += self._decode()
-            return events
+            return events + self._work_on_prompts() or self._decode()
 
     def __iter__(self) -> Iterator[Event]:
         """Steps until every request has ended."""
@@ -160,30 +156,31 @@ class Engine:
             self._check_open()
             self._memory.synchronise()
             self._known.clear()
-            for waiting in (self._queue, self._prefilling, self._ready, self._decoding):
-                waiting.clear()
+            for place in (self._queue, self._prefilling, self._batch):
+                place.clear()
             self._free = list(range(self.slots))
             self._contents = [[] for _ in self._free]
 
     def close(self) -> None:
         """Forgets all requests and gives the memory back; whatever is called afterwards says so."""
+        if self._closed:
+            return
         self.clear()
         self._closed = True
         self._decoders.clear()
-        del self._memory, self._decoder
+        del self._memory, self._batch
 
     def __enter__(self) -> "Engine":
         return self
 
     def __exit__(self, *_) -> None:
-        if not self._closed:
-            self.close()
+        self.close()
 
     def use(self, exit_control: str) -> None:
         """The control of exits; no request is on its way."""
         if exit_control == "auto":
             exit_control = "host" if self.network.device.type == "cpu" else "device"
-        self._decoder: Decoder = self._decoders[exit_control]
+        self._batch.decoder = self._decoders[exit_control]
 
     # --- a step -------------------------------------------------------------------------------------------
 
@@ -192,7 +189,8 @@ class Engine:
             cancelled = [running for running in self._known.values() if running.cancelled]
         for running in cancelled:
             running.sequence.end("cancelled")
-        return self._retire(cancelled)
+        self._retire(cancelled)
+        return [Event(running.id, None, running.sequence.output()) for running in cancelled]
 
     def _admit(self) -> None:
         """Queued requests into free slots, first come, first served."""
@@ -210,60 +208,44 @@ class Engine:
         if not self._prefilling:
             return []
         running, start = self._prefilling[0], time.perf_counter()
-        rows = PREFILL_ROWS[self.network.device.type] if self._decoding else float("inf")
-        new = running.prefill.advance(rows)
+        new = running.prefill.advance(PREFILL_ROWS[self.network.device.type] if self._batch else math.inf)
         running.sequence.prefill_seconds += time.perf_counter() - start
         if new is None:
             return []
         self._prefilling.popleft()
         running.prefill = None
-        self._ready.append(running)
-        return self._take([running], [new])
+        self._batch.join(running)
+        return self._take([(running, RowOutput([new]))])
 
     def _decode(self) -> list[Event]:
-        """The next token of every sequence. New ones join when nothing is in flight."""
-        start = time.perf_counter()
-        if self._together and (self._prefilling or (self._queue and self._free)):
+        """The next tokens of every sequence."""
+        together, waiting = self.batch_policy == "min", bool(self._prefilling or (self._queue and self._free))
+        if together and waiting:
             return []  # rows that leave the backbone together begin together
-        if self._ready and not (self._decoding and self._decoder.in_flight):
-            self._decoding, self._ready = self._decoding + self._ready, []
-            self._decoder.start([running.sequence.row(running.slot) for running in self._decoding])
-        if not self._decoding:
-            return []
-        decoding = list(self._decoding)
-        news = self._decoder.step(run_ahead=self._may_run_ahead())
-        seconds = time.perf_counter() - start
-        for running in decoding:
-            running.sequence.decode_seconds += seconds
-        return self._take(decoding, news)
+        stops = any(running.sequence.request.stop for running in self._batch)
+        # A row that ends by a stop string, of which only the host knows, lets the others leave earlier then.
+        surprises = together and stops and len(self._batch) > 1
+        return self._take(self._batch.step(run_ahead=not (waiting or surprises)))
 
-    def _may_run_ahead(self) -> bool:
-        """Not when others are about to join. Nor where rows leave together and one of them may end by a stop
-        string, of which only the host knows: the others then leave earlier."""
-        if self._ready or self._prefilling:
-            return False
-        lone = not self._together or len(self._decoding) == 1
-        return lone or not any(running.sequence.request.stop for running in self._decoding)
+    def _take(self, outputs: list[tuple[Running, RowOutput]]) -> list[Event]:
+        """Each sequence takes its new tokens; those that end leave."""
+        events, ended = [], []
+        for running, output in outputs:
+            sequence = running.sequence
+            events += [Event(running.id, piece, None) for piece in sequence.take(output)]
+            if sequence.finish_reason:
+                ended.append(running)
+                last = Event(running.id, None, None) if sequence.error else events.pop()
+                events.append(last._replace(output=sequence.output()))
+        self._retire(ended)
+        return events
 
-    def _take(self, runnings: list[_Running], news: list[NewToken]) -> list[Event]:
-        """Each sequence takes its new token; those that end leave."""
-        pieces = [running.sequence.append(new) for running, new in zip(runnings, news, strict=True)]
-        ended = [running for running in runnings if running.sequence.finish_reason]
-        outputs = {event.id: event.output for event in self._retire(ended)}
-        return [
-            Event(running.id, piece, outputs.get(running.id))
-            for running, piece in zip(runnings, pieces, strict=True)
-        ]
-
-    def _retire(self, ended: list[_Running]) -> list[Event]:
+    def _retire(self, ended: list[Running]) -> None:
         """Gives their slots back."""
         if not ended:
-            return []
-        stay = [row for row, running in enumerate(self._decoding) if running not in ended]
-        if len(stay) < len(self._decoding):
-            self._decoder.keep(stay)
-            self._decoding = [self._decoding[row] for row in stay]
-        self._ready = [running for running in self._ready if running not in ended]
+            return
+        self._batch.drop(ended)
+        self._memory.lead_caller()  # steps in flight may still write to the slots
         with self._lock:
             for running in ended:
                 del self._known[running.id]
@@ -273,8 +255,6 @@ class Engine:
                 if running.slot >= 0:
                     self._free.append(running.slot)
                     self._contents[running.slot] = self._written(running)
-        self._memory.lead_caller()  # steps in flight may still write to the slots
-        return [Event(running.id, None, running.sequence.output()) for running in ended]
 
     # --- slots --------------------------------------------------------------------------------------------
 
@@ -287,7 +267,7 @@ class Engine:
         return slot, shared[slot]
 
     @staticmethod
-    def _written(running: _Running) -> list[int]:
+    def _written(running: Running) -> list[int]:
         """The tokens whose K and V its slot holds in all layers."""
         if running.prefill is not None:
             return []

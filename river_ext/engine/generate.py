@@ -69,6 +69,7 @@ def generate(
     engines: Engines, prompt, options: Mapping, batch_policy: str, exit_control: str
 ) -> GenerationOutput | list[GenerationOutput]:
     """One output for one prompt, a list for a list; an error of one prompt alone is raised."""
+    Engine.check(batch_policy, exit_control)
     asked = requests(engines.network.config, engines.text, prompt, options)
     outputs = dict.fromkeys(range(len(asked)))
     with engines.lend(asked, batch_policy, exit_control) as engine:
@@ -86,9 +87,10 @@ class Stream:
     def __init__(self, engines: Engines, prompt, options: Mapping, batch_policy: str, exit_control: str):
         if is_batch(prompt):
             raise RiverError("stream takes one prompt, not a list of prompts; generate takes a list")
+        Engine.check(batch_policy, exit_control)
         (asked,) = requests(engines.network.config, engines.text, prompt, options)
         self._sequence = Sequence(asked, engines.text)
-        self._pieces = self._run(engines, batch_policy, exit_control)
+        self._pieces = _pieces(engines, self._sequence, batch_policy, exit_control)
 
     def __iter__(self) -> "Stream":
         return self
@@ -96,18 +98,20 @@ class Stream:
     def __next__(self) -> Piece:
         return next(self._pieces)
 
-    def _run(self, engines: Engines, batch_policy: str, exit_control: str) -> Iterator[Piece]:
-        with engines.lend([self._sequence.request], batch_policy, exit_control) as engine:
-            engine.add(self._sequence)
-            for event in engine:
-                if event.piece is None:
-                    self.output.checked()
-                yield event.piece
-
     @property
     def output(self) -> GenerationOutput:
         """What `generate` returns: when the stream has ended, or what there is before."""
         return self._sequence.output()
+
+
+def _pieces(engines: Engines, sequence: Sequence, batch_policy: str, exit_control: str) -> Iterator[Piece]:
+    """A function, not a method: the engine goes back when the stream that holds this is dropped."""
+    with engines.lend([sequence.request], batch_policy, exit_control) as engine:
+        engine.add(sequence)
+        for event in engine:
+            if event.piece is None:
+                sequence.output().checked()
+            yield event.piece
 
 
 def score(network: Network, tokens, prompt_length: int, options: Mapping) -> Score:
@@ -124,7 +128,7 @@ def score(network: Network, tokens, prompt_length: int, options: Mapping) -> Sco
     decoder = HostDecoder(memory, together=False)
     for position in range(prompt_length, len(tokens) - 1):
         decoder.start([Row(tokens[position], position, 0, asked, remaining=1)])
-        news += decoder.step()
+        news += decoder.step()[0].tokens
     for position, new in enumerate(news, start=prompt_length):
         if new.token < 0:
             raise RiverError(not_finite(network.dtype, position, new.similarities))

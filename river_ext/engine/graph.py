@@ -112,6 +112,7 @@ class Runner:
     def start(self, rows: Sequence[Row]) -> None:
         """Takes the state of these rows, which are at most as many as the runner has; it is idle."""
         self._check(rows)
+        self.memory.synchronise()  # rows that were dropped may have steps in flight, which write records
         count, decision = len(rows), self.decision
         self.steps_taken.zero_()
         self.records.zero_()  # the stamps of earlier steps

@@ -176,8 +176,8 @@ def known_options(options: Mapping) -> Options:
     for name in options:
         if name not in known:
             close = get_close_matches(name, known, n=1)
-            hint = f"; did you mean {close[0]}?" if close else f"; accepted: {', '.join(known)}"
-            raise RiverError(f"unknown option {short(name)}{hint}")
+            hint = f"did you mean {close[0]!r}?" if close else f"accepted: {', '.join(known)}"
+            raise TypeError(f"unexpected option {short(name)}; {hint}")
     return Options(**options)
 
 

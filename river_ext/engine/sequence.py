@@ -10,7 +10,7 @@ from ..errors import RiverError
 from ..loading.stop_strings import StopStrings
 from ..loading.text import Text, TextStream
 from .request import Request
-from .step import NewToken, Row, not_finite
+from .step import NewToken, Row, RowOutput, not_finite
 
 
 @dataclass(frozen=True)
@@ -93,11 +93,20 @@ class Sequence:
             remaining=self.request.max_new_tokens - len(self.tokens),
         )
 
-    def append(self, new: NewToken) -> Piece | None:
-        """Takes a new token and decides whether it is the last; None where there is none."""
-        if new.token < 0:
-            self._fail(new.similarities)
-            return None
+    def take(self, output: RowOutput) -> list[Piece]:
+        """Takes new tokens up to the last one that it needs."""
+        pieces = []
+        for new in output.tokens:
+            if self.finish_reason:
+                break
+            if new.token < 0:
+                self._fail(new.similarities)
+            else:
+                pieces.append(self._append(new))
+        return pieces
+
+    def _append(self, new: NewToken) -> Piece:
+        """Decides, too, whether it is the last one."""
         self.tokens.append(new.token)
         self.exit_depths.append(new.exit_depth)
         self.similarities.append(new.similarities)

@@ -28,6 +28,13 @@ class NewToken(NamedTuple):
     logits: Tensor | None = None  # fp32 [vocab_size], where the row wanted them
 
 
+class RowOutput(NamedTuple):
+    """What a step gives one row."""
+
+    tokens: list[NewToken]
+    drafts: int = 0  # tokens that the river proposed
+
+
 WIDER = {
     torch.float16: "load the model with dtype='bfloat16', or 'float32' on the CPU",
     torch.bfloat16: "load the model with dtype='float32' on the CPU, or look at the checkpoint's weights",
