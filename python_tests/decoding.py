@@ -5,7 +5,7 @@ from river_ext.engine.graph import Memory
 from river_ext.engine.prefill import Prefill
 from river_ext.engine.request import Request, request
 from river_ext.engine.sequence import Sequence
-from river_ext.engine.step import NewToken, Row
+from river_ext.engine.step import NewToken, Row, RowOutput
 
 
 def asked(network, prompt=(0,), **options) -> Request:
@@ -28,8 +28,15 @@ def poisoned_memory(network, slots: int, max_len: int) -> Memory:
 def first_row(memory: Memory, slot: int, request: Request) -> Row:
     """Prefills a slot: the row that comes next."""
     sequence = Sequence(request, None)
-    sequence.append(Prefill(memory.network, memory.cache, slot, request).advance())
+    sequence.take(RowOutput([Prefill(memory.network, memory.cache, slot, request).advance()]))
     return sequence.row(slot)
+
+
+def step(decoder) -> list[NewToken]:
+    """The token that a step gives each row: one of each, as there are no drafts."""
+    outputs = decoder.step()
+    assert all(output.drafts == 0 for output in outputs)
+    return [new for (new,) in (output.tokens for output in outputs)]
 
 
 def one_at_a_time(network, prompt, depth: int, slot: int = 1) -> tuple[list[NewToken], Memory]:
@@ -40,5 +47,5 @@ def one_at_a_time(network, prompt, depth: int, slot: int = 1) -> tuple[list[NewT
     news = []
     for position, token in enumerate(prompt):
         decoder.start([Row(token, position, slot, request, remaining=1)])
-        news += decoder.step()
+        news += step(decoder)
     return news, memory

@@ -5,7 +5,7 @@ import random
 
 import pytest
 import torch
-from decoding import asked, at_depth, first_row, one_at_a_time, poisoned_memory
+from decoding import asked, at_depth, first_row, one_at_a_time, poisoned_memory, step
 from tiny_model import random_model, random_prompt
 
 from river_ext import ops, reference
@@ -61,10 +61,10 @@ def test_a_row_is_the_same_in_any_batch(dtype, own):
         memory = copy_of(start)
         decoder = HostDecoder(memory, together=False)
         decoder.start([rows[slot] for slot in slots])
-        first = decoder.step()
+        first = step(decoder)
         decoder.keep([index for index, slot in enumerate(slots) if slot not in ends])
         kept = [slot for slot in slots if slot not in ends]
-        second = dict(zip(kept, decoder.step(), strict=True))
+        second = dict(zip(kept, step(decoder), strict=True))
         return {slot: (first[slots.index(slot)], second[slot], contents(memory, slot)) for slot in kept}
 
     alone = {slot: run([slot])[slot] for slot in range(SLOTS)}
@@ -143,7 +143,7 @@ def test_random_rows_as_specified(by_specification, shape, together, seed):
     decoder.start(rows)
     seen = set()
     for _ in range(3):
-        news = decoder.step()
+        news = step(decoder)
         similarities = [new.similarities for new in news]
         if together:
             depths = [first_depth([row.request.rule for row in rows], similarities)] * 4
@@ -185,10 +185,10 @@ def test_rows_that_ended_write_nothing_and_decide_nothing(together):
     decoder = HostDecoder(memory, together)
     decoder.start([rows[4], rows[1], rows[2]])
     depths = [LAYERS] * 3 if together else [1, LAYERS, 1]
-    assert [new.exit_depth for new in decoder.step()] == depths
+    assert [new.exit_depth for new in step(decoder)] == depths
     before = contents(memory, 1)
     decoder.keep([0, 2])
-    assert [new.exit_depth for new in decoder.step()] == [1, 1], "the threshold of what ended does not count"
+    assert [new.exit_depth for new in step(decoder)] == [1, 1], "the threshold of what ended does not count"
     assert all(map(torch.equal, contents(memory, 1), before))
 
 
@@ -199,11 +199,11 @@ def test_outputs_follow_the_rows_that_are_kept():
         memory = copy_of(start)
         decoder = HostDecoder(memory, together=False)
         decoder.start(rows[:3])
-        decoder.step()
+        step(decoder)
         decoder.keep(keep)
-        decoder.step()
+        step(decoder)
         decoder.keep(range(len(keep)))  # which changes nothing
-        outputs.append(decoder.step())
+        outputs.append(step(decoder))
     all_rows, two, turned = outputs
     for kept, expected in ((two, [0, 2]), (turned, [2, 0])):
         for new, row in zip(kept, expected, strict=True):
@@ -215,7 +215,7 @@ def test_logits_are_of_the_rows_that_want_them():
     rows[1] = rows[1]._replace(request=asked(memory.network, PROMPTS[1]))
     decoder = HostDecoder(memory, together=False)
     decoder.start(rows)
-    first, second = decoder.step(), decoder.step()
+    first, second = step(decoder), step(decoder)
     assert [new.logits is None for new in first] == [False, True, False, False, False]
     assert first[0].logits.argmax() == first[0].token, "a later step leaves it as it is"
     assert not torch.equal(first[0].logits, second[0].logits)
@@ -261,4 +261,4 @@ def test_rows_outside_the_cache_are_refused(places, message):
     with pytest.raises(RiverError, match=message):
         decoder.start([Row(1, position, slot, request, left) for slot, position, left in places])
     decoder.start([Row(1, 14, 2, request, 2), Row(1, 15, 0, request, 1)])  # these are inside
-    assert len(decoder.step()) == 2
+    assert len(step(decoder)) == 2
