@@ -9,7 +9,7 @@ from decoding import asked, at_depth, first_row, one_at_a_time, poisoned_memory,
 from tiny_model import random_model, random_prompt
 
 from river_ext import ops, reference
-from river_ext.engine.decoder import HostDecoder
+from river_ext.engine.decoder import DeviceDecoder, HostDecoder
 from river_ext.engine.graph import Memory
 from river_ext.engine.network import Place
 from river_ext.engine.step import Row
@@ -22,6 +22,11 @@ OWN = [
     {"threshold": 0.7}, {"threshold": math.inf}, {"threshold": -2, "min_layers": 2}, {"mode": "full_w4"},
     {"threshold": 0.6, "temperature": 1.2, "seed": 5},
 ]  # fmt: skip
+
+
+@pytest.fixture(params=[HostDecoder, DeviceDecoder], ids=["host", "device"])
+def new_decoder(request):
+    return request.param
 
 
 def filled(network, own=OWN):
@@ -53,13 +58,13 @@ def assert_same(got, expected):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("own", [OWN, *([at_depth(depth)] * SLOTS for depth in (0, 1, 3, 4))], ids=str)
-def test_a_row_is_the_same_in_any_batch(dtype, own):
+def test_a_row_is_the_same_in_any_batch(new_decoder, dtype, own):
     """Also in one of which some rows have ended."""
     start, rows = filled(random_model(dtype=dtype).network, own)
 
     def run(slots, ends=()):
         memory = copy_of(start)
-        decoder = HostDecoder(memory, together=False)
+        decoder = new_decoder(memory, together=False)
         decoder.start([rows[slot] for slot in slots])
         first = step(decoder)
         decoder.keep([index for index, slot in enumerate(slots) if slot not in ends])
@@ -130,7 +135,7 @@ SHAPES = {
 @pytest.mark.parametrize("together", [False, True])
 @pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
 @pytest.mark.parametrize("seed", range(3))
-def test_random_rows_as_specified(by_specification, shape, together, seed):
+def test_random_rows_as_specified(new_decoder, by_specification, shape, together, seed):
     """Requests of random rules, in random slots: depths by the rule, values by the specification."""
     network, choose = random_model(**shape).network, random.Random(seed)
     own = [
@@ -139,7 +144,7 @@ def test_random_rows_as_specified(by_specification, shape, together, seed):
     ]
     memory, rows = filled(network, own)
     rows = choose.sample(rows, 4)
-    expected, decoder = copy_of(memory), HostDecoder(memory, together)
+    expected, decoder = copy_of(memory), new_decoder(memory, together)
     decoder.start(rows)
     seen = set()
     for _ in range(3):
@@ -173,7 +178,7 @@ def test_random_rows_as_specified(by_specification, shape, together, seed):
 
 
 @pytest.mark.parametrize("together", [False, True])
-def test_rows_that_ended_write_nothing_and_decide_nothing(together):
+def test_rows_that_ended_write_nothing_and_decide_nothing(new_decoder, together):
     own = [
         {"threshold": -2},
         {"threshold": math.inf},
@@ -182,7 +187,7 @@ def test_rows_that_ended_write_nothing_and_decide_nothing(together):
         {"threshold": -2},
     ]
     memory, rows = filled(random_model().network, own)
-    decoder = HostDecoder(memory, together)
+    decoder = new_decoder(memory, together)
     decoder.start([rows[4], rows[1], rows[2]])
     depths = [LAYERS] * 3 if together else [1, LAYERS, 1]
     assert [new.exit_depth for new in step(decoder)] == depths
@@ -192,12 +197,12 @@ def test_rows_that_ended_write_nothing_and_decide_nothing(together):
     assert all(map(torch.equal, contents(memory, 1), before))
 
 
-def test_outputs_follow_the_rows_that_are_kept():
+def test_outputs_follow_the_rows_that_are_kept(new_decoder):
     start, rows = filled(random_model().network)
     outputs = []
     for keep in ([0, 1, 2], [0, 2], [2, 0]):
         memory = copy_of(start)
-        decoder = HostDecoder(memory, together=False)
+        decoder = new_decoder(memory, together=False)
         decoder.start(rows[:3])
         step(decoder)
         decoder.keep(keep)
@@ -210,10 +215,10 @@ def test_outputs_follow_the_rows_that_are_kept():
             assert_same(new, all_rows[row])
 
 
-def test_logits_are_of_the_rows_that_want_them():
+def test_logits_are_of_the_rows_that_want_them(new_decoder):
     memory, rows = filled(random_model().network)
     rows[1] = rows[1]._replace(request=asked(memory.network, PROMPTS[1]))
-    decoder = HostDecoder(memory, together=False)
+    decoder = new_decoder(memory, together=False)
     decoder.start(rows)
     first, second = step(decoder), step(decoder)
     assert [new.logits is None for new in first] == [False, True, False, False, False]
@@ -254,9 +259,9 @@ def test_rows_of_one_sequence_in_one_pass_equal_one_after_the_other(depth):
         ([(0, -1, 1)], "position -1"),
     ],
 )
-def test_rows_outside_the_cache_are_refused(places, message):
+def test_rows_outside_the_cache_are_refused(new_decoder, places, message):
     network = random_model().network
-    decoder = HostDecoder(Memory(network, 3, 16), together=False)
+    decoder = new_decoder(Memory(network, 3, 16), together=False)
     request = asked(network)
     with pytest.raises(RiverError, match=message):
         decoder.start([Row(1, position, slot, request, left) for slot, position, left in places])
