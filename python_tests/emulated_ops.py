@@ -106,13 +106,14 @@ def exit_layer(
 def dual_layer(
     index, hidden, previous, thresholds, min_layers, limit, exited, similarities, input_layernorm,
     q_proj, k_proj, v_proj, o_proj, post_attention_layernorm, gate_proj, up_proj, down_proj,
-    qkv_tiles, o_tiles, gate_up_tiles, down_tiles, *common, **options,
+    qkv_tiles, o_tiles, gate_up_tiles, down_tiles, *common, together=False, **options,
 ):  # fmt: skip
     weights = dict(q_proj=q_proj, k_proj=k_proj, v_proj=v_proj, o_proj=o_proj, gate_proj=gate_proj,
                    up_proj=up_proj, down_proj=down_proj, intermediate_size=gate_proj.shape[0],
                    qkv_tiles=qkv_tiles, o_tiles=o_tiles, gate_up_tiles=gate_up_tiles,
                    down_tiles=down_tiles)  # fmt: skip
-    rule = dict(index=index, previous=previous, thresholds=thresholds, min_layers=min_layers, limit=limit)
+    rule = dict(index=index, previous=previous, thresholds=thresholds, min_layers=min_layers, limit=limit,
+                together=together)  # fmt: skip
     got = _run_block(
         "dual_layer", {"exited": exited, "similarities": similarities}, hidden, input_layernorm,
         post_attention_layernorm, *common, **options, weights=weights | rule | {"similarity": None},
@@ -131,7 +132,7 @@ def advance(
                    records=records)  # fmt: skip
     got = emulate(
         "advance", written, dtype=hidden.dtype, rows=len(tokens), hidden_size=hidden.shape[1],
-        vocab_size=len(embed_tokens), layers=len(exited), num_stop_tokens=len(stop_tokens),
+        vocab_size=len(embed_tokens), layers=len(exited), num_stop_tokens=stop_tokens.shape[1],
         num_records=len(records), before=before, after=after, tokens=tokens, embed_tokens=embed_tokens,
         stop_tokens=stop_tokens,
     )  # fmt: skip

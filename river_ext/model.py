@@ -111,6 +111,7 @@ class Model:
         batch_policy: str = "row",
         prefill: str = "full",
         mode: str = "river",
+        draft_tokens: int | str = "auto",
         kv_strategy: str = "share",
         temperature: float | Sequence[float] = 0.0,
         top_k: int | Sequence[int] = 0,
@@ -142,7 +143,11 @@ class Model:
                 others. "min", the paper's: the tokens of a step exit together, when every one of them may.
             prefill: the prompt's exit depth: "full", "depth:k", or by the rule on the lowest similarity of
                 all prompt tokens ("min") or on that of the last one ("last").
-            mode: "river"; "full", the backbone alone (threshold inf); "full_w4", the river alone (depth 0).
+            mode: "river"; "lossless": the river proposes tokens and the backbone checks them, so that all are
+                the backbone's own; "full", the backbone alone (threshold inf); "full_w4", the river alone
+                (depth 0). "lossless" gives the tokens of "full", bit for bit.
+            draft_tokens: that the river proposes at a time in lossless mode, 1 to 7, as long as those of all
+                running requests together are at most 8 less one each; "auto" goes by how many were right.
             kv_strategy: "share": exit layers write to the cache places of the layers that they replace.
             temperature: 0 is greedy.
             top_k: draw among the k likeliest tokens; 0 is all.
@@ -162,9 +167,9 @@ class Model:
         """
         options = dict(
             max_new_tokens=max_new_tokens, threshold=threshold, min_layers=min_layers, prefill=prefill,
-            mode=mode, kv_strategy=kv_strategy, temperature=temperature, top_k=top_k, top_p=top_p,
-            min_p=min_p, seed=seed, stop=stop, stop_tokens=stop_tokens, logprobs=logprobs,
-            return_logits=return_logits,
+            mode=mode, draft_tokens=draft_tokens, kv_strategy=kv_strategy, temperature=temperature,
+            top_k=top_k, top_p=top_p, min_p=min_p, seed=seed, stop=stop, stop_tokens=stop_tokens,
+            logprobs=logprobs, return_logits=return_logits,
         )  # fmt: skip
         return generate(self._engines, prompt, options, batch_policy, exit_control)
 

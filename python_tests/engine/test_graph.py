@@ -670,7 +670,7 @@ def test_auto(model, monkeypatch):
     def chosen(device, control):
         monkeypatch.setattr(model.network, "device", torch.device(device))
         engine.use(control)
-        return type(engine._batch.decoder)
+        return type(engine._steps.decoder)
 
     assert chosen("cpu", "auto") is HostDecoder
     assert chosen("cpu", "device") is DeviceDecoder

@@ -41,12 +41,13 @@ class Batch:
     def step(self, run_ahead: bool) -> list[tuple[Running, RowOutput]]:
         """The next tokens of every member."""
         start = time.perf_counter()
-        if self._joining and not (self.members and self.decoder.in_flight):
-            self.members, self._joining = self.members + self._joining, []
+        changes = bool(self._joining) or self.decoder.has_room(len(self.members))
+        if changes and not (self.members and self.decoder.in_flight):
+            self.members, self._joining, changes = self.members + self._joining, [], False
             self.decoder.start([running.sequence.row(running.slot) for running in self.members])
         if not self.members:
             return []
-        outputs = self.decoder.step(run_ahead and not self._joining)
+        outputs = self.decoder.step(run_ahead and not changes)
         seconds = time.perf_counter() - start
         for running in self.members:
             running.sequence.decode_seconds += seconds

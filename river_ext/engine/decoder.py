@@ -14,7 +14,7 @@ from torch import Tensor
 
 from .. import ops
 from .exit_rule import next_decision, still_staying
-from .graph import LEAST_STOP_TOKENS, Graph, Memory, Runner, backbone_part, tail_part, whole_steps
+from .graph import LEAST_STOP_TOKENS, Graph, Graphs, Memory, Runner, backbone_part, tail_part, whole_steps
 from .step import NewToken, Row, RowOutput
 
 # Steps in flight beyond the one that the host waits for: with the second of a pair, fewer than graph.RECORDS
@@ -24,27 +24,38 @@ RUN_AHEAD = 4
 class Decoder:
     """Takes steps of up to eight rows; every step gives each of its rows a token."""
 
-    def __init__(self, memory: Memory, together: bool):
+    def __init__(self, memory: Memory, together: bool = False):
         self.memory, self.together = memory, together
-        self.runners: dict[int, Runner] = {}  # by their number of rows
+        self.runners: dict[int, Graphs] = {}  # by their number of rows
 
     def start(self, rows: Sequence[Row]) -> None:
         """The rows of the next steps; none is in flight."""
         self.runner = self._runner(len(rows), max(len(row.request.stop_tokens) for row in rows))
         self.runner.start(rows)
+        self._started = self._count(len(rows))
         self.rows = dict(enumerate(rows))  # by their index in the runner, in the order of the outputs
         self.taken = 0  # steps whose output the caller has
         self.filters = any(row.request.sampling.filters for row in rows)
         self.logits = any(row.request.wants_logits for row in rows)
 
-    def _runner(self, rows: int, stop_tokens: int) -> Runner:
-        """On a GPU of a power of two of rows: graphs are large, and a row more costs a step little."""
-        count = rows if self.memory.stream is None else power_of_two(rows)
+    def _runner(self, rows: int, stop_tokens: int) -> Graphs:
+        count = self._count(rows)
         runner = self.runners.get(count)
         if runner is None or runner.stop_tokens.shape[1] < stop_tokens:
             columns = max(LEAST_STOP_TOKENS, power_of_two(stop_tokens))
-            runner = self.runners[count] = Runner(self.memory, count, columns, self.together)
+            runner = self.runners[count] = self.new_runner(count, columns)
         return runner
+
+    def _count(self, rows: int) -> int:
+        """On a GPU a power of two of rows: graphs are large, and a row more costs a step little."""
+        return rows if self.memory.stream is None else power_of_two(rows)
+
+    def has_room(self, rows: int) -> bool:
+        """Whether steps of so many rows, those that are left, would be smaller after a new start."""
+        return rows > 0 and self._count(rows) < self._started
+
+    def new_runner(self, rows: int, stop_tokens: int) -> Graphs:
+        return Runner(self.memory, rows, stop_tokens, self.together)
 
     def step(self, run_ahead: bool = True) -> list[RowOutput]:
         """A token for every row, which goes in at the next step. May begin steps beyond, if wanted."""
@@ -70,7 +81,7 @@ class Decoder:
         graph: Graph,
     ) -> list[RowOutput]:
         """Of the live rows; depths and tokens are by row of the runner, similarities by layer and row."""
-        logits = self._copied(graph.outputs[0]) if self.logits else None
+        logits = self.copied(graph.outputs[0]) if self.logits else None
         return [
             RowOutput(
                 [
@@ -86,7 +97,7 @@ class Decoder:
         ]
 
     @torch.inference_mode()
-    def _copied(self, logits: Tensor) -> Tensor:
+    def copied(self, logits: Tensor) -> Tensor:
         """The next replay writes to the same place."""
         with torch.cuda.stream(self.memory.stream):
             copied = logits.clone()

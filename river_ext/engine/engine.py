@@ -24,6 +24,7 @@ from .batch import Batch, Running
 from .decoder import DeviceDecoder, HostDecoder
 from .exit_rule import BATCH_POLICIES
 from .graph import Memory
+from .lossless import LosslessDecoder
 from .network import Network
 from .prefill import Prefill
 from .request import request
@@ -75,7 +76,8 @@ class Engine:
             name: decoder(self._memory, together=batch_policy == "min")
             for name, decoder in EXIT_CONTROLS.items()
         }
-        self._batch = Batch(self._decoders["host"])
+        self._steps = Batch(self._decoders["host"])
+        self._cycles = Batch(LosslessDecoder(self._memory))  # of requests in lossless mode
         self.use(exit_control)
         self._lock = threading.Lock()  # of what other threads see: the queue, the ids, what is cancelled
         self._stepping = threading.Lock()
@@ -156,7 +158,7 @@ class Engine:
             self._check_open()
             self._memory.synchronise()
             self._known.clear()
-            for place in (self._queue, self._prefilling, self._batch):
+            for place in (self._queue, self._prefilling, self._steps, self._cycles):
                 place.clear()
             self._free = list(range(self.slots))
             self._contents = [[] for _ in self._free]
@@ -168,7 +170,7 @@ class Engine:
         self.clear()
         self._closed = True
         self._decoders.clear()
-        del self._memory, self._batch
+        del self._memory, self._steps, self._cycles
 
     def __enter__(self) -> "Engine":
         return self
@@ -180,7 +182,7 @@ class Engine:
         """The control of exits; no request is on its way."""
         if exit_control == "auto":
             exit_control = "host" if self.network.device.type == "cpu" else "device"
-        self._batch.decoder = self._decoders[exit_control]
+        self._steps.decoder = self._decoders[exit_control]
 
     # --- a step -------------------------------------------------------------------------------------------
 
@@ -208,13 +210,15 @@ class Engine:
         if not self._prefilling:
             return []
         running, start = self._prefilling[0], time.perf_counter()
-        new = running.prefill.advance(PREFILL_ROWS[self.network.device.type] if self._batch else math.inf)
+        others = self._steps or self._cycles
+        new = running.prefill.advance(PREFILL_ROWS[self.network.device.type] if others else math.inf)
         running.sequence.prefill_seconds += time.perf_counter() - start
         if new is None:
             return []
         self._prefilling.popleft()
         running.prefill = None
-        self._batch.join(running)
+        batch = self._steps if running.sequence.request.draft_tokens is None else self._cycles
+        batch.join(running)
         return self._take([(running, RowOutput([new]))])
 
     def _decode(self) -> list[Event]:
@@ -222,10 +226,11 @@ class Engine:
         together, waiting = self.batch_policy == "min", bool(self._prefilling or (self._queue and self._free))
         if together and waiting:
             return []  # rows that leave the backbone together begin together
-        stops = any(running.sequence.request.stop for running in self._batch)
+        stops = any(running.sequence.request.stop for running in self._steps)
         # A row that ends by a stop string, of which only the host knows, lets the others leave earlier then.
-        surprises = together and stops and len(self._batch) > 1
-        return self._take(self._batch.step(run_ahead=not (waiting or surprises)))
+        surprises = together and stops and len(self._steps) > 1
+        outputs = self._steps.step(run_ahead=not (waiting or surprises))
+        return self._take(outputs + self._cycles.step(run_ahead=False))
 
     def _take(self, outputs: list[tuple[Running, RowOutput]]) -> list[Event]:
         """Each sequence takes its new tokens; those that end leave."""
@@ -244,7 +249,8 @@ class Engine:
         """Gives their slots back."""
         if not ended:
             return
-        self._batch.drop(ended)
+        self._steps.drop(ended)
+        self._cycles.drop(ended)
         self._memory.lead_caller()  # steps in flight may still write to the slots
         with self._lock:
             for running in ended:

@@ -41,6 +41,18 @@ class Memory:
         self.stream = torch.cuda.Stream(network.device) if on_gpu else None
         self.pool = torch.cuda.graph_pool_handle() if on_gpu else None
 
+    def check(self, rows: Sequence[Row]) -> None:
+        """Here because an op on a GPU could not without waiting for it."""
+        slots, max_len = self.cache.slots, self.cache.max_len
+        if len({row.slot for row in rows}) < len(rows):
+            raise RiverError("two rows have the same slot")
+        for row in rows:
+            if not (0 <= row.slot < slots and row.position >= 0 and row.position + row.remaining <= max_len):
+                raise RiverError(
+                    f"slot {row.slot}, position {row.position} and {row.remaining} more tokens are outside "
+                    f"of the cache of {slots} slots x {max_len} positions"
+                )
+
     def follow_caller(self) -> None:
         """What the caller's stream has been given comes before what the steps' stream is given next."""
         if self.stream:
@@ -56,21 +68,63 @@ class Memory:
             self.stream.synchronize()
 
 
-class Runner:
+class Graphs:
+    """Captured parts, on a stream of their own; the caller's stream is the current one elsewhere."""
+
+    def __init__(self, memory: Memory):
+        self.memory = memory
+        self.graphs: dict[tuple, Graph] = {}
+
+    @torch.inference_mode()
+    def warm_up(self, *parts: tuple) -> None:
+        """Every op once, without active rows: in a capture no kernel may load and no workspace grow."""
+        if self.memory.stream is None:
+            return
+        self.memory.follow_caller()
+        with torch.cuda.stream(self.memory.stream):
+            for part, *arguments in parts:
+                part(self, *arguments)
+        self.memory.synchronise()
+
+    @torch.inference_mode()
+    def replay(self, part: Callable, *arguments) -> "Graph":
+        """Replays the graph of part(self, *arguments), captured when it is first needed."""
+        key = (part, *arguments)
+        with torch.cuda.stream(self.memory.stream):
+            if key not in self.graphs:
+                self.graphs[key] = Graph(
+                    partial(part, self, *arguments), self.memory.stream, self.memory.pool
+                )
+            self.graphs[key].replay()
+        return self.graphs[key]
+
+    def poll(self, read: Callable[[], Value], arrived: Callable[[Value], bool]) -> Value:
+        """What `read` gives as soon as it is what the device was to write."""
+        start, polls, stream = time.monotonic(), 0, self.memory.stream
+        while not arrived(value := read()):
+            polls += 1
+            if polls % POLLS == 0:
+                ended = stream is None or stream.query()  # raises if a kernel has failed
+                if (ended and not arrived(read())) or time.monotonic() - start > PATIENCE:
+                    raise RiverError(f"no result from {self.memory.network.device} after {polls} polls")
+        return value
+
+
+class Runner(Graphs):
     """What steps of `rows` rows read and write, and the graphs captured on it. Unused rows have slot -1.
 
-    The host polls `records` and `seen`, which are pinned memory on a GPU. Steps are on a stream of their
-    own; the caller's stream is the current one elsewhere.
+    The host polls `records` and `seen`, which are pinned memory on a GPU.
     """
 
     def __init__(self, memory: Memory, rows: int, stop_tokens: int, together: bool):
+        super().__init__(memory)
         network, config = memory.network, memory.network.config
         layers, device = config.num_hidden_layers, network.device
 
         def zeros(*shape: int, dtype: torch.dtype = torch.int32) -> Tensor:
             return torch.zeros(shape, dtype=dtype, device=device)
 
-        self.memory, self.network, self.rows, self.layers = memory, network, rows, layers
+        self.network, self.rows, self.layers = network, rows, layers
         self.hidden = zeros(rows, config.hidden_size, dtype=network.dtype)  # embeddings that go in
         self.between = torch.zeros_like(self.hidden)  # what the backbone's last part gave
         self.slots, self.positions = zeros(rows) - 1, zeros(rows)
@@ -94,24 +148,12 @@ class Runner:
         # where rows are on both paths: those of either one
         self.on_backbone = self.place._replace(slots=zeros(rows) - 1)
         self.on_river = self.place._replace(slots=zeros(rows) - 1)
-        self.graphs: dict[tuple, Graph] = {}
-        if memory.stream:
-            self._warm_up()
-
-    @torch.inference_mode()
-    def _warm_up(self) -> None:
-        """Every op once, without active rows: in a capture no kernel may load and no workspace grow."""
-        self.memory.follow_caller()
-        with torch.cuda.stream(self.memory.stream):
-            backbone_part(self, 0, self.layers, mixed=True)
-            tail_part(self, 0, filters=False)
-            whole_steps(self, 1, filters=True)
-        self.memory.synchronise()
+        self.warm_up((backbone_part, 0, layers, True), (tail_part, 0, False), (whole_steps, 1, True))
 
     @torch.inference_mode()
     def start(self, rows: Sequence[Row]) -> None:
         """Takes the state of these rows, which are at most as many as the runner has; it is idle."""
-        self._check(rows)
+        self.memory.check(rows)
         self.memory.synchronise()  # rows that were dropped may have steps in flight, which write records
         count, decision = len(rows), self.decision
         self.steps_taken.zero_()
@@ -135,18 +177,6 @@ class Runner:
         self.drawing.fill([row.request.sampling for row in rows])
         self.memory.follow_caller()
 
-    def _check(self, rows: Sequence[Row]) -> None:
-        """Here because an op on a GPU could not without waiting for it."""
-        slots, max_len = self.memory.cache.slots, self.memory.cache.max_len
-        if len({row.slot for row in rows}) < len(rows):
-            raise RiverError("two rows have the same slot")
-        for row in rows:
-            if not (0 <= row.slot < slots and row.position >= 0 and row.position + row.remaining <= max_len):
-                raise RiverError(
-                    f"slot {row.slot}, position {row.position} and {row.remaining} more tokens are outside "
-                    f"of the cache of {slots} slots x {max_len} positions"
-                )
-
     @torch.inference_mode()
     def drop(self, row: int) -> None:
         """Nothing more of this row, from the next step given on."""
@@ -161,29 +191,6 @@ class Runner:
                 place.slots.fill_(-1)
                 for row in rows:
                     place.slots[row] = self.slots[row]
-
-    @torch.inference_mode()
-    def replay(self, part: Callable, *arguments) -> "Graph":
-        """Replays the graph of part(self, *arguments), captured when it is first needed."""
-        key = (part, *arguments)
-        with torch.cuda.stream(self.memory.stream):
-            if key not in self.graphs:
-                self.graphs[key] = Graph(
-                    partial(part, self, *arguments), self.memory.stream, self.memory.pool
-                )
-            self.graphs[key].replay()
-        return self.graphs[key]
-
-    def poll(self, read: Callable[[], Value], arrived: Callable[[Value], bool]) -> Value:
-        """What `read` gives as soon as it is what the device was to write."""
-        start, polls, stream = time.monotonic(), 0, self.memory.stream
-        while not arrived(value := read()):
-            polls += 1
-            if polls % POLLS == 0:
-                ended = stream is None or stream.query()  # raises if a kernel has failed
-                if (ended and not arrived(read())) or time.monotonic() - start > PATIENCE:
-                    raise RiverError(f"no result from {self.network.device} after {polls} polls")
-        return value
 
     def record(self, number: int) -> tuple[list[int], list[int], list[list[float]]]:
         """Of step `number`, counted from 1: exit depths and tokens by row, similarities by layer and row."""

@@ -105,6 +105,7 @@ class Network:
         self.embed_tokens, self.norm, self.lm_head = weights.embed_tokens, weights.norm, weights.lm_head
         pairs = zip(weights.layers, river, strict=True)
         self.layers = [Layer(index, config, *pair) for index, pair in enumerate(pairs)]
+        self.river_head_bytes = self.lm_head.nbytes
         self.dtype, self.device = weights.embed_tokens.dtype, weights.embed_tokens.device
         self._rope = rope_tables(config, 0, device=self.device)
 

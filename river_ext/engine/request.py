@@ -8,6 +8,7 @@ from numbers import Integral, Real
 
 import torch
 
+from .. import ops
 from ..checks import (
     FP32_MAX,
     FP32_TINY,
@@ -29,8 +30,9 @@ from ..loading.text import Text
 from .exit_rule import ExitRule, PrefillPolicy
 from .sampling import Sampling
 
-MODES = ("river", "full", "full_w4")
+MODES = ("river", "lossless", "full", "full_w4")
 KV_STRATEGIES = ("share",)
+MOST_DRAFTS = ops.MAX_ROWS - 1  # one row of a verification is the token before them
 MAX_LOGPROBS = 20  # as many as servers of the same kind give
 
 
@@ -43,6 +45,7 @@ class Options:
     min_layers: int = 1
     prefill: str = "full"
     mode: str = "river"
+    draft_tokens: int | str = "auto"
     kv_strategy: str = "share"
     temperature: float = 0.0
     top_k: int = 0
@@ -70,6 +73,7 @@ class Request:
     sampling: Sampling
     stop: tuple[str, ...]
     stop_tokens: frozenset[int]
+    draft_tokens: int | str | None  # None: none are drafted
     logprobs: int | None  # of so many of the likeliest tokens, and of the drawn one
     return_logits: bool
     dtype: torch.dtype  # of the model
@@ -165,6 +169,7 @@ def request(config: ModelConfig, text: Text | None, prompt, options: Mapping) ->
         sampling=sampling(config, options),
         stop=stop,
         stop_tokens=stop_tokens(config, options),
+        draft_tokens=draft_tokens(options),
         logprobs=logprobs,
         return_logits=flag("return_logits", options.return_logits),
         dtype=config.dtype,
@@ -204,17 +209,28 @@ def prompt_tokens(config: ModelConfig, text: Text | None, prompt) -> list[int]:
 
 
 def exit_rule(config: ModelConfig, options: Options) -> ExitRule:
-    """The rule of a mode: "full" never exits, "full_w4" runs no backbone layer."""
+    """The rule of a mode: "full" and "lossless" never exit, "full_w4" runs no backbone layer."""
     choice("mode", options.mode, MODES)
     choice("kv_strategy", options.kv_strategy, KV_STRATEGIES)
     layers = config.num_hidden_layers
     threshold = number("threshold", options.threshold)
     min_layers = integer("min_layers", options.min_layers, 1, layers)
     return ExitRule(
-        threshold=math.inf if options.mode == "full" else threshold,
+        threshold=math.inf if options.mode in ("full", "lossless") else threshold,
         min_layers=min_layers,
         limit=0 if options.mode == "full_w4" else layers,
     )
+
+
+def draft_tokens(options: Options) -> int | str | None:
+    tokens = listed("draft_tokens", options.draft_tokens)
+    if options.mode != "lossless":
+        if tokens != "auto":
+            raise RiverError(
+                f"draft_tokens={short(tokens)} needs mode='lossless'; mode={options.mode!r} drafts nothing"
+            )
+        return None
+    return tokens if tokens == "auto" else integer("draft_tokens", tokens, 1, MOST_DRAFTS)
 
 
 def prefill_policy(config: ModelConfig, options: Options) -> PrefillPolicy:

@@ -56,6 +56,10 @@ class Drawing:
         drawing.fill([Sampling()] * rows)
         return drawing
 
+    def head(self, rows: int) -> "Drawing":
+        """Of the first rows."""
+        return Drawing(**{name: tensor[:rows] for name, tensor in vars(self).items()})
+
     def fill(self, samplings: Sequence[Sampling]) -> None:
         """Row by row; rows beyond them stay as they are."""
         for name, values in (
@@ -70,7 +74,12 @@ class Drawing:
 
 
 def draw(
-    network: Network, hidden: Tensor, drawing: Drawing, filters: bool, return_logits: bool = False
+    network: Network,
+    hidden: Tensor,
+    drawing: Drawing,
+    filters: bool,
+    return_logits: bool = False,
+    river_head: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """Final norm, head and choice of a token per row.
 

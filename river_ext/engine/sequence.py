@@ -9,6 +9,7 @@ from torch import Tensor
 from ..errors import RiverError
 from ..loading.stop_strings import StopStrings
 from ..loading.text import Text, TextStream
+from .drafting import Drafting
 from .request import Request
 from .step import NewToken, Row, RowOutput, not_finite
 
@@ -21,6 +22,11 @@ class Stats:
     decode_seconds: float  # of the steps that this request took part in
     tokens_per_second: float  # new tokens after the first, per decoding second; 0 if there is none
     mean_exit_depth: float  # over all new tokens
+    steps: int  # that this request took part in: in lossless mode, backbone passes
+    tokens_per_step: float  # new tokens after the first, per step; 0 if there is none
+    drafts: int  # tokens that the river proposed, in lossless mode
+    accepted_drafts: int  # of these, new tokens
+    draft_seconds: float | None  # of decode_seconds, those before the verifications; None on a GPU
 
     def to_dict(self) -> dict:
         """For `json.dumps`."""
@@ -37,6 +43,7 @@ class GenerationOutput:
     similarities: list[list[float]]  # of the backbone layers that ran
     finish_reason: str | None  # "stop", "length", "cancelled" or "error"; None while it goes on
     stats: Stats
+    drafted: list[bool]  # proposed by the river, and right: in lossless mode
     logits: Tensor | None = None  # fp32 [new tokens, vocab_size], with return_logits
     logprobs: list[float] | None = None  # of the new tokens, with logprobs: before temperature and filters
     top_logprobs: list[list[tuple[int, float]]] | None = None  # the likeliest tokens, likeliest first
@@ -79,6 +86,11 @@ class Sequence:
         self.error: str | None = None
         self.prefill_seconds = self.decode_seconds = 0.0
         self._stream = TextStream(text, request.prompt, StopStrings(request.stop)) if text else None
+        drafts = request.draft_tokens
+        self._drafting = None if drafts is None else Drafting(drafts)
+        self._drafted: list[bool] = []
+        self._steps = self._drafts = 0
+        self._draft_seconds: float | None = 0.0
         self._logits: list[Tensor] = []
         self._logprobs: list[float] = []
         self._top_logprobs: list[list[tuple[int, float]]] = []
@@ -91,10 +103,17 @@ class Sequence:
             slot=slot,
             request=self.request,
             remaining=self.request.max_new_tokens - len(self.tokens),
+            drafting=self._drafting,
         )
 
     def take(self, output: RowOutput) -> list[Piece]:
         """Takes new tokens up to the last one that it needs."""
+        self._steps += bool(self.tokens)  # the first token is the prefill's
+        self._drafts += output.drafts
+        if output.draft_seconds is None or self._draft_seconds is None:
+            self._draft_seconds = None
+        else:
+            self._draft_seconds += output.draft_seconds
         pieces = []
         for new in output.tokens:
             if self.finish_reason:
@@ -110,6 +129,7 @@ class Sequence:
         self.tokens.append(new.token)
         self.exit_depths.append(new.exit_depth)
         self.similarities.append(new.similarities)
+        self._drafted.append(new.drafted)
         if new.logits is not None:
             self._keep_logits(new.token, new.logits)
         added = self._text_of(new.token)
@@ -163,6 +183,11 @@ class Sequence:
             decode_seconds=self.decode_seconds,
             tokens_per_second=decoded / self.decode_seconds if decoded else 0.0,
             mean_exit_depth=sum(self.exit_depths) / max(1, len(self.exit_depths)),
+            steps=self._steps,
+            tokens_per_step=decoded / self._steps if decoded else 0.0,
+            drafts=self._drafts,
+            accepted_drafts=sum(self._drafted),
+            draft_seconds=self._draft_seconds,
         )
         has_logprobs = self.request.logprobs is not None
         return GenerationOutput(
@@ -172,6 +197,7 @@ class Sequence:
             similarities=list(self.similarities),
             finish_reason=self.finish_reason,
             stats=stats,
+            drafted=list(self._drafted),
             logits=torch.stack(self._logits) if self._logits else None,
             logprobs=list(self._logprobs) if has_logprobs else None,
             top_logprobs=list(self._top_logprobs) if has_logprobs else None,

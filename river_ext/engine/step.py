@@ -6,6 +6,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from .drafting import Drafting
 from .request import Request
 
 
@@ -17,6 +18,7 @@ class Row(NamedTuple):
     slot: int  # of the cache
     request: Request
     remaining: int  # tokens that may still be drawn
+    drafting: Drafting | None = None  # in lossless mode
 
 
 class NewToken(NamedTuple):
@@ -26,6 +28,7 @@ class NewToken(NamedTuple):
     exit_depth: int
     similarities: list[float]  # of the backbone layers that ran
     logits: Tensor | None = None  # fp32 [vocab_size], where the row wanted them
+    drafted: bool = False  # the river had proposed it
 
 
 class RowOutput(NamedTuple):
@@ -33,6 +36,7 @@ class RowOutput(NamedTuple):
 
     tokens: list[NewToken]
     drafts: int = 0  # tokens that the river proposed
+    draft_seconds: float | None = 0.0  # that this took, where it can be told
 
 
 WIDER = {

@@ -79,6 +79,7 @@ void run_calls(const std::vector<Call>& calls) {
                                   .blocks = device().sm_count,
                                   .overlap = device().overlap,
                                   .variants = cuda::variants};
+  forget_copies();
   run([&] {
     for (const Call& call : calls) call.launch(workspace);
   });
@@ -134,6 +135,11 @@ PYBIND11_MODULE(river_emulation, m) {
         run_calls(calls);
       },
       "Queues ops, (name, fields of its Args) each, and runs them all");
+
+  m.def(
+      "copied_bytes",
+      [](uintptr_t address, size_t bytes) { return copied_bytes(reinterpret_cast<const void*>(address), bytes); },
+      "How many bytes of this memory the last run has copied to shared memory");
 
   m.def("planted", [](const std::string& name, bool broken, uintptr_t out, uintptr_t scratch) {
     selftest(launch_planted, name.c_str(), broken, reinterpret_cast<float*>(out), reinterpret_cast<float*>(scratch));

@@ -149,7 +149,8 @@ Call dual_layer(const py::kwargs& values) {
     block_weights(block_fields(fields, a.block), a.block)("qkv_tiles", a.exit_layer.qkv_proj)(
         "o_tiles", a.exit_layer.o_proj)("gate_up_tiles", a.exit_layer.gate_up_proj)(
         "down_tiles", a.exit_layer.down_proj)("index", d.index)("previous", d.previous)("thresholds", d.thresholds)(
-        "min_layers", d.min_layers)("limit", d.limit)("exited", d.exited)("similarities", d.similarities);
+        "min_layers", d.min_layers)("limit", d.limit)("exited", d.exited)("similarities", d.similarities)("together",
+                                                                                                          d.together);
   }
   static_cast<BlockArgs&>(a.exit_layer) = a.block;
   a.exit_layer.gate_up_strips = gate_up_strips(a.block.intermediate_size);

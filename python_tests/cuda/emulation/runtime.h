@@ -137,7 +137,9 @@ extern Thread* current;  // the thread that runs
 void enqueue(Launch launch);  // runs of it only what need not wait for its predecessors
 void synchronize();           // runs everything; throws Failure
 void reset();                 // forgets what is queued
-bool sanitized();             // AddressSanitizer watches the ends of all memory
+void forget_copies();
+size_t copied_bytes(const void* from, size_t bytes);  // that copies to shared memory have taken from there since
+bool sanitized();                                     // AddressSanitizer watches the ends of all memory
 
 // ---- for device code ----------------------------------------------------------------------------
 
