@@ -6,6 +6,7 @@ from pathlib import Path
 import torch
 from tokenizers import Tokenizer
 
+from .checks import names_keywords
 from .engine.engine import Engine
 from .engine.generate import Engines, Score, Stream, generate, score
 from .engine.network import Network
@@ -21,6 +22,7 @@ from .threads import in_own_thread
 DEMO = Path(__file__).parent / "demo"
 
 
+@names_keywords
 @memory_for("the model and its river")
 def load(
     path: str | Path | None = None,
@@ -100,6 +102,7 @@ class Model:
             f"vocabulary {config.vocab_size}, {dtype} on {self.network.device}{where})"
         )
 
+    @names_keywords
     @memory_for("the prompts and their new tokens")
     def generate(
         self,
@@ -184,6 +187,7 @@ class Model:
         """
         return Stream(self._engines, prompt, options, batch_policy, exit_control)
 
+    @names_keywords
     @memory_for("the cache of the engine's slots")
     def engine(
         self,
@@ -215,6 +219,7 @@ class Model:
             reuse_prompts=reuse_prompts,
         )
 
+    @names_keywords
     @memory_for("the tokens and their logits")
     def score(
         self,

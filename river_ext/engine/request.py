@@ -2,8 +2,7 @@
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, fields
-from difflib import get_close_matches
+from dataclasses import dataclass
 from numbers import Integral, Real
 
 import torch
@@ -17,6 +16,7 @@ from ..checks import (
     fp32,
     integer,
     listed,
+    names_keywords,
     number,
     one_each,
     one_row,
@@ -147,7 +147,7 @@ def requests(config: ModelConfig, text: Text | None, prompt, options: Mapping) -
 
 def request(config: ModelConfig, text: Text | None, prompt, options: Mapping) -> Request:
     """Checks a prompt and its options against the model."""
-    options = known_options(options)
+    options = names_keywords(Options)(**options)
     prompt = prompt_tokens(config, text, prompt)
     max_new_tokens = integer("max_new_tokens", options.max_new_tokens, 1)
     if (length := len(prompt) + max_new_tokens) > config.max_length:
@@ -174,16 +174,6 @@ def request(config: ModelConfig, text: Text | None, prompt, options: Mapping) ->
         return_logits=flag("return_logits", options.return_logits),
         dtype=config.dtype,
     )
-
-
-def known_options(options: Mapping) -> Options:
-    known = [field.name for field in fields(Options)]
-    for name in options:
-        if name not in known:
-            close = get_close_matches(name, known, n=1)
-            hint = f"did you mean {close[0]!r}?" if close else f"accepted: {', '.join(known)}"
-            raise TypeError(f"unexpected option {short(name)}; {hint}")
-    return Options(**options)
 
 
 def stop_tokens(config: ModelConfig, options: Options) -> frozenset[int]:
