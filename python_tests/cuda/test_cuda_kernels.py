@@ -141,7 +141,12 @@ def test_dual_layer_runs_the_layer_that_it_decides_on(kernels, shape, case):
                 assert (decision.similarities == -7).all()
 
 
-@pytest.mark.parametrize("rows", [8, 3])
+ROWS, CHAIN_SHAPES = [8, 3], ["gqa", "pads everywhere", "heads across strips"]
+if VARIANT == "sanitized":  # it looks for overruns, which no decision hides
+    ROWS, CHAIN_SHAPES = [3], ["heads across strips"]
+
+
+@pytest.mark.parametrize("rows", ROWS)
 @pytest.mark.parametrize("before", ["dense", "packed", "mixed"])
 @pytest.mark.parametrize("after", ["dense", "packed", "mixed", "none active"])
 def test_each_row_takes_its_own_path(kernels, before, after, rows):
@@ -173,12 +178,9 @@ def test_each_row_takes_its_own_path(kernels, before, after, rows):
     assert torch.equal(decision.similarities, similarities)
 
 
-CHAIN_SHAPES = ["gqa", "pads everywhere", "heads across strips"]
-
-
 @pytest.mark.parametrize("shape", CHAIN_SHAPES)
 def test_a_row_of_a_chain_does_not_depend_on_the_others(kernels, shape):
-    for rows in (6,) if VARIANT == "sanitized" else (4, 8):
+    for rows in (4, 8):
         chain = Chain(KERNEL_SHAPES[shape], DTYPES[rows // 4 % 2], rows, seed=rows, layers=3)
         assert check_rows_alone(kernels, chain), "all rows took the same way"
 

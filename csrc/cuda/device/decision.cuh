@@ -46,11 +46,11 @@ struct ExitedRows {
     return {.active = true, .packed = load_hint(own) || (index > 0 && load_hint(own - rows))};
   }
 
+  // Without a branch, so that these loads and those that follow are under way together
   RIVER_DEVICE RowPath read(int index, int rows) const {
-    const int t = lane_id();
-    if (t >= rows) return {};
+    const int t = min(lane_id(), rows - 1);
     const bool packed = index >= 0 && load_written(exited + index * rows + t);
-    return {.active = place_in_cache(places, t).active(), .packed = packed};
+    return {.active = place_in_cache(places, t).active() && lane_id() < rows, .packed = packed};
   }
 };
 
@@ -87,15 +87,14 @@ struct MeasuredDecision {
   // Measures the rows, which x holds then as they came.
   template <class Activations>
   RIVER_DEVICE RowPath decide(const NormalisedInput<T>& input, const Activations& x) const {
-    RIVER_SHARED(float, bars, [kMaxRows]);
     RIVER_SHARED(float, similarities, [kMaxRows]);
-    const int t = lane_id();
+    const int t = min(lane_id(), x.rows - 1);
     const RowPath before = exited.read(d.index - 1, x.rows);
-    load_bars(bars, x.rows);
+    const float bar = load_bar(t);
     const bool measures = d.index > 0 && RowPaths(before).dense;  // a similarity is of a decoder block
     if (measures) measure_similarities(input, x, similarities);
     else input.measure(x);
-    const bool agrees = before.active && row_agrees(before.packed, measures ? similarities[t] : 0.f, bars[t]);
+    const bool agrees = before.active && row_agrees(before.packed, measures ? similarities[t] : 0.f, bar);
     const bool all_agree = !ballot(before.active && !agrees);
     const bool exits = before.active && row_exits(before.packed, agrees, d.together, all_agree);
     if (blockIdx.x == 0 && int(threadIdx.x) < x.rows) {
@@ -110,13 +109,10 @@ struct MeasuredDecision {
   }
 
  private:
-  // They are asked for together with the other flags: one after the other, each where it is needed, they would be as
-  // many trips to L2.
-  RIVER_DEVICE void load_bars(float (&bars)[kMaxRows], int rows) const {
-    const int t = threadIdx.x;
-    if (t >= rows) return;
+  // Asked for together with the other flags: where it is needed, it would be a trip to L2 more.
+  RIVER_DEVICE float load_bar(int t) const {
     const int min_layers = load_written(d.min_layers + t), limit = load_written(d.limit + t);
-    bars[t] = exit_bar(load_written(d.thresholds + t), d.index, min_layers, limit);
+    return exit_bar(load_written(d.thresholds + t), d.index, min_layers, limit);
   }
 
   // After a decoder block: the similarities of its input and its output, which are measured as input.measure(x) would.
