@@ -28,17 +28,17 @@ class Mutant:
 
 MUTANTS = [
     Mutant(
-        "seeds by row",
-        "river_ext/engine/generate.py",
-        "plan.seeds[slot] for slot in slots",
-        "plan.seeds[row] for row, _ in enumerate(slots)",
+        "all draw as the first row",
+        "river_ext/engine/graph.py",
+        "self.drawing.fill([row.request.sampling for row in rows])",
+        "self.drawing.fill([rows[0].request.sampling for row in rows])",
         "test_graph.py -k first_ends",
     ),
     Mutant(
-        "thresholds by row",
-        "river_ext/engine/generate.py",
-        "rule=plan.rule.keep(slots),",
-        "rule=plan.rule.keep(list(range(len(slots)))),",
+        "all leave as the first row, on the device",
+        "river_ext/engine/graph.py",
+        "[row.request.rule.threshold for row in rows]",
+        "[rows[0].request.rule.threshold for row in rows]",
         "test_graph.py -k first_ends",
     ),
     Mutant(
