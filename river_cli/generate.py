@@ -25,8 +25,7 @@ DEMO_PROBLEMS, DEMO_FUNCTIONS = 4, 2  # what `river generate --demo` shows
 
 
 def run(arguments) -> None:
-    names = {field.name for field in fields(Options)} | set(ENGINE_OPTIONS)
-    options = {name: v for name, v in vars(arguments).items() if name in names and v is not None}
+    options = own_options(arguments)
     prompts = arguments.prompts
     if arguments.chat:
         prompts = [[{"role": "user", "content": prompt}] for prompt in prompts]
@@ -54,14 +53,25 @@ def run(arguments) -> None:
         note(_summary(model, [stream.output]))
 
 
+def own_options(arguments) -> dict:
+    """Those of `Model.generate` that the command line has."""
+    names = {field.name for field in fields(Options)} | set(ENGINE_OPTIONS)
+    return {name: v for name, v in vars(arguments).items() if name in names and v is not None}
+
+
 def _check_request(arguments, options: dict) -> None:
     """Refuses what can be refused before the weights are loaded."""
-    strings("--stop", options.get("stop", ()))
     if (arguments.compare or not arguments.prompts) and options.get("mode", "river") != "river":
         raise RiverError(f"mode={options['mode']!r}; accepted: 'river', the comparison runs the others too")
-    config = read_config(shared.directory(arguments))
     if arguments.chat:
         read_template(shared.directory(arguments))
+    check_options(arguments, options)
+
+
+def check_options(arguments, options: dict) -> None:
+    """Against the model's config."""
+    strings("--stop", options.get("stop", ()))
+    config = read_config(shared.directory(arguments))
     integer("max_new_tokens", options.get("max_new_tokens", 1), 1, config.max_length - 1)
     Engine.check(**{name: options[name] for name in ENGINE_OPTIONS if name in options})
     own = {name: value for name, value in options.items() if name not in ENGINE_OPTIONS}

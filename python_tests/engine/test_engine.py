@@ -177,9 +177,7 @@ def test_what_is_refused_when_submitted():
     ):  # fmt: skip
         with pytest.raises(RiverError, match=message):
             engine.submit(prompt, **{"max_new_tokens": 4, **options})
-    with pytest.raises(
-        TypeError, match="no argument .temprature.; .* did you mean temperature"
-    ):
+    with pytest.raises(TypeError, match="no argument .temprature.; .* did you mean temperature"):
         engine.submit([1], temprature=1.0)
     (output,) = drain(engine, {}).values()
     assert same(output, oracle(random_model(), [1, 2, 3], max_new_tokens=4))

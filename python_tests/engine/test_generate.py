@@ -370,9 +370,7 @@ def test_stream_refuses_at_once():
         random_model().stream(PROMPTS[1], max_new_tokens=0)
     with pytest.raises(RiverError, match="one prompt"):
         random_model().stream(PROMPTS)
-    with pytest.raises(
-        TypeError, match="no argument 'max_tokens'; .* did you mean max_new_tokens"
-    ):
+    with pytest.raises(TypeError, match="no argument 'max_tokens'; .* did you mean max_new_tokens"):
         random_model().stream(PROMPTS[1], max_tokens=3)
     with pytest.raises(TypeError, match="no argument 'n'; accepted: max_new_tokens, threshold"):
         random_model().stream(PROMPTS[1], n=3)
