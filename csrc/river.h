@@ -186,40 +186,43 @@ struct AdvanceArgs {
                                // step % num_records is written
 };
 
-// What the R requests of lossless mode draft from, and what is verified of them: up to V tokens each. Row i * R + r of a
-// verification is token i of request r: its last token (i = 0), or draft i. So the first (k + 1) * R rows verify k
-// drafts. R * V is at most kMaxRows.
+// The R requests of lossless mode. Up to V tokens of each are verified together, R * V <= kMaxRows: row i * R + r of a
+// verification holds token i of request r, which is its last token (i = 0) or its draft i. So the first (k + 1) * R
+// rows verify k drafts of each request.
 struct LosslessArgs {
   DType dtype;
   int requests, max_tokens;  // R, V
   int hidden_size, vocab_size;
-  const int64_t* tokens;     // drawn
+  const int64_t* tokens;     // drawn: [R] by a draft step, [rows] by a verification
   const void* embed_tokens;  // [vocab, hidden]
-  int64_t* drafts;           // [V, R], those of row 0 are never read
-  void* hidden;              // [R, hidden]
-  int32_t *slots, *positions, *draw_positions;  // [R]
-  void* verify_hidden;                          // [V * R, hidden]
-  int32_t* verify_slots;                        // [V * R]
+  int64_t* drafts;           // [V, R], written; row 0 means nothing
+  void* hidden;              // [R, hidden], written: what the next draft step starts from
+  int32_t* slots;            // [R], written: -1 = drafts no more
+  int32_t* positions;        // [R], written
+  int32_t* draw_positions;   // [R], written: positions + 1
+  void* verify_hidden;       // [V * R, hidden], written: what the verification starts from
+  int32_t* verify_slots;     // [V * R], written
 };
 
-// The end of a draft step, which drew tokens [R]. Where a request that drafts (its slot is not -1) drew what counts as
-// draft `index + 1`, from 1, by next_draft() in step_rules.h, that is written to drafts, verify_hidden and
-// verify_slots, and the request goes on behind it: hidden, positions and draw_positions are written. slots: -1 once a
-// request drafts no more.
+// The end of a draft step: by next_draft() of step_rules.h its tokens become row index + 1 of drafts and of each
+// request's verification, and what the next draft step starts from.
 struct DraftAdvanceArgs : LosslessArgs {
-  int index;              // drafts before this one, index + 1 < V
-  const int32_t* wanted;  // [R], drafts
+  int index;              // drafts before this one; index + 1 < V
+  const int32_t* wanted;  // [R], drafts to verify
 };
 
-// The end of a verification, which drew tokens [rows]: accepts drafts by NewTokens in step_rules.h. All that the next
-// cycle starts from is written of a request whose row 0 is active; no drafts are left.
+// The end of a verification: by NewTokens of step_rules.h targets become new tokens, which a record tells the host, and
+// the last of them what the next cycle starts from.
 struct AcceptArgs : LosslessArgs {
-  int rows, num_stop_tokens, num_records;          // rows: a multiple of R
-  const int64_t* stop_tokens;                      // [R, num_stop_tokens]
-  int32_t* remaining;                              // [R], written: tokens that a request may still draw
-  int32_t *verify_positions, *verify_draw_positions;  // [V * R], written
-  int32_t* step;                                   // [1], written: cycles so far
-  int32_t* records;  // [num_records, 1 + R + V * R], see CycleLayout in step_rules.h: entry step % num_records is written
+  int rows;  // that were verified, a multiple of R
+  int num_stop_tokens, num_records;
+  const int64_t* stop_tokens;      // [R, num_stop_tokens]
+  int32_t* remaining;              // [R], written: tokens that a request may still draw
+  int32_t* verify_positions;       // [V * R], written
+  int32_t* verify_draw_positions;  // [V * R], written: verify_positions + 1
+  int32_t* step;                   // [1], written: cycles so far
+  int32_t* records;                // [num_records, 1 + R + V * R], see CycleLayout in step_rules.h: entry
+                                   // step % num_records is written
 };
 
 // ---- linears and the W4 format ----------------------------------------------------------------------

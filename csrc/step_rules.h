@@ -91,8 +91,7 @@ struct NewTokens {
     return active && (count == 0 || (!row.ends && draft == last));
   }
   RIVER_BOTH constexpr NewTokens with(int64_t target, bool drawn, bool stop_token) const {
-    return {
-        .row = next_row(row.position, row.remaining, drawn, stop_token), .count = count + 1, .last = target};
+    return {.row = next_row(row.position, row.remaining, drawn, stop_token), .count = count + 1, .last = target};
   }
 };
 

@@ -278,25 +278,27 @@ def draft_advance(
     verify_hidden: Tensor,
     verify_slots: Tensor,
 ) -> None:
-    """Ends a draft step of R requests: what it drew becomes rows to verify, and what the next one starts from.
+    """Ends a draft step of R requests: its drafts become rows to verify, and start the next draft step.
 
-    At most V tokens of a request are verified together, R * V <= 8. Their rows go token by token: row i * R + r
-    is token i of request r, its last token (i = 0) or its draft i. So k drafts are verified by the first
-    (k + 1) * R rows.
+    Up to V tokens of a request are verified together, R * V <= 8. Their rows go token by token: row
+    i * R + r holds token i of request r, which is its last token (i = 0) or its draft i. So the first
+    (k + 1) * R rows verify k drafts of each request.
+
+    A request drafts while its slot is not -1. A token counts as its draft if the request wants more than
+    `index` drafts, and if it is a token: -1 of `lm_head` is none.
 
     Args:
-        tokens: [R] int64, drawn by the draft step.
+        tokens: [R] int64, what the step drew.
         index: drafts before this one, 0 <= index and index + 1 < V.
-        wanted: [R] int32, how many drafts of each request are to be verified, 0 to V - 1.
-        embed_tokens: [vocab_size, hidden_size].
-        drafts: [V, R] int64; entry index + 1 becomes the token, of a request that drafts (its slot is not -1),
-            wants more than `index` drafts, and drew a token (-1 from `lm_head` is none).
-        hidden: [R, hidden_size]; there becomes the token's embedding.
-        slots: [R] int32; becomes -1 after the last draft that is wanted, or where none was drawn.
-        positions, draw_positions: [R] int32, of the request's newest token and of the one to be drawn; there
-            become one more.
-        verify_hidden: [V * R, hidden_size]; the draft's row becomes its embedding.
-        verify_slots: [V * R] int32; the draft's row becomes the request's slot.
+        wanted: [R] int32, drafts that are to be verified, 0 to V - 1.
+        embed_tokens: [vocab_size, hidden_size]; on CUDA hidden_size is a multiple of 8.
+        drafts: [V, R] int64; row index + 1 gets the drafts.
+        hidden: [R, hidden_size]; gets the embeddings of the drafts.
+        slots: [R] int32; becomes -1 where this was the last draft wanted, or where no draft counts.
+        positions: [R] int32, of the newest tokens; one more where there is a draft.
+        draw_positions: [R] int32, where the next tokens are drawn; one more where there is a draft.
+        verify_hidden: [V * R, hidden_size]; the rows of the drafts get their embeddings.
+        verify_slots: [V * R] int32; the rows of the drafts get the slots of their requests.
     """
     _river.draft_advance(
         tokens, index, wanted, embed_tokens, drafts, hidden, slots, positions, draw_positions, verify_hidden,
@@ -321,31 +323,34 @@ def accept(
     step: Tensor,
     records: Tensor,
 ) -> None:
-    """Ends a verification: accepts drafts, and writes a record and what the next cycle starts from.
+    """Ends a verification: accepts drafts, writes a record, and sets up what the next cycle starts from.
 
-    The new tokens of a request are the target that was drawn from its row 0, and each further target as long as
-    the row that it was drawn from is active and holds the new token before it as its draft. They end early with
-    a stop token, when no more may be drawn, or without a token (-1 from `lm_head`); that ends the request.
-    Nothing is written of a request whose row 0 is inactive, but that it has no drafts.
+    Rows lie as in `draft_advance`. What was drawn from a row is its target. The target of row 0 is a
+    request's first new token. That of row i + 1 is the next one, if the row is active and its draft is the
+    new token before. A request ends with a stop token, with the last token that it may draw, or with a
+    target that is no token (-1 of `lm_head`), which is counted too; nothing is new after that.
+
+    A request is active if row 0 has a slot. Of one that is not, only the drafts are cleared.
 
     Args:
-        tokens: [(k + 1) * R] int64, the targets: drawn from the first rows of the verification.
-        drafts: [V, R] int64, what `draft_advance` wrote; becomes -1.
-        embed_tokens: [vocab_size, hidden_size].
-        stop_tokens: [R, any number] int64, tokens that end the request; unused entries are -1.
+        tokens: [(k + 1) * R] int64, the targets of the first rows.
+        drafts: [V, R] int64; becomes -1.
+        embed_tokens: [vocab_size, hidden_size]; on CUDA hidden_size is a multiple of 8.
+        stop_tokens: [R, any number] int64, tokens that end each request; unused entries are -1.
         remaining: [R] int32, tokens that a request may still draw; one less for each new token.
-        hidden, verify_hidden: [R, hidden_size] and [V * R, hidden_size]; row r becomes the embedding of the
-            last new token, if it is one.
-        slots, verify_slots: [R] and [V * R] int32; row r becomes the request's slot, or -1 if it has ended, and
-            the rows of drafts become -1.
-        positions, draw_positions: [R] int32, become the position of the last new token, and one more.
-        verify_positions, verify_draw_positions: [V * R] int32, become the positions of that token and of those
-            to come, and one more.
+        hidden: [R, hidden_size]; gets the embedding of the last new token, if it is one.
+        slots: [R] int32; becomes the slot of the request, or -1 if it ends.
+        positions: [R] int32; becomes the position of the last new token.
+        draw_positions: [R] int32; becomes positions + 1.
+        verify_hidden: [V * R, hidden_size]; row 0 of a request gets what `hidden` gets.
+        verify_slots: [V * R] int32; row 0 of a request becomes what `slots` becomes, the rows of drafts -1.
+        verify_positions: [V * R] int32; row i of a request becomes `positions` + i.
+        verify_draw_positions: [V * R] int32; becomes verify_positions + 1.
         step: [1] int32, cycles so far; one more.
-        records: [any number, 1 + R + V * R] int32, on the CPU, and pinned where the others are on CUDA. Entry
-            step % records is written: the number of the cycle from 1; R numbers of new tokens, -1 of inactive
-            requests; the new tokens [V, R], -2 where none was drawn, -1 past the end. The number of the cycle
-            is written last, so that the host may poll it.
+        records: [any number, 1 + R + V * R] int32, on the CPU, and pinned where the others are on CUDA.
+            Entry step % records is written: the number of the cycle from 1; how many tokens of each request
+            are new, -1 where it is inactive; the new tokens [V, R], -2 for a target that is no token, -1
+            past the end. The number of the cycle is written last, so that the host may poll it.
     """
     _river.accept(
         tokens, drafts, embed_tokens, stop_tokens, remaining, hidden, slots, positions, draw_positions,

@@ -239,8 +239,8 @@ def accept(
         if verify_slots[r] < 0:
             continue
         rows = slice(r, None, requests)
-        asked = zip(tokens[rows].tolist(), drafts[:, r].tolist(), verify_slots[rows].tolist(), strict=False)
-        new, ends = _new_tokens(asked, stop_tokens[r].tolist(), remaining[r].item(), len(embed_tokens))
+        found = zip(tokens[rows].tolist(), drafts[:, r].tolist(), verify_slots[rows].tolist(), strict=False)
+        new, ends = _new_tokens(found, stop_tokens[r].tolist(), remaining[r].item(), len(embed_tokens))
         record[1 + r] = len(new)
         record[1 + requests :][rows][: len(new)] = torch.tensor(new)
         if new[-1] >= 0:
@@ -257,10 +257,10 @@ def accept(
     record[0] = number + 1  # last of all: the host polls it
 
 
-def _new_tokens(asked, stop_tokens, remaining, vocab_size) -> tuple[list[int], bool]:
-    """What a request gains of the rows (target, draft, slot) that were asked for it, and whether that ends it."""
+def _new_tokens(rows, stop_tokens, remaining, vocab_size) -> tuple[list[int], bool]:
+    """The new tokens of a request, from its (target, draft, slot) row by row; and whether they end it."""
     new = []
-    for target, draft, slot in asked:
+    for target, draft, slot in rows:
         if slot < 0 or (new and draft != new[-1]):
             break
         drawn = 0 <= target < vocab_size

@@ -182,6 +182,20 @@ MUTANTS = [
         "test_weights_read.py",
     ),
     Mutant(
+        "drafts behind a stop token",
+        "csrc/step_rules.h",
+        "(!row.ends && draft == last)",
+        "draft == last",
+        "test_accept.py",
+    ),
+    Mutant(
+        "positions of a verification that stay, CUDA",
+        "csrc/cuda/accept.cu",
+        "of_request[r].row.position + t / a.requests",
+        "of_request[r].row.position",
+        "test_lossless_kernels.py",
+    ),
+    Mutant(
         "idle blocks do not arrive",
         "csrc/cuda/device/stream.cuh",
         "if (warp_id() < kReaders) epilogue.end(none);",

@@ -103,13 +103,31 @@ def start(runner: Runner, hidden, slots, thresholds: tuple[float, float], limit:
     runner.decision.limit.fill_(limit)
 
 
+def cycle() -> None:
+    """The ends of two drafts and of their verification, of a request that goes on and one that ends."""
+    embed_tokens, (length, requests) = random(40, 200), (3, 2)
+    drafts = torch.full((length, requests), -1).cuda()
+    hidden, slots, places = random(requests, 200), int32(0, 1), [int32(7, 9), int32(8, 10)]
+    verify_hidden, verify_slots = random(length * requests, 200), int32(0, 1, -1, -1, -1, -1)
+    verify_places = [int32(7, 9, 8, 10, 9, 11), int32(8, 10, 9, 11, 10, 12)]
+    written = hidden, slots, *places, verify_hidden, verify_slots
+    for index, tokens in enumerate(([3, 39], [0, -1])):
+        tokens = torch.tensor(tokens).cuda()
+        ops.draft_advance(tokens, index, int32(2, 2), embed_tokens, drafts, *written)
+    targets, stop_tokens = torch.tensor([3, 39, 0, 5, 39, 6]).cuda(), torch.tensor([[1, -1], [5, 6]]).cuda()
+    records = torch.zeros(2, 1 + requests + length * requests, dtype=torch.int32).pin_memory()
+    ops.accept(
+        targets, drafts, embed_tokens, stop_tokens, int32(9, 9), *written, *verify_places, int32(1), records
+    )
+
+
 def main() -> None:
     gpu.parser(__doc__.splitlines()[0]).parse_args()
     gpu.require_cuda(warm=False)
     os.environ["PYTORCH_NO_CUDA_MEMORY_CACHING"] = "1"  # torch looks at its first allocation
     for mode in ("prefetch", "none"):
         with gpu.overlap(mode):
-            for case in (similarity, w4_format, linears, heads, attention, read_ring, layers_and_steps):
+            for case in (similarity, w4_format, linears, heads, attention, read_ring, layers_and_steps, cycle):
                 case()
                 torch.cuda.synchronize()
                 print(f"{mode}: {case.__name__}", flush=True)

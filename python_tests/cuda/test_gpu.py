@@ -5,6 +5,7 @@ import pytest
 import torch
 from blocks import SHAPES, Block, assert_close, int32
 from conftest import on_gpu_if
+from cycles import Requests
 from tiny_model import demo_model, random_prompt
 
 import river_ext
@@ -127,6 +128,9 @@ def test_memory_that_the_host_polls_must_be_pinned():
     records = torch.zeros(2, 1 + 2 * rows + layers * rows, dtype=torch.int32)
     with pytest.raises(RuntimeError, match="pinned"):
         ops.advance(*arguments, records)
+    *arguments, records = Requests(dtype=torch.bfloat16).accepting(torch.tensor([3, 4])).values()
+    with pytest.raises(RuntimeError, match="pinned"):
+        ops.accept(*(a.cuda() for a in arguments), records)
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""draft_advance and accept by the CUDA kernels: the bits that the CPU gives, alone and queued as whole cycles."""
+"""draft_advance and accept by the CUDA kernels: the CPU's bits, alone and queued as whole cycles."""
 
 import emulated_ops
 import pytest

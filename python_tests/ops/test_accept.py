@@ -136,9 +136,7 @@ def test_bad_arguments():
         )
     refused("tokens is int32, expected int64", tokens=int32([1, 2]))
     refused(r"tokens has shape \[1, 2\], expected \[\*\]", tokens=torch.tensor([[1, 2]]))
-    refused(
-        "embed_tokens is int64, expected bfloat16, float16 or float32", embed_tokens=torch.ones(3, 4).long()
-    )
+    refused("embed_tokens is int32, expected bfloat16, float16 or float32", embed_tokens=int32([[1]]))
     refused(r"drafts has shape \[3, 3\], expected 1 to 8 entries", drafts=torch.ones(3, 3).long())
     refused(r"stop_tokens has shape \[2\], expected \[2, \*\]", stop_tokens=torch.tensor([1, 2]))
     refused(r"stop_tokens has shape \[1, 2\], expected \[2, \*\]", stop_tokens=torch.tensor([[1, 2]]))

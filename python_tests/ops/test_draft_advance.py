@@ -74,9 +74,7 @@ def test_bad_arguments():
     refused(r"tokens has shape \[3\], expected \[2\]", tokens=torch.tensor([1, 2, 3]))
     refused(r"wanted\[1\] is 4, expected 0 to 3", wanted=int32([0, 4]))
     refused(r"wanted\[0\] is -1, expected 0 to 3", wanted=int32([-1, 0]))
-    refused(
-        "embed_tokens is int64, expected bfloat16, float16 or float32", embed_tokens=torch.ones(3, 4).long()
-    )
+    refused("embed_tokens is int32, expected bfloat16, float16 or float32", embed_tokens=int32([[1]]))
     refused(r"embed_tokens has shape \[24\], expected \[\*, \*\]", embed_tokens=torch.ones(24))
     refused("vocab_size of embed_tokens is 0", embed_tokens=torch.ones(0, 24))
     refused("hidden_size of embed_tokens is 0", embed_tokens=torch.ones(9, 0))

@@ -1,7 +1,7 @@
 """Cycles of drafts and verifications give the tokens that one-at-a-time decoding gives, whatever is drafted.
 
-The models are functions of a request's text and of the position of a draw, and the embedding of a token is its
-number: only the two ops, and what they write, are at stake.
+The models are functions of a request's text and of the position of a draw, and the embedding of a token is
+its number: only the two ops, and what they write, are at stake.
 """
 
 from dataclasses import dataclass
