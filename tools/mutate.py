@@ -44,9 +44,16 @@ MUTANTS = [
     Mutant(
         "kv_valid by row",
         "csrc/cpu/attention.cpp",
-        "a.kv_valid[int64_t(a.slots[row]) * a.max_len + p]",
-        "a.kv_valid[int64_t(row) * a.max_len + p]",
+        "a.kv_valid[int64_t(block.slot) * a.max_len + p]",
+        "a.kv_valid[int64_t(order[block.first]) * a.max_len + p]",
         "test_decoder_block.py -k options",
+    ),
+    Mutant(
+        "a row sees what the last row of its slot sees",
+        "csrc/cpu/attention.cpp",
+        ".end = index(int64_t(a.positions[row]) + 1)",
+        ".end = count",
+        "test_decode_attention.py -k other_rows",
     ),
     Mutant(
         "kv_valid by row, CUDA",
@@ -79,8 +86,8 @@ MUTANTS = [
     Mutant(
         "a merge that swallows NaN",
         "csrc/cpu/isa/attention.h",
-        "if (split.sum == 0) continue;",
-        "if (!(split.sum > 0)) continue;",
+        "if (split.sum == 0) return;",
+        "if (!(split.sum > 0)) return;",
         "test_decode_attention.py -k nan",
     ),
     Mutant(
