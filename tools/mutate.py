@@ -58,9 +58,23 @@ MUTANTS = [
     Mutant(
         "kv_valid by row, CUDA",
         "csrc/cuda/device/attention.cuh",
-        "a.kv_valid[int64_t(slot) * a.max_len + p]",
-        "a.kv_valid[int64_t(row) * a.max_len + p]",
+        "a.kv_valid[int64_t(rows.slot) * a.max_len + p]",
+        "a.kv_valid[int64_t(blockIdx.z) * a.max_len + p]",
         "test_cuda_kernels.py -k layer_options",
+    ),
+    Mutant(
+        "a V that a row does not see takes part",
+        "csrc/cuda/device/attention.cuh",
+        "p + kTile - 1 <= rows.all_last",
+        "p <= rows.all_last",
+        "test_slot_rows.py -k nan",
+    ),
+    Mutant(
+        "rows of a slot do not share the work",
+        "csrc/cuda/decode_attention.cu",
+        "step(gridDim.x * rows.count)",
+        "step(gridDim.x)",
+        "test_slot_rows.py -k once",
     ),
     Mutant(
         "ties to any id",
