@@ -70,10 +70,10 @@ MUTANTS = [
         "test_slot_rows.py -k nan",
     ),
     Mutant(
-        "rows of a slot do not share the work",
-        "csrc/cuda/decode_attention.cu",
-        "step(gridDim.x * rows.count)",
-        "step(gridDim.x)",
+        "each row reads the cache for itself",
+        "csrc/cuda/device/attention.cuh",
+        "places[t].slot != rows.slot ||",
+        "t != own ||",
         "test_slot_rows.py -k once",
     ),
     Mutant(
