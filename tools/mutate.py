@@ -71,7 +71,7 @@ MUTANTS = [
     ),
     Mutant(
         "each row reads the cache for itself",
-        "csrc/cuda/device/attention.cuh",
+        "csrc/cuda/device/slot_rows.cuh",
         "places[t].slot != rows.slot ||",
         "t != own ||",
         "test_slot_rows.py -k once",

@@ -3,12 +3,12 @@
 // Scope: rows of one step, in any slots. Rows of one slot (drafts that are verified, pieces of a prompt) share one pass
 // over its cache: at long contexts that is what the kernel's time is made of, and a pass over 5 rows reads no more than
 // one over a single row. They share it if their contexts are cut alike, which is so but for positions 1024 and 2048
-// apart (device/attention.cuh).
+// apart (device/slot_rows.cuh).
 //
 // Work: a block has (a KV head, a slot, splits of the context), for all query heads of the KV head's group and all rows
-// of the slot; those of T rows of one slot deal the splits among themselves. How a context is cut depends on a row's own
-// position, so that a short one still fills the GPU. The last block of a (slot, KV head) merges the splits of each row
-// in order.
+// of the slot; those of T rows of one slot deal the splits among themselves. How a context is cut depends on a row's
+// own position, so that a short one still fills the GPU. The last block of a (slot, KV head) merges the splits of each
+// row in order.
 //
 // Positions are device data, so the grid is fixed, and one that the GPU takes at once: a block goes through the splits
 // by the number of blocks of its slot, and one without a split returns. More query heads than fit the registers (a
@@ -50,7 +50,7 @@ RIVER_DEVICE void prefetch_context(const AttentionArgs& a, int row, int kv_head)
 }
 
 // The softmax over all splits, for the query heads that the block has taken. What splits say of a query head comes to
-// shared memory first, and then a thread adds four dims of each of kItems query heads, so that many loads are under way.
+// shared memory first; then a thread adds four dims of each of kItems query heads, so that many loads are under way.
 template <class T, class Memory>
 struct SplitMerge {
   static constexpr int kItems = 2;

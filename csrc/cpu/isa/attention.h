@@ -67,11 +67,6 @@ inline Values load_words(const void* head, int i, int head_dim) {
   else return load_head<D>(head, i, head_dim);
 }
 
-template <DType D>
-inline int words_of(int head_dim) {
-  return kPairs<D> ? head_dim / 2 : head_dim;
-}
-
 // The p-th position of a split in a cache, `bytes` a position
 inline const char* position_of(const SplitArgs& a, const void* cache, int p, int64_t bytes) {
   return static_cast<const char*>(cache) + a.positions[p] * bytes;
@@ -115,7 +110,7 @@ inline void transpose(Piece (&row)[kLanes]) {
 // The keys of the positions from p0 on, a word of all of them after the other
 template <DType D>
 inline void transpose_keys(const SplitArgs& a, int p0, Keys& keys) {
-  const int words = words_of<D>(a.head_dim);
+  const int words = kPairs<D> ? a.head_dim / 2 : a.head_dim;
   const int64_t bytes = int64_t(a.head_dim) * river::size_of(D);
   for (int v = 0; v < kBeside; v++) {
     const char* head[kLanes];
@@ -174,7 +169,7 @@ inline void score_block(const SplitArgs& a, int q, int p0, const Keys& keys) {
   const uint32_t* query[G];
   for (int g = 0; g < G; g++) query[g] = a.query + int64_t(q + g) * a.head_dim;
   Piece sums[G][kBeside] = {};
-  const int words = words_of<D>(a.head_dim);
+  const int words = kPairs<D> ? a.head_dim / 2 : a.head_dim;
   for (int i = 0; i < words; i++) RIVER_UNROLL for (int g = 0; g < G; g++) {
       const WordPiece word = WordPiece{} + query[g][i];
       RIVER_UNROLL for (int v = 0; v < kBeside; v++) sums[g][v] = add_word<D>(sums[g][v], keys[i][v], word);
