@@ -381,7 +381,8 @@ def decode_attention(
     """Attention of T rows against the cache; grouped queries, causal by position.
 
     query is [T, num_attention_heads, head_dim], already rotated; caches, slots, positions and the
-    keyword arguments are those of `decoder_block`. Returns [T, num_attention_heads, head_dim]; a row
+    keyword arguments are those of `decoder_block`. On the CPU T is any number, on CUDA 1 to 8. Rows of one
+    slot, in any order, share one pass over its cache. Returns [T, num_attention_heads, head_dim]; a row
     that is inactive, or sees no valid position, gives zeros.
     """
     return _river.decode_attention(

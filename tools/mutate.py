@@ -44,16 +44,37 @@ MUTANTS = [
     Mutant(
         "kv_valid by row",
         "csrc/cpu/attention.cpp",
-        "a.kv_valid[int64_t(a.slots[row]) * a.max_len + p]",
-        "a.kv_valid[int64_t(row) * a.max_len + p]",
+        "a.kv_valid[int64_t(block.slot) * a.max_len + p]",
+        "a.kv_valid[int64_t(order[block.first]) * a.max_len + p]",
         "test_decoder_block.py -k options",
+    ),
+    Mutant(
+        "a row sees what the last row of its slot sees",
+        "csrc/cpu/attention.cpp",
+        ".end = index(int64_t(a.positions[row]) + 1)",
+        ".end = count",
+        "test_decode_attention.py -k other_rows",
     ),
     Mutant(
         "kv_valid by row, CUDA",
         "csrc/cuda/device/attention.cuh",
-        "a.kv_valid[int64_t(slot) * a.max_len + p]",
-        "a.kv_valid[int64_t(row) * a.max_len + p]",
+        "a.kv_valid[int64_t(rows.slot) * a.max_len + p]",
+        "a.kv_valid[int64_t(blockIdx.z) * a.max_len + p]",
         "test_cuda_kernels.py -k layer_options",
+    ),
+    Mutant(
+        "a V that a row does not see takes part",
+        "csrc/cuda/device/attention.cuh",
+        "p + kTile - 1 <= rows.all_last",
+        "p <= rows.all_last",
+        "test_slot_rows.py -k nan",
+    ),
+    Mutant(
+        "each row reads the cache for itself",
+        "csrc/cuda/device/slot_rows.cuh",
+        "places[t].slot != rows.slot ||",
+        "t != own ||",
+        "test_slot_rows.py -k once",
     ),
     Mutant(
         "ties to any id",
@@ -79,8 +100,8 @@ MUTANTS = [
     Mutant(
         "a merge that swallows NaN",
         "csrc/cpu/isa/attention.h",
-        "if (split.sum == 0) continue;",
-        "if (!(split.sum > 0)) continue;",
+        "if (split.sum == 0) return;",
+        "if (!(split.sum > 0)) return;",
         "test_decode_attention.py -k nan",
     ),
     Mutant(

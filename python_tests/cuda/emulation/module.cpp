@@ -128,6 +128,23 @@ PYBIND11_MODULE(river_emulation, m) {
   m.def("set_variant", cuda::set_variant, py::arg("name"), py::arg("value"));
 
   m.def(
+      "watch",
+      [](const std::vector<std::pair<uintptr_t, size_t>>& pieces) {
+        watched().clear();
+        for (const auto& [begin, bytes] : pieces)
+          watched().push_back({.begin = reinterpret_cast<void*>(begin), .bytes = bytes});
+      },
+      "Counts what kernels load from these pieces of memory, (address, bytes) each, in place of those before");
+  m.def(
+      "loaded",
+      [] {
+        std::vector<uint64_t> bytes;
+        for (const Watched& w : watched()) bytes.push_back(w.loaded);
+        return bytes;
+      },
+      "Bytes loaded from each piece that is watched");
+
+  m.def(
       "run",
       [](const std::vector<std::pair<std::string, py::dict>>& ops) {
         std::vector<Call> calls;
