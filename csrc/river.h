@@ -143,11 +143,12 @@ struct DualLayerArgs {
 
 struct LmHeadArgs {
   DType dtype;
+  bool packed;  // the weight is W4 tiles, of which those past the vocabulary are padding; else dense
   int rows, hidden_size, vocab_size;
   float rms_norm_eps;
   const void* hidden;        // [T, hidden]
   const void* norm;          // [hidden]
-  const void* weight;        // [vocab, hidden]
+  const void* weight;        // [vocab, hidden], or packed [vocab / 16, hidden / 64, 576], both rounded up
   const float* temperature;  // [T] or null; a row is sampled above 0, else it is greedy
   const int64_t* seeds;      // [T], null without temperature
   const int32_t* positions;  // [T], null without temperature: those of the tokens that are drawn

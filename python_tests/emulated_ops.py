@@ -25,18 +25,27 @@ def _linear(x, weight, out_features, bias, packed):
     )["out"]  # fmt: skip
 
 
-def lm_head(
-    hidden, norm, weight, rms_norm_eps, *, return_logits=True, temperature=None, seeds=None, positions=None
-):
-    (rows, hidden_size), vocab_size = hidden.shape, weight.shape[0]
+def lm_head(hidden, norm, weight, rms_norm_eps, **options):
+    return _lm_head(hidden, norm, weight, weight.shape[0], rms_norm_eps, packed=False, **options)
+
+
+def lm_head_w4(hidden, norm, weight, vocab_size, rms_norm_eps, **options):
+    return _lm_head(hidden, norm, weight, vocab_size, rms_norm_eps, packed=True, **options)
+
+
+def _lm_head(
+    hidden, norm, weight, vocab_size, rms_norm_eps, *, packed, return_logits=True, temperature=None,
+    seeds=None, positions=None,
+):  # fmt: skip
+    rows, hidden_size = hidden.shape
     outputs = {"tokens": ((rows,), torch.int64)}
     fields = {"logits": None}
     if return_logits:
         outputs["logits"], fields = ((rows, vocab_size), torch.float32), {}
     got = emulate(
-        "lm_head", outputs, dtype=hidden.dtype, rows=rows, hidden_size=hidden_size, vocab_size=vocab_size,
-        rms_norm_eps=rms_norm_eps, hidden=hidden, norm=norm, weight=weight, temperature=temperature,
-        seeds=seeds, positions=positions, **fields,
+        "lm_head", outputs, dtype=hidden.dtype, packed=packed, rows=rows, hidden_size=hidden_size,
+        vocab_size=vocab_size, rms_norm_eps=rms_norm_eps, hidden=hidden, norm=norm, weight=weight,
+        temperature=temperature, seeds=seeds, positions=positions, **fields,
     )  # fmt: skip
     return got["tokens"], got.get("logits", torch.empty(0, vocab_size))
 

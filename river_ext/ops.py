@@ -413,6 +413,28 @@ def lm_head(
     return _river.lm_head(hidden, norm, weight, rms_norm_eps, return_logits, temperature, seeds, positions)
 
 
+def lm_head_w4(
+    hidden: Tensor,
+    norm: Tensor,
+    weight: Tensor,
+    vocab_size: int,
+    rms_norm_eps: float,
+    *,
+    return_logits: bool = True,
+    temperature: Tensor | None = None,
+    seeds: Tensor | None = None,
+    positions: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """`lm_head` for a head in 4 bits: weight is packed (`pack_w4`), a row per token in the order of ids.
+
+    weight has ceil(vocab_size / 16) x ceil(hidden_size / 64) tiles. Rows from vocab_size on are padding:
+    whatever they hold, they have no logits and are not drawn.
+    """
+    return _river.lm_head_w4(
+        hidden, norm, weight, vocab_size, rms_norm_eps, return_logits, temperature, seeds, positions
+    )
+
+
 def sample(
     logits: Tensor,
     temperature: Tensor,

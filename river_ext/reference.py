@@ -314,6 +314,11 @@ def lm_head(
     return tokens, logits if return_logits else logits[:0]
 
 
+def lm_head_w4(hidden, norm, weight, vocab_size, rms_norm_eps, **options):
+    dense = dequantize_w4(weight, vocab_size, hidden.shape[1], torch.float32)
+    return lm_head(hidden, norm, dense, rms_norm_eps, **options)
+
+
 def sample(logits, temperature, top_k, top_p, min_p, seeds, positions):
     options = (option.tolist() for option in (top_k, seeds, positions))
     drawn = [

@@ -84,6 +84,20 @@ MUTANTS = [
         "test_lm_head.py -k ties",
     ),
     Mutant(
+        "padding is drawn",
+        "csrc/cpu/lm_head.cpp",
+        "offer_strip(a, t, s * kTileRows, head.strip_rows(s), logits[t], local[t]);",
+        "offer_strip(a, t, s * kTileRows, kTileRows, logits[t], local[t]);",
+        "test_lm_head.py -k reference",
+    ),
+    Mutant(
+        "padding is drawn, CUDA",
+        "csrc/cuda/lm_head.cu",
+        "t >= a.rows || n >= a.vocab_size",
+        "t >= a.rows",
+        "test_cuda_kernels.py -k lm_head",
+    ),
+    Mutant(
         "similarity unscaled too far",
         "csrc/cpu/isa/similarity.h",
         "max >= 0x1p-40f && max <= 0x1p40f",

@@ -191,21 +191,27 @@ def measure_layers_at(report: Report, model: str, network: Network, rows: int, r
 
 def measure_head(report: Report, model: str, args) -> None:
     config = CONFIGS[model]
-    weights = gpu.rotation(dense_weight(config.vocab_size, config.hidden_size))
-    norm, eps, size = torch.ones(config.hidden_size).bfloat16(), config.rms_norm_eps, gpu.size_of(weights[0])
+    shape = config.vocab_size, config.hidden_size
+    dense, packed = gpu.rotation(dense_weight(*shape)), gpu.rotation(packed_weight(*shape))
+    norm, eps = torch.ones(config.hidden_size).bfloat16(), config.rms_norm_eps
 
     def plain(x, weight):
         x = torch.nn.functional.rms_norm(x, x.shape[1:], norm, eps)
         return torch.nn.functional.linear(x, weight).argmax(dim=1)
 
-    def ours(x, weight):
+    def lm_head(x, weight):
         return ops.lm_head(x, norm, weight, eps, return_logits=False)
+
+    def lm_head_w4(x, weight):
+        return ops.lm_head_w4(x, norm, weight, config.vocab_size, eps, return_logits=False)
 
     for rows in args.rows:
         x = activations(rows, config.hidden_size)
-        peer = gpu.time_rotated(partial(plain, x), weights, size, args.repeats)
-        time = report.time(partial(ours, x), weights, size, args.repeats)
-        report("lm_head", model, rows, size, time, {"torch": peer})
+        peer = gpu.time_rotated(partial(plain, x), dense, gpu.size_of(dense[0]), args.repeats)
+        for ours, weights in ((lm_head, dense), (lm_head_w4, packed)):
+            size = gpu.size_of(weights[0])
+            time = report.time(partial(ours, x), weights, size, args.repeats)
+            report(ours.__name__, model, rows, size, time, {"torch": peer})
 
 
 def measure_attention(report: Report, model: str, args) -> None:

@@ -56,6 +56,7 @@ def attention() -> None:
 def heads() -> None:
     hidden, norm, weight = random(2, 192), random(192), random(300, 192)
     ops.lm_head(hidden, norm, weight, 1e-5)
+    ops.lm_head_w4(hidden, norm, packed(300, 192), 300, 1e-5)
     sampling = {
         "temperature": torch.tensor([0.0, 0.7]).cuda(), "seeds": torch.tensor([1, 2]).cuda(),
         "positions": int32(3, 4),

@@ -385,6 +385,7 @@ def test_kernels_run(pretended_gpu, monkeypatch, capsys):
         "decoder_block",
         "exit_layer",
         "lm_head",
+        "lm_head_w4",
         "decode_attention",
         "state_similarity",
     ]

@@ -83,9 +83,10 @@ Call linear(const py::kwargs& values) {
 
 Call lm_head(const py::kwargs& values) {
   LmHeadArgs a{};
-  Fields{values}("dtype", a.dtype)("rows", a.rows)("hidden_size", a.hidden_size)("vocab_size", a.vocab_size)(
-      "rms_norm_eps", a.rms_norm_eps)("hidden", a.hidden)("norm", a.norm)("weight", a.weight)(
-      "temperature", a.temperature)("seeds", a.seeds)("positions", a.positions)("tokens", a.tokens)("logits", a.logits);
+  Fields{values}("dtype", a.dtype)("packed", a.packed)("rows", a.rows)("hidden_size", a.hidden_size)(
+      "vocab_size", a.vocab_size)("rms_norm_eps", a.rms_norm_eps)("hidden", a.hidden)("norm", a.norm)(
+      "weight", a.weight)("temperature", a.temperature)("seeds", a.seeds)("positions", a.positions)("tokens", a.tokens)(
+      "logits", a.logits);
   return call(a, cuda::lm_head_workspace(a), cuda::launch_lm_head);
 }
 
