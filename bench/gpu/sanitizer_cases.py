@@ -128,7 +128,16 @@ def main() -> None:
     os.environ["PYTORCH_NO_CUDA_MEMORY_CACHING"] = "1"  # torch looks at its first allocation
     for mode in ("prefetch", "none"):
         with gpu.overlap(mode):
-            for case in (similarity, w4_format, linears, heads, attention, read_ring, layers_and_steps, cycle):
+            for case in (
+                similarity,
+                w4_format,
+                linears,
+                heads,
+                attention,
+                read_ring,
+                layers_and_steps,
+                cycle,
+            ):
                 case()
                 torch.cuda.synchronize()
                 print(f"{mode}: {case.__name__}", flush=True)
