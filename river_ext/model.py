@@ -34,7 +34,7 @@ def load(
         path: None loads the bundled demo model.
         device: "cpu", "cuda", or "auto": a GPU if there is one and this build has kernels for it.
         dtype: "bfloat16", "float16", on the CPU also "float32"; "auto" takes the checkpoint's.
-        river: a directory that `Model.save_river` wrote for this checkpoint; None quantises the backbone now.
+        river: a directory that `Model.save_river` wrote for this checkpoint; None quantises the model now.
 
     On the CPU a process may be forked after it has loaded a model, and its children generate. After it has
     generated itself, OpenMP's threads are missing in its children: there, call `torch.set_num_threads(1)`
