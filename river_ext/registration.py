@@ -164,6 +164,16 @@ def _(*args):
     return None
 
 
+@_fake("draft_advance")
+def _(*args):
+    return None
+
+
+@_fake("accept", on_host=(14,))
+def _(*args):
+    return None
+
+
 @_fake("state_similarity")
 def _(x, y):
     return x.new_empty(x.shape[0], dtype=torch.float32)
