@@ -15,7 +15,7 @@ from .errors import RiverError, memory_for
 from .loading.checkpoint import load_checkpoint, parse_device
 from .loading.config import ModelConfig
 from .loading.text import Text
-from .loading.weights import ExitLayerWeights, ModelWeights
+from .loading.weights import ModelWeights
 from .quant import exit_river
 from .threads import in_own_thread
 
@@ -81,7 +81,7 @@ class Model:
         self,
         config: ModelConfig,
         weights: ModelWeights,
-        river: list[ExitLayerWeights],
+        river: exit_river.ExitRiver,
         tokenizer: Tokenizer | None = None,
         directory: Path | None = None,
         fingerprint: str = "",
