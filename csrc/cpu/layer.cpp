@@ -61,11 +61,8 @@ struct DenseWeights {
   template <class F>
   void gate_up(const Activations& x, const Parallel& parallel, F f) const {
     const Weight gate = weight(a.gate_proj, inner(), a.hidden_size), up = weight(a.up_proj, inner(), a.hidden_size);
-    for_strips(gate, x, parallel, [&](int64_t first, int count, const StripOut& gates) {
-      StripOut ups;
-      up.strip(first / kTileRows, x, ups);
-      for (int t = 0; t < x.rows(); t++) f(t, first, count, gates[t], ups[t]);
-    });
+    for_strips({gate, up}, x, parallel,
+               [&](int t, int64_t first, int count, const float*(&y)[2]) { f(t, first, count, y[0], y[1]); });
   }
 };
 
@@ -90,15 +87,13 @@ struct PackedWeights {
   template <class F>
   void gate_up(const Activations& x, const Parallel& parallel, F f) const {
     const Weight gate_up = weight(a.gate_up_proj, int64_t(a.gate_up_strips) * kTileRows, a.hidden_size);
-    for_strips(gate_up, x, parallel, [&](int64_t first, int, const StripOut& y) {
-      for (int t = 0; t < x.rows(); t++) {
-        float gate[kTileRows] = {}, up[kTileRows] = {};
-        for (int i = 0; i < kStripPairs; i++) {
-          gate[i] = y[t][row_of_pair(i, false)];
-          up[i] = y[t][row_of_pair(i, true)];
-        }
-        f(t, gate_up_channels(first / kTileRows), kStripPairs, gate, up);
+    for_strips({gate_up}, x, parallel, [&](int t, int64_t first, int, const float*(&y)[1]) {
+      float gate[kTileRows] = {}, up[kTileRows] = {};
+      for (int i = 0; i < kStripPairs; i++) {
+        gate[i] = y[0][row_of_pair(i, false)];
+        up[i] = y[0][row_of_pair(i, true)];
       }
+      f(t, gate_up_channels(first / kTileRows), kStripPairs, gate, up);
     });
   }
 };
@@ -123,17 +118,17 @@ struct Block {
     constexpr bool packed = Weights::kPacked;
     const int64_t hidden = a.hidden_size, q_size = int64_t(a.num_heads) * a.head_dim, inner = weights.inner();
     memcpy(a.out, a.hidden, a.rows * hidden * size_of(a.dtype));  // an inactive row keeps its hidden vector
-    if (rows.count > 0) {
+    if (rows.count() > 0) {
       const auto query = vectors(q_size), attended = vectors(q_size), middle = vectors(hidden), swiglu = vectors(inner);
       append(weights.qkv(normalised(a.hidden, a.input_layernorm, packed), parallel), query.get());
       launch_decode_attention(attention_of(a, query.get(), attended.get()), parallel);
-      linear_into(weights.o(), Activations(of(attended.get(), q_size), packed),
+      linear_into(weights.o(), Activations(of(attended.get(), q_size), packed, parallel),
                   {.bias = a.o_bias, .addend = a.hidden, .out = middle.get(), .rows = rows}, parallel);
       weights.gate_up(normalised(middle.get(), a.post_attention_layernorm, packed), parallel,
                       [&](int t, int64_t first, int count, const float* gate, const float* up) {
                         swiglu_into(gate, up, at(swiglu.get(), a.dtype, rows.index[t] * inner + first), count);
                       });
-      linear_into(weights.down(), Activations(of(swiglu.get(), inner), packed),
+      linear_into(weights.down(), Activations(of(swiglu.get(), inner), packed, parallel),
                   {.bias = nullptr, .addend = middle.get(), .out = a.out, .rows = rows}, parallel);
     }
     launch_state_similarity(similarity_of(a), parallel);
@@ -146,7 +141,7 @@ struct Block {
 
   // x: [T, hidden]
   Activations normalised(const void* x, const void* norm, bool packed) const {
-    return Activations(of(x, a.hidden_size), {.weight = norm, .eps = a.rms_norm_eps}, packed);
+    return Activations(of(x, a.hidden_size), {.weight = norm, .eps = a.rms_norm_eps}, packed, parallel);
   }
 
   // Q of every active row to query, [T, heads, head_dim]; its K and V to the cache
@@ -164,7 +159,7 @@ struct Block {
          .norm = floats(a.dtype, a.k_norm, a.head_dim)},
         {.kind = kValue, .heads = a.num_kv_heads, .bias = floats(a.dtype, a.v_bias, kv_size), .norm = nullptr},
     };
-    for (int t = 0; t < rows.count; t++)
+    for_rows(rows.count(), (q_size + 2 * kv_size) * sizeof(float), parallel, [&](int t) {
       for (const HeadFinish& finish : finishes)
         for (int head = 0; head < finish.heads; head++) {
           float values[kMaxHeadDim];
@@ -172,6 +167,7 @@ struct Block {
           finish_head(finish, head, a.positions[rows.index[t]], values);
           kernels().from_float(a.dtype, values, head_place(finish.kind, rows.index[t], head, query), a.head_dim);
         }
+    });
   }
 
   // Bias, norm, rotation and scale of one head, in place

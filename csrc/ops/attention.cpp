@@ -16,7 +16,7 @@ std::tuple<Tensor> decode_attention(Arguments<kDecodeAttention>& read) {
   const ScalarType type = query.scalar_type();
   AttentionArgs args{};
   args.dtype = check.model_dtype("query", type);
-  args.rows = check.rows("query", query, 3);
+  args.rows = check.many_rows("query", query, 3);
   args.num_heads = check.size("num_attention_heads of query", query.size(1));
   fill_cache(check, cache, type, args);
   args.query = check.vectors("query", query, type, {args.rows, args.num_heads, args.head_dim});

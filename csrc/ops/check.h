@@ -8,6 +8,7 @@
 #include <sstream>
 #include <stdexcept>
 #include <string>
+#include <vector>
 
 #include "../river.h"
 #include "abi.h"  // before any header of torch
@@ -87,10 +88,7 @@ class Check {
   const int32_t* places(const char* name, const Tensor& t, int rows) {
     const auto* values = tensor<int32_t>(name, t, {rows});
     if (on_cuda()) return values;
-    int32_t* copy = copies_ + num_copies_;
-    num_copies_ += rows;
-    std::memcpy(copy, values, rows * sizeof(int32_t));
-    return copy;
+    return copies_.emplace_back(values, values + rows).data();
   }
 
   // A tensor whose device is the caller's business.
@@ -139,6 +137,15 @@ class Check {
     require(t.dim() == dims, name, " has ", t.dim(), " dimensions, expected ", dims);
     const int64_t rows = t.size(0);
     require(rows >= 1 && rows <= kMaxRows, name, " has ", rows, " rows, expected 1 to ", kMaxRows);
+    return int(rows);
+  }
+
+  // The same for an op that takes all rows of a prompt on the CPU.
+  int many_rows(const char* name, const Tensor& t, int dims) const {
+    require(t.dim() == dims, name, " has ", t.dim(), " dimensions, expected ", dims);
+    const int64_t rows = t.size(0), most = on_cuda() ? kMaxRows : (1 << 30) - 1;
+    require(rows >= 1 && rows <= most, name, " has ", rows, " rows, expected 1 to ", kMaxRows,
+            " on CUDA, 1 to 2^30 - 1 on the CPU");
     return int(rows);
   }
 
@@ -206,8 +213,7 @@ class Check {
   int gpu_ = -1;  // -1: the CPU
   Span spans_[kMaxSpans];
   int num_spans_ = 0;
-  int32_t copies_[2 * kMaxRows];
-  int num_copies_ = 0;
+  std::vector<std::vector<int32_t>> copies_;
 };
 
 }  // namespace river::ops

@@ -1,9 +1,8 @@
 """Prefill: all tokens of one prompt through the layers, at one exit depth for the whole sequence.
 
 Layer by layer: a layer takes all tokens before the next one starts, so that the depth may be decided from
-all of them. On the CPU the tokens go through the decoding ops, eight at a time: bit for bit what decoding
-them one at a time gives, and faster than fp32 matrix products (one core, a bf16 layer of Llama-3.2-1B:
-85 against 188 ms for 34 tokens, equal for 512). On a GPU they go through matrix products (matmul.py).
+all of them. On the CPU the tokens go through the decoding ops, which take many rows there: bit for bit what
+decoding them one at a time gives. On a GPU they go through matrix products (matmul.py).
 """
 
 from dataclasses import dataclass
@@ -45,6 +44,9 @@ class PrefillPolicy:
         raise RiverError(f"prefill={short(text)}; accepted: {POLICIES} with k from 0 to {depth}")
 
 
+ROWS_AT_A_TIME = 256  # rows that the ops take together: weights come from memory once for all of them
+
+
 class OpsPrompt:
     """The tokens of a prompt at positions 0..n-1 of a slot, through the decoding ops."""
 
@@ -63,7 +65,7 @@ class OpsPrompt:
         return self._by_rows(self.network.exit_layer, index, hidden)
 
     def _by_rows(self, layer, index: int, hidden: Tensor) -> Tensor:
-        rows = zip(*(t.split(ops.MAX_ROWS) for t in (hidden, self.slots, self.positions)), strict=True)
+        rows = zip(*(t.split(ROWS_AT_A_TIME) for t in (hidden, self.slots, self.positions)), strict=True)
         return torch.cat([layer(index, part, self.cache, *place, self.rope)[0] for part, *place in rows])
 
 
