@@ -126,7 +126,8 @@ struct Block {
                   {.bias = a.o_bias, .addend = a.hidden, .out = middle.get(), .rows = rows}, parallel);
       weights.gate_up(normalised(middle.get(), a.post_attention_layernorm, packed), parallel,
                       [&](int t, int64_t first, int count, const float* gate, const float* up) {
-                        swiglu_into(gate, up, at(swiglu.get(), a.dtype, rows.index[t] * inner + first), count);
+                        void* out = at(swiglu.get(), a.dtype, rows.index[t] * inner + first);
+                        kernels().swiglu(a.dtype, gate, up, out, count);
                       });
       linear_into(weights.down(), Activations(of(swiglu.get(), inner), packed, parallel),
                   {.bias = nullptr, .addend = middle.get(), .out = a.out, .rows = rows}, parallel);
@@ -199,13 +200,6 @@ struct Block {
     if (kind == kQuery) return at(query, a.dtype, (int64_t(row) * a.num_heads + head) * a.head_dim);
     const int64_t vector = (int64_t(a.slots[row]) * a.num_kv_heads + head) * a.max_len + a.positions[row];
     return at(kind == kKey ? a.k_cache : a.v_cache, a.dtype, vector * a.head_dim);
-  }
-
-  // out: `count` entries in the model dtype; gate, up: 16 fp32 each
-  void swiglu_into(const float* gate, const float* up, void* out, int count) const {
-    float y[kTileRows];
-    kernels().swiglu(gate, up, y);
-    kernels().from_float(a.dtype, y, out, count);
   }
 };
 

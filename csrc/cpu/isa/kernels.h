@@ -55,8 +55,10 @@ struct Kernels {
   void (*dense_strip)(DType dtype, const void* weight, int count, const Operand& x, int first, StripOut& out);
   // The same for one strip of tiles, [K / 64, 576]: 16 output rows
   void (*w4_strip)(DType dtype, const uint8_t* tiles, const Operand& x, int first, StripOut& out);
-  // out = silu(gate) * up for 16 channels, fp32
-  void (*swiglu)(const float* gate, const float* up, float* out);
+  // out = round(silu(gate) * up) for `n` <= 16 channels; gate, up: 16 entries, past the channels any
+  void (*swiglu)(DType dtype, const float* gate, const float* up, void* out, int n);
+  // out = round(sums + bias + addend) for `n` <= 16 output rows; bias and addend may be null; sums: 16 entries
+  void (*add_sums)(DType dtype, const float* sums, const float* bias, const void* addend, void* out, int n);
   void (*attend)(const SplitArgs& args);
   // out [head_dim rounded up to 16] = the softmax average over `count` splits, merged in order; zero if none saw a
   // position

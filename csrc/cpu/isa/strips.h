@@ -103,18 +103,18 @@ void prepare(DType dtype, const void* x, bool packed, int row, const Operand& op
       for (const auto& v : vectors) store(line, v), line += block.rows;
     };
     f32x16 v[4];
-    for (int i = 0; i < 4; i++) v[i] = load_as_float(dtype, group, 16 * i);
-    if (packed) {
-      block.sums[t * (block.padded / kGroup) + k / kGroup] = reduce(((v[0] + v[1]) + v[2]) + v[3]);
-      regroup_float(v);
+    if (packed || !bf16) {
+      for (int i = 0; i < 4; i++) v[i] = load_as_float(dtype, group, 16 * i);
     }
-    if (!bf16) {
+    if (packed) block.sums[t * (block.padded / kGroup) + k / kGroup] = reduce(((v[0] + v[1]) + v[2]) + v[3]);
+    if (bf16) {
+      u32x16 pairs[] = {load<u32x16>(group), load<u32x16>(group + 64)};
+      if (packed) regroup_bf16(pairs);
+      put(pairs);
+    } else {
+      if (packed) regroup_float(v);
       put(v);
-      continue;
     }
-    u32x16 pairs[] = {load<u32x16>(group), load<u32x16>(group + 64)};
-    if (packed) regroup_bf16(pairs);
-    put(pairs);
   }
 }
 
@@ -196,7 +196,7 @@ inline void for_rows(int count, F f) {
 }
 
 template <DType D>
-constexpr int kPart = 64 * Columns<D>::kCount;  // columns
+constexpr int kPart = 48 * Columns<D>::kCount;  // columns
 
 template <int R, int T>
 inline void put_sums(const Sum (&acc)[R * T], int t0, int r0, StripOut& out) {
@@ -334,6 +334,11 @@ inline void w4_vectors(const Nibbles& nibbles, const uint8_t* strip, const Opera
           __builtin_prefetch(data + kAheadL2 + line, 0, 2);
           __builtin_prefetch(data + kAheadL1 + line);
         }
+      if (T > 2) {  // there is more to compute: each pass asks for its part of the next strip
+        const uint8_t* next = data + int64_t(tiles) * river::kTileBytes;
+        for (int p = 0; p < P; p++) __builtin_prefetch(next + 64 * (g0 + p), 0, 2);
+        if (g0 == 0) __builtin_prefetch(next + river::kTileMetadata, 0, 2);
+      }
       float scale[16];
       store(scale, scales);
       asm volatile("" : "+m"(scale));  // keeps them in memory, where an FMA broadcasts for free
