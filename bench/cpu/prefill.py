@@ -8,6 +8,7 @@ peak. All three take turns; ms are medians of turns, x and % medians of what eac
 import random
 import time
 from dataclasses import replace
+from functools import partial
 from statistics import median
 
 import torch
@@ -58,9 +59,9 @@ def measure(name: str, lengths: list[int], turns: int) -> list[dict]:
     for length in lengths:
         prompt = torch.randint(0, config.vocab_size, (length,)).tolist()
         calls = {
-            "river_ext": lambda: first_token(network, prompt),
-            "transformers": lambda: transformers_first_token(peer, prompt),
-            "products": lambda: products(config, weights, length),
+            "river_ext": partial(first_token, network, prompt),
+            "transformers": partial(transformers_first_token, peer, prompt),
+            "products": partial(products, config, weights, length),
         }
         seconds = taking_turns(calls, turns)
         ms = {label: 1e3 * median(values) for label, values in seconds.items()}

@@ -39,8 +39,8 @@ void linear_into(const Weight& weight, const Activations& x, const LinearOut& to
   const auto bias = floats(dtype, to.bias, weight.rows);
   for_strips({weight}, x, parallel, [&](int t, int64_t first, int count, const float*(&sums)[1]) {
     const int64_t place = to.rows.index[t] * weight.rows + first;
-    kernels().add_sums(dtype, sums[0], bias ? &bias[first] : nullptr,
-                       to.addend ? at(to.addend, dtype, place) : nullptr, at(to.out, dtype, place), count);
+    kernels().add_sums(dtype, sums[0], bias ? &bias[first] : nullptr, to.addend ? at(to.addend, dtype, place) : nullptr,
+                       at(to.out, dtype, place), count);
   });
 }
 

@@ -99,23 +99,23 @@ template <int kFirst, int N>
   RIVER_UNROLL for (int i = 0; i < kCount; i += 2) {  // lanes 0-7 of a and b + lanes 8-15 of a and b
     const f32x16 a = sums[kFirst + i].all(), b = i + 1 < kCount ? sums[kFirst + i + 1].all() : f32x16{};
     eight[i / 2] = RIVER_SHUFFLE(a, b, 0, 1, 2, 3, 4, 5, 6, 7, 16, 17, 18, 19, 20, 21, 22, 23) +
-                     RIVER_SHUFFLE(a, b, 8, 9, 10, 11, 12, 13, 14, 15, 24, 25, 26, 27, 28, 29, 30, 31);
-    }
-    RIVER_UNROLL for (int i = 0; i < 4; i++) {
-      const f32x16 a = eight[2 * i], b = eight[2 * i + 1];
-      four[i] = RIVER_SHUFFLE(a, b, 0, 1, 2, 3, 8, 9, 10, 11, 16, 17, 18, 19, 24, 25, 26, 27) +
-                RIVER_SHUFFLE(a, b, 4, 5, 6, 7, 12, 13, 14, 15, 20, 21, 22, 23, 28, 29, 30, 31);
-    }
-    RIVER_UNROLL for (int i = 0; i < 2; i++) {  // from here on within four lanes: the sums come out in another order
-      const f32x16 a = four[2 * i], b = four[2 * i + 1];
-      two[i] = RIVER_SHUFFLE(a, b, 0, 1, 16, 17, 4, 5, 20, 21, 8, 9, 24, 25, 12, 13, 28, 29) +
-               RIVER_SHUFFLE(a, b, 2, 3, 18, 19, 6, 7, 22, 23, 10, 11, 26, 27, 14, 15, 30, 31);
-    }
-    const f32x16 a = two[0], b = two[1];
-    const f32x16 one = RIVER_SHUFFLE(a, b, 0, 2, 16, 18, 4, 6, 20, 22, 8, 10, 24, 26, 12, 14, 28, 30) +
-                       RIVER_SHUFFLE(a, b, 1, 3, 17, 19, 5, 7, 21, 23, 9, 11, 25, 27, 13, 15, 29, 31);
-    const f32x16 in_order = RIVER_SHUFFLE(one, one, 0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15);
-    memcpy(out + kFirst, &in_order, kCount * sizeof(float));
+                   RIVER_SHUFFLE(a, b, 8, 9, 10, 11, 12, 13, 14, 15, 24, 25, 26, 27, 28, 29, 30, 31);
+  }
+  RIVER_UNROLL for (int i = 0; i < 4; i++) {
+    const f32x16 a = eight[2 * i], b = eight[2 * i + 1];
+    four[i] = RIVER_SHUFFLE(a, b, 0, 1, 2, 3, 8, 9, 10, 11, 16, 17, 18, 19, 24, 25, 26, 27) +
+              RIVER_SHUFFLE(a, b, 4, 5, 6, 7, 12, 13, 14, 15, 20, 21, 22, 23, 28, 29, 30, 31);
+  }
+  RIVER_UNROLL for (int i = 0; i < 2; i++) {  // from here on within four lanes: the sums come out in another order
+    const f32x16 a = four[2 * i], b = four[2 * i + 1];
+    two[i] = RIVER_SHUFFLE(a, b, 0, 1, 16, 17, 4, 5, 20, 21, 8, 9, 24, 25, 12, 13, 28, 29) +
+             RIVER_SHUFFLE(a, b, 2, 3, 18, 19, 6, 7, 22, 23, 10, 11, 26, 27, 14, 15, 30, 31);
+  }
+  const f32x16 a = two[0], b = two[1];
+  const f32x16 one = RIVER_SHUFFLE(a, b, 0, 2, 16, 18, 4, 6, 20, 22, 8, 10, 24, 26, 12, 14, 28, 30) +
+                     RIVER_SHUFFLE(a, b, 1, 3, 17, 19, 5, 7, 21, 23, 9, 11, 25, 27, 13, 15, 29, 31);
+  const f32x16 in_order = RIVER_SHUFFLE(one, one, 0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15);
+  memcpy(out + kFirst, &in_order, kCount * sizeof(float));
 }
 
 template <int N>
