@@ -1,8 +1,12 @@
 """Values that a user gives: checked, and in the form that the engine wants."""
 
 import math
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+from difflib import get_close_matches
+from functools import wraps
+from inspect import signature
 from numbers import Integral, Real
+from typing import ParamSpec, TypeVar
 
 import torch
 
@@ -11,9 +15,28 @@ from .errors import RiverError
 MAX_CHARACTERS = 1 << 16  # of all strings of an option together
 FP32_MAX, FP32_TINY = torch.finfo(torch.float32).max, torch.finfo(torch.float32).tiny
 
+P = ParamSpec("P")
+Result = TypeVar("Result")
 
-def per_request(name: str, value, rows: int, check, *limits) -> list:
-    """One checked value per request from one for all or a list."""
+
+def names_keywords(function: Callable[P, Result]) -> Callable[P, Result]:
+    """A decorator: the TypeError about an unknown keyword names the closest known one, and all of them."""
+    known = [name for name in signature(function).parameters if name != "self"]
+
+    @wraps(function)
+    def checked(*args: P.args, **kwargs: P.kwargs) -> Result:
+        for name in kwargs:
+            if name not in known:
+                close = get_close_matches(name, known, n=1)
+                hint = f"; did you mean {close[0]}?" if close else ""
+                raise TypeError(f"no argument {name!r}; accepted: {', '.join(known)}{hint}")
+        return function(*args, **kwargs)
+
+    return checked
+
+
+def one_each(name: str, value, prompts: int) -> list:
+    """One value for each prompt, from one for all or a list."""
     value = listed(name, value)
     if isinstance(value, (list, tuple, range)):
         values = list(value)
@@ -22,12 +45,12 @@ def per_request(name: str, value, rows: int, check, *limits) -> list:
             f"{name} is a {type(value).__name__}; accepted: one value, or a list of one per prompt"
         )
     else:
-        values = [value] * rows
-    if len(values) != rows:
+        values = [value] * prompts
+    if len(values) != prompts:
         raise RiverError(
-            f"{name} has {len(values)} values for {rows} prompts; accepted: one, or one per prompt"
+            f"{name} has {len(values)} values for {prompts} prompts; accepted: one, or one per prompt"
         )
-    return [check(name, v, *limits) for v in values]
+    return values
 
 
 def listed(name: str, value):

@@ -17,9 +17,8 @@ from bench.lib.common import machine, parser, results_path, save
 from bench.lib.models import LLAMA_1B
 from bench.lib.peers import llama_around
 from bench.lib.weights import random_river, random_weights
-from river_ext.engine.generate import generate
+from river_ext.engine.generate import Engines, generate
 from river_ext.engine.network import Network
-from river_ext.engine.request import Options
 from river_ext.loading.weights import BlockShape, ModelWeights
 
 SHAPES = {
@@ -53,13 +52,13 @@ def main() -> None:
 def measure(name: str, lengths: list[int], turns: int) -> list[dict]:
     config = SHAPES[name]
     weights = random_weights(config)
-    network = Network(config, weights, random_river(config))
+    engines = Engines(Network(config, weights, random_river(config)), text=None)
     peer = llama_around(config, weights)
     lines = []
     for length in lengths:
         prompt = torch.randint(0, config.vocab_size, (length,)).tolist()
         calls = {
-            "river_ext": partial(first_token, network, prompt),
+            "river_ext": partial(first_token, engines, prompt),
             "transformers": partial(transformers_first_token, peer, prompt),
             "products": partial(products, config, weights, length),
         }
@@ -100,8 +99,9 @@ def ratio(seconds: dict[str, list[float]], name: str, other: str) -> float:
     return median(a / b for a, b in zip(seconds[name], seconds[other], strict=True))
 
 
-def first_token(network: Network, prompt: list[int]) -> None:
-    generate(network, None, prompt, Options(mode="full", max_new_tokens=1, stop_tokens=()))
+def first_token(engines: Engines, prompt: list[int]) -> None:
+    options = {"mode": "full", "max_new_tokens": 1, "stop_tokens": ()}
+    generate(engines, prompt, options, batch_policy="row", exit_control="auto")
 
 
 @torch.inference_mode()

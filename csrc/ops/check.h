@@ -168,9 +168,9 @@ class Check {
     return value;
   }
 
-  // The number of layers in the state of a step: exited [layers], similarities [layers, T].
+  // The number of layers in the state of a step: exited and similarities, [layers, T].
   int layers(const Tensor& exited, const Tensor& similarities, int rows) {
-    tensor<int32_t>("exited", exited, {kAny});
+    tensor<int32_t>("exited", exited, {kAny, rows});
     const int layers = size("layers of exited", exited.size(0));
     tensor<float>("similarities", similarities, {layers, rows});
     return layers;
