@@ -118,19 +118,21 @@ struct ExitLayerArgs : BlockArgs {  // packed weights: [strips, in / 64, 576], b
   const uint8_t* down_proj;         // in = intermediate
 };
 
-// What decides the path of layer `index`, by the exit rule of step_rules.h: exit layer or decoder block
+// What decides each row's path through layer `index`, by the exit rule of step_rules.h: exit layer or decoder block
 struct ExitDecision {
   int index;
+  bool together;            // the active rows leave the backbone at the same layer, or none does
   const void* previous;     // [T, hidden], the input of layer index - 1, whose output is the input here; null: index 0
   const float* thresholds;  // [T]
   const int32_t* min_layers;  // [T], backbone layers before a row may exit
-  const int32_t* limit;       // [1], backbone layers that a token may run
-  int32_t* exited;      // [layers]: entry index - 1 is read, entry index written: 1 = exit layer, 0 = decoder block
-  float* similarities;  // [layers, T]: row index - 1 is written if that layer ran as a decoder block
+  const int32_t* limit;       // [T], backbone layers that a row may run
+  int32_t* exited;  // [layers, T]: entries of index - 1 are read, those of index written: 1 = exit layer, 0 = decoder
+                    // block, or the row is inactive
+  float* similarities;  // [layers, T]: of index - 1, those of rows that ran it as a decoder block are written
 };
 
-// One depth of the network, by the path that the device chooses. Both members hold the same BlockArgs, without
-// `similarity`: the next depth measures it where it decides.
+// One depth of the network, each row by the path that the device chooses for it. Both members hold the same BlockArgs,
+// without `similarity`: the next depth measures it where it decides.
 struct DualLayerArgs {
   DecoderBlockArgs block;
   ExitLayerArgs exit_layer;
@@ -141,11 +143,12 @@ struct DualLayerArgs {
 
 struct LmHeadArgs {
   DType dtype;
+  bool packed;  // the weight is W4 tiles, of which those past the vocabulary are padding; else dense
   int rows, hidden_size, vocab_size;
   float rms_norm_eps;
   const void* hidden;        // [T, hidden]
   const void* norm;          // [hidden]
-  const void* weight;        // [vocab, hidden]
+  const void* weight;        // [vocab, hidden], or packed [vocab / 16, hidden / 64, 576], both rounded up
   const float* temperature;  // [T] or null; a row is sampled above 0, else it is greedy
   const int64_t* seeds;      // [T], null without temperature
   const int32_t* positions;  // [T], null without temperature: those of the tokens that are drawn
@@ -171,16 +174,16 @@ struct AdvanceArgs {
   const void *before, *after;  // [T, hidden], input and output of the last layer
   const int64_t* tokens;       // [T], drawn
   const void* embed_tokens;    // [vocab, hidden]
-  const int64_t* stop_tokens;  // [num_stop_tokens]
+  const int64_t* stop_tokens;  // [T, num_stop_tokens]
   void* hidden;                // [T, hidden], written: the embedding of an active row's token
   int32_t* slots;              // [T], written: -1 after a row's last token, or without one
   int32_t* positions;          // [T], written: one further
   int32_t* draw_positions;     // [T], written: positions + 1
   int32_t* remaining;          // [T], written: tokens that a row may still draw
-  int32_t* exited;             // [layers], read, then zeros
-  float* similarities;         // [layers, T]: the last layer's are written if it ran as a decoder block
+  int32_t* exited;             // [layers, T], read, then zeros
+  float* similarities;         // [layers, T]: the last layer's are written of rows that ran it as a decoder block
   int32_t* step;               // [1], written: steps taken
-  int32_t* records;            // [num_records, 2 + T + layers * T], see RecordLayout in step_rules.h: entry
+  int32_t* records;            // [num_records, 1 + 2 * T + layers * T], see RecordLayout in step_rules.h: entry
                                // step % num_records is written
 };
 

@@ -186,23 +186,28 @@ def dual_layer(
     softmax_scale: float | None = None,
     sliding_window: int | None = None,
     kv_valid: Tensor | None = None,
+    together: bool = False,
 ) -> Tensor:
-    """Runs T rows through layer `index`: its decoder block, or its exit layer once rows leave the backbone.
+    """Runs T rows through layer `index`: each by the decoder block, or by the exit layer once it has left.
 
-    The device decides, so that no step waits for the host. The exit layer runs if `index >= limit`, if the
-    layer before ran as one, or if every active row wishes to exit: the similarity of the layer before is
-    strictly above its threshold, and `index >= min_layers` (without active rows all do).
+    The device decides, so that no step waits for the host. A row that has left stays outside. Another one
+    agrees to leave if the similarity of the layer before is strictly above its threshold and
+    `index >= min_layers`, or if `index >= limit`. Then it leaves, whatever other rows do; with `together`,
+    only where all active rows agree. A row's results are the same bits as those of the layer that it takes,
+    alone. Weights are read in both formats where rows take both ways, else in one.
 
     Args:
         index: the layer, 0 <= index < layers.
         hidden: [T, hidden_size], the layer's input.
         previous: [T, hidden_size], the input of layer index - 1, whose output is `hidden`; None for index 0.
-        thresholds: [T] fp32. min_layers: [T] int32. limit: [1] int32, layers that any row may run.
-        exited: [layers] int32. Entry index - 1 is read, entry index written: 1 = ran as exit layer, 0 = not.
-        similarities: [layers, T] fp32. Row index - 1 is written if that layer ran as a decoder block; its
-            entries of inactive rows may hold anything.
+        thresholds: [T] fp32. min_layers: [T] int32. limit: [T] int32, decoder blocks that a row may run.
+        exited: [layers, T] int32. Row index - 1 is read, row index written: 1 = takes the exit layer, 0 = the
+            decoder block, or is inactive.
+        similarities: [layers, T] fp32. In row index - 1, the entries of active rows that took the decoder
+            block there are written.
         q_proj .. down_proj: the weights of `decoder_block`.
         qkv_tiles .. down_tiles: the packed weights of `exit_layer`, there qkv_proj .. down_proj.
+        together: all active rows leave at the same layer.
 
     All other arguments are those of `decoder_block`. Returns hidden [T, hidden_size].
     """
@@ -211,7 +216,7 @@ def dual_layer(
         input_layernorm, q_proj, k_proj, v_proj, o_proj, post_attention_layernorm, gate_proj, up_proj,
         down_proj, qkv_tiles, o_tiles, gate_up_tiles, down_tiles, k_cache, v_cache, slots, positions,
         cos, sin, num_attention_heads, rms_norm_eps, q_bias, k_bias, v_bias, o_bias, q_norm, k_norm,
-        query_scale, softmax_scale, sliding_window, kv_valid,
+        query_scale, softmax_scale, sliding_window, kv_valid, together,
     )  # fmt: skip
 
 
@@ -238,20 +243,21 @@ def advance(
             `before` may be `hidden` itself, as it is in a network of one layer.
         tokens: [T] int64, drawn from `after`.
         embed_tokens: [vocab_size, hidden_size].
-        stop_tokens: [any number] int64, tokens that end a row; unused entries are -1.
+        stop_tokens: [T, any number] int64, tokens that end each row; unused entries are -1.
         hidden: [T, hidden_size]; an active row gets its token's embedding.
         slots, positions: [T] int32. An active row moves one position on; after its last token, or a number
             that is no token's (-1 from `lm_head`), its slot becomes -1.
         draw_positions: [T] int32, becomes positions + 1 in active rows: where the next token is drawn.
         remaining: [T] int32, tokens that a row may still draw; one less in active rows, and the end at 0.
-        exited: [layers] int32, what `dual_layer` wrote; becomes 0.
-        similarities: [layers, T] fp32; the last row is written if the last layer ran as a decoder block.
+        exited: [layers, T] int32, what `dual_layer` wrote; becomes 0.
+        similarities: [layers, T] fp32; in the last layer's row, the entries of active rows that took its
+            decoder block are written.
         step: [1] int32, steps taken; one more.
-        records: [any number, 2 + T + layers * T] int32, on the CPU, and pinned where the others are on CUDA.
-            Entry step % records is written: the number of the step from 1; the exit depth; tokens, -1 in
-            inactive rows and -2 where an active one drew none; the bits of similarities, of which those of
-            exit layers and of inactive rows may hold anything. The number is written last, so that the host
-            may poll it.
+        records: [any number, 1 + 2 * T + layers * T] int32, on the CPU, pinned where the others are on CUDA.
+            Entry step % records is written: the number of the step from 1; T exit depths, `layers` where a
+            row is inactive; T tokens, -1 in inactive rows and -2 where an active one drew none; the bits of
+            similarities, of which those of exit layers and of inactive rows may hold anything. The number
+            is written last, so that the host may poll it.
     """
     _river.advance(
         before, after, tokens, embed_tokens, stop_tokens, hidden, slots, positions, draw_positions, remaining,
@@ -375,7 +381,8 @@ def decode_attention(
     """Attention of T rows against the cache; grouped queries, causal by position.
 
     query is [T, num_attention_heads, head_dim], already rotated; caches, slots, positions and the
-    keyword arguments are those of `decoder_block`. Returns [T, num_attention_heads, head_dim]; a row
+    keyword arguments are those of `decoder_block`. On the CPU T is any number, on CUDA 1 to 8. Rows of one
+    slot, in any order, share one pass over its cache. Returns [T, num_attention_heads, head_dim]; a row
     that is inactive, or sees no valid position, gives zeros.
     """
     return _river.decode_attention(
@@ -404,6 +411,28 @@ def lm_head(
     or infinite has no token: -1.
     """
     return _river.lm_head(hidden, norm, weight, rms_norm_eps, return_logits, temperature, seeds, positions)
+
+
+def lm_head_w4(
+    hidden: Tensor,
+    norm: Tensor,
+    weight: Tensor,
+    vocab_size: int,
+    rms_norm_eps: float,
+    *,
+    return_logits: bool = True,
+    temperature: Tensor | None = None,
+    seeds: Tensor | None = None,
+    positions: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """`lm_head` for a head in 4 bits: weight is packed (`pack_w4`), a row per token in the order of ids.
+
+    weight has ceil(vocab_size / 16) x ceil(hidden_size / 64) tiles. Rows from vocab_size on are padding:
+    whatever they hold, they have no logits and are not drawn.
+    """
+    return _river.lm_head_w4(
+        hidden, norm, weight, vocab_size, rms_norm_eps, return_logits, temperature, seeds, positions
+    )
 
 
 def sample(

@@ -191,6 +191,13 @@ def _(hidden, norm, weight, rms_norm_eps, return_logits=True, *args):
     return hidden.new_empty(rows, dtype=torch.int64), logits
 
 
+@_fake("lm_head_w4")
+def _(hidden, norm, weight, vocab_size, rms_norm_eps, return_logits=True, *args):
+    rows = hidden.shape[0]
+    logits = hidden.new_empty(rows if return_logits else 0, vocab_size, dtype=torch.float32)
+    return hidden.new_empty(rows, dtype=torch.int64), logits
+
+
 @_fake("sample")
 def _(logits, *args):
     rows = logits.shape[0]

@@ -40,6 +40,7 @@ def samples():
         "decode_attention": (block.random(2, 4, 32), k, v, int32([0, 1]), int32([5, 7]), 0.2, 3, None),
         "state_similarity": (hidden, hidden.flip(0)),
         "lm_head": (hidden, norm1, block.random(50, 128), 1e-5, True),
+        "lm_head_w4": (hidden, norm1, ops.pack_w4(*block.quantised(50, 128)), 50, 1e-5, True),
         "sample": tuple(drawing(block.random(2, 50).float(), top_k=9, top_p=0.9, min_p=0.01).values()),
         "linear": (x, block.random(40, 100), None),
         "linear_w4": (x, packed, 40, block.random(40)),

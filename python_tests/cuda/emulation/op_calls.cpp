@@ -83,9 +83,10 @@ Call linear(const py::kwargs& values) {
 
 Call lm_head(const py::kwargs& values) {
   LmHeadArgs a{};
-  Fields{values}("dtype", a.dtype)("rows", a.rows)("hidden_size", a.hidden_size)("vocab_size", a.vocab_size)(
-      "rms_norm_eps", a.rms_norm_eps)("hidden", a.hidden)("norm", a.norm)("weight", a.weight)(
-      "temperature", a.temperature)("seeds", a.seeds)("positions", a.positions)("tokens", a.tokens)("logits", a.logits);
+  Fields{values}("dtype", a.dtype)("packed", a.packed)("rows", a.rows)("hidden_size", a.hidden_size)(
+      "vocab_size", a.vocab_size)("rms_norm_eps", a.rms_norm_eps)("hidden", a.hidden)("norm", a.norm)(
+      "weight", a.weight)("temperature", a.temperature)("seeds", a.seeds)("positions", a.positions)("tokens", a.tokens)(
+      "logits", a.logits);
   return call(a, cuda::lm_head_workspace(a), cuda::launch_lm_head);
 }
 
@@ -149,7 +150,8 @@ Call dual_layer(const py::kwargs& values) {
     block_weights(block_fields(fields, a.block), a.block)("qkv_tiles", a.exit_layer.qkv_proj)(
         "o_tiles", a.exit_layer.o_proj)("gate_up_tiles", a.exit_layer.gate_up_proj)(
         "down_tiles", a.exit_layer.down_proj)("index", d.index)("previous", d.previous)("thresholds", d.thresholds)(
-        "min_layers", d.min_layers)("limit", d.limit)("exited", d.exited)("similarities", d.similarities);
+        "min_layers", d.min_layers)("limit", d.limit)("exited", d.exited)("similarities", d.similarities)("together",
+                                                                                                          d.together);
   }
   static_cast<BlockArgs&>(a.exit_layer) = a.block;
   a.exit_layer.gate_up_strips = gate_up_strips(a.block.intermediate_size);
