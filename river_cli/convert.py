@@ -61,12 +61,15 @@ def run(arguments) -> None:
 
 
 def _gain(calibration: dict) -> str:
-    share, before = 100 * calibration["agreement"], 100 * calibration["agreement_before"]
+    agreement, kl = (
+        f"{form.format(calibration[name + '_before'])} before, {form.format(calibration[name])} now"
+        for name, form in (("agreement", "{:.1%}"), ("kl", "{:.4f}"))
+    )
     return (
-        f"calibrated on {calibration['tokens']} tokens of {calibration['texts']} texts; on other texts of the file "
-        f"({calibration['held_out_tokens']} tokens)\n"
-        f"  the same next token as full depth  {before:.1f} % before, {share:.1f} % now\n"
-        f"  KL to full depth, nats             {calibration['kl_before']:.4f} before, {calibration['kl']:.4f} now"
+        f"calibrated on {calibration['tokens']} tokens of {calibration['texts']} texts; on "
+        f"{calibration['held_out_tokens']} tokens of others:\n"
+        f"  the same next token as full depth  {agreement}\n"
+        f"  KL from full depth, nats per token {kl}"
     )
 
 

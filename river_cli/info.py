@@ -104,6 +104,11 @@ def _checkpoint_facts(arguments) -> tuple[dict, dict]:
         saved = read_facts(arguments.river)
         facts["river"] = {"directory": str(arguments.river)} | saved
         lines["saved river"] = f"{arguments.river}: {saved['quantiser']}, groups of {saved['group_size']}"
+        if calibration := saved.get("calibration"):
+            lines["calibrated"] = (
+                f"{calibration['agreement']:.1%} of next tokens as at full depth, not calibrated "
+                f"{calibration['agreement_before']:.1%}"
+            )
     return facts, lines
 
 

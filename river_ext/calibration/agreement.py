@@ -19,7 +19,7 @@ class Agreement:
     """Of the river at depth 0, every layer and the whole cache W4, with full depth."""
 
     tokens: int  # positions compared
-    agreement: float  # share of positions at which both say the same next token: drafts that would be accepted
+    agreement: float  # share of positions with the same likeliest next token
     kl: float  # mean KL(full depth || river) of the next token, in nats
 
 

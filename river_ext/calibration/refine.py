@@ -1,19 +1,17 @@
 """Refines exit layers with what they will see: `(W - Wq) X` becomes small rather than `W - Wq`.
 
-All texts go through the backbone and, beside it, through the exit layers that are refined already, from depth 0
-on: what exit layers get when the river drafts, and close to what they get after an exit. A projection W has
-inputs x on the first way and z on the second; the sums over all tokens
+All texts go through the backbone and, beside it, through the exit layers that are refined already, from depth
+0 on: what exit layers get when the river drafts, and close to what they get after an exit. A projection W has
+inputs x on the first way and z on the second. The sums over all tokens
 
     H = sum z z^T       C = sum (x - z) z^T
 
 are all that is needed: W + W C H^-1 is the weight that makes of z the best of what W makes of x, so that it
 undoes some of what the layers before it have changed, and H is what GPTQ's error feedback goes by when that
-weight is quantised (quant/gptq.py). o_proj and down_proj add to the hidden state, and so can undo some of what
-it has drifted by, from h on the first way to g on the second: to W C comes D = sum (h - g) z^T.
+weight is quantised (quant/gptq.py).
 
 Memory: hidden states and attention's outputs of all texts on both ways (tokens x 4 x hidden_size in the model
-dtype), one layer's weights in fp32, and for one projection H, C, D and the factors of H: about
-5 in_features^2 + 3 in_features out_features in fp32.
+dtype), one layer's weights in fp32, and for one projection H, C and H's factors (5 in_features^2 in fp32).
 """
 
 from collections.abc import Callable, Iterable, Sequence
@@ -30,6 +28,8 @@ from ..quant import gptq, hqq
 from ..quant.w4 import Quantised, pack_exit_layer
 
 QKV, GATE_UP = ("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj")
+
+DAMPING = 0.1  # of H in H^-1, against overfitting: 0.01 is better where there are many tokens, by little
 
 Pair = tuple[Tensor, Tensor]  # rows of one text: through the backbone, through the river
 
@@ -58,7 +58,7 @@ class Refinement:
             tuple(self._rows(index, way, len(h)).attended(0, h) for way, h in zip(ways, pair, strict=True))
             for pair in self.hidden
         ]
-        river.fit(("o_proj",), attended, self.hidden)
+        river.fit(("o_proj",), attended)
         advance()
         middle = [
             tuple(add(h, linear(x, way.o(), block.o_bias)) for way, h, x in zip(ways, *pairs, strict=True))
@@ -71,7 +71,7 @@ class Refinement:
             tuple(self._rows(index, way, len(h)).swiglu(h) for way, h in zip(ways, pair, strict=True))
             for pair in middle
         )
-        river.fit(("down_proj",), swiglus, middle)
+        river.fit(("down_proj",), swiglus)
         exit_layer = pack_exit_layer(river.quantised, BlockShape.of(config))
         self.follow(index, exit_layer)
         advance()
@@ -114,21 +114,16 @@ class _ExitLayer:
             down=lambda: dense["down_proj"],
         )
 
-    def fit(self, names: tuple[str, ...], inputs: Iterable[Pair], hidden: Sequence[Pair] = ()) -> None:
-        """Quantises projections that have the same inputs.
-
-        Args:
-            inputs: [tokens, in_features] of every text.
-            hidden: [tokens, out_features] of every text, the states that the outputs are added to.
-        """
+    def fit(self, names: tuple[str, ...], inputs: Iterable[Pair]) -> None:
+        """Quantises projections that have the same inputs, [tokens, in_features] of every text."""
         name = f"{self.name}.{'+'.join(names)}"
         weights = [getattr(self.block, projection).float() for projection in names]
         weight, rows = torch.cat(weights), [len(part) for part in weights]
-        hessian, correction = _sums(weight, inputs, hidden)
-        if not (hessian.isfinite().all() and correction.isfinite().all()):
+        hessian, cross = _sums(inputs, weight.new_zeros(2, weight.shape[1], weight.shape[1]))
+        if not (hessian.isfinite().all() and cross.isfinite().all()):
             raise RiverError(f"{name}: activations with NaN or Inf in {self.block.o_proj.dtype}")
-        factor = gptq.damped_factor(hessian, name)
-        weight += torch.cholesky_solve(correction.T, factor).T
+        factor = gptq.damped_factor(hessian, name, DAMPING)
+        weight += weight @ torch.cholesky_solve(cross.T, factor).T
         quantised = hqq.quantize(weight, self.group_size, hessian=hessian, name=name)
         split = zip(*(part.split(rows) for part in quantised), strict=True)
         for projection, (q, scale, zero) in zip(names, split, strict=True):
@@ -139,16 +134,11 @@ class _ExitLayer:
             self.dense[projection] = (q.float() - zero) * scale
 
 
-def _sums(weight: Tensor, inputs: Iterable[Pair], hidden: Sequence[Pair]) -> Pair:
-    """H and W C + D of the module's text, over the tokens of all texts."""
-    rows, columns = weight.shape
-    hessian, cross = weight.new_zeros(2, columns, columns)
-    drift = weight.new_zeros(rows, columns)
-    for text, (x, z) in enumerate(inputs):
+def _sums(inputs: Iterable[Pair], sums: Tensor) -> Tensor:
+    """H and C of the module's text, added to zeros."""
+    hessian, cross = sums
+    for x, z in inputs:
         z = z.float()
         hessian.addmm_(z.T, z)
         cross.addmm_((x.float() - z).T, z)
-        if hidden:
-            h, g = hidden[text]
-            drift.addmm_((h.float() - g.float()).T, z)
-    return hessian, drift.addmm_(weight, cross)
+    return sums

@@ -45,8 +45,8 @@ def calibration_texts(checkpoint: Checkpoint, texts: Sequence[str], source: str)
     count = sum(map(len, used))
     if not held_out or count < MIN_TOKENS:
         raise RiverError(
-            f"{source}: {len(encoded)} texts, and {count} tokens in those to calibrate on; accepted: at least "
-            f"{HELD_OUT} texts and {MIN_TOKENS} tokens, better some hundred texts of 100 tokens and more"
+            f"{source}: {len(encoded)} texts, {count} tokens in those to calibrate on; accepted: at least "
+            f"{HELD_OUT} texts, {MIN_TOKENS} tokens; better some hundred texts of 100 tokens and more"
         )
     return CalibrationTexts(used, held_out)
 
@@ -56,8 +56,8 @@ def calibrate_river(
 ) -> ExitRiver:
     """The river of `build_river`, refined; its `calibration` says what that was worth.
 
-    Every layer is kept in `path` as soon as it is done, until `save_river` has written the whole there. Called
-    again after an interruption, this goes on behind the last one, and the result has the same bits.
+    Every layer is kept in the directory `path` as soon as it is done, until `save_river` has written them all
+    there. Called again after an interruption, this goes on behind the last one, to the same bits.
     """
     config, weights = checkpoint.config, checkpoint.weights
     network = Network(config, weights, river)

@@ -1,8 +1,8 @@
 """The exit layers of a calibration that goes on, each in a file, so that an interruption costs one layer.
 
-They lie in the folder .calibration of the river's directory, and go when the river takes its place there. A file
-comes whole, by a rename, and its name begins with a hash of all that the layer was made from: what is there
-under that name is what would be made again.
+They lie in the folder .calibration of the river's directory, and go when the river takes its place there. A
+file comes whole, by a rename, and its name begins with a hash of all that the layer was made from: what is
+there under that name is what would be made again.
 """
 
 import hashlib

@@ -14,14 +14,14 @@ MAX_BYTES = 64 << 20  # far more than anything here reads
 def read_texts(path: str | Path) -> list[str]:
     """The texts of a file, stripped, without empty ones; a file without any is refused.
 
-    Of a file whose name ends in .jsonl each line is an object with a field "text"; of any other one, texts are
-    what blank lines separate.
+    A file whose name ends in .jsonl has an object with a field "text" on each line; in any other one, blank
+    lines separate the texts.
     """
     content = read_text(path, MAX_BYTES).removeprefix("\ufeff")
     texts = _json_lines(path, content) if str(path).endswith(".jsonl") else re.split(r"\n\s*\n", content)
     texts = [text.strip() for text in texts]
     if not any(texts):
-        raise RiverError(f"{path}: no text in it; accepted: texts with blank lines between, or JSON lines (.jsonl)")
+        raise RiverError(f"{path}: no text in it; accepted: texts, or JSON lines if it ends in .jsonl")
     return [text for text in texts if text]
 
 

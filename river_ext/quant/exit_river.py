@@ -130,10 +130,10 @@ def read_facts(path: str | Path) -> dict:
     facts = Reader(path / FACTS, read_json_object(path / FACTS))
     facts.exactly("format", FORMAT)
     facts.exactly("format_version", FORMAT_VERSION, f"{FORMAT_VERSION}; convert the checkpoint again")
-    names = FACT_NAMES
+    known = FACT_NAMES
     if facts.choice("quantiser", ("hqq", "gptq")) == "gptq":
         _check_calibration(facts)
-        names += ("calibration",)
+        known += ("calibration",)
     if facts.integer("group_size", 0, 1 << 20) not in hqq.GROUP_SIZES:
         facts.fail("group_size", ", ".join(map(str, hqq.GROUP_SIZES)))
     for key in ("fingerprint", "sha256"):
@@ -146,8 +146,8 @@ def read_facts(path: str | Path) -> dict:
         facts.fail("block", f"an object with {', '.join(names)}")
     for name in names:
         Reader(facts.path, shape, prefix="block.").integer(name, 0, 1 << 30)
-    for key in facts.values.keys() - names:
-        facts.fail(key, f"no such key; those of a river are {', '.join(names)}")
+    for key in facts.values.keys() - set(known):
+        facts.fail(key, f"no such key; those of a river are {', '.join(known)}")
     return facts.values
 
 
@@ -180,7 +180,7 @@ FACT_NAMES = (
     "num_hidden_layers", "block",
 )  # fmt: skip
 CALIBRATION_COUNTS = ("texts", "tokens", "held_out_tokens")
-CALIBRATION_NUMBERS = {"agreement_before": 1.0, "agreement": 1.0, "kl_before": 1e30, "kl": 1e30}  # the highest
+CALIBRATION_NUMBERS = {"agreement_before": 1, "agreement": 1, "kl_before": 1e30, "kl": 1e30}  # the highest
 
 
 def _facts(river: ExitRiver, config: ModelConfig, fingerprint: str, sha256: str) -> dict:

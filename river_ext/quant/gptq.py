@@ -1,14 +1,14 @@
 """GPTQ's error feedback (Frantar et al. 2022, arXiv 2210.17323): roundings that make up for each other.
 
-For inputs x with the Hessian H = mean(x x^T), the 4-bit weight should meet the outputs: of every row w, minimise
-(w - v)^T H (w - v) over v on the row's grid of scales and zeros. Round one column after the other. If column j
-is off by d, the best that the columns after it can do is to move by -d U[j, j+1:] / U[j, j], where U is the upper
-Cholesky factor of H^-1: row j of it holds what eliminating the columns before j leaves of H^-1. So the whole
-is one Cholesky factor and a triangular sweep.
+For inputs x with the Hessian H = mean(x x^T), a 4-bit weight should meet the outputs: for every row w,
+minimise (w - v) H (w - v)^T over v on the row's grid of scales and zeros. Round one column after the other.
+If that puts column j off by d, the best that the columns after it can do is to move by -d U[j, j+1:] / U[j,
+j], where U is the upper Cholesky factor of H^-1: its row j is what eliminating the columns before j leaves
+of row j of H^-1. So all of it is one Cholesky factor and a triangular sweep.
 
-Columns go by falling H[j, j]: the loud ones are rounded first, while there are most others to make up for them
-(the grid is fixed beforehand, so any order may be taken). The sweep moves the columns of its own block at once,
-and those of later blocks by one matrix product per block.
+Columns go by falling H[j, j]: the loud ones are rounded first, while most others are left to make up for
+them. The grid is fixed beforehand, so any order will do. The sweep moves the columns of its own block at
+once, and those of later blocks by one matrix product per block.
 """
 
 import torch
@@ -74,9 +74,9 @@ def _round_block(rest: Tensor, scale: Tensor, zero: Tensor, factor: Tensor, q: T
     return errors
 
 
-def damped_factor(hessian: Tensor, name: str) -> Tensor:
-    """The lower Cholesky factor of a Hessian in fp32, damped as far as that takes. Zeros count as identity."""
-    level, damping = hessian.diagonal().double().mean().item() or 1.0, DAMPING
+def damped_factor(hessian: Tensor, name: str, damping: float = DAMPING) -> Tensor:
+    """The lower Cholesky factor of a Hessian in fp32, damped as it needs. Zeros count as identity."""
+    level = hessian.diagonal().double().mean().item() or 1.0
     while damping <= MAX_DAMPING:
         damped = hessian.float().clone()
         damped.diagonal().add_(damping * level)
