@@ -4,9 +4,12 @@ Tests of CUDA code take the fixture `kernels` or `device`. Their GPU half exists
 RIVER_REQUIRE_CUDA=1 says that there must be one; elsewhere there is nothing to skip, and the header says so.
 """
 
+import fcntl
 import importlib
 import json
 import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -130,6 +133,24 @@ def tiny_checkpoint(tmp_path):
 def hf_checkpoint(tmp_path):
     """Factory: hf_checkpoint(model_type, **config changes) -> directory of a checkpoint by transformers."""
     return lambda model_type="llama", **options: write_hf_checkpoint(tmp_path / "hf", model_type, **options)
+
+
+@pytest.fixture(scope="session")
+def real_model():
+    """Directory of a trained chat model that tools/real_model.py makes, once for all sessions."""
+    root = Path(__file__).resolve().parent.parent
+    named = os.environ.get("RIVER_REAL_MODEL")
+    directory = Path(named) if named else root / "build" / "real_model"
+    if (directory / "model.safetensors").exists():
+        return directory
+    (root / "build").mkdir(exist_ok=True)
+    with open(root / "build" / "real_model.lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)  # sessions beside this one wait, and then find it made
+        command = [sys.executable, root / "tools" / "real_model.py", directory]
+        done = subprocess.run(command, capture_output=True, text=True)
+    if done.returncode:
+        (pytest.fail if named else pytest.skip)(done.stderr.strip().splitlines()[-1])
+    return directory
 
 
 # --- the command `river` ---

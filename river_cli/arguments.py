@@ -2,15 +2,26 @@
 
 import argparse
 import os
-from collections.abc import Sequence
+import sys
+from collections.abc import Mapping, Sequence
 
-from .errors import UsageError
+from .errors import UsageError, did_you_mean
 from .prompts import read_prompts, refuse_surrogates
 
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     """`module` of the result runs the command; prompts and files have become `prompts`."""
-    arguments = _parser().parse_args(argv)
+    argv = list(sys.argv[1:] if argv is None else argv)
+    parser, commands = _parser()
+    first = {*commands, *parser._option_string_actions}
+    if argv and argv[0] not in first:
+        hint = did_you_mean(argv[0], first)
+        raise UsageError(f"no command {argv[0][:40]!r}; accepted: {', '.join(commands)}{hint}")
+    if argv and argv[0] in commands:
+        _refuse_unknown_options(commands[argv[0]], argv[1:])
+    arguments, rest = parser.parse_known_args(argv)
+    _take_rest(commands[argv[0]], arguments, rest)
+    _take_directory(arguments)
     for name, value in vars(arguments).items():
         if name != "prompts" and (value == [] or isinstance(value, list) and [] in value):
             # what argparse makes of --name=--
@@ -18,19 +29,56 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     if arguments.module == "generate":
         _check_generate(arguments)
     elif arguments.module == "info" and arguments.river is not None and not _names_a_model(arguments):
-        raise UsageError("--river needs --model DIR or --demo, the model that it belongs to")
+        raise UsageError("--river needs a model's directory or --demo, the model that it belongs to")
     elif arguments.module == "evaluate" and not arguments.demo:
         raise UsageError(
-            "what to evaluate on; accepted: --demo (with --model DIR: another model on its tasks)"
+            "what to evaluate on; accepted: --demo (with a model's directory: that model on its tasks)"
         )
     return arguments
+
+
+def _refuse_unknown_options(parser: argparse.ArgumentParser, texts: list[str]) -> None:
+    """Before argparse, which would first miss a required option that was misspelt."""
+    options = parser._option_string_actions
+    for text in texts[: texts.index("--") if "--" in texts else None]:
+        name = text.partition("=")[0]
+        if name.startswith("--") and " " not in name and name not in options:
+            parser.error(f"unrecognized arguments: {name[:80]}{did_you_mean(name, options)}")
+
+
+def _take_rest(parser: argparse.ArgumentParser, arguments, rest: list[str]) -> None:
+    """What argparse leaves over: the prompts that come after an option, or too much."""
+    takes = arguments.module == "generate"
+    end = rest.index("--") if "--" in rest else len(rest)
+    dashed = [text for text in rest[:end] if text[:1] == "-" != text and " " not in text]
+    if refused := dashed if takes else rest:
+        parser.error(f"unrecognized arguments: {' '.join(refused)}")
+    if takes:
+        arguments.prompts += rest[:end] + rest[end + 1 :]
+
+
+def _take_directory(arguments) -> None:
+    """The model's directory may do without --model. Before prompts it is the first text.
+
+    With --model or --demo every text is a prompt, even one that names a directory.
+    """
+    if arguments.module != "generate":
+        arguments.model = arguments.model if arguments.directory is None else arguments.directory
+    elif arguments.prompts and not _names_a_model(arguments):
+        directory = arguments.prompts.pop(0)
+        if not os.path.isdir(directory):
+            raise UsageError(
+                f"no model: {directory[:80]!r} is no directory; accepted: a model's directory before the "
+                "prompts, or --model DIR, or --demo for the bundled one"
+            )
+        arguments.model = directory
 
 
 def _check_generate(arguments) -> None:
     if not (arguments.prompts or arguments.file or arguments.demo):
         raise UsageError("no prompt; accepted: 1 to 8 prompts, - for standard input, --file, or --demo")
     if not _names_a_model(arguments):
-        raise UsageError("no model; accepted: --model DIR, or --demo for the bundled one")
+        raise UsageError("no model; accepted: its directory, or --demo for the bundled one")
     if arguments.chat and not (arguments.prompts or arguments.file):
         raise UsageError("--chat without a prompt; accepted: 1 to 8 prompts, - for standard input, or --file")
     for text in arguments.stop or ():
@@ -64,7 +112,8 @@ class _Version(argparse.Action):
         parser.exit()
 
 
-def _parser() -> argparse.ArgumentParser:
+def _parser() -> tuple[argparse.ArgumentParser, Mapping[str, argparse.ArgumentParser]]:
+    """The parser of all, and those of the commands by name."""
     parser = _Parser(
         prog="river",
         description="Training-free, token-level early exit for unmodified Hugging Face language models.",
@@ -79,7 +128,7 @@ def _parser() -> argparse.ArgumentParser:
         return added
 
     generate = command("generate", "generate", "continue prompts through the exit river")
-    _add_model(generate, "the bundled model; without a prompt it shows what River does")
+    _add_model(generate, "the bundled model; without a prompt it shows what River does", directory=False)
     _add_river(generate, "a saved river; without it one is built, for minutes if the model is large")
     _add_machine(generate)
     _add_prompts(generate)
@@ -96,7 +145,7 @@ def _parser() -> argparse.ArgumentParser:
     _add_model(convert, "the bundled model", required=True)
     _add_machine(convert)
     convert.add_argument(
-        "--output", type=_given, required=True, metavar="DIR", help="the river's new directory"
+        "-o", "--output", type=_given, required=True, metavar="DIR", help="the river's new directory"
     )
     convert.add_argument(
         "--group-size", type=int, choices=(64, 128), default=64, help="columns that share a scale (64)"
@@ -117,11 +166,17 @@ def _parser() -> argparse.ArgumentParser:
     evaluate.add_argument("--functions", type=int, default=100, metavar="N", help="functions (100)")
     evaluate.add_argument("--thresholds", metavar="S,S,...", help="of the River rows")
     evaluate.add_argument("--seed", type=int, default=0, help="which held-out items (0)")
-    return parser
+    return parser, commands.choices
 
 
 def _add_prompts(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("prompts", nargs="*", metavar="PROMPT", help="1 to 8 prompts; - is standard input")
+    parser.add_argument(
+        "prompts",
+        nargs="*",
+        metavar="PROMPT",
+        help="1 to 8 prompts; - is standard input. Without --model and --demo the first is the model's "
+        "directory: river generate DIR PROMPT",
+    )
     parser.add_argument(
         "--file",
         action="append",
@@ -153,11 +208,17 @@ def _add_options(parser: argparse.ArgumentParser) -> None:
 
 
 def _add_model(
-    parser: argparse.ArgumentParser, demo: str, required: bool = False, exclusive: bool = True
+    parser: argparse.ArgumentParser,
+    demo: str,
+    required: bool = False,
+    directory: bool = True,
+    exclusive: bool = True,
 ) -> None:
-    group = parser.add_mutually_exclusive_group(required=required) if exclusive else parser
+    group = parser.add_mutually_exclusive_group(required=required)
+    if directory:
+        group.add_argument("directory", nargs="?", type=_given, metavar="DIR", help="the same as --model DIR")
     group.add_argument("--model", type=_given, metavar="DIR", help="a Hugging Face checkpoint directory")
-    group.add_argument("--demo", action="store_true", help=demo)
+    (group if exclusive else parser).add_argument("--demo", action="store_true", help=demo)
 
 
 def _add_river(parser: argparse.ArgumentParser, text: str) -> None:

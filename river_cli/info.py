@@ -6,8 +6,10 @@ from dataclasses import asdict
 import torch
 
 from river_ext import __version__, ops
+from river_ext.loading.chat import template_names
 from river_ext.loading.checkpoint import load_checkpoint
 from river_ext.loading.config import ModelConfig
+from river_ext.loading.families import FAMILIES
 from river_ext.loading.weights import BlockShape, ModelWeights
 from river_ext.quant.exit_river import load_river, read_facts
 
@@ -25,6 +27,8 @@ def run(arguments) -> None:
         "torch": torch.__version__,
         "threads": torch.get_num_threads(),
         "gpus": gpus,
+        "model_types": list(FAMILIES),
+        "max_prompts": ops.MAX_ROWS,
     }
     torch_cuda = f"has CUDA {torch.version.cuda}" if torch.version.cuda else "is a CPU build"
     reason = build.get("cuda_note") or f"built without them; torch {torch_cuda}"
@@ -34,6 +38,8 @@ def run(arguments) -> None:
         "CPU kernels": f"{build['cpu_isa']}, {threads()}",
         "torch": torch.__version__,
         "GPU": ", ".join(f"{gpu['name']} ({gpu['arch']}): {gpu['runs']}" for gpu in gpus) or "none",
+        "model types": ", ".join(FAMILIES),
+        "prompts": f"up to {ops.MAX_ROWS} at a time",
     }
     if arguments.demo or arguments.model is not None:
         model_facts, model_lines = _checkpoint_facts(arguments)
@@ -88,6 +94,7 @@ def _checkpoint_facts(arguments) -> tuple[dict, dict]:
         "config": asdict(config) | {"dtype": dtype_name(config)},
         "max_length": config.max_length,
         "tokenizer": checkpoint.tokenizer is not None,
+        "chat_templates": template_names(checkpoint.directory),
         "bytes": _sizes(checkpoint.weights, shape),
         "kv_bytes_per_token": (
             2
@@ -144,6 +151,7 @@ def _checkpoint_lines(config: ModelConfig, facts: dict) -> dict[str, str]:
         f"hidden {config.hidden_size}, {heads}, inner {config.intermediate_size}",
         "vocabulary": f"{config.vocab_size}, {tied} head, "
         + ("tokenizer.json" if facts["tokenizer"] else "no tokenizer.json: token ids only"),
+        "chat template": ", ".join(facts["chat_templates"]) or "none: prompts are text or token ids",
         "positions": f"{config.max_length}, rope {rope}, theta {config.rope_theta:g}",
         "weights": f"{dtype_name(config)}: backbone {sizes['backbone']}, "
         f"embedding and head {sizes['embedding_and_head']}",

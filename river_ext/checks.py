@@ -1,8 +1,12 @@
 """Values that a user gives: checked, and in the form that the engine wants."""
 
 import math
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+from difflib import get_close_matches
+from functools import wraps
+from inspect import signature
 from numbers import Integral, Real
+from typing import ParamSpec, TypeVar
 
 import torch
 
@@ -10,6 +14,25 @@ from .errors import RiverError
 
 MAX_CHARACTERS = 1 << 16  # of all strings of an option together
 FP32_MAX, FP32_TINY = torch.finfo(torch.float32).max, torch.finfo(torch.float32).tiny
+
+P = ParamSpec("P")
+Result = TypeVar("Result")
+
+
+def names_keywords(function: Callable[P, Result]) -> Callable[P, Result]:
+    """A decorator: the TypeError about an unknown keyword names the closest known one, and all of them."""
+    known = [name for name in signature(function).parameters if name != "self"]
+
+    @wraps(function)
+    def checked(*args: P.args, **kwargs: P.kwargs) -> Result:
+        for name in kwargs:
+            if name not in known:
+                close = get_close_matches(name, known, n=1)
+                hint = f"; did you mean {close[0]}?" if close else ""
+                raise TypeError(f"no argument {name!r}; accepted: {', '.join(known)}{hint}")
+        return function(*args, **kwargs)
+
+    return checked
 
 
 def per_request(name: str, value, rows: int, check, *limits) -> list:

@@ -6,6 +6,7 @@ from pathlib import Path
 import torch
 from tokenizers import Tokenizer
 
+from .checks import names_keywords
 from .engine.generate import Score, Stream, generate, score
 from .engine.network import Network
 from .engine.request import Options
@@ -21,6 +22,7 @@ from .threads import in_own_thread
 DEMO = Path(__file__).parent / "demo"
 
 
+@names_keywords
 @memory_for("the model and its river")
 def load(
     path: str | Path | None = None,
@@ -99,6 +101,7 @@ class Model:
             f"vocabulary {config.vocab_size}, {dtype} on {self.network.device}{where})"
         )
 
+    @names_keywords
     @memory_for("the prompts and their new tokens")
     def generate(
         self,
@@ -182,8 +185,9 @@ class Model:
         character that spans several tokens comes with its last one; what may be the beginning of a stop
         string is held back until it is certain. An error is raised in place of the next piece.
         """
-        return Stream(self.network, self.text, prompt, Options(**options))
+        return Stream(self.network, self.text, prompt, names_keywords(Options)(**options))
 
+    @names_keywords
     @memory_for("the tokens and their logits")
     def score(
         self,

@@ -80,13 +80,31 @@ def readme_blocks(kind: str) -> list[str]:
 def test_the_commands_of_the_readme_are_ones():
     (block,) = [block for block in readme_blocks("") if block.startswith("river ")]
     commands = [shlex.split(command) for command in re.split(r"^(?=river )", block, flags=re.M) if command]
-    assert [command[1] for command in commands] == ["generate", "generate", "eval", "info"]
+    assert [command[1] for command in commands] == ["generate", "eval", "info"]
     for _, *arguments in commands:
         parse(arguments)
     (block,) = [block for block in readme_blocks("") if block.startswith("make ")]
     targets = re.findall(r"^make (\w+)", block, re.M)
     assert targets == ["demo", "test"]
     subprocess.run(["make", "-n", *targets], cwd=ROOT, check=True, capture_output=True)
+
+
+def transcripts(document: Path) -> list[tuple[list[str], str]]:
+    """The commands after "$ " in blocks of a document, and what they print."""
+    blocks = re.findall(r"^```\n(\$ .*?)^```$", document.read_text(), re.M | re.S)
+    parts = [part.partition("\n") for block in blocks for part in re.split(r"^\$ ", block, flags=re.M)[1:]]
+    return [(shlex.split(command), printed) for command, _, printed in parts]
+
+
+@pytest.mark.parametrize("name", ["README.md", "docs/usage.md"])
+def test_what_commands_print_is_what_the_documents_show(name, river, real_model, monkeypatch):
+    (make, _), *others = transcripts(ROOT / name)
+    assert make == ["python3", "tools/real_model.py", "smollm2"] and others
+    monkeypatch.setattr("river_cli.hint", lambda: None)  # a busy machine is no part of it
+    for (program, *arguments), expected in others:
+        assert program == "river"
+        code, out, err = river(*[real_model if argument == "smollm2" else argument for argument in arguments])
+        assert (code, " ".join((out + err).split())) == (0, " ".join(expected.split()))
 
 
 def test_the_python_of_the_readme_runs(capsys):

@@ -16,9 +16,11 @@ from tiny_model import demo_model
 
 import river_cli as cli
 from river_cli import shared, terminal, threads
-from river_ext import __version__
+from river_cli.arguments import parse
+from river_ext import __version__, ops
 from river_ext.calibration.unfinished import UnfinishedRiver
 from river_ext.demo_tasks.generator import train_item
+from river_ext.loading.families import FAMILIES
 from river_ext.model import DEMO
 
 # --- generate -------------------------------------------------------------------------------------------
@@ -117,6 +119,33 @@ def test_prompts_of_files(river_json, tmp_path):
     assert [output["prompt"] for output in document["outputs"]] == ["def f", PROMPT]
 
 
+def copy_of_the_demo(directory):
+    for name in ("config.json", "model.safetensors", "tokenizer.json"):
+        shutil.copy(DEMO / name, directory)
+    return directory
+
+
+def test_the_directory_of_the_model_comes_before_the_prompts(river_json, tmp_path, monkeypatch):
+    """By its place alone: with --demo or --model, the name of a directory is a prompt like any other."""
+    monkeypatch.chdir(copy_of_the_demo(tmp_path))
+    (tmp_path / "def f").mkdir()
+    for line, model, prompts in (
+        ([".", "def f"], ".", ["def f"]),
+        ([".", "."], ".", ["."]),
+        (["--demo", ".", "def f"], DEMO, [".", "def f"]),
+        (["--model", ".", "def f"], ".", ["def f"]),
+        ([".", "--threshold", "2", "a", "--seed", "1", "def f"], ".", ["a", "def f"]),
+        (["--seed", "1", ".", "- a"], ".", ["- a"]),
+    ):
+        document = river_json("generate", "--max-new-tokens", "1", *line)
+        assert document["model"] == str(model) and [o["prompt"] for o in document["outputs"]] == prompts
+    (tmp_path / "text").write_text("def f")
+    dashed = parse(["generate", ".", "a", "--seed", "1", "--", "--json", "-1"])
+    assert (dashed.model, dashed.prompts, dashed.json) == (".", ["a", "--json", "-1"], False)
+    document = river_json("generate", ".", "--file", "text", "--max-new-tokens", "1")
+    assert [output["prompt"] for output in document["outputs"]] == ["def f"]
+
+
 def test_files_of_windows_give_the_same_prompt(river_json, tmp_path):
     """But only one byte order mark is one, and "\\r" alone is text."""
     (tmp_path / "crlf").write_bytes(b"\xef\xbb\xbf" + PROMPT.replace("\n", "\r\n").encode() + b"\r\n")
@@ -167,6 +196,8 @@ def test_info(river, river_json):
     document = river_json("info")
     assert document["version"] == __version__ and document["torch"] == torch.__version__
     assert document["build"]["cpu_isa"] and "model" not in document
+    assert document["model_types"] == list(FAMILIES) and document["max_prompts"] == ops.MAX_ROWS
+    assert "llama, mistral, qwen2" in out and "up to 8 at a time" in out
 
 
 def test_info_of_a_model(river, river_json):
@@ -183,6 +214,7 @@ def test_info_of_a_model(river, river_json):
     assert document["kv_bytes_per_token"] == per_token
     out = river("info", "--demo")[1]
     assert model.fingerprint in out and "padding  none" in out
+    assert river_json("info", DEMO)["model"] == document
 
 
 def test_info_says_what_is_padded(river, tmp_path):
@@ -192,12 +224,23 @@ def test_info_says_what_is_padded(river, tmp_path):
     assert "no tokenizer.json" in out
 
 
+def test_info_names_the_chat_templates(river, river_json, tmp_path):
+    directory = write_tiny_checkpoint(tmp_path / "model")
+    assert river_json("info", directory)["model"]["chat_templates"] == []
+    assert "chat template    none" in river("info", directory)[1]
+    (directory / "chat_template.jinja").write_text("{{ messages }}")
+    (directory / "additional_chat_templates").mkdir()
+    (directory / "additional_chat_templates" / "rag.jinja").write_text("{{ messages }}")
+    assert river_json("info", directory)["model"]["chat_templates"] == ["default", "rag"]
+    assert "chat template    default, rag\n" in river("info", directory)[1]
+
+
 # --- convert --------------------------------------------------------------------------------------------
 
 
 def test_convert(river, river_json, refused, tmp_path):
     directory = write_tiny_checkpoint(tmp_path / "model")
-    code, out, _ = river("convert", "--model", directory, "--output", tmp_path / "river")
+    code, out, _ = river("convert", directory, "-o", tmp_path / "river")
     assert code == 0
     assert "3 exit layers" in out and " s\n" in out and "down_proj" in out
     use = shlex.split(out.splitlines()[-1])
@@ -348,9 +391,7 @@ def test_eval_json(river_json, short_answers):
 
 
 def test_eval_of_one_kind_and_of_another_model(river_json, short_answers, tmp_path):
-    for name in ("config.json", "model.safetensors", "tokenizer.json"):
-        shutil.copy(DEMO / name, tmp_path)
-    document = river_json("eval", "--demo", "--model", tmp_path, "--problems", "0", "--functions", "2",
+    document = river_json("eval", "--demo", copy_of_the_demo(tmp_path), "--problems", "0", "--functions", "2",
                           "--thresholds", "0.9")  # fmt: skip
     assert document["model"] == str(tmp_path)
     assert document["rows"][0]["accuracy"].keys() == {"functions"}

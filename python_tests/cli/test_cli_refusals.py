@@ -82,7 +82,23 @@ def test_requests_that_are_refused(refused, arguments, named):
         ([], "required: COMMAND"),
         (["fly"], "'fly'"),
         (["generate"], "no prompt"),
-        (["generate", "hi"], "no model"),
+        (["generate", "hi"], "no model: 'hi' is no directory"),
+        (["generate", "", "hi"], "no model: '' is no directory"),
+        (["generate", "/dev/null", "hi"], "no model: '/dev/null' is no directory"),
+        (["generate", "\0", "hi"], "no model: "),
+        (["generate", "."], "no prompt"),
+        (["generate", ".", "hi"], "config.json"),
+        (["generate", ".", "--model", ".", "--compare"], "config.json"),
+        (["generate", "--file", "x"], "no model"),
+        (["info", "."], "config.json"),
+        (["info", ".", "more"], "unrecognized arguments: more"),
+        (["info", ".", "--", "more"], "more (see river info --help)"),
+        (["info", ".", "--demo"], "not allowed with"),
+        (["info", ".", "--model", "x"], "not allowed with"),
+        (["info", ""], "is empty"),
+        (["convert", ".", "-o", "x"], "config.json"),
+        (["eval", ".", "--demo"], "config.json"),
+        (["eval", ".", "--model", ".", "--demo"], "not allowed with"),
         (["generate", "--model", "", "hi"], "--model: is empty"),
         (["info", "--model", ""], "--model: is empty"),
         (["convert", "--model", "", "--output", "x"], "--model: is empty"),
@@ -103,6 +119,31 @@ def test_requests_that_are_refused(refused, arguments, named):
 )
 def test_commands_that_are_refused(refused, arguments, named):
     assert named in refused(*arguments)
+
+
+@pytest.mark.parametrize(
+    "arguments, meant",
+    [
+        (["genrate", "--demo"], "generate"),
+        (["--versoin"], "--version"),
+        (["generate", "--demo", "hi", "--temprature", "1"], "--temperature"),
+        (["generate", "--demo", "--max_new_tokens=3", "hi"], "--max-new-tokens"),
+        (["generate", "--demo", "hi", "--stopp=a b"], "--stop"),
+        (["info", "--jsn"], "--json"),
+        (["convert", "--modle", "x", "--output", "y"], "--model"),
+        (["convert", "--demo", "--ouput", "y"], "--output"),
+        (["eval", "--demo", "--threshold", "0.5"], "--thresholds"),
+    ],
+)
+def test_the_name_that_was_meant(refused, arguments, meant):
+    assert f"; did you mean {meant}?" in refused(*arguments)
+
+
+def test_a_name_that_is_close_to_none(refused):
+    assert refused("fly") == "no command 'fly'; accepted: generate, info, convert, eval"
+    assert refused("--", "info").startswith("no command '--'; accepted: ")
+    assert refused("info", "--wxyz") == "unrecognized arguments: --wxyz (see river info --help)"
+    assert "unrecognized arguments: -x" in refused("generate", "--demo", "hi", "--json", "-x")
 
 
 def test_files_that_cannot_be_read(refused, tmp_path):

@@ -349,6 +349,24 @@ def test_stream_refuses_at_once():
         random_model().stream(PROMPTS[1], max_tokens=3)
 
 
+def test_an_unknown_keyword_is_answered_with_the_closest_one():
+    model = random_model()
+    for call, keyword, meant in (
+        (model.generate, "temprature", "temperature"),
+        (model.generate, "max_tokens", "max_new_tokens"),
+        (model.stream, "threshhold", "threshold"),
+    ):
+        message = f"^no argument '{keyword}'; accepted: .*; did you mean {meant}\\?$"
+        with pytest.raises(TypeError, match=message):
+            call(PROMPTS[1], **{keyword: 1})
+    with pytest.raises(TypeError, match="did you mean prompt_length"):
+        model.score(PROMPTS[1], promt_length=1)
+    with pytest.raises(TypeError, match="no argument 'dtyp'; accepted: path, device, dtype, river; did you"):
+        river_ext.load(dtyp="float32")
+    with pytest.raises(TypeError, match="exit_control$"):
+        model.generate(PROMPTS[1], wxyz=1)
+
+
 # --- teacher forcing ------------------------------------------------------------------------------------
 
 

@@ -110,7 +110,7 @@ def command_line(state: State, random: Random) -> list[str]:
     line = [command]
     options = dict(OPTIONS.get(command, {"--json": None, "--x": ["1"]}))
     if command in ("generate", "info", "convert") and random.random() < 0.95:
-        line += ["--model", named(random.choice(MODELS))]
+        line += random.choice([["--model"], []]) + [named(random.choice(MODELS))]
     if command == "eval":  # the bundled model takes its time: only what is refused before
         options = {name: [v for v in values if v not in ("0.5", "1")] for name, values in options.items()}
     if command == "convert":
@@ -126,8 +126,9 @@ def command_line(state: State, random: Random) -> list[str]:
         line += [name] if values is None else [f"{name}={named(random.choice(values))}"]
     if command == "eval":
         line += ["--demo", "--thresholds=x"]
+    odd = ["--help", "--", "--x", "-x", "-", "--json=1"]
     if random.random() < 0.05:
-        line.insert(random.randrange(len(line) + 1), random.choice(["--help", "--", "--x", "-", "--json=1"]))
+        line.insert(random.randrange(len(line) + 1), random.choice(odd))
     return line
 
 

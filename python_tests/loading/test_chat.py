@@ -14,7 +14,7 @@ import river_ext
 from river_cli import shared
 from river_ext.errors import RiverError
 from river_ext.loading import chat
-from river_ext.loading.chat import ChatTemplate, checked_messages, read_template
+from river_ext.loading.chat import ChatTemplate, checked_messages, read_template, template_names
 from river_ext.loading.config import read_config
 from river_ext.loading.text import Text
 from river_ext.loading.tokenizer import load_tokenizer
@@ -283,6 +283,69 @@ def test_the_file_comes_before_tokenizer_config(tmp_path):
     named = [{"name": "tool_use", "template": "tools"}, {"name": "default", "template": "plain"}]
     write_tokenizer(tmp_path, chat_template=named)
     assert read_template(tmp_path)[1] == "plain"
+    assert read_template(tmp_path, "tool_use") == (tmp_path / "tokenizer_config.json", "tools")
+    assert template_names(tmp_path) == ["tool_use", "default"]
+    add_template(tmp_path, "rag", "retrieved")
+    assert template_names(tmp_path) == ["rag"], "files replace all that tokenizer_config.json has"
+    with pytest.raises(RiverError, match="no chat template 'tool_use'; accepted: chat_template='rag'"):
+        read_template(tmp_path, "tool_use")
+
+
+def test_where_no_template_is_found(tmp_path):
+    assert template_names(tmp_path) == []
+    (tmp_path / "additional_chat_templates").write_text("no directory")
+    assert template_names(write_tokenizer(tmp_path)) == []
+
+
+def add_template(directory, name: str, template: str) -> None:
+    path = directory / "additional_chat_templates" / f"{name}.jinja"
+    path.parent.mkdir(exist_ok=True)
+    path.write_text(template)
+
+
+NAMED = {
+    name: f"{name}: {{% for m in messages %}}{{{{ m.content }}}}{{% endfor %}}"
+    for name in ("default", "tool_use", "rag")
+}
+TOOLS = [{"type": "function", "function": {"name": "f"}}]
+
+
+@pytest.mark.parametrize("stored", ["list", "files", "saved by transformers"])
+def test_named_templates_as_in_transformers(chat_checkpoint, stored):
+    transformers = pytest.importorskip("transformers")
+    as_list = [{"name": name, "template": text} for name, text in NAMED.items()]
+    if stored == "files":
+        directory = chat_checkpoint(NAMED["default"])
+        for name in ("tool_use", "rag"):
+            add_template(directory, name, NAMED[name])
+    else:
+        directory = chat_checkpoint(None, chat_template=as_list)
+    theirs = transformers.AutoTokenizer.from_pretrained(directory)
+    if stored == "saved by transformers":
+        theirs.save_pretrained(directory)
+        assert (directory / "additional_chat_templates" / "rag.jinja").exists()
+    assert sorted(template_names(directory)) == sorted(NAMED)
+    ours, made = text_of(directory), set()
+    for choice in (None, *NAMED):
+        for tools in (None, TOOLS, []):
+            expected = theirs.apply_chat_template(HI, chat_template=choice, tools=tools, return_dict=False)
+            assert ours.chat(HI, chat_template=choice, tools=tools) == expected, (choice, tools)
+            made.add(tuple(expected))
+    assert len(made) == 3
+
+
+def test_a_template_is_chosen_by_a_name_that_it_has(chat_checkpoint):
+    directory = chat_checkpoint(NAMED["default"])
+    add_template(directory, "rag", NAMED["rag"])
+    text = text_of(directory)
+    assert text.chat(HI, chat_template="rag") == text._tokens("rag: hi", add_special_tokens=False)
+    with pytest.raises(RiverError, match="no chat template 'x'; accepted: chat_template='default', 'rag'"):
+        text.chat(HI, chat_template="x")
+    for name in ("../chat_template", "../additional_chat_templates/rag", "\0", ""):
+        with pytest.raises(RiverError, match="has no chat template '"):
+            text.chat(HI, chat_template=name)
+    with pytest.raises(RiverError, match="chat_template is a list; accepted: the name"):
+        text.chat(HI, chat_template=["rag"])
 
 
 @pytest.mark.parametrize(
@@ -291,8 +354,8 @@ def test_the_file_comes_before_tokenizer_config(tmp_path):
         (None, "has no chat template; accepted: chat_template.jinja, or"),
         (7, "chat_template is 7; accepted:"),
         ({"default": "x"}, "chat_template is {"),
-        ([], "accepted: default among them"),
-        ([{"name": "tool_use", "template": "x"}], "chat_template names tool_use; accepted: default"),
+        ([], "has no chat template; accepted: chat_template.jinja, or"),
+        ([{"name": "t", "template": "x"}], "has no chat template 'default'; accepted: chat_template='t'"),
         ([{"name": "default", "template": 1}], 'chat_template holds {"name": "default"'),
         (["default"], 'chat_template holds "default"'),
         ("x" * (1 << 21), "a chat_template of 2097152 characters"),

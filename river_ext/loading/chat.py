@@ -22,6 +22,8 @@ from .files import is_regular, read_text
 from .json_object import MAX_JSON_BYTES, read_json_object
 from .tokenizer import RUN_TRIAL, TokenizerSettings
 
+DEFAULT, TOOL_USE = "default", "tool_use"  # names of templates that transformers chooses by itself
+TOKENIZER_CONFIG = "tokenizer_config.json"
 WORKER = Path(__file__).with_name("chat_worker.py")
 MAX_TEMPLATE_BYTES = 1 << 20
 MAX_CHARACTERS = 16 << 20  # of the text, far more than the positions of any model hold
@@ -43,8 +45,8 @@ class ChatTemplate:
         self._stop = lambda: None
 
     @classmethod
-    def read(cls, directory: Path) -> "ChatTemplate":
-        return cls(*read_template(directory), TokenizerSettings.read(directory).roles)
+    def read(cls, directory: Path, name: str = DEFAULT) -> "ChatTemplate":
+        return cls(*read_template(directory, name), TokenizerSettings.read(directory).roles)
 
     def render(self, messages, add_generation_prompt: bool = True, **variables) -> str:
         """The text of messages; the variables are the template's, such as `tools` or `enable_thinking`."""
@@ -111,40 +113,57 @@ def _cause_of(code: int) -> str:
     return f"ends the process that renders it (code {code}); accepted: what takes at most {MEMORY >> 30} GiB"
 
 
-def read_template(directory: Path) -> tuple[Path, str]:
-    """The template of a checkpoint directory, and the file that it is in."""
-    path = directory / "chat_template.jinja"
-    if is_regular(path):
-        return path, read_text(path, MAX_TEMPLATE_BYTES)
-    path = directory / "tokenizer_config.json"
-    template = read_json_object(path).get("chat_template") if is_regular(path) else None
-    if template is None:
+def template_names(directory: Path) -> list[str]:
+    """The templates of a checkpoint directory; one without a name of its own is the default one."""
+    return list(_template_files(directory) or _configured_templates(directory))
+
+
+def read_template(directory: Path, name: str = DEFAULT) -> tuple[Path, str]:
+    """A template of a checkpoint directory, and the file that it is in."""
+    files = _template_files(directory)
+    texts = {} if files else _configured_templates(directory)
+    if not files | texts:
         raise RiverError(
             f"{directory}: has no chat template; accepted: chat_template.jinja, or chat_template in "
-            "tokenizer_config.json"
+            f"{TOKENIZER_CONFIG}"
         )
-    if isinstance(template, list):
-        template = _default_template(path, template)
-    if not isinstance(template, str):
+    if name in files:
+        return files[name], read_text(files[name], MAX_TEMPLATE_BYTES)
+    if name in texts:
+        return directory / TOKENIZER_CONFIG, texts[name]
+    names = ", ".join(map(repr, files | texts))[:80]
+    raise RiverError(f"{directory}: has no chat template {name[:40]!r}; accepted: chat_template={names}")
+
+
+def _template_files(directory: Path) -> dict[str, Path]:
+    """By name. Where there is one, transformers leaves out all that tokenizer_config.json has."""
+    files = {DEFAULT: directory / "chat_template.jinja"}
+    files |= {path.stem: path for path in sorted((directory / "additional_chat_templates").glob("*.jinja"))}
+    return {name: path for name, path in files.items() if is_regular(path)}
+
+
+def _configured_templates(directory: Path) -> dict[str, str]:
+    """The texts in tokenizer_config.json by name: one is as good as a list with a default one alone."""
+    path = directory / TOKENIZER_CONFIG
+    found = read_json_object(path).get("chat_template") if is_regular(path) else None
+    if found is None:
+        return {}
+    items = [{"name": DEFAULT, "template": found}] if isinstance(found, str) else found
+    if not isinstance(items, list):
         raise RiverError(
-            f"{path}: chat_template is {json.dumps(template)[:60]}; accepted: a template's text, or a list "
+            f"{path}: chat_template is {json.dumps(found)[:60]}; accepted: a template's text, or a list "
             "of objects with name and template"
         )
-    if len(template) > MAX_TEMPLATE_BYTES:
-        raise RiverError(f"{path}: a chat_template of {len(template)} characters; accepted: at most 1 MiB")
-    return path, template
-
-
-def _default_template(path: Path, templates: list):
-    for item in templates:
+    for item in items:
         if not isinstance(item, dict) or not all(isinstance(item.get(k), str) for k in ("name", "template")):
             raise RiverError(
                 f"{path}: chat_template holds {json.dumps(item)[:60]}; accepted: objects of name and template"
             )
-    named = {item["name"]: item["template"] for item in templates}
-    if "default" not in named:
-        raise RiverError(f"{path}: chat_template names {', '.join(named)[:80]}; accepted: default among them")
-    return named["default"]
+        if len(item["template"]) > MAX_TEMPLATE_BYTES:
+            raise RiverError(
+                f"{path}: a chat_template of {len(item['template'])} characters; accepted: at most 1 MiB"
+            )
+    return {item["name"]: item["template"] for item in items}
 
 
 def checked_messages(messages) -> list[dict]:

@@ -1,12 +1,13 @@
 """Text to tokens, and tokens to text, whole or one at a time."""
 
+from functools import cached_property
 from os.path import commonprefix
 from pathlib import Path
 
 from tokenizers import Tokenizer
 
 from ..errors import RiverError
-from .chat import ChatTemplate
+from .chat import DEFAULT, TOOL_USE, ChatTemplate, template_names
 from .config import ModelConfig
 from .decoding import Decoder
 from .stop_strings import StopStrings
@@ -26,7 +27,8 @@ class Text:
         added = tokenizer.get_added_tokens_decoder().values()
         self._special = {token.content for token in added if token.special}
         self._bos, self._adds_bos = config.bos_token_id, False
-        self._directory, self._chat_template = directory, None
+        self._directory = directory
+        self._chat_templates: dict[str, ChatTemplate] = {}
         if directory:
             settings = TokenizerSettings.read(directory)
             if "bos_token" in settings.roles:
@@ -45,17 +47,32 @@ class Text:
             start += 1
         return tokens[start:]
 
-    def chat(self, messages, add_generation_prompt: bool = True, **variables) -> list[int]:
+    def chat(
+        self, messages, add_generation_prompt: bool = True, chat_template: str | None = None, **variables
+    ) -> list[int]:
         """The tokens of chat messages, by the checkpoint's template: what it writes, and nothing around it.
 
-        The variables are those that the template knows, such as `tools` or `enable_thinking`.
+        Args:
+            chat_template: the name of a template, where the checkpoint has several. None takes "default", or
+                "tool_use" if there is one and `tools` are given, as transformers does.
+            variables: those that the template knows, such as `tools` or `enable_thinking`.
         """
-        if self._chat_template is None:
-            if self._directory is None:
-                raise RiverError("chat messages need a checkpoint with a chat template; accepted: text")
-            self._chat_template = ChatTemplate.read(self._directory)
-        text = self._chat_template.render(messages, add_generation_prompt, **variables)
+        if self._directory is None:
+            raise RiverError("chat messages need a checkpoint with a chat template; accepted: text")
+        name = chat_template
+        if name is None:
+            with_tools = variables.get("tools") is not None and TOOL_USE in self._template_names
+            name = TOOL_USE if with_tools else DEFAULT
+        if not isinstance(name, str):
+            raise RiverError(f"chat_template is a {type(name).__name__}; accepted: the name of a template")
+        if name not in self._chat_templates:
+            self._chat_templates[name] = ChatTemplate.read(self._directory, name)
+        text = self._chat_templates[name].render(messages, add_generation_prompt, **variables)
         return self._tokens(text, add_special_tokens=False)
+
+    @cached_property
+    def _template_names(self) -> list[str]:
+        return template_names(self._directory)
 
     def _tokens(self, text: str, add_special_tokens: bool = True) -> list[int]:
         if len(text) > self._max_characters:
