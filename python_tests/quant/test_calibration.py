@@ -14,8 +14,12 @@ from river_ext.demo_tasks.generator import train_item
 from river_ext.engine.network import Network
 from river_ext.errors import RiverError
 from river_ext.loading.checkpoint import load_checkpoint
+from river_ext.loading.weights import BlockShape
 from river_ext.model import DEMO
 from river_ext.quant.exit_river import build_river, load_river, read_facts, save_river
+from river_ext.quant.hqq import quantize
+from river_ext.quant.quality import dense_projections
+from river_ext.reference import rms_norm
 
 LAYERS = 3
 
@@ -77,6 +81,66 @@ def test_of_random_weights_the_outputs_are_met_better(tiny_checkpoint, tmp_path,
     texts = CalibrationTexts(tokens(100, 40), tokens(8, 40, seed=1))
     found = calibrate(checkpoint, tmp_path / "river", texts).calibration
     assert found["kl"] < 0.65 * found["kl_before"]
+
+
+def test_a_projection_gets_the_inputs_that_the_layer_gives_it(tiny_checkpoint, monkeypatch):
+    """On both ways: layer by layer they add up to the outputs, which other code computes."""
+    checkpoint = load_checkpoint(tiny_checkpoint(attention_bias=True))
+    config, blocks = checkpoint.config, checkpoint.weights.layers
+    built = build_river(config, checkpoint.weights, progress=False)
+    refinement = refine.Refinement(Network(config, checkpoint.weights, built), TEXTS.used, 64)
+    real, seen = refine._ExitLayer.fit, {}
+
+    def fit(self, names, inputs):
+        seen[names] = list(inputs)
+        real(self, names, seen[names])
+
+    monkeypatch.setattr(refine._ExitLayer, "fit", fit)
+    for index, block in enumerate(blocks):
+        before = refinement.hidden.copy()
+        exit_layer = refinement.refine(index)
+        for way, dense in enumerate((vars(block), dense_projections(exit_layer, BlockShape.of(config)))):
+            for text in range(len(TEXTS.used)):
+                qkv, attended, gate_up, swiglu = (seen[names][text][way] for names in refine_order(seen))
+                hidden, after = before[text][way], refinement.hidden[text][way]
+                middle = hidden + attended @ dense["o_proj"].T + block.o_bias
+                gate, up = gate_up @ dense["gate_proj"].T, gate_up @ dense["up_proj"].T
+                close(qkv, rms_norm(hidden, block.input_layernorm, config.rms_norm_eps))
+                close(gate_up, rms_norm(middle, block.post_attention_layernorm, config.rms_norm_eps))
+                close(swiglu, torch.nn.functional.silu(gate) * up)
+                close(after, middle + swiglu @ dense["down_proj"].T)
+
+
+def refine_order(seen: dict) -> list:
+    assert list(seen) == [refine.QKV, ("o_proj",), refine.GATE_UP, ("down_proj",)]
+    return list(seen)
+
+
+def close(found, expected):
+    torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-4)
+
+
+def test_a_projection_meets_the_outputs_of_the_backbone(checkpoint):
+    """The weight moves to the damped least squares of these, and is quantised for the river's inputs."""
+    block = checkpoint.weights.layers[0]
+    generator = torch.Generator().manual_seed(0)
+    mixed = torch.randn(64, 64, generator=generator) * torch.logspace(0, -2, 64)[:, None]
+    z = torch.randn(1000, 64, generator=generator) @ mixed
+    x = z + 0.3 * z.roll(1, dims=1) + 0.1 * torch.randn(1000, 64, generator=generator)
+    layer = refine._ExitLayer(block, 64, "layers.0")
+    layer.fit(refine.QKV, zip(x.split(100), z.split(100), strict=True))
+    a, b = x.double(), z.double()
+    hessian = b.T @ b
+    damped = hessian + refine.DAMPING * hessian.diagonal().mean() * torch.eye(64)
+    for name in refine.QKV:
+        weight = getattr(block, name).double()
+        moved = weight + (weight @ (a - b).T) @ b @ torch.linalg.inv(damped)
+        expected = quantize(moved.float(), hessian=hessian)
+        for part, other in zip(layer.quantised[name], expected, strict=True):
+            assert (part == other).float().mean() > 0.98, name
+        assert torch.linalg.norm(a @ weight.T - b @ layer.dense[name].double().T) < 0.5 * torch.linalg.norm(
+            (a - b) @ weight.T
+        )
 
 
 def test_it_is_saved_with_its_facts(checkpoint, tmp_path):
