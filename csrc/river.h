@@ -118,19 +118,21 @@ struct ExitLayerArgs : BlockArgs {  // packed weights: [strips, in / 64, 576], b
   const uint8_t* down_proj;         // in = intermediate
 };
 
-// What decides the path of layer `index`, by the exit rule of step_rules.h: exit layer or decoder block
+// What decides each row's path through layer `index`, by the exit rule of step_rules.h: exit layer or decoder block
 struct ExitDecision {
   int index;
+  bool together;            // the active rows leave the backbone at the same layer, or none does
   const void* previous;     // [T, hidden], the input of layer index - 1, whose output is the input here; null: index 0
   const float* thresholds;  // [T]
   const int32_t* min_layers;  // [T], backbone layers before a row may exit
-  const int32_t* limit;       // [1], backbone layers that a token may run
-  int32_t* exited;      // [layers]: entry index - 1 is read, entry index written: 1 = exit layer, 0 = decoder block
-  float* similarities;  // [layers, T]: row index - 1 is written if that layer ran as a decoder block
+  const int32_t* limit;       // [T], backbone layers that a row may run
+  int32_t* exited;  // [layers, T]: entries of index - 1 are read, those of index written: 1 = exit layer, 0 = decoder
+                    // block, or the row is inactive
+  float* similarities;  // [layers, T]: of index - 1, those of rows that ran it as a decoder block are written
 };
 
-// One depth of the network, by the path that the device chooses. Both members hold the same BlockArgs, without
-// `similarity`: the next depth measures it where it decides.
+// One depth of the network, each row by the path that the device chooses for it. Both members hold the same BlockArgs,
+// without `similarity`: the next depth measures it where it decides.
 struct DualLayerArgs {
   DecoderBlockArgs block;
   ExitLayerArgs exit_layer;
@@ -141,11 +143,12 @@ struct DualLayerArgs {
 
 struct LmHeadArgs {
   DType dtype;
+  bool packed;  // the weight is W4 tiles, of which those past the vocabulary are padding; else dense
   int rows, hidden_size, vocab_size;
   float rms_norm_eps;
   const void* hidden;        // [T, hidden]
   const void* norm;          // [hidden]
-  const void* weight;        // [vocab, hidden]
+  const void* weight;        // [vocab, hidden], or packed [vocab / 16, hidden / 64, 576], both rounded up
   const float* temperature;  // [T] or null; a row is sampled above 0, else it is greedy
   const int64_t* seeds;      // [T], null without temperature
   const int32_t* positions;  // [T], null without temperature: those of the tokens that are drawn
@@ -171,17 +174,56 @@ struct AdvanceArgs {
   const void *before, *after;  // [T, hidden], input and output of the last layer
   const int64_t* tokens;       // [T], drawn
   const void* embed_tokens;    // [vocab, hidden]
-  const int64_t* stop_tokens;  // [num_stop_tokens]
+  const int64_t* stop_tokens;  // [T, num_stop_tokens]
   void* hidden;                // [T, hidden], written: the embedding of an active row's token
   int32_t* slots;              // [T], written: -1 after a row's last token, or without one
   int32_t* positions;          // [T], written: one further
   int32_t* draw_positions;     // [T], written: positions + 1
   int32_t* remaining;          // [T], written: tokens that a row may still draw
-  int32_t* exited;             // [layers], read, then zeros
-  float* similarities;         // [layers, T]: the last layer's are written if it ran as a decoder block
+  int32_t* exited;             // [layers, T], read, then zeros
+  float* similarities;         // [layers, T]: the last layer's are written of rows that ran it as a decoder block
   int32_t* step;               // [1], written: steps taken
-  int32_t* records;            // [num_records, 2 + T + layers * T], see RecordLayout in step_rules.h: entry
+  int32_t* records;            // [num_records, 1 + 2 * T + layers * T], see RecordLayout in step_rules.h: entry
                                // step % num_records is written
+};
+
+// The R requests of lossless mode. Up to V tokens of each are verified together, R * V <= kMaxRows: row i * R + r of a
+// verification holds token i of request r, which is its last token (i = 0) or its draft i. So the first (k + 1) * R
+// rows verify k drafts of each request.
+struct LosslessArgs {
+  DType dtype;
+  int requests, max_tokens;  // R, V
+  int hidden_size, vocab_size;
+  const int64_t* tokens;     // drawn: [R] by a draft step, [rows] by a verification
+  const void* embed_tokens;  // [vocab, hidden]
+  int64_t* drafts;           // [V, R], written; row 0 means nothing
+  void* hidden;              // [R, hidden], written: what the next draft step starts from
+  int32_t* slots;            // [R], written: -1 = drafts no more
+  int32_t* positions;        // [R], written
+  int32_t* draw_positions;   // [R], written: positions + 1
+  void* verify_hidden;       // [V * R, hidden], written: what the verification starts from
+  int32_t* verify_slots;     // [V * R], written
+};
+
+// The end of a draft step: by next_draft() of step_rules.h its tokens become row index + 1 of drafts and of each
+// request's verification, and what the next draft step starts from.
+struct DraftAdvanceArgs : LosslessArgs {
+  int index;              // drafts before this one; index + 1 < V
+  const int32_t* wanted;  // [R], drafts to verify
+};
+
+// The end of a verification: by NewTokens of step_rules.h targets become new tokens, which a record tells the host, and
+// the last of them what the next cycle starts from.
+struct AcceptArgs : LosslessArgs {
+  int rows;  // that were verified, a multiple of R
+  int num_stop_tokens, num_records;
+  const int64_t* stop_tokens;      // [R, num_stop_tokens]
+  int32_t* remaining;              // [R], written: tokens that a request may still draw
+  int32_t* verify_positions;       // [V * R], written
+  int32_t* verify_draw_positions;  // [V * R], written: verify_positions + 1
+  int32_t* step;                   // [1], written: cycles so far
+  int32_t* records;                // [num_records, 1 + R + V * R], see CycleLayout in step_rules.h: entry
+                                   // step % num_records is written
 };
 
 // ---- linears and the W4 format ----------------------------------------------------------------------
@@ -226,6 +268,8 @@ void launch_exit_layer(const ExitLayerArgs& args, const Parallel& parallel);
 void launch_decode_attention(const AttentionArgs& args, const Parallel& parallel);
 void launch_dual_layer(const DualLayerArgs& args, const Parallel& parallel);
 void launch_advance(const AdvanceArgs& args, const Parallel& parallel);
+void launch_draft_advance(const DraftAdvanceArgs& args, const Parallel& parallel);
+void launch_accept(const AcceptArgs& args, const Parallel& parallel);
 void launch_state_similarity(const StateSimilarityArgs& args, const Parallel& parallel);
 void launch_lm_head(const LmHeadArgs& args, const Parallel& parallel);
 void launch_sample(const SampleArgs& args, const Parallel& parallel);
@@ -283,6 +327,8 @@ void launch_sample(const SampleArgs& args, const Workspace& workspace, Stream st
 void launch_linear(const LinearArgs& args, const Workspace& workspace, Stream stream);
 void launch_state_similarity(const StateSimilarityArgs& args, const Workspace& workspace, Stream stream);
 void launch_advance(const AdvanceArgs& args, const Workspace& workspace, Stream stream);
+void launch_draft_advance(const DraftAdvanceArgs& args, const Workspace& workspace, Stream stream);
+void launch_accept(const AcceptArgs& args, const Workspace& workspace, Stream stream);
 void launch_pack_w4(const W4Args& args, Stream stream);
 void launch_unpack_w4(const W4Args& args, Stream stream);
 void launch_dequantize_w4(const W4Args& args, Stream stream);

@@ -1,5 +1,5 @@
-// What decides a step, and what it writes down: the exit rule, the state of a row, the record of a step. Written once
-// for the CPU and the GPU. No function reads memory: a kernel on a GPU loads what it hands over in its own way.
+// What decides a step, and what it writes down: the exit rule, the state of a row, the record of a step, which drafts
+// are accepted. Written once for the CPU and the GPU. No function reads memory: a kernel on a GPU loads what it hands over in its own way.
 #pragma once
 
 #include <math.h>
@@ -12,22 +12,17 @@ namespace river {
 
 // ---- the exit rule ----------------------------------------------------------------------------------
 
-// A row agrees that layer `index` and all after it run as exit layers if the similarity of layer index - 1 is above its
-// bar: strictly above the threshold, and not before min_layers backbone layers. An inactive row has no say, so that it
-// always agrees.
-RIVER_BOTH constexpr float exit_bar(bool active, float threshold, int index, int min_layers) {
-  return !active ? -INFINITY : index < min_layers ? INFINITY : threshold;
+// A row agrees to run layer `index` as an exit layer if the similarity of layer index - 1 is above its bar: strictly
+// above the threshold, and not before min_layers backbone layers; after `limit` of them, whatever the similarity. At
+// index 0 there is none yet, and any number may stand for it. A row that has left the backbone stays outside.
+RIVER_BOTH constexpr float exit_bar(float threshold, int index, int min_layers, int limit) {
+  return index >= limit ? -INFINITY : index == 0 || index < min_layers ? INFINITY : threshold;
 }
-RIVER_BOTH constexpr bool row_agrees(float similarity, float bar) { return similarity > bar; }
+RIVER_BOTH constexpr bool row_agrees(bool left, float similarity, float bar) { return left || similarity > bar; }
 
-// Whether layer `index` asks the rows: only the output of a decoder block does. `left`: layer index - 1 ran as an exit
-// layer, which nothing at index 0 did.
-RIVER_BOTH constexpr bool asks_rows(int index, bool left) { return index > 0 && !left; }
-
-// Whether layer `index` runs as an exit layer: for good once a token has left, at the latest after `limit` backbone
-// layers, and earlier where the rows were asked and all agree.
-RIVER_BOTH constexpr bool runs_as_exit_layer(int index, bool left, int limit, bool all_rows_agree) {
-  return left || index >= limit || all_rows_agree;
+// Whether an active row runs the layer as an exit layer. all_agree: all active rows do.
+RIVER_BOTH constexpr bool row_exits(bool left, bool agrees, bool together, bool all_agree) {
+  return left || (agrees && (all_agree || !together));
 }
 
 // ---- the end of a step ------------------------------------------------------------------------------
@@ -60,13 +55,60 @@ RIVER_BOTH constexpr int32_t recorded_token(bool active, int64_t token, bool dra
   return !active ? kInactive : drawn ? int32_t(token) : kFailed;
 }
 
-// int32: the stamp, which is the number of the step from 1 and written last; the exit depth; T tokens or codes; the
+// int32: the stamp, which is the number of the step from 1 and written last; T exit depths; T tokens or codes; the
 // similarities [layers, T] as fp32
 struct RecordLayout {
-  static constexpr int kStamp = 0, kDepth = 1, kTokens = 2;
+  static constexpr int kStamp = 0, kDepths = 1;
 
-  RIVER_BOTH static constexpr int similarities(int rows) { return kTokens + rows; }
+  RIVER_BOTH static constexpr int tokens(int rows) { return kDepths + rows; }
+  RIVER_BOTH static constexpr int similarities(int rows) { return tokens(rows) + rows; }
   RIVER_BOTH static constexpr int64_t size(int rows, int layers) { return similarities(rows) + int64_t(layers) * rows; }
+};
+
+// ---- lossless mode: drafts and their acceptance -----------------------------------------------------
+
+// What becomes of a request that is drafting
+struct NextDraft {
+  bool counts;  // the draft is one, and is to be verified
+  bool ends;    // the request drafts no more
+};
+
+// From draft `index`, counted from 0, of the `wanted` ones
+RIVER_BOTH constexpr NextDraft next_draft(int index, int wanted, bool drawn) {
+  const bool counts = drawn && index < wanted;
+  return {.counts = counts, .ends = !counts || index + 1 >= wanted};
+}
+
+// The new tokens of a request, from a verification. Its rows are offered in order: for as long as a row `follows`, the
+// target that was drawn from it is the next token.
+struct NewTokens {
+  NextRow row;   // the state behind them
+  int count;     // of them
+  int64_t last;  // one of them, if there is any
+
+  // Whether a row, which was given `draft`, follows. Row 0 was given the request's last token, not a draft.
+  RIVER_BOTH constexpr bool follows(bool active, int64_t draft) const {
+    return active && (count == 0 || (!row.ends && draft == last));
+  }
+  RIVER_BOTH constexpr NewTokens with(int64_t target, bool drawn, bool stop_token) const {
+    return {.row = next_row(row.position, row.remaining, drawn, stop_token), .count = count + 1, .last = target};
+  }
+};
+
+// position: that of row 0
+RIVER_BOTH constexpr NewTokens no_new_tokens(int position, int remaining) {
+  return {.row = {.position = position, .draw_position = position + 1, .remaining = remaining, .ends = false},
+          .count = 0,
+          .last = 0};
+}
+
+// int32: the stamp, which is the number of the cycle from 1 and written last; R numbers of new tokens, or kInactive;
+// the new tokens [V, R], or kFailed for one that was not drawn, and kInactive past the end
+struct CycleLayout {
+  static constexpr int kStamp = 0, kCounts = 1;
+
+  RIVER_BOTH static constexpr int tokens(int requests) { return kCounts + requests; }
+  RIVER_BOTH static constexpr int size(int requests, int rows) { return tokens(requests) + rows; }
 };
 
 }  // namespace river

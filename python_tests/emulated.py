@@ -152,3 +152,8 @@ class Recorder:
     def run(self, schedule):
         choose(schedule)
         emulator().run(self.calls)
+
+
+def copied_bytes(tensor):
+    """How many bytes of the tensor the last run of a Recorder has copied to shared memory."""
+    return emulator().copied_bytes(tensor.data_ptr(), tensor.nbytes)

@@ -25,18 +25,27 @@ def _linear(x, weight, out_features, bias, packed):
     )["out"]  # fmt: skip
 
 
-def lm_head(
-    hidden, norm, weight, rms_norm_eps, *, return_logits=True, temperature=None, seeds=None, positions=None
-):
-    (rows, hidden_size), vocab_size = hidden.shape, weight.shape[0]
+def lm_head(hidden, norm, weight, rms_norm_eps, **options):
+    return _lm_head(hidden, norm, weight, weight.shape[0], rms_norm_eps, packed=False, **options)
+
+
+def lm_head_w4(hidden, norm, weight, vocab_size, rms_norm_eps, **options):
+    return _lm_head(hidden, norm, weight, vocab_size, rms_norm_eps, packed=True, **options)
+
+
+def _lm_head(
+    hidden, norm, weight, vocab_size, rms_norm_eps, *, packed, return_logits=True, temperature=None,
+    seeds=None, positions=None,
+):  # fmt: skip
+    rows, hidden_size = hidden.shape
     outputs = {"tokens": ((rows,), torch.int64)}
     fields = {"logits": None}
     if return_logits:
         outputs["logits"], fields = ((rows, vocab_size), torch.float32), {}
     got = emulate(
-        "lm_head", outputs, dtype=hidden.dtype, rows=rows, hidden_size=hidden_size, vocab_size=vocab_size,
-        rms_norm_eps=rms_norm_eps, hidden=hidden, norm=norm, weight=weight, temperature=temperature,
-        seeds=seeds, positions=positions, **fields,
+        "lm_head", outputs, dtype=hidden.dtype, packed=packed, rows=rows, hidden_size=hidden_size,
+        vocab_size=vocab_size, rms_norm_eps=rms_norm_eps, hidden=hidden, norm=norm, weight=weight,
+        temperature=temperature, seeds=seeds, positions=positions, **fields,
     )  # fmt: skip
     return got["tokens"], got.get("logits", torch.empty(0, vocab_size))
 
@@ -106,13 +115,14 @@ def exit_layer(
 def dual_layer(
     index, hidden, previous, thresholds, min_layers, limit, exited, similarities, input_layernorm,
     q_proj, k_proj, v_proj, o_proj, post_attention_layernorm, gate_proj, up_proj, down_proj,
-    qkv_tiles, o_tiles, gate_up_tiles, down_tiles, *common, **options,
+    qkv_tiles, o_tiles, gate_up_tiles, down_tiles, *common, together=False, **options,
 ):  # fmt: skip
     weights = dict(q_proj=q_proj, k_proj=k_proj, v_proj=v_proj, o_proj=o_proj, gate_proj=gate_proj,
                    up_proj=up_proj, down_proj=down_proj, intermediate_size=gate_proj.shape[0],
                    qkv_tiles=qkv_tiles, o_tiles=o_tiles, gate_up_tiles=gate_up_tiles,
                    down_tiles=down_tiles)  # fmt: skip
-    rule = dict(index=index, previous=previous, thresholds=thresholds, min_layers=min_layers, limit=limit)
+    rule = dict(index=index, previous=previous, thresholds=thresholds, min_layers=min_layers, limit=limit,
+                together=together)  # fmt: skip
     got = _run_block(
         "dual_layer", {"exited": exited, "similarities": similarities}, hidden, input_layernorm,
         post_attention_layernorm, *common, **options, weights=weights | rule | {"similarity": None},
@@ -131,9 +141,45 @@ def advance(
                    records=records)  # fmt: skip
     got = emulate(
         "advance", written, dtype=hidden.dtype, rows=len(tokens), hidden_size=hidden.shape[1],
-        vocab_size=len(embed_tokens), layers=len(exited), num_stop_tokens=len(stop_tokens),
+        vocab_size=len(embed_tokens), layers=len(exited), num_stop_tokens=stop_tokens.shape[1],
         num_records=len(records), before=before, after=after, tokens=tokens, embed_tokens=embed_tokens,
         stop_tokens=stop_tokens,
+    )  # fmt: skip
+    for name, tensor in written.items():
+        tensor.copy_(got[name])
+
+
+def draft_advance(
+    tokens, index, wanted, embed_tokens, drafts, hidden, slots, positions, draw_positions, verify_hidden,
+    verify_slots,
+):  # fmt: skip
+    written = dict(drafts=drafts, hidden=hidden, slots=slots, positions=positions,
+                   draw_positions=draw_positions, verify_hidden=verify_hidden,
+                   verify_slots=verify_slots)  # fmt: skip
+    _end_of_step("draft_advance", written, tokens, embed_tokens, index=index, wanted=wanted)
+
+
+def accept(
+    tokens, drafts, embed_tokens, stop_tokens, remaining, hidden, slots, positions, draw_positions,
+    verify_hidden, verify_slots, verify_positions, verify_draw_positions, step, records,
+):  # fmt: skip
+    written = dict(drafts=drafts, remaining=remaining, hidden=hidden, slots=slots, positions=positions,
+                   draw_positions=draw_positions, verify_hidden=verify_hidden, verify_slots=verify_slots,
+                   verify_positions=verify_positions, verify_draw_positions=verify_draw_positions, step=step,
+                   records=records)  # fmt: skip
+    _end_of_step(
+        "accept", written, tokens, embed_tokens, rows=len(tokens), num_stop_tokens=stop_tokens.shape[1],
+        num_records=len(records), stop_tokens=stop_tokens,
+    )  # fmt: skip
+
+
+def _end_of_step(op, written, tokens, embed_tokens, **fields):
+    """Of a draft step or a verification."""
+    max_tokens, requests = written["drafts"].shape
+    vocab_size, hidden_size = embed_tokens.shape
+    got = emulate(
+        op, written, dtype=embed_tokens.dtype, requests=requests, max_tokens=max_tokens,
+        hidden_size=hidden_size, vocab_size=vocab_size, tokens=tokens, embed_tokens=embed_tokens, **fields,
     )  # fmt: skip
     for name, tensor in written.items():
         tensor.copy_(got[name])

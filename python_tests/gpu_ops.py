@@ -20,7 +20,7 @@ def __getattr__(name):
         def there(value):
             if not isinstance(value, torch.Tensor):
                 return value
-            pinned = name == "advance" and value is args[-1]  # the records, which the host polls
+            pinned = name in ("advance", "accept") and value is args[-1]  # the records, which the host polls
             moved[id(value)] = value, value.clone().pin_memory() if pinned else value.cuda()
             return moved[id(value)][1]
 

@@ -2,11 +2,11 @@
 
 Exit code 0 is success; 2 bad input, or a machine that cannot do it, with one line `river: error: ...`; 1 a
 reader that has gone, such as `head`; 130 an interrupt. With --json standard output holds one JSON document
-and nothing else.
+and nothing else; `chat` writes one for each turn, in a line of its own.
 
 This package is not a part of river_ext because importing river_ext imports torch, which takes seconds:
-arguments and prompts are read, and refused, before that. Only the modules that run a command (generate, info,
-convert, evaluate) and shared, which they share, import it.
+arguments and prompts are read, and refused, before that. Only the modules that run a command (generate, chat,
+info, convert, evaluate) and shared, which they share, import it.
 """
 
 import importlib

@@ -26,6 +26,10 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
         if name != "prompts" and (value == [] or isinstance(value, list) and [] in value):
             # what argparse makes of --name=--
             raise UsageError(f"--{name.replace('_', '-')}: '--' is no value; accepted: see --help")
+    for name in ("stop", "system"):
+        texts = getattr(arguments, name, None) or ()
+        for text in (texts,) if isinstance(texts, str) else texts:
+            refuse_surrogates(f"--{name}", text)
     if arguments.module == "generate":
         _check_generate(arguments)
     elif arguments.module == "info" and arguments.river is not None and not _names_a_model(arguments):
@@ -76,13 +80,11 @@ def _take_directory(arguments) -> None:
 
 def _check_generate(arguments) -> None:
     if not (arguments.prompts or arguments.file or arguments.demo):
-        raise UsageError("no prompt; accepted: 1 to 8 prompts, - for standard input, --file, or --demo")
+        raise UsageError("no prompt; accepted: prompts, - for standard input, --file, or --demo")
     if not _names_a_model(arguments):
         raise UsageError("no model; accepted: its directory, or --demo for the bundled one")
     if arguments.chat and not (arguments.prompts or arguments.file):
-        raise UsageError("--chat without a prompt; accepted: 1 to 8 prompts, - for standard input, or --file")
-    for text in arguments.stop or ():
-        refuse_surrogates("--stop", text)
+        raise UsageError("--chat without a prompt; accepted: prompts, - for standard input, or --file")
     arguments.prompts = read_prompts(arguments.prompts, arguments.file or [])
 
 
@@ -137,6 +139,13 @@ def _parser() -> tuple[argparse.ArgumentParser, Mapping[str, argparse.ArgumentPa
     )
     _add_options(generate)
 
+    chat = command("chat", "chat", "talk with a model; the turns before stay in the cache")
+    _add_model(chat, "the bundled model, which has no chat template", required=True)
+    _add_river(chat, "a saved river; without it one is built")
+    _add_machine(chat)
+    chat.add_argument("--system", type=_given, metavar="TEXT", help="what the model is told first")
+    _add_options(chat)
+
     info = command("info", "info", "show what this installation was built with, and the facts of a model")
     _add_model(info, "the bundled model")
     _add_river(info, "a saved river of that model, whose facts are shown too")
@@ -174,7 +183,7 @@ def _add_prompts(parser: argparse.ArgumentParser) -> None:
         "prompts",
         nargs="*",
         metavar="PROMPT",
-        help="1 to 8 prompts; - is standard input. Without --model and --demo the first is the model's "
+        help="any number of them; - is standard input. Without --model and --demo the first is the model's "
         "directory: river generate DIR PROMPT",
     )
     parser.add_argument(
@@ -197,13 +206,17 @@ def _add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--threshold", type=float, metavar="S", help="exit above this similarity (0.5)")
     parser.add_argument("--min-layers", type=int, metavar="N", help="backbone layers before an exit (1)")
     parser.add_argument("--prefill", metavar="POLICY", help="full (default), depth:K, min or last")
-    parser.add_argument("--mode", help="river (default), full or full_w4")
+    parser.add_argument("--mode", help="river (default), lossless, full or full_w4")
+    parser.add_argument(
+        "--draft-tokens", type=_count_or_auto, metavar="K", help="of lossless mode: 1 to 7, or auto (default)"
+    )
     parser.add_argument("--temperature", type=float, metavar="T", help="0, the default, is greedy")
     parser.add_argument("--top-k", type=int, metavar="K", help="draw among the K likeliest; 0 is all")
     parser.add_argument("--top-p", type=float, metavar="P", help="draw among the likeliest; 1 is all")
     parser.add_argument("--min-p", type=float, metavar="P", help="draw above P x the best chance; 0 is all")
     parser.add_argument("--seed", type=int, help="of sampling, and of the demo's prompts (0)")
     parser.add_argument("--stop", action="append", metavar="TEXT", help="end before this text")
+    parser.add_argument("--batch-policy", help="of several prompts: row (default) or min")
     parser.add_argument("--exit-control", help="where exits are decided: auto (default), host or device")
 
 
@@ -246,6 +259,10 @@ def _given(text: str) -> str:
     if not text:
         raise argparse.ArgumentTypeError("is empty; accepted: a value, or to leave the option out")
     return text
+
+
+def _count_or_auto(text: str) -> int | str:
+    return int(text) if text.isascii() and text.isdigit() and len(text) < 6 else text
 
 
 def _threads(text: str) -> int:

@@ -4,12 +4,13 @@ import math
 import sys
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import fields, replace
+from dataclasses import fields
 
 from rich.text import Text
 
 from river_ext import evaluate
-from river_ext.engine.request import Options, integer, plan, strings
+from river_ext.engine.engine import Engine
+from river_ext.engine.request import Options, integer, request, strings
 from river_ext.errors import RiverError
 from river_ext.evaluate import Item, demo_items, result_table, settings_of
 from river_ext.loading.chat import read_template
@@ -19,12 +20,12 @@ from . import shared
 from .shared import machine, model_facts, model_line
 from .terminal import new_console, note, print_json, print_table, printable
 
+ENGINE_OPTIONS = ("batch_policy", "exit_control")  # of `Model.generate`, beside those of a request
 DEMO_PROBLEMS, DEMO_FUNCTIONS = 4, 2  # what `river generate --demo` shows
 
 
 def run(arguments) -> None:
-    names = {field.name for field in fields(Options)}
-    options = {name: v for name, v in vars(arguments).items() if name in names and v is not None}
+    options = own_options(arguments)
     prompts = arguments.prompts
     if arguments.chat:
         prompts = [[{"role": "user", "content": prompt}] for prompt in prompts]
@@ -52,21 +53,29 @@ def run(arguments) -> None:
         note(_summary(model, [stream.output]))
 
 
+def own_options(arguments) -> dict:
+    """Those of `Model.generate` that the command line has."""
+    names = {field.name for field in fields(Options)} | set(ENGINE_OPTIONS)
+    return {name: v for name, v in vars(arguments).items() if name in names and v is not None}
+
+
 def _check_request(arguments, options: dict) -> None:
     """Refuses what can be refused before the weights are loaded."""
-    strings("--stop", options.get("stop", ()))
     if (arguments.compare or not arguments.prompts) and options.get("mode", "river") != "river":
         raise RiverError(f"mode={options['mode']!r}; accepted: 'river', the comparison runs the others too")
-    config = read_config(shared.directory(arguments))
     if arguments.chat:
         read_template(shared.directory(arguments))
+    check_options(arguments, options)
+
+
+def check_options(arguments, options: dict) -> None:
+    """Against the model's config."""
+    strings("--stop", options.get("stop", ()))
+    config = read_config(shared.directory(arguments))
     integer("max_new_tokens", options.get("max_new_tokens", 1), 1, config.max_length - 1)
-    plan(
-        config,
-        None,
-        [[0]] * max(1, len(arguments.prompts)),
-        replace(Options(**options), max_new_tokens=1, stop=()),
-    )
+    Engine.check(**{name: options[name] for name in ENGINE_OPTIONS if name in options})
+    own = {name: value for name, value in options.items() if name not in ENGINE_OPTIONS}
+    request(config, None, [0], own | {"max_new_tokens": 1, "stop": ()})
 
 
 def _outputs(prompts: Sequence, outputs: Sequence) -> list[dict]:

@@ -35,8 +35,8 @@ def names_keywords(function: Callable[P, Result]) -> Callable[P, Result]:
     return checked
 
 
-def per_request(name: str, value, rows: int, check, *limits) -> list:
-    """One checked value per request from one for all or a list."""
+def one_each(name: str, value, prompts: int) -> list:
+    """One value for each prompt, from one for all or a list."""
     value = listed(name, value)
     if isinstance(value, (list, tuple, range)):
         values = list(value)
@@ -45,12 +45,12 @@ def per_request(name: str, value, rows: int, check, *limits) -> list:
             f"{name} is a {type(value).__name__}; accepted: one value, or a list of one per prompt"
         )
     else:
-        values = [value] * rows
-    if len(values) != rows:
+        values = [value] * prompts
+    if len(values) != prompts:
         raise RiverError(
-            f"{name} has {len(values)} values for {rows} prompts; accepted: one, or one per prompt"
+            f"{name} has {len(values)} values for {prompts} prompts; accepted: one, or one per prompt"
         )
-    return [check(name, v, *limits) for v in values]
+    return values
 
 
 def listed(name: str, value):

@@ -7,9 +7,9 @@ import torch
 from tokenizers import Tokenizer
 
 from .checks import names_keywords
-from .engine.generate import Score, Stream, generate, score
+from .engine.engine import Engine
+from .engine.generate import Engines, Score, Stream, generate, score
 from .engine.network import Network
-from .engine.request import Options
 from .engine.sequence import GenerationOutput
 from .errors import RiverError, memory_for
 from .loading.checkpoint import load_checkpoint, parse_device
@@ -91,6 +91,7 @@ class Model:
         self.network = Network(config, weights, river)
         self.text = Text(tokenizer, config, directory) if tokenizer else None
         self.tokenizer = tokenizer
+        self._engines = Engines(self.network, self.text)
 
     def __repr__(self) -> str:
         config = self.config
@@ -107,24 +108,26 @@ class Model:
         self,
         prompt: str | Sequence,
         *,
-        max_new_tokens: int = 256,
+        max_new_tokens: int | Sequence[int] = 256,
         threshold: float | Sequence[float] = 0.5,
         min_layers: int | Sequence[int] = 1,
-        batch_policy: str = "min",
+        batch_policy: str = "row",
         prefill: str = "full",
         mode: str = "river",
+        draft_tokens: int | str = "auto",
         kv_strategy: str = "share",
-        temperature: float = 0.0,
-        top_k: int = 0,
-        top_p: float = 1.0,
-        min_p: float = 0.0,
+        temperature: float | Sequence[float] = 0.0,
+        top_k: int | Sequence[int] = 0,
+        top_p: float | Sequence[float] = 1.0,
+        min_p: float | Sequence[float] = 0.0,
         seed: int | Sequence[int] = 0,
         stop: str | Sequence[str] = (),
         stop_tokens: int | Sequence[int] | None = None,
+        logprobs: int | None = None,
         return_logits: bool = False,
         exit_control: str = "auto",
     ) -> GenerationOutput | list[GenerationOutput]:
-        """Continues one prompt, or up to 8 together.
+        """Continues one prompt, or any number: up to 8 run together, the others wait.
 
         A prompt whose logits become NaN or infinite (float16 may overflow) gets no more tokens. Alone it
         raises RiverError; in a list, its output has finish_reason "error" and says why in `error`, and the
@@ -135,14 +138,19 @@ class Model:
                 transformers returns), chat messages (a list of {"role": ..., "content": ...}), or a list of
                 these; a list of prompts gives a list of outputs. Messages go through the checkpoint's chat
                 template; `model.text.chat` gives their token ids, and takes the template's own variables.
-            max_new_tokens: prompt and new tokens must fit the model's positions.
-            threshold: exit when the similarity is above it (strictly); inf never exits, -2 always. One number
-                for all prompts or a list with one for each; so too min_layers and seed.
+            max_new_tokens: prompt and new tokens must fit the model's positions. For this and every other
+                number but logprobs, a list gives each prompt its own.
+            threshold: exit when the similarity is above it (strictly); inf never exits, -2 always.
             min_layers: backbone layers, 1 or more, that a token runs before it may exit.
-            batch_policy: "min": the rows of a batch exit together, when every one of them may.
+            batch_policy: "row": each token exits on its own, and what a prompt gets does not depend on the
+                others. "min", the paper's: the tokens of a step exit together, when every one of them may.
             prefill: the prompt's exit depth: "full", "depth:k", or by the rule on the lowest similarity of
                 all prompt tokens ("min") or on that of the last one ("last").
-            mode: "river"; "full", the backbone alone (threshold inf); "full_w4", the river alone (depth 0).
+            mode: "river"; "lossless": the river proposes tokens and the backbone checks them, so that all are
+                the backbone's own; "full", the backbone alone (threshold inf); "full_w4", the river alone
+                (depth 0). "lossless" gives the tokens of "full", bit for bit.
+            draft_tokens: that the river proposes at a time in lossless mode, 1 to 7, as long as those of all
+                running requests together are at most 8 less one each; "auto" goes by how many were right.
             kv_strategy: "share": exit layers write to the cache places of the layers that they replace.
             temperature: 0 is greedy.
             top_k: draw among the k likeliest tokens; 0 is all.
@@ -152,40 +160,64 @@ class Model:
             stop: strings that end the text, and are not part of it. Special tokens are no text, but a
                 string that is or contains the name of one ends it there.
             stop_tokens: ids that end the generation; None takes the checkpoint's end-of-sequence ids.
+            logprobs: keep the log-probability of every new token, and of so many (0 to 20) of the likeliest,
+                before temperature and filters.
             return_logits: keep the fp32 logits of every new token.
             exit_control: where exits are decided, which changes no result: "host", after reading similarities
-                back, by CUDA graphs per layer and per exit depth; or on the "device", by graphs of two steps,
-                not together with return_logits. "auto" runs op by op on the CPU; on a GPU "device" where it
-                can, which is predicted to be the faster but not yet measured, else "host".
+                back, by CUDA graphs per part of the backbone and per exit depth; or on the "device", by
+                graphs of two whole steps. "auto" is "host" on the CPU, where a graph is a call of its ops,
+                and "device" on a GPU, which is predicted to be the faster but not yet measured.
         """
-        options = Options(
-            max_new_tokens=max_new_tokens,
-            threshold=threshold,
-            min_layers=min_layers,
-            batch_policy=batch_policy,
-            prefill=prefill,
-            mode=mode,
-            kv_strategy=kv_strategy,
-            temperature=temperature,
-            top_k=top_k,
-            top_p=top_p,
-            min_p=min_p,
-            seed=seed,
-            stop=stop,
-            stop_tokens=stop_tokens,
-            return_logits=return_logits,
-            exit_control=exit_control,
-        )
-        return generate(self.network, self.text, prompt, options)
+        options = dict(
+            max_new_tokens=max_new_tokens, threshold=threshold, min_layers=min_layers, prefill=prefill,
+            mode=mode, draft_tokens=draft_tokens, kv_strategy=kv_strategy, temperature=temperature,
+            top_k=top_k, top_p=top_p, min_p=min_p, seed=seed, stop=stop, stop_tokens=stop_tokens,
+            logprobs=logprobs, return_logits=return_logits,
+        )  # fmt: skip
+        return generate(self._engines, prompt, options, batch_policy, exit_control)
 
-    def stream(self, prompt: str | Sequence, **options) -> Stream:
+    def stream(
+        self, prompt: str | Sequence, *, batch_policy: str = "row", exit_control: str = "auto", **options
+    ) -> Stream:
         """`generate` for one prompt, with the same options, piece by piece: (text, token, exit_depth).
 
         The texts joined are the text that `generate` gives, and the stream's `output` is what it returns. A
         character that spans several tokens comes with its last one; what may be the beginning of a stop
         string is held back until it is certain. An error is raised in place of the next piece.
         """
-        return Stream(self.network, self.text, prompt, names_keywords(Options)(**options))
+        return Stream(self._engines, prompt, options, batch_policy, exit_control)
+
+    @names_keywords
+    @memory_for("the cache of the engine's slots")
+    def engine(
+        self,
+        *,
+        slots: int = 8,
+        max_len: int | None = None,
+        batch_policy: str = "row",
+        exit_control: str = "auto",
+        reuse_prompts: bool = False,
+    ) -> Engine:
+        """An engine for requests that come and go: `submit`, `step`, `cancel`, or iterate over its events.
+
+        Args:
+            slots: requests that run at once, 1 to 8; the others wait.
+            max_len: positions of a slot, which prompt and new tokens of a request must fit; None is the
+                model's, up to 4,096. The memory, slots x max_len, is taken now.
+            batch_policy, exit_control: as in `generate`.
+            reuse_prompts: a new prompt may take over what a free slot holds of its beginning, an earlier turn
+                of the same conversation say, as it was computed then. Then tokens may depend on earlier
+                requests, unless all of them run at full depth.
+        """
+        return Engine(
+            self.network,
+            self.text,
+            slots=slots,
+            max_len=max_len,
+            batch_policy=batch_policy,
+            exit_control=exit_control,
+            reuse_prompts=reuse_prompts,
+        )
 
     @names_keywords
     @memory_for("the tokens and their logits")
@@ -204,7 +236,7 @@ class Model:
         Row i of the logits is the prediction of tokens[prompt_length + i] from all tokens before it; the
         first prompt_length tokens are prefilled.
         """
-        options = Options(threshold=threshold, min_layers=min_layers, prefill=prefill, mode=mode)
+        options = {"threshold": threshold, "min_layers": min_layers, "prefill": prefill, "mode": mode}
         return score(self.network, tokens, prompt_length, options)
 
     def save_river(self, path: str | Path) -> None:

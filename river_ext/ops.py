@@ -186,23 +186,28 @@ def dual_layer(
     softmax_scale: float | None = None,
     sliding_window: int | None = None,
     kv_valid: Tensor | None = None,
+    together: bool = False,
 ) -> Tensor:
-    """Runs T rows through layer `index`: its decoder block, or its exit layer once rows leave the backbone.
+    """Runs T rows through layer `index`: each by the decoder block, or by the exit layer once it has left.
 
-    The device decides, so that no step waits for the host. The exit layer runs if `index >= limit`, if the
-    layer before ran as one, or if every active row wishes to exit: the similarity of the layer before is
-    strictly above its threshold, and `index >= min_layers` (without active rows all do).
+    The device decides, so that no step waits for the host. A row that has left stays outside. Another one
+    agrees to leave if the similarity of the layer before is strictly above its threshold and
+    `index >= min_layers`, or if `index >= limit`. Then it leaves, whatever other rows do; with `together`,
+    only where all active rows agree. A row's results are the same bits as those of the layer that it takes,
+    alone. Weights are read in both formats where rows take both ways, else in one.
 
     Args:
         index: the layer, 0 <= index < layers.
         hidden: [T, hidden_size], the layer's input.
         previous: [T, hidden_size], the input of layer index - 1, whose output is `hidden`; None for index 0.
-        thresholds: [T] fp32. min_layers: [T] int32. limit: [1] int32, layers that any row may run.
-        exited: [layers] int32. Entry index - 1 is read, entry index written: 1 = ran as exit layer, 0 = not.
-        similarities: [layers, T] fp32. Row index - 1 is written if that layer ran as a decoder block; its
-            entries of inactive rows may hold anything.
+        thresholds: [T] fp32. min_layers: [T] int32. limit: [T] int32, decoder blocks that a row may run.
+        exited: [layers, T] int32. Row index - 1 is read, row index written: 1 = takes the exit layer, 0 = the
+            decoder block, or is inactive.
+        similarities: [layers, T] fp32. In row index - 1, the entries of active rows that took the decoder
+            block there are written.
         q_proj .. down_proj: the weights of `decoder_block`.
         qkv_tiles .. down_tiles: the packed weights of `exit_layer`, there qkv_proj .. down_proj.
+        together: all active rows leave at the same layer.
 
     All other arguments are those of `decoder_block`. Returns hidden [T, hidden_size].
     """
@@ -211,7 +216,7 @@ def dual_layer(
         input_layernorm, q_proj, k_proj, v_proj, o_proj, post_attention_layernorm, gate_proj, up_proj,
         down_proj, qkv_tiles, o_tiles, gate_up_tiles, down_tiles, k_cache, v_cache, slots, positions,
         cos, sin, num_attention_heads, rms_norm_eps, q_bias, k_bias, v_bias, o_bias, q_norm, k_norm,
-        query_scale, softmax_scale, sliding_window, kv_valid,
+        query_scale, softmax_scale, sliding_window, kv_valid, together,
     )  # fmt: skip
 
 
@@ -238,24 +243,118 @@ def advance(
             `before` may be `hidden` itself, as it is in a network of one layer.
         tokens: [T] int64, drawn from `after`.
         embed_tokens: [vocab_size, hidden_size].
-        stop_tokens: [any number] int64, tokens that end a row; unused entries are -1.
+        stop_tokens: [T, any number] int64, tokens that end each row; unused entries are -1.
         hidden: [T, hidden_size]; an active row gets its token's embedding.
         slots, positions: [T] int32. An active row moves one position on; after its last token, or a number
             that is no token's (-1 from `lm_head`), its slot becomes -1.
         draw_positions: [T] int32, becomes positions + 1 in active rows: where the next token is drawn.
         remaining: [T] int32, tokens that a row may still draw; one less in active rows, and the end at 0.
-        exited: [layers] int32, what `dual_layer` wrote; becomes 0.
-        similarities: [layers, T] fp32; the last row is written if the last layer ran as a decoder block.
+        exited: [layers, T] int32, what `dual_layer` wrote; becomes 0.
+        similarities: [layers, T] fp32; in the last layer's row, the entries of active rows that took its
+            decoder block are written.
         step: [1] int32, steps taken; one more.
-        records: [any number, 2 + T + layers * T] int32, on the CPU, and pinned where the others are on CUDA.
-            Entry step % records is written: the number of the step from 1; the exit depth; tokens, -1 in
-            inactive rows and -2 where an active one drew none; the bits of similarities, of which those of
-            exit layers and of inactive rows may hold anything. The number is written last, so that the host
-            may poll it.
+        records: [any number, 1 + 2 * T + layers * T] int32, on the CPU, pinned where the others are on CUDA.
+            Entry step % records is written: the number of the step from 1; T exit depths, `layers` where a
+            row is inactive; T tokens, -1 in inactive rows and -2 where an active one drew none; the bits of
+            similarities, of which those of exit layers and of inactive rows may hold anything. The number
+            is written last, so that the host may poll it.
     """
     _river.advance(
         before, after, tokens, embed_tokens, stop_tokens, hidden, slots, positions, draw_positions, remaining,
         exited, similarities, step, records,
+    )  # fmt: skip
+
+
+def draft_advance(
+    tokens: Tensor,
+    index: int,
+    wanted: Tensor,
+    embed_tokens: Tensor,
+    drafts: Tensor,
+    hidden: Tensor,
+    slots: Tensor,
+    positions: Tensor,
+    draw_positions: Tensor,
+    verify_hidden: Tensor,
+    verify_slots: Tensor,
+) -> None:
+    """Ends a draft step of R requests: its drafts become rows to verify, and start the next draft step.
+
+    Up to V tokens of a request are verified together, R * V <= 8. Their rows go token by token: row
+    i * R + r holds token i of request r, which is its last token (i = 0) or its draft i. So the first
+    (k + 1) * R rows verify k drafts of each request.
+
+    A request drafts while its slot is not -1. A token counts as its draft if the request wants more than
+    `index` drafts, and if it is a token: -1 of `lm_head` is none.
+
+    Args:
+        tokens: [R] int64, what the step drew.
+        index: drafts before this one, 0 <= index and index + 1 < V.
+        wanted: [R] int32, drafts that are to be verified, 0 to V - 1.
+        embed_tokens: [vocab_size, hidden_size]; on CUDA hidden_size is a multiple of 8.
+        drafts: [V, R] int64; row index + 1 gets the drafts.
+        hidden: [R, hidden_size]; gets the embeddings of the drafts.
+        slots: [R] int32; becomes -1 where this was the last draft wanted, or where no draft counts.
+        positions: [R] int32, of the newest tokens; one more where there is a draft.
+        draw_positions: [R] int32, where the next tokens are drawn; one more where there is a draft.
+        verify_hidden: [V * R, hidden_size]; the rows of the drafts get their embeddings.
+        verify_slots: [V * R] int32; the rows of the drafts get the slots of their requests.
+    """
+    _river.draft_advance(
+        tokens, index, wanted, embed_tokens, drafts, hidden, slots, positions, draw_positions, verify_hidden,
+        verify_slots,
+    )  # fmt: skip
+
+
+def accept(
+    tokens: Tensor,
+    drafts: Tensor,
+    embed_tokens: Tensor,
+    stop_tokens: Tensor,
+    remaining: Tensor,
+    hidden: Tensor,
+    slots: Tensor,
+    positions: Tensor,
+    draw_positions: Tensor,
+    verify_hidden: Tensor,
+    verify_slots: Tensor,
+    verify_positions: Tensor,
+    verify_draw_positions: Tensor,
+    step: Tensor,
+    records: Tensor,
+) -> None:
+    """Ends a verification: accepts drafts, writes a record, and sets up what the next cycle starts from.
+
+    Rows lie as in `draft_advance`. What was drawn from a row is its target. The target of row 0 is a
+    request's first new token. That of row i + 1 is the next one, if the row is active and its draft is the
+    new token before. A request ends with a stop token, with the last token that it may draw, or with a
+    target that is no token (-1 of `lm_head`), which is counted too; nothing is new after that.
+
+    A request is active if row 0 has a slot. Of one that is not, only the drafts are cleared.
+
+    Args:
+        tokens: [(k + 1) * R] int64, the targets of the first rows.
+        drafts: [V, R] int64; becomes -1.
+        embed_tokens: [vocab_size, hidden_size]; on CUDA hidden_size is a multiple of 8.
+        stop_tokens: [R, any number] int64, tokens that end each request; unused entries are -1.
+        remaining: [R] int32, tokens that a request may still draw; one less for each new token.
+        hidden: [R, hidden_size]; gets the embedding of the last new token, if it is one.
+        slots: [R] int32; becomes the slot of the request, or -1 if it ends.
+        positions: [R] int32; becomes the position of the last new token.
+        draw_positions: [R] int32; becomes positions + 1.
+        verify_hidden: [V * R, hidden_size]; row 0 of a request gets what `hidden` gets.
+        verify_slots: [V * R] int32; row 0 of a request becomes what `slots` becomes, the rows of drafts -1.
+        verify_positions: [V * R] int32; row i of a request becomes `positions` + i.
+        verify_draw_positions: [V * R] int32; becomes verify_positions + 1.
+        step: [1] int32, cycles so far; one more.
+        records: [any number, 1 + R + V * R] int32, on the CPU, and pinned where the others are on CUDA.
+            Entry step % records is written: the number of the cycle from 1; how many tokens of each request
+            are new, -1 where it is inactive; the new tokens [V, R], -2 for a target that is no token, -1
+            past the end. The number of the cycle is written last, so that the host may poll it.
+    """
+    _river.accept(
+        tokens, drafts, embed_tokens, stop_tokens, remaining, hidden, slots, positions, draw_positions,
+        verify_hidden, verify_slots, verify_positions, verify_draw_positions, step, records,
     )  # fmt: skip
 
 
@@ -282,7 +381,8 @@ def decode_attention(
     """Attention of T rows against the cache; grouped queries, causal by position.
 
     query is [T, num_attention_heads, head_dim], already rotated; caches, slots, positions and the
-    keyword arguments are those of `decoder_block`. Returns [T, num_attention_heads, head_dim]; a row
+    keyword arguments are those of `decoder_block`. On the CPU T is any number, on CUDA 1 to 8. Rows of one
+    slot, in any order, share one pass over its cache. Returns [T, num_attention_heads, head_dim]; a row
     that is inactive, or sees no valid position, gives zeros.
     """
     return _river.decode_attention(
@@ -311,6 +411,28 @@ def lm_head(
     or infinite has no token: -1.
     """
     return _river.lm_head(hidden, norm, weight, rms_norm_eps, return_logits, temperature, seeds, positions)
+
+
+def lm_head_w4(
+    hidden: Tensor,
+    norm: Tensor,
+    weight: Tensor,
+    vocab_size: int,
+    rms_norm_eps: float,
+    *,
+    return_logits: bool = True,
+    temperature: Tensor | None = None,
+    seeds: Tensor | None = None,
+    positions: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """`lm_head` for a head in 4 bits: weight is packed (`pack_w4`), a row per token in the order of ids.
+
+    weight has ceil(vocab_size / 16) x ceil(hidden_size / 64) tiles. Rows from vocab_size on are padding:
+    whatever they hold, they have no logits and are not drawn.
+    """
+    return _river.lm_head_w4(
+        hidden, norm, weight, vocab_size, rms_norm_eps, return_logits, temperature, seeds, positions
+    )
 
 
 def sample(

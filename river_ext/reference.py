@@ -162,48 +162,112 @@ def dual_layer(
     index, hidden, previous, thresholds, min_layers, limit, exited, similarities,
     input_layernorm, q_proj, k_proj, v_proj, o_proj, post_attention_layernorm, gate_proj, up_proj, down_proj,
     qkv_tiles, o_tiles, gate_up_tiles, down_tiles, k_cache, v_cache, slots, positions, cos, sin,
-    num_attention_heads, rms_norm_eps, **options,
+    num_attention_heads, rms_norm_eps, *, together=False, **options,
 ):  # fmt: skip
     active = slots >= 0
-    exits = index >= limit.item()
-    if index > 0 and exited[index - 1]:
-        exits = True
-    elif index > 0:
+    left = exited[index - 1] == 1 if index > 0 else torch.zeros_like(active)
+    agrees = left | (index >= limit)
+    if index > 0:
         similarity = state_similarity(previous, hidden)
-        similarities[index - 1, active] = similarity[active]
-        wishes = (similarity > thresholds) & (index >= min_layers)
-        exits = exits or bool(wishes[active].all())
+        similarities[index - 1, active & ~left] = similarity[active & ~left]
+        agrees |= (similarity > thresholds) & (index >= min_layers)
+    if together and not agrees[active].all():
+        agrees = left
+    exits = active & agrees
     exited[index] = exits
-    place = (k_cache, v_cache, slots, positions, cos, sin, num_attention_heads, rms_norm_eps)
-    if exits:
-        weights = (qkv_tiles, o_tiles, post_attention_layernorm, gate_up_tiles, down_tiles)
-        return exit_layer(hidden, input_layernorm, *weights, *place, **options)[0]
-    weights = (q_proj, k_proj, v_proj, o_proj, post_attention_layernorm, gate_proj, up_proj, down_proj)
-    return decoder_block(hidden, input_layernorm, *weights, *place, **options)[0]
+    block = (q_proj, k_proj, v_proj, o_proj, post_attention_layernorm, gate_proj, up_proj, down_proj)
+    twin = (qkv_tiles, o_tiles, post_attention_layernorm, gate_up_tiles, down_tiles)
+    rest = (positions, cos, sin, num_attention_heads, rms_norm_eps)
+    out = hidden
+    for _ in range(2):  # after the first time, the K and V of all rows are there to attend to
+        for layer, weights, rows in (decoder_block, block, active & ~exits), (exit_layer, twin, exits):
+            own = torch.where(rows, slots, -1)
+            y, _ = layer(hidden, input_layernorm, *weights, k_cache, v_cache, own, *rest, **options)
+            out = torch.where(rows[:, None], y, out)
+    return out
 
 
 def advance(
     before, after, tokens, embed_tokens, stop_tokens, hidden, slots, positions, draw_positions, remaining,
     exited, similarities, step, records,
 ):  # fmt: skip
-    rows, layers, number = len(tokens), len(exited), step.item()
+    rows, number = len(tokens), step.item()
     active = slots >= 0
-    if exited[-1] == 0:
-        similarities[-1, active] = state_similarity(before, after)[active]
+    measured = active & (exited[-1] == 0)
+    similarities[-1, measured] = state_similarity(before, after)[measured]
     record = records[number % len(records)]
-    record[1] = next((index for index, exit in enumerate(exited.tolist()) if exit), layers)
+    record[1 : 1 + rows] = (exited.cumsum(0) == 0).sum(0)
     drawn = (tokens >= 0) & (tokens < len(embed_tokens))
-    record[2 : 2 + rows] = torch.where(active, torch.where(drawn, tokens, -2), -1)
-    record[2 + rows :] = similarities.flatten().view(torch.int32)
+    record[1 + rows : 1 + 2 * rows] = torch.where(active, torch.where(drawn, tokens, -2), -1)
+    record[1 + 2 * rows :] = similarities.flatten().view(torch.int32)
     known = active & drawn
     hidden[known] = embed_tokens[tokens[known]]
     positions += active
     draw_positions[active] = positions[active] + 1
     remaining -= active.int()
-    slots[active & ((remaining <= 0) | ~drawn | torch.isin(tokens, stop_tokens))] = -1
+    stops = (tokens[:, None] == stop_tokens).any(1)
+    slots[active & ((remaining <= 0) | ~drawn | stops)] = -1
     exited.zero_()
     step += 1
     record[0] = number + 1  # last of all: the host polls it
+
+
+def draft_advance(
+    tokens, index, wanted, embed_tokens, drafts, hidden, slots, positions, draw_positions, verify_hidden,
+    verify_slots,
+):  # fmt: skip
+    drafting = slots >= 0
+    counts = drafting & (index < wanted) & (tokens >= 0) & (tokens < len(embed_tokens))
+    draft = tokens[counts]
+    row = slice((index + 1) * len(tokens), (index + 2) * len(tokens))
+    drafts[index + 1, counts] = draft
+    verify_slots[row][counts] = slots[counts]
+    verify_hidden[row][counts] = hidden[counts] = embed_tokens[draft]
+    positions += counts
+    draw_positions += counts
+    slots[drafting & ~(counts & (index + 1 < wanted))] = -1
+
+
+def accept(
+    tokens, drafts, embed_tokens, stop_tokens, remaining, hidden, slots, positions, draw_positions,
+    verify_hidden, verify_slots, verify_positions, verify_draw_positions, step, records,
+):  # fmt: skip
+    (max_tokens, requests), number = drafts.shape, step.item()
+    record = records[number % len(records)]
+    record[1:] = -1
+    for r in range(requests):
+        if verify_slots[r] < 0:
+            continue
+        rows = slice(r, None, requests)
+        found = zip(tokens[rows].tolist(), drafts[:, r].tolist(), verify_slots[rows].tolist(), strict=False)
+        new, ends = _new_tokens(found, stop_tokens[r].tolist(), remaining[r].item(), len(embed_tokens))
+        record[1 + r] = len(new)
+        record[1 + requests :][rows][: len(new)] = torch.tensor(new)
+        if new[-1] >= 0:
+            hidden[r] = verify_hidden[r] = embed_tokens[new[-1]]
+        verify_positions[rows] = verify_positions[r] + len(new) + torch.arange(max_tokens)
+        verify_draw_positions[rows] = verify_positions[rows] + 1
+        positions[r], draw_positions[r] = verify_positions[r], verify_draw_positions[r]
+        remaining[r] -= len(new)
+        slots[r] = -1 if ends else verify_slots[r]
+        verify_slots[r] = slots[r]
+    verify_slots[requests:] = -1
+    drafts.fill_(-1)
+    step += 1
+    record[0] = number + 1  # last of all: the host polls it
+
+
+def _new_tokens(rows, stop_tokens, remaining, vocab_size) -> tuple[list[int], bool]:
+    """The new tokens of a request, from its (target, draft, slot) row by row; and whether they end it."""
+    new = []
+    for target, draft, slot in rows:
+        if slot < 0 or (new and draft != new[-1]):
+            break
+        drawn = 0 <= target < vocab_size
+        new.append(target if drawn else -2)
+        if not drawn or target in stop_tokens or len(new) >= remaining:
+            return new, True
+    return new, False
 
 
 def state_similarity(x: Tensor, y: Tensor) -> Tensor:
@@ -248,6 +312,11 @@ def lm_head(
     tokens = torch.where(keys == best, ids, keys.shape[1]).amin(-1)
     tokens = torch.where(logits.isfinite().all(-1), tokens, -1)
     return tokens, logits if return_logits else logits[:0]
+
+
+def lm_head_w4(hidden, norm, weight, vocab_size, rms_norm_eps, **options):
+    dense = dequantize_w4(weight, vocab_size, hidden.shape[1], torch.float32)
+    return lm_head(hidden, norm, dense, rms_norm_eps, **options)
 
 
 def sample(logits, temperature, top_k, top_p, min_p, seeds, positions):

@@ -164,6 +164,16 @@ def _(*args):
     return None
 
 
+@_fake("draft_advance")
+def _(*args):
+    return None
+
+
+@_fake("accept", on_host=(14,))
+def _(*args):
+    return None
+
+
 @_fake("state_similarity")
 def _(x, y):
     return x.new_empty(x.shape[0], dtype=torch.float32)
@@ -178,6 +188,13 @@ def _(query, *args):
 def _(hidden, norm, weight, rms_norm_eps, return_logits=True, *args):
     rows = hidden.shape[0]
     logits = hidden.new_empty(rows if return_logits else 0, weight.shape[0], dtype=torch.float32)
+    return hidden.new_empty(rows, dtype=torch.int64), logits
+
+
+@_fake("lm_head_w4")
+def _(hidden, norm, weight, vocab_size, rms_norm_eps, return_logits=True, *args):
+    rows = hidden.shape[0]
+    logits = hidden.new_empty(rows if return_logits else 0, vocab_size, dtype=torch.float32)
     return hidden.new_empty(rows, dtype=torch.int64), logits
 
 

@@ -17,9 +17,8 @@ from bench.lib.common import machine, parser, reader, results_path, save
 from bench.lib.models import LLAMA_1B
 from bench.lib.peers import llama_around
 from bench.lib.weights import random_river, random_weights
-from river_ext.engine.generate import generate
+from river_ext.engine.generate import Engines, generate
 from river_ext.engine.network import Network
-from river_ext.engine.request import Options
 from river_ext.loading.config import ModelConfig
 from river_ext.loading.weights import ExitLayerWeights, ModelWeights
 
@@ -37,14 +36,14 @@ def main() -> None:
     torch.manual_seed(0)
     config = LLAMA_1B
     weights, river = random_weights(config), random_river(config)
-    network = Network(config, weights, river)
+    engines = Engines(Network(config, weights, river), text=None)
     prompt = torch.randint(0, config.vocab_size, (args.prompt_tokens,)).tolist()
 
     runs = {
-        "full bf16": (Options(mode="full"), config.num_hidden_layers),
-        "full W4": (Options(mode="full_w4"), 0),
+        "full bf16": ({"mode": "full"}, config.num_hidden_layers),
+        "full W4": ({"mode": "full_w4"}, 0),
     }
-    runs |= {f"exit depth {d}": (Options(threshold=-2.0, min_layers=d), d) for d in args.depths}
+    runs |= {f"exit depth {d}": ({"threshold": -2.0, "min_layers": d}, d) for d in args.depths}
     seconds = {name: [] for name in runs}
     peers = transformers_models(config, weights, args.compile, args.prompt_tokens + args.new_tokens)
     for peer in peers.values():
@@ -53,8 +52,8 @@ def main() -> None:
     reads = [read_seconds(weights, river)]
     for _ in range(args.repeats):  # interleaved, so that a slow minute of the machine hits all alike
         for name, (options, depth) in runs.items():
-            options = Options(**(vars(options) | {"max_new_tokens": args.new_tokens, "stop_tokens": ()}))
-            output = generate(network, None, prompt, options)
+            options = options | {"max_new_tokens": args.new_tokens, "stop_tokens": ()}
+            output = generate(engines, prompt, options, batch_policy="row", exit_control="auto")
             assert set(output.exit_depths[1:]) == {depth}
             seconds[name].append(output.stats.decode_seconds / (args.new_tokens - 1))
         for name, peer in peers.items():

@@ -19,7 +19,7 @@ from bench.lib import gpu
 from bench.lib.models import TINY
 from bench.lib.weights import dense_weight, random_network
 from river_ext import ops
-from river_ext.engine.graph import Runner, whole_step
+from river_ext.engine.graph import Memory, Runner, whole_steps
 
 # Relative errors of the sums; the output's own rounding is apart. Exact fp32 products would leave a tenth;
 # tensor cores cut off what they add up instead of rounding it, which about doubles that.
@@ -81,10 +81,11 @@ def check_stream() -> dict:
 
 def check_edges() -> dict:
     """Of a step as `generate` captures it, with device control."""
-    network = random_network(TINY)
-    runner = Runner(network, 1, 64, 4)
+    memory = Memory(random_network(TINY), slots=1, max_len=64)
+    runner = Runner(memory, rows=1, stop_tokens=4, together=False)
+    run = torch.inference_mode()(lambda: whole_steps(runner, count=1, filters=False))
     with gpu.overlap("prefetch"):
-        graph = gpu.capture(torch.inference_mode()(lambda: whole_step(network, runner)), keep_graph=True)
+        graph = gpu.capture(run, keep_graph=True)
     return edges_found(programmatic_edges(graph), torch.cuda.get_device_capability())
 
 

@@ -16,7 +16,7 @@ from bench.lib.models import CONFIGS, LAYER_SHAPES, layer_bytes
 from bench.lib.peers import TorchStep
 from bench.lib.weights import dense_weight, packed_weight, random_network
 from river_ext import ops
-from river_ext.engine.network import Network
+from river_ext.engine.network import Layer, Network, Place
 
 INNER_K_TILES = 8  # of torch's int4 format
 SMALL = 64  # pairs of vectors of the similarity
@@ -173,42 +173,45 @@ def measure_layers(report: Report, model: str, args) -> None:
 def measure_layers_at(report: Report, model: str, network: Network, rows: int, repeats: int) -> None:
     """decoder_block and exit_layer at context 1k, over the layers of a network."""
     context, config = 1024, network.config
-    plain, rope = TorchStep(network, rows, context), network.rope(context + 1)
+    plain = TorchStep(network, rows, context)
     slots, positions = torch.arange(rows, dtype=torch.int32), torch.full((rows,), context, dtype=torch.int32)
+    place = Place(plain.cache, slots, positions, network.rope(context + 1))
     hidden = activations(rows, config.hidden_size)
-    layers = range(config.num_hidden_layers)
     dense, packed = layer_bytes(config)
     cache = rows * (context + 1) * 4 * config.num_key_value_heads * config.head_dim
-
-    def time(layer, size: int) -> dict[str, Time]:
-        def call(index: int):
-            layer(index, hidden, plain.cache, slots, positions, rope)
-
-        return report.time(call, layers, size, repeats)
-
+    layers = range(config.num_hidden_layers)
     peer = gpu.time_rotated(lambda index: plain.layer(index, hidden), layers, dense + cache, repeats)
-    for name, size in (("decoder_block", dense + cache), ("exit_layer", packed + cache)):
-        ours = time(getattr(network, name), size)
+    for name, path, size in (
+        ("decoder_block", Layer.block, dense + cache),
+        ("exit_layer", Layer.exit, packed + cache),
+    ):
+        ours = report.time(lambda layer, path=path: path(layer, hidden, place), network.layers, size, repeats)
         report(name, model, rows, size, ours, {"torch": peer}, context=context)
 
 
 def measure_head(report: Report, model: str, args) -> None:
     config = CONFIGS[model]
-    weights = gpu.rotation(dense_weight(config.vocab_size, config.hidden_size))
-    norm, eps, size = torch.ones(config.hidden_size).bfloat16(), config.rms_norm_eps, gpu.size_of(weights[0])
+    shape = config.vocab_size, config.hidden_size
+    dense, packed = gpu.rotation(dense_weight(*shape)), gpu.rotation(packed_weight(*shape))
+    norm, eps = torch.ones(config.hidden_size).bfloat16(), config.rms_norm_eps
 
     def plain(x, weight):
         x = torch.nn.functional.rms_norm(x, x.shape[1:], norm, eps)
         return torch.nn.functional.linear(x, weight).argmax(dim=1)
 
-    def ours(x, weight):
+    def lm_head(x, weight):
         return ops.lm_head(x, norm, weight, eps, return_logits=False)
+
+    def lm_head_w4(x, weight):
+        return ops.lm_head_w4(x, norm, weight, config.vocab_size, eps, return_logits=False)
 
     for rows in args.rows:
         x = activations(rows, config.hidden_size)
-        peer = gpu.time_rotated(partial(plain, x), weights, size, args.repeats)
-        time = report.time(partial(ours, x), weights, size, args.repeats)
-        report("lm_head", model, rows, size, time, {"torch": peer})
+        peer = gpu.time_rotated(partial(plain, x), dense, gpu.size_of(dense[0]), args.repeats)
+        for ours, weights in ((lm_head, dense), (lm_head_w4, packed)):
+            size = gpu.size_of(weights[0])
+            time = report.time(partial(ours, x), weights, size, args.repeats)
+            report(ours.__name__, model, rows, size, time, {"torch": peer})
 
 
 def measure_attention(report: Report, model: str, args) -> None:

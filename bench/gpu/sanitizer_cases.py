@@ -13,7 +13,7 @@ from bench.lib import gpu
 from bench.lib.models import TINY
 from bench.lib.weights import random_network
 from river_ext import ops
-from river_ext.engine.graph import Runner, whole_step
+from river_ext.engine.graph import Memory, Runner, whole_steps
 
 DONE = "all cases ran"
 
@@ -56,6 +56,7 @@ def attention() -> None:
 def heads() -> None:
     hidden, norm, weight = random(2, 192), random(192), random(300, 192)
     ops.lm_head(hidden, norm, weight, 1e-5)
+    ops.lm_head_w4(hidden, norm, packed(300, 192), 300, 1e-5)
     sampling = {
         "temperature": torch.tensor([0.0, 0.7]).cuda(), "seeds": torch.tensor([1, 2]).cuda(),
         "positions": int32(3, 4),
@@ -75,23 +76,50 @@ def read_ring() -> None:
 
 @torch.inference_mode()
 def layers_and_steps() -> None:
-    """Layers alone, and device-controlled steps that exit after one layer, at once, and never."""
-    network = random_network(TINY)
-    runner = Runner(network, 2, 64, 4)
-    runner.cache.k.normal_()
-    runner.cache.v.normal_()
-    hidden = random(2, 192)
-    runner.slots.copy_(int32(0, -1))
-    runner.positions.copy_(int32(40, 0))
-    network.decoder_block(0, hidden, *runner.place)
-    network.exit_layer(0, hidden, *runner.place)
+    """Layers alone, and device-controlled steps: rows that leave after one layer, at once, and never."""
+    memory = Memory(random_network(TINY), slots=2, max_len=64)
+    memory.cache.k.normal_()
+    memory.cache.v.normal_()
+    hidden, one_row, both, layer = random(2, 192), int32(0, -1), int32(1, 0), memory.network.layers[0]
+    for together in (True, False):
+        runner = Runner(memory, rows=2, stop_tokens=4, together=together)
+        start(runner, hidden, one_row, thresholds=(-2.0, -2.0), limit=3)
+        layer.block(hidden, runner.place)
+        layer.exit(hidden, runner.place)
+        for threshold, limit in ((-2.0, 3), (-2.0, 0), (2.0, 3)):
+            start(runner, hidden, one_row, thresholds=(threshold, threshold), limit=limit)
+            whole_steps(runner, count=1, filters=False)
+        start(runner, hidden, both, thresholds=(-2.0, 2.0), limit=3)  # both paths, unless together
+        whole_steps(runner, count=2, filters=True)
+
+
+def start(runner: Runner, hidden, slots, thresholds: tuple[float, float], limit: int) -> None:
+    runner.hidden.copy_(hidden)
+    runner.slots.copy_(slots)
+    runner.positions.copy_(int32(40, 50))
+    runner.draw_positions.copy_(int32(41, 51))
     runner.remaining.fill_(100)
-    for threshold, limit in ((-2.0, 3), (-2.0, 0), (2.0, 3)):
-        runner.hidden.copy_(hidden)
-        runner.thresholds.fill_(threshold)
-        runner.min_layers.fill_(1)
-        runner.limit.fill_(limit)
-        whole_step(network, runner)
+    runner.decision.thresholds.copy_(torch.tensor(thresholds))
+    runner.decision.min_layers.fill_(1)
+    runner.decision.limit.fill_(limit)
+
+
+def cycle() -> None:
+    """The ends of two drafts and of their verification, of a request that goes on and one that ends."""
+    embed_tokens, (length, requests) = random(40, 200), (3, 2)
+    drafts = torch.full((length, requests), -1).cuda()
+    hidden, slots, places = random(requests, 200), int32(0, 1), [int32(7, 9), int32(8, 10)]
+    verify_hidden, verify_slots = random(length * requests, 200), int32(0, 1, -1, -1, -1, -1)
+    verify_places = [int32(7, 9, 8, 10, 9, 11), int32(8, 10, 9, 11, 10, 12)]
+    written = hidden, slots, *places, verify_hidden, verify_slots
+    for index, tokens in enumerate(([3, 39], [0, -1])):
+        tokens = torch.tensor(tokens).cuda()
+        ops.draft_advance(tokens, index, int32(2, 2), embed_tokens, drafts, *written)
+    targets, stop_tokens = torch.tensor([3, 39, 0, 5, 39, 6]).cuda(), torch.tensor([[1, -1], [5, 6]]).cuda()
+    records = torch.zeros(2, 1 + requests + length * requests, dtype=torch.int32).pin_memory()
+    ops.accept(
+        targets, drafts, embed_tokens, stop_tokens, int32(9, 9), *written, *verify_places, int32(1), records
+    )
 
 
 def main() -> None:
@@ -100,7 +128,16 @@ def main() -> None:
     os.environ["PYTORCH_NO_CUDA_MEMORY_CACHING"] = "1"  # torch looks at its first allocation
     for mode in ("prefetch", "none"):
         with gpu.overlap(mode):
-            for case in (similarity, w4_format, linears, heads, attention, read_ring, layers_and_steps):
+            for case in (
+                similarity,
+                w4_format,
+                linears,
+                heads,
+                attention,
+                read_ring,
+                layers_and_steps,
+                cycle,
+            ):
                 case()
                 torch.cuda.synchronize()
                 print(f"{mode}: {case.__name__}", flush=True)

@@ -22,10 +22,9 @@ from bench.lib.models import BUDGETS, CONFIGS, Budget, exit_depths, step_bytes
 from bench.lib.peers import fill_cache
 from bench.lib.weights import random_network
 from river_ext import ops
-from river_ext.engine.generate import generate
-from river_ext.engine.graph import Runner, whole_steps
+from river_ext.engine.generate import Engines, generate
+from river_ext.engine.graph import Memory, Runner, whole_steps
 from river_ext.engine.network import Network
-from river_ext.engine.request import Options
 
 CONTEXT = 1024  # of the budgets, at batch 1
 STEPS = 2  # of one replay: device control captures two together, unless the variant paired_steps is off
@@ -50,22 +49,23 @@ class Step:
     def __init__(self, network: Network, rows: int, context: int, design: str = variants.DEFAULT):
         self.network, self.context, self.rows = network, context, rows
         with variants.using(design):
-            self.runner = Runner(network, rows, context + MARGIN, 16)
-        fill_cache(self.runner.cache)
+            memory = Memory(network, rows, context + MARGIN)
+            self.runner = Runner(memory, rows, stop_tokens=16, together=False)
+        fill_cache(memory.cache)
         self.tokens = torch.randint(0, network.config.vocab_size, (rows,), device=network.device)
         self.layers = network.config.num_hidden_layers
         self.set_depth(self.layers)
         with variants.using(design):
             count = STEPS if ops._C.variants()["paired_steps"] else 1
-            run = torch.inference_mode()(lambda: whole_steps(network, self.runner, count))
+            run = torch.inference_mode()(lambda: whole_steps(self.runner, count, filters=False))
             self.graph = Replays(gpu.capture(run), STEPS // count)
 
     def set_depth(self, depth: int) -> None:
         """By the rule itself, as a caller would."""
-        runner = self.runner
-        runner.limit.fill_(self.layers if depth else 0)
-        runner.thresholds.fill_(-2.0 if depth < self.layers else math.inf)
-        runner.min_layers.fill_(max(depth, 1))
+        decision = self.runner.decision
+        decision.limit.fill_(self.layers if depth else 0)
+        decision.thresholds.fill_(-2.0 if depth < self.layers else math.inf)
+        decision.min_layers.fill_(max(depth, 1))
         self.reset()
 
     @torch.inference_mode()
@@ -78,17 +78,16 @@ class Step:
         runner.remaining.fill_(1 << 30)
         runner.stop_tokens.fill_(-1)
         runner.drawing.temperature.zero_()
-        for state in (runner.exited, runner.steps_taken):
+        for state in (runner.decision.exited, runner.steps_taken):
             state.zero_()
 
     def check(self, depth: int) -> None:
         """What the last replay did must be what was asked."""
         taken = int(self.runner.steps_taken.item())
-        got = self.runner.records[(taken - 1) % len(self.runner.records)][:2].tolist()
-        if got != [taken, depth]:
-            raise SystemExit(
-                f"steps: the device took step {got[0]} at depth {got[1]}, not {taken} at {depth}"
-            )
+        record = self.runner.records[(taken - 1) % len(self.runner.records)]
+        step, *depths = record[: 1 + self.rows].tolist()
+        if step != taken or set(depths) != {depth}:
+            raise SystemExit(f"steps: the device took step {step} at depths {depths}, not {taken} at {depth}")
 
     @torch.inference_mode()
     def kernels_time(self, depth: int, repeats: int) -> Time:
@@ -96,9 +95,8 @@ class Step:
 
         def run() -> None:
             hidden = runner.hidden
-            for index in range(self.layers):
-                layer = network.decoder_block if index < depth else network.exit_layer
-                hidden, _ = layer(index, hidden, *runner.place)
+            for index, layer in enumerate(network.layers):
+                hidden, _ = (layer.block if index < depth else layer.exit)(hidden, runner.place)
             ops.lm_head(hidden, network.norm, network.lm_head, eps, return_logits=False)
 
         self.reset()
@@ -117,22 +115,23 @@ def device_times(steps: dict[str, Step], depth: int, repeats: int) -> dict[str, 
     return times
 
 
-def options_at(depth: int, layers: int, **more) -> Options:
+def options_at(depth: int, layers: int) -> dict:
     if depth == 0:
-        return Options(mode="full_w4", stop_tokens=(), **more)
+        return {"mode": "full_w4"}
     if depth == layers:
-        return Options(mode="full", stop_tokens=(), **more)
-    return Options(threshold=-2.0, min_layers=depth, stop_tokens=(), **more)
+        return {"mode": "full"}
+    return {"threshold": -2.0, "min_layers": depth}
 
 
 def generate_us(network: Network, depth: int, context: int, control: str, repeats: int) -> float:
     """Wall clock of a token at about this context, batch 1: long runs less short ones."""
     prompt = torch.randint(0, network.config.vocab_size, (context - TOKENS[0],)).tolist()
-    layers = network.config.num_hidden_layers
+    options = {"stop_tokens": (), **options_at(depth, network.config.num_hidden_layers)}
+    engines = Engines(network, text=None)  # one engine takes all calls
 
     def seconds(count: int) -> float:
-        options = options_at(depth, layers, max_new_tokens=count, exit_control=control)
-        output = generate(network, None, prompt, options)
+        own = options | {"max_new_tokens": count}
+        output = generate(engines, prompt, own, batch_policy="row", exit_control=control)
         depths = set(output.exit_depths[1:])
         if depths != {depth}:
             raise SystemExit(f"steps: {control} control exited at {sorted(depths)}, not at {depth}")

@@ -23,8 +23,9 @@ class TorchStep:
         config, device = network.config, network.device
         self.network, self.context = network, context
         self.shape = (rows, -1, 1, config.head_dim)
-        self.qkv = [torch.cat([b.q_proj, b.k_proj, b.v_proj]) for b, *_ in network.layers]
-        self.gate_up = [torch.cat([b.gate_proj, b.up_proj]) for b, *_ in network.layers]
+        blocks = [layer.weights for layer in network.layers]
+        self.qkv = [torch.cat([b.q_proj, b.k_proj, b.v_proj]) for b in blocks]
+        self.gate_up = [torch.cat([b.gate_proj, b.up_proj]) for b in blocks]
         self.cache = KVCache(config, rows, context + 1, network.dtype, device)
         fill_cache(self.cache)
         self.position = torch.tensor([context], device=device)
@@ -39,7 +40,7 @@ class TorchStep:
         return x * self.cos + torch.cat([-second, first], dim=-1) * self.sin
 
     def layer(self, index: int, hidden: torch.Tensor) -> torch.Tensor:
-        block, eps = self.network.layers[index].block, self.network.config.rms_norm_eps
+        block, eps = self.network.layers[index].weights, self.network.config.rms_norm_eps
         k_cache, v_cache = self.cache.layer(index)
         x = rms_norm(hidden, hidden.shape[1:], block.input_layernorm, eps)
         q, k, v = (part.view(self.shape) for part in linear(x, self.qkv[index]).split(self.sizes, dim=1))

@@ -1,13 +1,13 @@
-// decoder_block and exit_layer on a CPU. Block::run tells the parts of a layer in order, for dense and packed weights
-// alike; DenseWeights and PackedWeights say where the rows lie that a part needs together. Only active rows are
-// computed, and every row's arithmetic is its own, so that neighbours never matter.
+// decoder_block and exit_layer on a CPU, and a layer whose rows take either way. Block::run tells the parts of a layer
+// in order, for dense and packed weights alike; DenseWeights and PackedWeights say where the rows lie that a part needs
+// together. Only active rows are computed, and every row's arithmetic is its own, so that neighbours never matter.
+#include "layer.h"
+
 #include "../row_order.h"
 
 #include <cmath>
 #include <cstring>
 #include <memory>
-
-#include "linear.h"
 
 namespace river::cpu {
 
@@ -113,50 +113,77 @@ struct HeadFinish {
   std::unique_ptr<float[]> norm;  // [head_dim] or null
 };
 
+// Some of the active rows, and the weights that they go through
+template <class Weights>
+struct Path {
+  Weights weights;
+  const Rows& rows;
+};
+
 struct Block {
   const BlockArgs& a;
   const Parallel& parallel;
-  const Rows rows = Rows::active(a.slots, a.rows);
 
-  template <class Weights>
-  void run(const Weights& weights) const {
-    constexpr bool packed = Weights::kPacked;
-    const int64_t hidden = a.hidden_size, q_size = int64_t(a.num_heads) * a.head_dim, inner = weights.inner();
-    memcpy(a.out, a.hidden, a.rows * hidden * size_of(a.dtype));  // an inactive row keeps its hidden vector
-    if (rows.count > 0) {
-      const auto query = vectors(q_size), attended = vectors(q_size), middle = vectors(hidden), swiglu = vectors(inner);
-      append(weights.qkv(normalised(a.hidden, a.input_layernorm, packed), parallel), query.get());
-      launch_decode_attention(attention_of(a, query.get(), attended.get()), parallel);
-      linear_into(weights.o(), Activations(of(attended.get(), q_size), packed),
-                  {.bias = a.o_bias, .addend = a.hidden, .out = middle.get(), .rows = rows}, parallel);
-      weights.gate_up(normalised(middle.get(), a.post_attention_layernorm, packed), parallel,
-                      [&](int t, int64_t first, int count, const float* gate, const float* up) {
-                        swiglu_into(gate, up, at(swiglu.get(), a.dtype, rows.index[t] * inner + first), count);
-                      });
-      linear_into(weights.down(), Activations(of(swiglu.get(), inner), packed),
-                  {.bias = nullptr, .addend = middle.get(), .out = a.out, .rows = rows}, parallel);
-    }
-    launch_state_similarity(similarity_of(a), parallel);
+  // Each active row is of one path. All K and V are in the cache before any row attends.
+  template <class... Weights>
+  void run(const Path<Weights>&... paths) const {
+    memcpy(a.out, a.hidden, a.rows * a.hidden_size * size_of(a.dtype));  // an inactive row keeps its hidden vector
+    if ((paths.rows.count + ...) == 0) return;
+    const auto query = vectors(q_size()), attended = vectors(q_size());
+    (before_attention(paths, query.get()), ...);
+    launch_decode_attention(attention_of(a, query.get(), attended.get()), parallel);
+    (after_attention(paths, attended.get()), ...);
   }
 
  private:
-  // Room for [T, cols]
-  std::unique_ptr<char[]> vectors(int64_t cols) const { return scratch<char>(a.rows * cols * size_of(a.dtype)); }
-  Vectors of(const void* x, int64_t cols) const { return {.dtype = a.dtype, .data = x, .cols = cols, .rows = rows}; }
-
-  // x: [T, hidden]
-  Activations normalised(const void* x, const void* norm, bool packed) const {
-    return Activations(of(x, a.hidden_size), {.weight = norm, .eps = a.rms_norm_eps}, packed);
+  // query, attended: [T, heads, head_dim]
+  template <class Weights>
+  void before_attention(const Path<Weights>& path, void* query) const {
+    const auto& [weights, rows] = path;
+    if (rows.count == 0) return;
+    const auto x = normalised(a.hidden, rows, a.input_layernorm, Weights::kPacked);
+    append(weights.qkv(x, parallel), rows, query);
   }
 
-  // Q of every active row to query, [T, heads, head_dim]; its K and V to the cache
+  template <class Weights>
+  void after_attention(const Path<Weights>& path, const void* attended) const {
+    constexpr bool packed = Weights::kPacked;
+    const auto& weights = path.weights;
+    const Rows& rows = path.rows;
+    if (rows.count == 0) return;
+    const int64_t inner = weights.inner();
+    const auto middle = vectors(a.hidden_size), swiglu = vectors(inner);
+    linear_into(weights.o(), Activations(of(attended, q_size(), rows), packed),
+                {.bias = a.o_bias, .addend = a.hidden, .out = middle.get(), .rows = rows}, parallel);
+    weights.gate_up(normalised(middle.get(), rows, a.post_attention_layernorm, packed), parallel,
+                    [&](int t, int64_t first, int count, const float* gate, const float* up) {
+                      swiglu_into(gate, up, at(swiglu.get(), a.dtype, rows.index[t] * inner + first), count);
+                    });
+    linear_into(weights.down(), Activations(of(swiglu.get(), inner, rows), packed),
+                {.bias = nullptr, .addend = middle.get(), .out = a.out, .rows = rows}, parallel);
+  }
+
+  int64_t q_size() const { return int64_t(a.num_heads) * a.head_dim; }
+
+  // Room for [T, cols]
+  std::unique_ptr<char[]> vectors(int64_t cols) const { return scratch<char>(a.rows * cols * size_of(a.dtype)); }
+  Vectors of(const void* x, int64_t cols, const Rows& rows) const {
+    return {.dtype = a.dtype, .data = x, .cols = cols, .rows = rows};
+  }
+
+  // x: [T, hidden]
+  Activations normalised(const void* x, const Rows& rows, const void* norm, bool packed) const {
+    return Activations(of(x, a.hidden_size, rows), {.weight = norm, .eps = a.rms_norm_eps}, packed);
+  }
+
+  // Q of the rows to query, [T, heads, head_dim]; their K and V to the cache
   template <class Heads>
-  void append(const Heads& projected, void* query) const {
-    const int64_t q_size = int64_t(a.num_heads) * a.head_dim, kv_size = int64_t(a.num_kv_heads) * a.head_dim;
+  void append(const Heads& projected, const Rows& rows, void* query) const {
+    const int64_t kv_size = int64_t(a.num_kv_heads) * a.head_dim;
     const HeadFinish finishes[] = {
         {.kind = kQuery,
          .heads = a.num_heads,
-         .bias = floats(a.dtype, a.q_bias, q_size),
+         .bias = floats(a.dtype, a.q_bias, q_size()),
          .norm = floats(a.dtype, a.q_norm, a.head_dim)},
         {.kind = kKey,
          .heads = a.num_kv_heads,
@@ -216,11 +243,21 @@ struct Block {
 }  // namespace
 
 void launch_decoder_block(const DecoderBlockArgs& args, const Parallel& parallel) {
-  Block{.a = args, .parallel = parallel}.run(DenseWeights{args});
+  const Rows rows = Rows::active(args.slots, args.rows);
+  Block{.a = args, .parallel = parallel}.run(Path<DenseWeights>{.weights = {args}, .rows = rows});
+  launch_state_similarity(similarity_of(args), parallel);
 }
 
 void launch_exit_layer(const ExitLayerArgs& args, const Parallel& parallel) {
-  Block{.a = args, .parallel = parallel}.run(PackedWeights{args});
+  const Rows rows = Rows::active(args.slots, args.rows);
+  Block{.a = args, .parallel = parallel}.run(Path<PackedWeights>{.weights = {args}, .rows = rows});
+  launch_state_similarity(similarity_of(args), parallel);
+}
+
+void run_both_ways(const DualLayerArgs& args, const Rows& block_rows, const Rows& exit_rows, const Parallel& parallel) {
+  Block{.a = args.block, .parallel = parallel}.run(
+      Path<DenseWeights>{.weights = {args.block}, .rows = block_rows},
+      Path<PackedWeights>{.weights = {args.exit_layer}, .rows = exit_rows});
 }
 
 }  // namespace river::cpu

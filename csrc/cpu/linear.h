@@ -17,15 +17,17 @@ struct Rows {
   int count = 0;
   int index[kMaxRows];  // [count]
 
+  void add(int row) { index[count++] = row; }
+
   static Rows all(int rows) {
     Rows all;
-    for (int row = 0; row < rows; row++) all.index[all.count++] = row;
+    for (int row = 0; row < rows; row++) all.add(row);
     return all;
   }
   static Rows active(const int32_t* slots, int rows) {
     Rows active;
     for (int row = 0; row < rows; row++)
-      if (slots[row] >= 0) active.index[active.count++] = row;
+      if (slots[row] >= 0) active.add(row);
     return active;
   }
 };

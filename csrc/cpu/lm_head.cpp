@@ -1,4 +1,5 @@
-// lm_head on a CPU: each thread keeps the best token of its strips, and the best of all is the same whoever had which.
+// lm_head and lm_head_w4 on a CPU: each thread keeps the best token of its strips, and the best of all is the same
+// whoever had which.
 #include <cmath>
 #include <cstring>
 #include <mutex>
@@ -42,8 +43,9 @@ void offer_strip(const LmHeadArgs& a, int t, int64_t first, int count, const flo
 void launch_lm_head(const LmHeadArgs& a, const Parallel& parallel) {
   const Rows rows = Rows::all(a.rows);
   const Activations x({.dtype = a.dtype, .data = a.hidden, .cols = a.hidden_size, .rows = rows},
-                      {.weight = a.norm, .eps = a.rms_norm_eps}, false);
-  const Weight head{.dtype = a.dtype, .packed = false, .data = a.weight, .rows = a.vocab_size, .cols = a.hidden_size};
+                      {.weight = a.norm, .eps = a.rms_norm_eps}, a.packed);
+  const Weight head{
+      .dtype = a.dtype, .packed = a.packed, .data = a.weight, .rows = a.vocab_size, .cols = a.hidden_size};
   Best best[kMaxRows];
   std::mutex mutex;
   parallel(head.strips(), head.grain(), [&](int64_t begin, int64_t end) {

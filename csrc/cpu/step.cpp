@@ -1,11 +1,11 @@
-// A step whose path is chosen by the op: one depth by either layer, and the end of the step.
+// A step whose rows find their own paths: one depth by either layer, and the end of the step.
 #include "../step_rules.h"
 
 #include <array>
 #include <atomic>
 #include <cstring>
 
-#include "../river.h"
+#include "layer.h"
 
 namespace river::cpu {
 
@@ -13,40 +13,62 @@ namespace {
 
 using RowSimilarities = std::array<float, kMaxRows>;
 
-// Measures all rows of before and after, both [T, hidden], and writes those of active rows to similarities, [T].
+// The active rows that have not left by then; exited: [T], of the layer
+Rows in_backbone(const int32_t* slots, const int32_t* exited, int rows) {
+  Rows inside;
+  for (int t = 0; t < rows; t++)
+    if (slots[t] >= 0 && !exited[t]) inside.add(t);
+  return inside;
+}
+
+// Measures before and after, both [T, hidden], and writes the similarities of these rows, to [T]. Of the others the
+// result may hold anything.
 template <class Args>
-RowSimilarities measure_rows(const Args& a, const void* before, const void* after, float* similarities,
-                             const Parallel& parallel) {
-  RowSimilarities measured;
+RowSimilarities measure_rows(const Args& a, const Rows& rows, const void* before, const void* after,
+                             float* similarities, const Parallel& parallel) {
+  RowSimilarities measured{};
+  if (rows.count == 0) return measured;
   launch_state_similarity(
       {.dtype = a.dtype, .rows = a.rows, .hidden_size = a.hidden_size, .x = before, .y = after, .out = measured.data()},
       parallel);
-  for (int t = 0; t < a.rows; t++)
-    if (a.slots[t] >= 0) similarities[t] = measured[t];
+  for (int i = 0; i < rows.count; i++) similarities[rows.index[i]] = measured[rows.index[i]];
   return measured;
 }
 
-bool all_rows_agree(const BlockArgs& a, const ExitDecision& d, const Parallel& parallel) {
-  float* written = d.similarities + int64_t(d.index - 1) * a.rows;
-  const RowSimilarities similarity = measure_rows(a, d.previous, a.hidden, written, parallel);
-  bool all = true;
-  for (int t = 0; t < a.rows; t++)
-    all &= row_agrees(similarity[t], exit_bar(a.slots[t] >= 0, d.thresholds[t], d.index, d.min_layers[t]));
-  return all;
+RowSimilarities similarities_before(const BlockArgs& a, const ExitDecision& d, const Parallel& parallel) {
+  if (d.index == 0) return {};
+  const int64_t before = int64_t(d.index - 1) * a.rows;
+  const Rows rows = in_backbone(a.slots, d.exited + before, a.rows);
+  return measure_rows(a, rows, d.previous, a.hidden, d.similarities + before, parallel);
 }
 
-int exit_depth(const AdvanceArgs& a) {
+// Writes the layer's entries of `exited`.
+void decide(const BlockArgs& a, const ExitDecision& d, const Parallel& parallel) {
+  const RowSimilarities similarities = similarities_before(a, d, parallel);
+  int32_t* exited = d.exited + int64_t(d.index) * a.rows;
+  bool left[kMaxRows], agrees[kMaxRows], all_agree = true;
+  for (int t = 0; t < a.rows; t++) {
+    left[t] = d.index > 0 && exited[t - a.rows];
+    const float bar = exit_bar(d.thresholds[t], d.index, d.min_layers[t], d.limit[t]);
+    agrees[t] = row_agrees(left[t], similarities[t], bar);
+    if (a.slots[t] >= 0) all_agree &= agrees[t];
+  }
+  for (int t = 0; t < a.rows; t++) exited[t] = a.slots[t] >= 0 && row_exits(left[t], agrees[t], d.together, all_agree);
+}
+
+int exit_depth(const AdvanceArgs& a, int row) {
   int depth = 0;
-  while (depth < a.layers && !a.exited[depth]) depth++;
+  while (depth < a.layers && !a.exited[int64_t(depth) * a.rows + row]) depth++;
   return depth;
 }
 
 // All but the stamp
 void write_record(const AdvanceArgs& a, int32_t* record) {
-  record[RecordLayout::kDepth] = exit_depth(a);
-  for (int t = 0; t < a.rows; t++)
-    record[RecordLayout::kTokens + t] =
+  for (int t = 0; t < a.rows; t++) {
+    record[RecordLayout::kDepths + t] = exit_depth(a, t);
+    record[RecordLayout::tokens(a.rows) + t] =
         recorded_token(a.slots[t] >= 0, a.tokens[t], is_drawn(a.tokens[t], a.vocab_size));
+  }
   memcpy(record + RecordLayout::similarities(a.rows), a.similarities, int64_t(a.layers) * a.rows * sizeof(float));
 }
 
@@ -57,7 +79,8 @@ void move_on(const AdvanceArgs& a, int t) {
   if (drawn)
     memcpy(static_cast<char*>(a.hidden) + t * bytes, static_cast<const char*>(a.embed_tokens) + token * bytes, bytes);
   bool stop_token = false;
-  for (int i = 0; i < a.num_stop_tokens; i++) stop_token |= token == a.stop_tokens[i];
+  const int64_t* stop_tokens = a.stop_tokens + int64_t(t) * a.num_stop_tokens;
+  for (int i = 0; i < a.num_stop_tokens; i++) stop_token |= token == stop_tokens[i];
   const NextRow next = next_row(a.positions[t], a.remaining[t], drawn, stop_token);
   a.positions[t] = next.position;
   a.draw_positions[t] = next.draw_position;
@@ -69,31 +92,24 @@ void move_on(const AdvanceArgs& a, int t) {
 
 void launch_dual_layer(const DualLayerArgs& a, const Parallel& parallel) {
   const ExitDecision& d = a.decision;
-  const bool left = d.index > 0 && d.exited[d.index - 1];
-  const bool agreed = asks_rows(d.index, left) && all_rows_agree(a.block, d, parallel);
-  const bool exits = runs_as_exit_layer(d.index, left, *d.limit, agreed);
-  d.exited[d.index] = exits;
-  float unused[kMaxRows];  // a layer's own similarity: the next depth measures it if it decides
-  if (exits) {
-    ExitLayerArgs layer = a.exit_layer;
-    layer.similarity = unused;
-    launch_exit_layer(layer, parallel);
-  } else {
-    DecoderBlockArgs layer = a.block;
-    layer.similarity = unused;
-    launch_decoder_block(layer, parallel);
-  }
+  decide(a.block, d, parallel);
+  const int32_t* exited = d.exited + int64_t(d.index) * a.block.rows;
+  Rows block_rows, exit_rows;
+  for (int t = 0; t < a.block.rows; t++)
+    if (a.block.slots[t] >= 0) (exited[t] ? exit_rows : block_rows).add(t);
+  run_both_ways(a, block_rows, exit_rows, parallel);
 }
 
 void launch_advance(const AdvanceArgs& a, const Parallel& parallel) {
-  const int last = a.layers - 1;
-  if (!a.exited[last]) measure_rows(a, a.before, a.after, a.similarities + int64_t(last) * a.rows, parallel);
+  const int64_t last = int64_t(a.layers - 1) * a.rows;
+  const Rows inside = in_backbone(a.slots, a.exited + last, a.rows);
+  measure_rows(a, inside, a.before, a.after, a.similarities + last, parallel);
   const uint32_t step = *a.step;
   int32_t* record = a.records + step % a.num_records * RecordLayout::size(a.rows, a.layers);
   write_record(a, record);
   for (int t = 0; t < a.rows; t++)
     if (a.slots[t] >= 0) move_on(a, t);
-  memset(a.exited, 0, a.layers * sizeof(int32_t));
+  memset(a.exited, 0, int64_t(a.layers) * a.rows * sizeof(int32_t));
   *a.step = step + 1;
   // Who sees the stamp sees all of the record.
   std::atomic_ref(record[RecordLayout::kStamp]).store(step + 1, std::memory_order_release);

@@ -14,37 +14,44 @@ constexpr int kThreads = kParts * kWarp;
 
 RIVER_DEVICE bool is_active(const AdvanceArgs& a, int row) { return load_written(a.slots + row) >= 0; }
 
+RIVER_DEVICE bool has_left(const AdvanceArgs& a, int layer, int row) {
+  return load_written(a.exited + int64_t(layer) * a.rows + row);
+}
+
 // The similarities of the last layer, which no other kernel measures
 template <class T>
 RIVER_DEVICE void finish_similarities(const AdvanceArgs& a) {
   RIVER_SHARED(float, similarities, [kMaxRows]);
   RIVER_SHARED(RowSquares, squares, [1]);
-  const int last = a.layers - 1, t = threadIdx.x;
-  if (load_written(a.exited + last)) return;
+  const int last = a.layers - 1, t = lane_id();
+  const bool measured = t < a.rows && is_active(a, t) && !has_left(a, last, t);
+  if (!ballot(measured)) return;  // the same in all warps
   measure_rows(
       static_cast<const T*>(a.before), static_cast<const T*>(a.after), a.rows, a.hidden_size, similarities, squares[0],
       [] { __syncthreads(); }, KeepNothing{});
-  if (t < a.rows && is_active(a, t)) a.similarities[int64_t(last) * a.rows + t] = similarities[t];
+  if (warp_id() == 0 && measured) a.similarities[int64_t(last) * a.rows + t] = similarities[t];
 }
 
-// The first layer that ran as an exit layer, by one warp
-RIVER_DEVICE int exit_depth(const AdvanceArgs& a) {
+// The first layer that the row ran as an exit layer, by one warp
+RIVER_DEVICE int exit_depth(const AdvanceArgs& a, int row) {
   int depth = a.layers;
   for (int i = a.layers - 1 - lane_id(); i >= 0; i -= kWarp)
-    if (load_written(a.exited + i)) depth = i;
+    if (has_left(a, i, row)) depth = i;
   for (int lanes = kWarp / 2; lanes > 0; lanes /= 2) depth = min(depth, shuffle_xor(depth, lanes));
   return depth;
 }
 
 // All but the stamp
 RIVER_DEVICE void write_record(const AdvanceArgs& a, int32_t* record) {
-  if (warp_id() == 0) {
-    const int depth = exit_depth(a);
-    if (lane_id() == 0) record[RecordLayout::kDepth] = depth;
+  static_assert(kMaxRows <= kThreads / kWarp, "each row has a warp");
+  if (warp_id() < a.rows) {
+    const int depth = exit_depth(a, warp_id());
+    if (lane_id() == 0) record[RecordLayout::kDepths + warp_id()] = depth;
   }
+  int32_t* tokens = record + RecordLayout::tokens(a.rows);
   for (int t = threadIdx.x; t < a.rows; t += kThreads) {
     const int64_t token = load_written(a.tokens + t);
-    record[RecordLayout::kTokens + t] = recorded_token(is_active(a, t), token, is_drawn(token, a.vocab_size));
+    tokens[t] = recorded_token(is_active(a, t), token, is_drawn(token, a.vocab_size));
   }
   int32_t* similarities = record + RecordLayout::similarities(a.rows);
   for (int i = threadIdx.x; i < a.layers * a.rows; i += kThreads)
@@ -65,7 +72,8 @@ RIVER_DEVICE void move_on(const AdvanceArgs& a, int t) {
   if (!is_active(a, t)) return;
   const int64_t token = load_written(a.tokens + t);
   bool stop_token = false;
-  for (int i = 0; i < a.num_stop_tokens; i++) stop_token |= token == a.stop_tokens[i];
+  const int64_t* stop_tokens = a.stop_tokens + int64_t(t) * a.num_stop_tokens;
+  for (int i = 0; i < a.num_stop_tokens; i++) stop_token |= token == stop_tokens[i];
   const bool drawn = is_drawn(token, a.vocab_size);
   const NextRow next = next_row(load_written(a.positions + t), load_written(a.remaining + t), drawn, stop_token);
   a.positions[t] = next.position;
@@ -87,7 +95,7 @@ __global__ void __launch_bounds__(kThreads) advance_kernel(AdvanceArgs a) {  // 
   write_record(a, record);
   embed(a);
   __syncthreads();  // all have read the slots and the path, and written their part of the record
-  for (int i = t; i < a.layers; i += kThreads) a.exited[i] = 0;
+  for (int i = t; i < a.layers * a.rows; i += kThreads) a.exited[i] = 0;
   if (t < a.rows) move_on(a, t);
   if (t == 0) {
     a.step[0] = step + 1;

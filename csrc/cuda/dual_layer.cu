@@ -1,5 +1,6 @@
-// dual_layer: one depth of the network, as the decoder block or the exit layer that the device decides for: the kernels
-// of both in one (device/decided_stream.cuh), so that a whole step can be captured once and never asks the host.
+// dual_layer: one depth of the network, each row through the decoder block or the exit layer, as the device decides for
+// it: the kernels of both in one (device/decided_stream.cuh), so that a whole step can be captured once and never asks
+// the host.
 #include "device/decided_stream.cuh"
 #include "device/layer.cuh"
 
@@ -18,8 +19,9 @@ struct DualWeights {
   static DecidedWeight<Rows, Decision> both(const Rows& dense, const PackedTiles& packed, const Decision& decision) {
     return {.dense = dense, .packed = packed, .decision = decision};
   }
-  MeasuredDecision<T> measured() const { return {.d = decision, .places = places_of(dense.a)}; }
-  WrittenDecision written() const { return {.exited = decision.exited, .index = decision.index}; }
+  ExitedRows exited() const { return {.exited = decision.exited, .places = places_of(dense.a)}; }
+  MeasuredDecision<T> measured() const { return {.d = decision, .exited = exited()}; }
+  WrittenDecision written() const { return {.exited = exited(), .index = decision.index}; }
 
   int channels() const { return dense.channels(); }
   auto qkv() const { return both(dense.qkv(), packed.qkv(), measured()); }

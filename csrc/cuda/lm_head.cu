@@ -1,5 +1,5 @@
-// lm_head: final norm and head for T = 1..8 rows, with the token chosen in the epilogue. A key orders logits and
-// breaks ties to the lowest id, so that the largest key over all blocks, whatever their order, is the token.
+// lm_head and lm_head_w4: final norm and head for T = 1..8 rows, with the token chosen in the epilogue. A key orders
+// logits and breaks ties to the lowest id, so that the largest key over all blocks, whatever their order, is the token.
 #include "../sampling.h"
 #include "device/stream.cuh"
 
@@ -75,17 +75,20 @@ WorkspaceSize lm_head_workspace(const LmHeadArgs& a) {
 void launch_lm_head(const LmHeadArgs& a, const Workspace& workspace, Stream stream) {
   with_16bit_dtype(a.dtype, [&]<class T>() {
     const StreamShape shape(a.vocab_size, a.hidden_size);
-    const StreamLaunch launch{
-        .name = "lm_head", .shape = shape, .rows = a.rows, .workspace = workspace, .stream = stream};
-    const MatrixRows<T> weight{
-        .weight = static_cast<const T*>(a.weight), .rows = a.vocab_size, .columns = a.hidden_size};
     const NormalisedInput<T> input{
         .hidden = static_cast<const T*>(a.hidden), .norm = static_cast<const T*>(a.norm), .eps = a.rms_norm_eps};
     const LmHeadEpilogue<T> epilogue{
         .a = a,
         .keys = reinterpret_cast<unsigned long long*>(workspace.counters + round_up(shape.strips + 1, 2)),
         .counter = workspace.counters + shape.strips};
-    launch_stream<T>(launch, weight, input, epilogue);
+    const auto run = [&](const char* name, const auto& weight) {
+      const StreamLaunch launch{.name = name, .shape = shape, .rows = a.rows, .workspace = workspace, .stream = stream};
+      launch_stream<T>(launch, weight, input, epilogue);
+    };
+    const MatrixRows<T> dense{
+        .weight = static_cast<const T*>(a.weight), .rows = a.vocab_size, .columns = a.hidden_size};
+    if (a.packed) run("lm_head_w4", PackedTiles{.tiles = static_cast<const uint8_t*>(a.weight)});
+    else run("lm_head", dense);
   });
 }
 

@@ -22,6 +22,7 @@ __global__ void __launch_bounds__(kStreamThreads, 2)
   RIVER_SHARED(uint32_t, sums, [kReaders]);
   dependency_trigger();
   ring[0].init(args.stages);
+  __syncthreads();
   Cursor cursor(args.stages);
   const int64_t first = int64_t(blockIdx.x) * args.stage_bytes, step = int64_t(gridDim.x) * args.stage_bytes;
   auto bytes_at = [&](int64_t start) { return int(min(int64_t(args.stage_bytes), args.bytes - start)); };

@@ -8,6 +8,7 @@
 #include <sstream>
 #include <stdexcept>
 #include <string>
+#include <vector>
 
 #include "../river.h"
 #include "abi.h"  // before any header of torch
@@ -87,10 +88,7 @@ class Check {
   const int32_t* places(const char* name, const Tensor& t, int rows) {
     const auto* values = tensor<int32_t>(name, t, {rows});
     if (on_cuda()) return values;
-    int32_t* copy = copies_ + num_copies_;
-    num_copies_ += rows;
-    std::memcpy(copy, values, rows * sizeof(int32_t));
-    return copy;
+    return copies_.emplace_back(values, values + rows).data();
   }
 
   // A tensor whose device is the caller's business.
@@ -134,11 +132,11 @@ class Check {
     return dense_dtype(name, type);
   }
 
-  // The first dimension of a [T, ...] tensor.
-  int rows(const char* name, const Tensor& t, int dims) const {
+  // The first dimension of a [T, ...] tensor, up to `most`.
+  int rows(const char* name, const Tensor& t, int dims, int most = kMaxRows) const {
     require(t.dim() == dims, name, " has ", t.dim(), " dimensions, expected ", dims);
     const int64_t rows = t.size(0);
-    require(rows >= 1 && rows <= kMaxRows, name, " has ", rows, " rows, expected 1 to ", kMaxRows);
+    require(rows >= 1 && rows <= most, name, " has ", rows, " rows, expected 1 to ", most);
     return int(rows);
   }
 
@@ -161,9 +159,9 @@ class Check {
     return value;
   }
 
-  // The number of layers in the state of a step: exited [layers], similarities [layers, T].
+  // The number of layers in the state of a step: exited and similarities, [layers, T].
   int layers(const Tensor& exited, const Tensor& similarities, int rows) {
-    tensor<int32_t>("exited", exited, {kAny});
+    tensor<int32_t>("exited", exited, {kAny, rows});
     const int layers = size("layers of exited", exited.size(0));
     tensor<float>("similarities", similarities, {layers, rows});
     return layers;
@@ -206,8 +204,7 @@ class Check {
   int gpu_ = -1;  // -1: the CPU
   Span spans_[kMaxSpans];
   int num_spans_ = 0;
-  int32_t copies_[2 * kMaxRows];
-  int num_copies_ = 0;
+  std::vector<std::vector<int32_t>> copies_;
 };
 
 }  // namespace river::ops

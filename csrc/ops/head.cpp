@@ -1,4 +1,4 @@
-// lm_head: the final norm, the head and the token.
+// lm_head and lm_head_w4: the final norm, the head, dense or packed, and the token.
 #include <cmath>
 
 #include "arguments.h"
@@ -7,20 +7,21 @@
 namespace river::ops {
 namespace {
 
-constexpr char kLmHead[] =
-    "(Tensor hidden, Tensor norm, Tensor weight, float rms_norm_eps, bool return_logits=True, "
-    "Tensor? temperature=None, Tensor? seeds=None, Tensor? positions=None) -> (Tensor, Tensor)";
+#define RIVER_HEAD_OPTIONS                                                                      \
+  "float rms_norm_eps, bool return_logits=True, Tensor? temperature=None, Tensor? seeds=None, " \
+  "Tensor? positions=None"
 
 struct HeadTensors {
   Tensor hidden;  // [T, hidden]
   Tensor norm;    // [hidden]
-  Tensor weight;  // [vocab, hidden]
+  Tensor weight;  // [vocab, hidden], or packed
   double rms_norm_eps;
   bool return_logits;
   OptionalTensor temperature, seeds, positions;  // [T]
 };
 
-HeadTensors read_head(Arguments<kLmHead>& read) {
+template <const char* schema>
+HeadTensors read_head(Arguments<schema>& read) {
   return {.hidden = read.tensor("hidden"),
           .norm = read.tensor("norm"),
           .weight = read.tensor("weight"),
@@ -42,6 +43,7 @@ void fill_sampling(Check& check, const HeadTensors& t, LmHeadArgs& args) {
                   args.temperature[row], ", expected a finite number >= 0");
 }
 
+// All but the weight and what is written
 void fill_inputs(Check& check, const HeadTensors& t, LmHeadArgs& args) {
   const ScalarType type = t.hidden.scalar_type();
   args.dtype = check.model_dtype("hidden", type);
@@ -51,17 +53,12 @@ void fill_inputs(Check& check, const HeadTensors& t, LmHeadArgs& args) {
                 ", expected a multiple of 64 on CUDA");
   args.hidden = check.vectors("hidden", t.hidden, type, {args.rows, args.hidden_size});
   args.norm = check.vectors("norm", t.norm, type, {args.hidden_size});
-  args.weight = check.vectors("weight", t.weight, type, {kAny, args.hidden_size});
-  args.vocab_size = check.size("vocab_size of weight", t.weight.size(0));
   fill_sampling(check, t, args);
   args.rms_norm_eps = check.rms_norm_eps(t.rms_norm_eps);
 }
 
-std::tuple<Tensor, Tensor> lm_head(Arguments<kLmHead>& read) {
-  const HeadTensors tensors = read_head(read);
-  Check check("lm_head", "hidden", tensors.hidden);
-  LmHeadArgs args{};
-  fill_inputs(check, tensors, args);
+// What follows the checks
+std::tuple<Tensor, Tensor> run(const Check& check, const HeadTensors& tensors, LmHeadArgs& args) {
   const bool with_logits = tensors.return_logits;
   const Tensor tokens = empty({args.rows}, ScalarType::Long, tensors.hidden);
   const Tensor logits = empty({with_logits ? args.rows : 0, args.vocab_size}, ScalarType::Float, tensors.hidden);
@@ -73,7 +70,37 @@ std::tuple<Tensor, Tensor> lm_head(Arguments<kLmHead>& read) {
   return {tokens, logits};
 }
 
+constexpr char kLmHead[] = "(Tensor hidden, Tensor norm, Tensor weight, " RIVER_HEAD_OPTIONS ") -> (Tensor, Tensor)";
+
+std::tuple<Tensor, Tensor> lm_head(Arguments<kLmHead>& read) {
+  const HeadTensors tensors = read_head(read);
+  Check check("lm_head", "hidden", tensors.hidden);
+  LmHeadArgs args{};
+  args.packed = false;
+  fill_inputs(check, tensors, args);
+  args.weight = check.vectors("weight", tensors.weight, tensors.hidden.scalar_type(), {kAny, args.hidden_size});
+  args.vocab_size = check.size("vocab_size of weight", tensors.weight.size(0));
+  return run(check, tensors, args);
+}
+
 RIVER_OP(lm_head, kLmHead, boxed<&lm_head>)
+
+constexpr char kLmHeadW4[] =
+    "(Tensor hidden, Tensor norm, Tensor weight, int vocab_size, " RIVER_HEAD_OPTIONS ") -> (Tensor, Tensor)";
+
+std::tuple<Tensor, Tensor> lm_head_w4(Arguments<kLmHeadW4>& read) {
+  const HeadTensors tensors = read_head(read);
+  const int64_t vocab_size = read.integer("vocab_size");
+  Check check("lm_head_w4", "hidden", tensors.hidden);
+  LmHeadArgs args{};
+  args.packed = true;
+  fill_inputs(check, tensors, args);
+  args.vocab_size = check.size("vocab_size", vocab_size);
+  args.weight = check.tiles("weight", tensors.weight, strips_of(vocab_size), args.hidden_size);
+  return run(check, tensors, args);
+}
+
+RIVER_OP(lm_head_w4, kLmHeadW4, boxed<&lm_head_w4>)
 
 }  // namespace
 }  // namespace river::ops

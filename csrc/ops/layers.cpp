@@ -231,15 +231,15 @@ constexpr char kDualLayer[] =
     "(int index, Tensor hidden, Tensor? previous, Tensor thresholds, Tensor min_layers, Tensor limit, "
     "Tensor(a!) exited, Tensor(b!) similarities, Tensor input_layernorm, Tensor q_proj, Tensor k_proj, Tensor v_proj, "
     "Tensor o_proj, Tensor post_attention_layernorm, Tensor gate_proj, Tensor up_proj, Tensor down_proj, "
-    "Tensor qkv_tiles, Tensor o_tiles, Tensor gate_up_tiles, Tensor down_tiles, " RIVER_BLOCK_OPTIONS ") -> Tensor";
+    "Tensor qkv_tiles, Tensor o_tiles, Tensor gate_up_tiles, Tensor down_tiles, " RIVER_BLOCK_OPTIONS
+    ", bool together=False) -> Tensor";
 
 struct DecisionTensors {
   int64_t index;
-  OptionalTensor previous;        // [T, hidden]
-  Tensor thresholds, min_layers;  // [T]
-  Tensor limit;                   // [1]
-  Tensor exited;                  // [layers]
-  Tensor similarities;            // [layers, T]
+  OptionalTensor previous;               // [T, hidden]
+  Tensor thresholds, min_layers, limit;  // [T]
+  Tensor exited, similarities;           // [layers, T]
+  bool together;
 };
 
 DecisionTensors read_decision(Arguments<kDualLayer>& read) {
@@ -249,20 +249,22 @@ DecisionTensors read_decision(Arguments<kDualLayer>& read) {
           .min_layers = read.tensor("min_layers"),
           .limit = read.tensor("limit"),
           .exited = read.tensor("exited"),
-          .similarities = read.tensor("similarities")};
+          .similarities = read.tensor("similarities"),
+          .together = read.boolean("together")};
 }
 
 ExitDecision decision_args(Check& check, const DecisionTensors& t, ScalarType type, const BlockArgs& block) {
   const int layers = check.layers(t.exited, t.similarities, block.rows);
   const auto* thresholds = check.tensor<float>("thresholds", t.thresholds, {block.rows});
   const auto* min_layers = check.tensor<int32_t>("min_layers", t.min_layers, {block.rows});
-  const auto* limit = check.tensor<int32_t>("limit", t.limit, {1});
+  const auto* limit = check.tensor<int32_t>("limit", t.limit, {block.rows});
   check.require(t.index >= 0 && t.index < layers, "index is ", t.index, ", expected 0 to ", layers - 1);
   check.require(t.previous.has_value() == (t.index > 0), "previous is ", t.previous ? "given" : "None", " at index ",
                 t.index, ", expected None at index 0 and a tensor at every other");
   const void* previous =
       t.previous ? check.vectors("previous", *t.previous, type, {block.rows, block.hidden_size}) : nullptr;
   return {.index = int(t.index),
+          .together = t.together,
           .previous = previous,
           .thresholds = thresholds,
           .min_layers = min_layers,

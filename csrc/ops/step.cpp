@@ -15,13 +15,12 @@ struct StepTensors {
   Tensor before, after;                                // [T, hidden]
   Tensor tokens;                                       // [T]
   Tensor embed_tokens;                                 // [vocab, hidden]
-  Tensor stop_tokens;                                  // [any number]
+  Tensor stop_tokens;                                  // [T, any number]
   Tensor hidden;                                       // [T, hidden]
   Tensor slots, positions, draw_positions, remaining;  // [T]
-  Tensor exited;                                       // [layers]
-  Tensor similarities;                                 // [layers, T]
+  Tensor exited, similarities;                         // [layers, T]
   Tensor step;                                         // [1]
-  Tensor records;                                      // [any number, 2 + T + layers * T]
+  Tensor records;                                      // [any number, 1 + 2 * T + layers * T]
 };
 
 StepTensors read_step(Arguments<kAdvance>& read) {
@@ -52,7 +51,7 @@ void fill_inputs(Check& check, const StepTensors& t, AdvanceArgs& args) {
   args.tokens = check.tensor<int64_t>("tokens", t.tokens, {rows});
   args.embed_tokens = check.vectors("embed_tokens", t.embed_tokens, type, {kAny, size});
   args.vocab_size = check.size("vocab_size of embed_tokens", t.embed_tokens.size(0));
-  args.stop_tokens = check.tensor<int64_t>("stop_tokens", t.stop_tokens, {kAny});
+  args.stop_tokens = check.tensor<int64_t>("stop_tokens", t.stop_tokens, {rows, kAny});
   check.vectors("hidden", t.hidden, type, {rows, size});
   check.tensor<int32_t>("slots", t.slots, {rows});
   check.tensor<int32_t>("positions", t.positions, {rows});
@@ -66,8 +65,8 @@ void fill_inputs(Check& check, const StepTensors& t, AdvanceArgs& args) {
   const int record = check.size("the size of a record", RecordLayout::size(rows, args.layers));
   check.content("records", t.records, ScalarType::Int, {kAny, record});
   args.num_records = check.size("entries of records", t.records.size(0));
-  const int64_t stops = t.stop_tokens.size(0);
-  args.num_stop_tokens = stops ? check.size("entries of stop_tokens", stops) : 0;
+  const int64_t stops = t.stop_tokens.size(1);
+  args.num_stop_tokens = stops ? check.size("columns of stop_tokens", stops) : 0;
 }
 
 void fill_outputs(const StepTensors& t, AdvanceArgs& args) {

@@ -16,6 +16,7 @@ from bench.lib.peers import TorchStep
 from bench.lib.weights import random_network
 from river_ext import ops
 from river_ext.engine.cache import KVCache
+from river_ext.engine.network import Place
 
 SCRIPTS = [chain, check, kernels_script, peers, ring, sanitizer_cases, steps]
 
@@ -95,10 +96,11 @@ def test_torch_step_is_the_same_computation():
     cache = KVCache(config, 2, 11, torch.bfloat16)
     cache.k.copy_(step.cache.k)
     cache.v.copy_(step.cache.v)
+    place = Place(cache, int32([0, 1]), int32([10, 10]), network.rope(11))
     plain = ours = network.embed(step.tokens)
-    for index in range(2):
+    for index, layer in enumerate(network.layers):
         plain = step.layer(index, plain)
-        ours, _ = network.decoder_block(index, ours, cache, int32([0, 1]), int32([10, 10]), network.rope(11))
+        ours, _ = layer.block(ours, place)
         assert gpu.relative_error(plain, ours) < 2e-2
     step()
     assert step.tokens.shape == (2,)
@@ -383,6 +385,7 @@ def test_kernels_run(pretended_gpu, monkeypatch, capsys):
         "decoder_block",
         "exit_layer",
         "lm_head",
+        "lm_head_w4",
         "decode_attention",
         "state_similarity",
     ]

@@ -5,10 +5,10 @@ import sys
 
 import pytest
 
-from bench.cpu import decode, linear
+from bench.cpu import attention, decode, linear
 from bench.lib import common
 
-WORK = {decode: "random_weights", linear: "measure"}  # the first thing that takes long
+WORK = {attention: "measure", decode: "random_weights", linear: "measure"}  # the first thing that takes long
 
 
 class Started(Exception):
@@ -25,7 +25,8 @@ def start(monkeypatch, tmp_path):
 
         monkeypatch.setattr(script, WORK[script], work)
         monkeypatch.setattr(common, "reader", lambda: None)
-        monkeypatch.setattr(linear, "reader", lambda: None)
+        for module in (attention, linear):
+            monkeypatch.setattr(module, "reader", lambda: None)
         monkeypatch.setattr(
             sys, "argv", [script.__name__, "--threads", "1", "--out", str(tmp_path), *arguments]
         )

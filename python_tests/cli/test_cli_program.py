@@ -148,7 +148,7 @@ def test_too_little_memory_for_the_cache(tmp_path):
     directory = write_tiny_checkpoint(tmp_path / "model", max_position_embeddings=10**7)
     command = [sys.executable, "-c", SMALL_MACHINE, str(directory)]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
-    assert done.stdout.startswith("not enough memory for a KV cache of 1 x 9000001 positions (")
+    assert done.stdout.startswith("not enough memory for a KV cache of 1 x 10000000 positions (")
     assert done.stdout.count("\n") == 1 and done.stderr == ""
 
 

@@ -37,7 +37,6 @@ def test_a_river_of_another_model(river, refused, tmp_path):
     [
         ([""], "prompt is empty"),
         (["a", ""], "prompt is empty"),
-        (list("abcdefghi"), "9 prompts"),
         (["\udcff"], "no UTF-8"),
         (["hi", "--threshold", "nan"], "threshold=nan"),
         (["hi", "--threshold", "x"], "--threshold: invalid float value: 'x'"),
@@ -140,7 +139,7 @@ def test_the_name_that_was_meant(refused, arguments, meant):
 
 
 def test_a_name_that_is_close_to_none(refused):
-    assert refused("fly") == "no command 'fly'; accepted: generate, info, convert, eval"
+    assert refused("fly") == "no command 'fly'; accepted: generate, chat, info, convert, eval"
     assert refused("--", "info").startswith("no command '--'; accepted: ")
     assert refused("info", "--wxyz") == "unrecognized arguments: --wxyz (see river info --help)"
     assert "unrecognized arguments: -x" in refused("generate", "--demo", "hi", "--json", "-x")

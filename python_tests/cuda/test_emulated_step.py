@@ -20,7 +20,9 @@ PROMPTS = [random_prompt(n, n) for n in (3, 7)]
 class Steps:
     """A random network and the state of its rows, as river_ext/engine/graph.py arranges them."""
 
-    def __init__(self, shape, slots, thresholds, limit=LAYERS, min_layers=1, remaining=9, filters=None):
+    def __init__(
+        self, shape, slots, thresholds, limit=LAYERS, min_layers=1, remaining=9, filters=None, together=False
+    ):
         self.blocks = [Block(shape, torch.bfloat16, seed=seed) for seed in range(LAYERS)]
         g = torch.Generator().manual_seed(7)
         rows, size = len(slots), shape.hidden_size
@@ -28,13 +30,14 @@ class Steps:
         self.norm = torch.rand(size, generator=g).bfloat16()
         self.head = torch.randn(VOCAB, size, generator=g).bfloat16()
         self.caches = [block.caches() for block in self.blocks]
-        self.rule = [torch.tensor(thresholds), int32([min_layers] * rows), int32([limit])]
+        self.rule = [torch.tensor(thresholds), int32([min_layers] * rows), int32([limit] * rows)]
+        self.together = together
         self.slots, self.positions = int32(slots), int32([3 + 5 * row for row in range(rows)])
         self.draw_positions, self.remaining = self.positions + 1, int32([remaining] * (rows - 1) + [2])
         self.hidden = self.embed[[5 + row for row in range(rows)]].clone()
-        self.exited, self.similarities = int32([0] * LAYERS), torch.zeros(LAYERS, rows)
+        self.exited, self.similarities = int32([[0] * rows] * LAYERS), torch.zeros(LAYERS, rows)
         self.step = int32([0])
-        self.records = torch.zeros(STEPS, 2 + rows + LAYERS * rows, dtype=torch.int32)
+        self.records = torch.zeros(STEPS, 1 + 2 * rows + LAYERS * rows, dtype=torch.int32)
         self.sampled = {
             "temperature": torch.tensor([0.0 if row % 2 else 0.9 for row in range(rows)]),
             "seeds": torch.arange(rows) + 10,
@@ -50,11 +53,14 @@ class Steps:
         previous, hidden = None, self.hidden
         for index, (block, caches) in enumerate(zip(self.blocks, self.caches, strict=True)):
             decision = (index, previous, *self.rule, self.exited, self.similarities)
-            following = block.run_dual(module, decision, hidden, caches, self.slots, self.positions)
+            following = block.run_dual(
+                module, decision, hidden, caches, self.slots, self.positions, together=self.together
+            )
             previous, hidden = hidden, following
         tokens = self.draw(module, hidden)
+        stop_tokens = torch.full((len(self.slots), 1), -1)
         module.advance(
-            previous, hidden, tokens, self.embed, torch.tensor([-1]), self.hidden, self.slots, self.positions,
+            previous, hidden, tokens, self.embed, stop_tokens, self.hidden, self.slots, self.positions,
             self.draw_positions, self.remaining, self.exited, self.similarities, self.step, self.records,
         )  # fmt: skip
 
@@ -79,6 +85,8 @@ FILTERS = {"top_k": 20, "top_p": 0.9, "min_p": 0.02}
 CASES = {
     "each token its depth": {"thresholds": 0.86},
     "a stricter row": {"thresholds": 0.75, "last": 0.9},
+    "a stricter row, together": {"thresholds": 0.75, "last": 0.9, "together": True},
+    "one row each": {"thresholds": -2.0, "last": float("inf")},
     "full depth": {"thresholds": float("inf")},
     "pure river": {"thresholds": float("inf"), "limit": 0},
     "limit": {"thresholds": float("inf"), "limit": 2},
@@ -88,7 +96,7 @@ CASES = {
 }
 
 if VARIANT == "sanitized":  # it looks for overruns, which no threshold hides
-    CASES = {name: CASES[name] for name in ("each token its depth", "limit", "filters")}
+    CASES = {name: CASES[name] for name in ("each token its depth", "one row each", "limit", "filters")}
 SHAPES = {"gqa": Shape(), "qk norm": Shape(qk_norm=True, hidden_size=192, intermediate_size=200)}
 
 
@@ -114,7 +122,7 @@ def test_steps(monkeypatch, shape, slots, case):
         first = first or state
         for what, tensor in state.items():
             assert torch.equal(tensor, first[what]), f"{what} differs under {name}"
-    head = 2 + len(slots)
+    head = 1 + 2 * len(slots)
     assert torch.equal(first["records"][:, :head], expected["records"][:, :head])
     for what in ("slots", "positions", "draw_positions", "remaining", "exited", "step", "hidden"):
         assert torch.equal(first[what], expected[what]), what

@@ -5,11 +5,13 @@ import pytest
 import torch
 from blocks import SHAPES, Block, assert_close, int32
 from conftest import on_gpu_if
+from cycles import Requests
 from tiny_model import demo_model, random_prompt
 
 import river_ext
 from river_ext import ops, reference
-from river_ext.engine import decoder, generate
+from river_ext.engine import graph
+from river_ext.engine.exit_rule import BATCH_POLICIES
 
 TEXTS = [
     "Question: Ana has 21 coins and buys 12 more at the fair. How many coins does Ana have?\nAnswer:",
@@ -116,15 +118,19 @@ def test_memory_that_the_host_polls_must_be_pinned():
     rows, layers, size = 1, 2, 64
     there = {"device": "cuda"}
     hidden = torch.zeros(rows, size, dtype=torch.bfloat16, **there)
-    ints = [torch.zeros(n, dtype=torch.int32, **there) for n in (rows, rows, rows, rows, layers)]
+    ints = [torch.zeros(rows, dtype=torch.int32, **there) for _ in range(4)]
     arguments = [
         hidden, hidden, torch.zeros(rows, dtype=torch.int64, **there), hidden,
-        torch.zeros(0, dtype=torch.int64, **there), hidden.clone(), *ints,
-        torch.zeros(layers, rows, **there), torch.zeros(1, dtype=torch.int32, **there),
+        torch.zeros(rows, 0, dtype=torch.int64, **there), hidden.clone(), *ints,
+        torch.zeros(layers, rows, dtype=torch.int32, **there), torch.zeros(layers, rows, **there),
+        torch.zeros(1, dtype=torch.int32, **there),
     ]  # fmt: skip
-    records = torch.zeros(2, 2 + rows + layers * rows, dtype=torch.int32)
+    records = torch.zeros(2, 1 + 2 * rows + layers * rows, dtype=torch.int32)
     with pytest.raises(RuntimeError, match="pinned"):
         ops.advance(*arguments, records)
+    *arguments, records = Requests(dtype=torch.bfloat16).accepting(torch.tensor([3, 4])).values()
+    with pytest.raises(RuntimeError, match="pinned"):
+        ops.accept(*(a.cuda() for a in arguments), records)
 
 
 @pytest.mark.parametrize(
@@ -136,20 +142,31 @@ def test_memory_that_the_host_polls_must_be_pinned():
     ],
     ids=str,
 )  # fmt: skip
+@pytest.mark.parametrize("policy", BATCH_POLICIES)
 @pytest.mark.parametrize("batch", [1, 3])
-def test_captured_steps_give_what_eager_ones_give(model, monkeypatch, options, batch):
+def test_captured_steps_give_what_eager_ones_give(model, monkeypatch, options, batch, policy):
     """From a stream that is not the default one as well."""
-    prompts, options = TEXTS[:batch], {"max_new_tokens": 40, **options}
+    prompts, options = TEXTS[:batch], {"max_new_tokens": 40, "batch_policy": policy, **options}
     with monkeypatch.context() as patch:
-        patch.setattr(generate, "decoder_for", decoder.EagerDecoder)
-        eager = facts(model.generate(prompts, **options))
+        patch.setattr(graph, "Graph", eager)
+        model._engines.idle.clear()
+        expected = facts(model.generate(prompts, exit_control="host", **options))
+        model._engines.idle.clear()
     for control in ("host", "device") * 2:
-        assert facts(model.generate(prompts, exit_control=control, **options)) == eager
+        assert facts(model.generate(prompts, exit_control=control, **options)) == expected
         with torch.cuda.stream(torch.cuda.Stream()):
-            assert facts(model.generate(prompts, exit_control=control, **options)) == eager
-    logits = model.generate(prompts, exit_control="host", return_logits=True, **options)
-    assert facts(logits) == eager
-    assert all(len(output.logits) == len(output.tokens) for output in logits)
+            assert facts(model.generate(prompts, exit_control=control, **options)) == expected
+        logits = model.generate(prompts, exit_control=control, return_logits=True, **options)
+        assert facts(logits) == expected
+        for output in logits:
+            assert len(output.logits) == len(output.tokens)
+            if not options.get("temperature"):
+                assert output.logits.argmax(-1).tolist() == output.tokens, "of the step, not of a later one"
+
+
+def eager(run, stream, pool, captured=graph.Graph):
+    """In place of graph.Graph: what would be captured runs each time, op by op."""
+    return captured(run, stream=None, pool=pool)
 
 
 def test_the_gpu_agrees_with_the_cpu(model):
@@ -165,8 +182,15 @@ def test_the_gpu_agrees_with_the_cpu(model):
         assert divergence.max() < 0.02, mode
 
 
-def test_rows_do_not_see_each_other(model):
-    """With one threshold that nobody meets, a batch gives what its prompts give alone."""
-    options = {"threshold": float("inf"), "max_new_tokens": 16}
-    together = facts(model.generate(PROMPTS, **options))
-    assert together == [facts([model.generate(prompt, **options)])[0] for prompt in PROMPTS]
+@pytest.mark.parametrize("control", ["host", "device"])
+@pytest.mark.parametrize("threshold", [float("inf"), 0.98, 0.9, [0.5, float("inf"), -2, 0.95]], ids=str)
+def test_rows_do_not_see_each_other(model, threshold, control):
+    """Each leaves on its own: a batch gives what its prompts give alone."""
+    options = {"max_new_tokens": 16, "exit_control": control}
+    together = facts(model.generate(PROMPTS, threshold=threshold, **options))
+    thresholds = threshold if isinstance(threshold, list) else [threshold] * len(PROMPTS)
+    alone = [
+        model.generate(prompt, threshold=own, **options)
+        for prompt, own in zip(PROMPTS, thresholds, strict=True)
+    ]
+    assert together == facts(alone)

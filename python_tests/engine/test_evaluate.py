@@ -3,6 +3,7 @@
 import json
 import math
 import statistics
+from dataclasses import fields
 
 import pytest
 import torch
@@ -147,8 +148,13 @@ class Scripted:
 
 
 def scripted(tokens, depths, seconds):
-    stats = Stats(1, len(tokens), 0.1, seconds, (len(tokens) - 1) / seconds if seconds else 0.0, 0.0)
-    return GenerationOutput("".join(map(str, tokens)), tokens, depths, [], "stop", stats)
+    unseen = {field.name: 0 for field in fields(Stats)}
+    rate = (len(tokens) - 1) / seconds if seconds else 0.0
+    stats = Stats(**unseen | {"decode_seconds": seconds, "tokens_per_second": rate})
+    text, drafted = "".join(map(str, tokens)), [False] * len(tokens)
+    return GenerationOutput(
+        text, tokens, depths, similarities=[], drafted=drafted, finish_reason="stop", stats=stats
+    )
 
 
 def test_tokens_are_compared_place_by_place():

@@ -10,7 +10,9 @@ from tiny_model import demo_model, random_model, random_prompt
 from tokenizers import Tokenizer, decoders, models
 
 import river_ext
-from river_ext.engine.generate import GenerationOutput
+from river_ext.engine.decoder import HostDecoder
+from river_ext.engine.prefill import Prefill
+from river_ext.engine.sequence import GenerationOutput
 from river_ext.errors import RiverError
 from river_ext.loading.text import Text
 
@@ -170,10 +172,10 @@ def test_deterministic(options):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize(
-    "options", [{"threshold": math.inf}, {"mode": "full_w4"}, {"threshold": -2, "min_layers": 2}]
+    "options",
+    [{"threshold": math.inf}, {"mode": "full_w4"}, {"threshold": -2, "min_layers": 2}, {"threshold": 0.6}],
 )
 def test_a_batch_equals_single_runs_bit_for_bit(dtype, options):
-    """At depths that do not depend on the others: no row can exit, or every row does."""
     options = {"max_new_tokens": 10, "return_logits": True, **options}
     model = random_model(dtype=dtype)
     for prompt, out in zip(PROMPTS, model.generate(PROMPTS, **options), strict=True):
@@ -201,6 +203,33 @@ def test_modes():
     assert by_depth.exit_depths == [0]
     assert by_depth.tokens == full_w4.tokens[:1]
     assert model.generate(ids, max_new_tokens=6, mode="full").exit_depths == [LAYERS] * 6
+
+
+@pytest.mark.parametrize("control", ["host", "device"])
+def test_log_probabilities(control):
+    model, options = random_model(), {"max_new_tokens": 6, "temperature": 1.5, "top_k": 9, "seed": 4}
+    out = model.generate(PROMPTS[1], logprobs=3, return_logits=True, exit_control=control, **options)
+    logprobs = out.logits.log_softmax(-1)
+    assert out.logprobs == [row[token].item() for row, token in zip(logprobs, out.tokens, strict=True)]
+    values, ids = logprobs.topk(3)
+    assert [[pair[0] for pair in top] for top in out.top_logprobs] == ids.tolist()
+    assert [[pair[1] for pair in top] for top in out.top_logprobs] == values.tolist()
+    none = model.generate(PROMPTS[1], logprobs=0, exit_control=control, **options)
+    assert (none.tokens, none.logprobs) == (out.tokens, out.logprobs)
+    assert none.top_logprobs == [[]] * 6 and none.logits is None
+    assert model.generate(PROMPTS[1], **options).logprobs is None
+
+
+def test_any_number_of_prompts():
+    """More than there are slots, each with values of its own."""
+    prompts = [random_prompt(n % 5 + 1, n) for n in range(21)]
+    lengths = [n % 4 + 1 for n in range(21)]
+    outputs = random_model().generate(
+        prompts, max_new_tokens=lengths, temperature=[0.0, 1.0, 2.0] * 7, top_k=[0, 5, 7] * 7, seed=range(21)
+    )
+    for n, (prompt, out) in enumerate(zip(prompts, outputs, strict=True)):
+        options = {"temperature": float(n % 3), "top_k": [0, 5, 7][n % 3], "seed": n}
+        assert out.tokens == random_model().generate(prompt, max_new_tokens=lengths[n], **options).tokens
 
 
 def test_threshold_matters_to_the_tokens():
@@ -327,12 +356,8 @@ def test_stream_gives_what_generate_gives(options):
 
 def test_stream_is_a_stream(monkeypatch):
     """A piece arrives before the next token is computed."""
-    from river_ext.engine import decoder
-
-    steps = []
-    monkeypatch.setattr(decoder, "decode_step", lambda *a: steps.append(1) or decode_step(*a))
-    from river_ext.engine.step import decode_step
-
+    steps, step = [], HostDecoder.step
+    monkeypatch.setattr(HostDecoder, "step", lambda *a, **k: steps.append(1) or step(*a, **k))
     stream = random_model().stream(PROMPTS[1], max_new_tokens=5)
     assert (stream.output.tokens, stream.output.finish_reason) == ([], None)
     for count, piece in enumerate(stream):
@@ -345,8 +370,10 @@ def test_stream_refuses_at_once():
         random_model().stream(PROMPTS[1], max_new_tokens=0)
     with pytest.raises(RiverError, match="one prompt"):
         random_model().stream(PROMPTS)
-    with pytest.raises(TypeError, match="max_tokens"):
+    with pytest.raises(TypeError, match="no argument 'max_tokens'; .* did you mean max_new_tokens"):
         random_model().stream(PROMPTS[1], max_tokens=3)
+    with pytest.raises(TypeError, match="no argument 'n'; accepted: max_new_tokens, threshold"):
+        random_model().stream(PROMPTS[1], n=3)
 
 
 def test_an_unknown_keyword_is_answered_with_the_closest_one():
@@ -438,7 +465,6 @@ REFUSED = {
     "bytes": (b"abc", {}, "prompt is a bytes"),
     "batch of bytes": ([b"abc"], {}, "prompt is a bytes"),
     "text without a tokenizer": ("hello", {}, "needs a tokenizer"),
-    "nine prompts": ([[1]] * 9, {}, "9 prompts; accepted: 1 to 8"),
     "too long": ([1] * 50, {"max_new_tokens": 15}, "65 positions; the model has 64"),
     "one too long": ([[1], [1] * 50], {"max_new_tokens": 15}, "65 positions; the model has 64"),
     "no new tokens": ([1], {"max_new_tokens": 0}, "max_new_tokens=0"),
@@ -456,7 +482,9 @@ REFUSED = {
     "dictionary of seeds": ([1], {"seed": {0: 1}}, "seed is a dict"),
     "array of thresholds": ([[1], [2]], {"threshold": np.ones(3)}, "threshold has 3 values for 2 prompts"),
     "rows of thresholds": ([[1]], {"threshold": np.ones((1, 2))}, r"threshold=\[1.0, 1.0\]"),
-    "array of temperatures": ([1], {"temperature": np.ones(2)}, r"temperature=\[1.0, 1.0\]"),
+    "array of temperatures": ([1], {"temperature": np.ones(2)}, "temperature has 2 values for 1 prompts"),
+    "counts": ([[1], [2]], {"max_new_tokens": [1, 2, 3]}, "max_new_tokens has 3 values for 2 prompts"),
+    "one count too large": ([[1], [2]], {"max_new_tokens": [1, 64]}, "65 positions; the model has 64"),
     "array for a name": ([1], {"mode": np.array(["river", "full"])}, "mode=array.*accepted: 'river'"),
     "array for a policy": ([1], {"prefill": np.array(["full", "min"])}, "prefill=array.*accepted: 'full'"),
     "array of flags": ([1], {"return_logits": np.array([True, False])}, "return_logits=.*True or False"),
@@ -465,11 +493,24 @@ REFUSED = {
     "min_layers 0": ([1], {"min_layers": 0}, "min_layers=0; accepted: an integer from 1 to 4"),
     "min_layers 5": ([1], {"min_layers": 5}, "min_layers=5; accepted: an integer from 1 to 4"),
     "min_layers list": ([1], {"min_layers": [1, 2]}, "min_layers has 2 values for 1 prompts"),
-    "policy": ([1], {"batch_policy": "row"}, "batch_policy='row'; accepted: 'min'"),
+    "policy": ([1], {"batch_policy": "max"}, "batch_policy='max'; accepted: 'row', 'min'"),
     "prefill": ([1], {"prefill": "half"}, "prefill='half'; accepted"),
     "endless depth": ([1], {"prefill": "depth:" + "1" * 5000}, "prefill='depth:1111.*; accepted.*0 to 4"),
     "prefill depth": ([1], {"prefill": "depth:5"}, "prefill='depth:5'; accepted.*0 to 4"),
-    "mode": ([1], {"mode": "lossless"}, "mode='lossless'; accepted: 'river', 'full', 'full_w4'"),
+    "mode": ([1], {"mode": "half"}, "mode='half'; accepted: 'river', 'lossless', 'full', 'full_w4'"),
+    "drafts of another mode": (
+        [1],
+        {"draft_tokens": 3},
+        "draft_tokens=3 needs mode='lossless'; mode='river'",
+    ),
+    "no drafts": ([1], {"mode": "lossless", "draft_tokens": 0}, "draft_tokens=0; .* an integer from 1 to 7"),
+    "eight drafts": (
+        [1],
+        {"mode": "lossless", "draft_tokens": 8},
+        "draft_tokens=8; .* an integer from 1 to 7",
+    ),
+    "drafts by name": ([1], {"mode": "lossless", "draft_tokens": "many"}, "draft_tokens='many'"),
+    "lossless prefill": ([1], {"mode": "lossless", "prefill": "min"}, "prefill='min' needs mode='river'"),
     "mode of a strange type": ([1], {"mode": ["river"]}, "mode=\\['river'\\]; accepted"),
     "mode and prefill": ([1], {"mode": "full", "prefill": "min"}, "prefill='min' needs mode='river'"),
     "kv_strategy": ([1], {"kv_strategy": "mask"}, "kv_strategy='mask'; accepted: 'share'"),
@@ -504,19 +545,14 @@ REFUSED = {
         "exit_control='cuda'; accepted: 'auto', 'host', 'device'",
     ),
     "exit control of a strange type": ([1], {"exit_control": None}, "exit_control=None; accepted"),
-    "device and logits": (
-        [1],
-        {"exit_control": "device", "return_logits": True},
-        "exit_control='device' with return_logits=True.*accepted: 'auto' or 'host'",
-    ),
+    "log-probabilities": ([1], {"logprobs": 21}, "logprobs=21; accepted: an integer from 0 to 20"),
+    "flag for log-probabilities": ([1], {"logprobs": True}, "logprobs=True; accepted: an integer from 0"),
 }
 
 
 @pytest.mark.parametrize(("prompt", "options", "message"), REFUSED.values(), ids=REFUSED)
 def test_refused_in_one_line(monkeypatch, prompt, options, message):
-    from river_ext.engine import generate
-
-    monkeypatch.setattr(generate, "decoder_for", lambda *a: pytest.fail("refused too late"))
+    monkeypatch.setattr(Prefill, "advance", lambda *a: pytest.fail("refused too late"))
     with pytest.raises(RiverError, match=message) as caught:
         random_model().generate(prompt, **{"max_new_tokens": 4, **options})
     assert "\n" not in str(caught.value)

@@ -1,4 +1,4 @@
-"""Captured steps: outputs as from eager ones, what gets captured, and runners that are lent and given back.
+"""Captured steps: the same outputs under both controls, what gets captured, and engines that are lent.
 
 On the CPU a graph is the function that would be captured, so all but the capture itself is tested here.
 """
@@ -9,11 +9,14 @@ import weakref
 
 import pytest
 import torch
+from oracle import oracle, same
 from tiny_model import demo_model, random_model, random_prompt
 
 from river_ext import ops
-from river_ext.engine import decoder, generate, graph
-from river_ext.engine.graph import backbone_part, river_part, tail_part, whole_steps
+from river_ext.engine import decoder, graph
+from river_ext.engine.decoder import DeviceDecoder, HostDecoder
+from river_ext.engine.engine import Engine
+from river_ext.engine.graph import Memory, Runner, backbone_part, tail_part, whole_steps
 from river_ext.errors import RiverError
 
 LAYERS, VOCAB = 4, 80
@@ -35,27 +38,37 @@ def lengths(outputs):
 
 @pytest.fixture
 def model():
-    """A random model that no other test has left a runner on."""
+    """A random model that no other test has left an engine on."""
     model = random_model()
-    model.network.idle_runners.clear()
+    model._engines.idle.clear()
     return model
 
 
-def idle(model):
-    (runner,) = model.network.idle_runners
-    return runner
+def idle(model) -> Engine:
+    (engine,) = model._engines.idle
+    return engine
+
+
+def runners(model, control):
+    """By their number of rows."""
+    return idle(model)._decoders[control].runners
+
+
+def graphs(model, control):
+    """The keys of all that was captured."""
+    return {key for runner in runners(model, control).values() for key in runner.graphs}
 
 
 @pytest.fixture
 def replays(monkeypatch):
     """The parts that are replayed, in order; whole steps one by one."""
-    parts, replay = [], graph.Runner.replay
+    parts, replay = [], Runner.replay
 
-    def counted(self, network, part, *arguments):
+    def counted(self, part, *arguments):
         parts.extend([part] * (arguments[0] if part is whole_steps else 1))
-        return replay(self, network, part, *arguments)
+        return replay(self, part, *arguments)
 
-    monkeypatch.setattr(graph.Runner, "replay", counted)
+    monkeypatch.setattr(Runner, "replay", counted)
     return parts
 
 
@@ -97,11 +110,20 @@ SAME = {
 
 @pytest.mark.parametrize("batch", [1, 2, 3, 8])
 @pytest.mark.parametrize("options", SAME.values(), ids=SAME)
-def test_every_control_gives_what_eager_steps_give(model, options, batch):
+def test_every_control_gives_every_row_what_it_gets_alone(model, options, batch):
     options = {"max_new_tokens": 24, **options}
-    eager = facts(model.generate(PROMPTS[:batch], **options))
+    expected = [oracle(model, prompt, **options) for prompt in PROMPTS[:batch]]
     for control in CONTROLS:
-        assert facts(model.generate(PROMPTS[:batch], exit_control=control, **options)) == eager, control
+        outputs = model.generate(PROMPTS[:batch], exit_control=control, **options)
+        assert all(map(same, outputs, expected)), control
+
+
+@pytest.mark.parametrize("batch", [2, 3, 8])
+@pytest.mark.parametrize("options", SAME.values(), ids=SAME)
+def test_both_controls_are_alike_where_rows_leave_together(model, options, batch):
+    options = {"max_new_tokens": 24, "batch_policy": "min", **options}
+    host, device = (model.generate(PROMPTS[:batch], exit_control=control, **options) for control in CONTROLS)
+    assert facts(device) == facts(host)
 
 
 def test_the_cases_above_are_not_trivial(model):
@@ -109,10 +131,11 @@ def test_the_cases_above_are_not_trivial(model):
     for name in ("0.5", "0.7"):
         (output,) = model.generate(PROMPTS[1:2], max_new_tokens=24, **SAME[name])
         assert len(set(output.exit_depths[1:])) > 1
-    outputs = model.generate(PROMPTS, max_new_tokens=24, **SAME["stop tokens"])
-    assert len(set(lengths(outputs))) > 2
-    depths = {len({out.exit_depths[i] for out in outputs if i < len(out.tokens)}) for i in range(1, 24)}
-    assert depths <= {0, 1}, "all rows of a step have one depth"
+    for policy, most in (("min", 1), ("row", 2)):
+        outputs = model.generate(PROMPTS, max_new_tokens=24, batch_policy=policy, **SAME["stop tokens"])
+        assert len(set(lengths(outputs))) > 2
+        depths = [{out.exit_depths[i] for out in outputs if i < len(out.tokens)} for i in range(1, 24)]
+        assert max(map(len, depths)) == most, "of a step"
 
 
 @pytest.mark.parametrize("control", CONTROLS)
@@ -120,16 +143,16 @@ def test_requests_with_values_of_their_own(model, control):
     """When a strict row ends, the others exit earlier: the device must drop it at the same step."""
     options = {
         "max_new_tokens": 24, "threshold": [0.99, 0.5, -2, 0.6], "min_layers": [1, 1, 2, 1],
-        "seed": [3, 1, 4, 1], "temperature": 0.8,
+        "seed": [3, 1, 4, 1], "temperature": 0.8, "batch_policy": "min",
     }  # fmt: skip
     model_alone = model.generate(PROMPTS[:4], **options)
     stop = model_alone[0].tokens[6]  # of the strict row
     options["stop_tokens"] = stop
-    eager = model.generate(PROMPTS[:4], **options)
-    end, longest = len(eager[0].tokens), max(eager, key=lambda output: len(output.tokens))
+    host = model.generate(PROMPTS[:4], **options)
+    end, longest = len(host[0].tokens), max(host, key=lambda output: len(output.tokens))
     assert end < len(longest.tokens)
     assert min(longest.exit_depths[:end]) > min(longest.exit_depths[end:]), "it did hold the others back"
-    assert facts(model.generate(PROMPTS[:4], exit_control=control, **options)) == facts(eager)
+    assert facts(model.generate(PROMPTS[:4], exit_control=control, **options)) == facts(host)
 
 
 @pytest.mark.parametrize("control", ("auto", *CONTROLS))
@@ -144,7 +167,7 @@ def test_requests_keep_their_own_values_when_the_first_ends_at_its_prefill(model
     alone["stop_tokens"] = first
     expected = [model.generate(prompt, **alone, **mine) for prompt, mine in zip(PROMPTS, own, strict=False)]
     assert lengths(expected[:1]) == [1] and all(length > 3 for length in lengths(expected[1:]))
-    for others in ([0, 1], [0, 2], [0, 3]):  # with policy "min", more rows would share their exits
+    for others in ([0, 1], [0, 2], [0, 3], [0, 3, 1, 2]):
         options = {name: [own[i][name] for i in others] for name in own[0]}
         got = model.generate([PROMPTS[i] for i in others], **alone, **options)
         assert facts(got) == facts([expected[i] for i in others])
@@ -166,8 +189,8 @@ def test_requests_keep_their_own_values_when_the_first_ends_at_its_prefill(model
 def test_models(dtype, control, changes):
     model = random_model(dtype=dtype, **changes)
     options = {"max_new_tokens": 16, "threshold": 0.6, "stop_tokens": EVERY_SEVENTH}
-    eager = facts(model.generate(PROMPTS[:3], **options))
-    assert facts(model.generate(PROMPTS[:3], exit_control=control, **options)) == eager
+    expected = [oracle(model, prompt, **options) for prompt in PROMPTS[:3]]
+    assert all(map(same, model.generate(PROMPTS[:3], exit_control=control, **options), expected))
 
 
 def test_a_cache_past_the_original_positions():
@@ -175,9 +198,9 @@ def test_a_cache_past_the_original_positions():
     scaling = (("rope_type", "dynamic"), ("factor", 8.0))
     model = random_model(rope_scaling=scaling, max_position_embeddings=32)
     prompt, options = random_prompt(40), {"max_new_tokens": 20, "threshold": 0.6}
-    eager = facts(model.generate(prompt, **options))
+    expected = oracle(model, prompt, **options)
     for control in CONTROLS:
-        assert facts(model.generate(prompt, exit_control=control, **options)) == eager
+        assert same(model.generate(prompt, exit_control=control, **options), expected)
 
 
 @pytest.mark.parametrize(
@@ -185,20 +208,25 @@ def test_a_cache_past_the_original_positions():
     [
         {"return_logits": True},
         {"return_logits": True, "temperature": 1.0},
-        {"temperature": 1.0, "top_k": 9},
+        {"temperature": 1.0, "top_k": 9, "return_logits": False},
         {"temperature": 1.0, "top_p": 0.8, "return_logits": True},
     ],
     ids=str,
 )
 @pytest.mark.parametrize("mode", [{"threshold": 0.7}, {"mode": "full"}, {"mode": "full_w4"}], ids=str)
-@pytest.mark.parametrize("batch", [1, 3])
-def test_logits_on_the_host(model, options, mode, batch):
+@pytest.mark.parametrize("control", CONTROLS)
+def test_logits(model, options, mode, control):
+    """Those that draw the next token, and by teacher forcing the same again."""
     options = {"max_new_tokens": 16, "stop_tokens": EVERY_SEVENTH, **options, **mode}
-    eager = model.generate(PROMPTS[:batch], **options)
-    host = model.generate(PROMPTS[:batch], exit_control="host", **options)
-    assert facts(host) == facts(eager)
-    for a, b in zip(host, eager, strict=True):
-        assert (a.logits is None and b.logits is None) or torch.equal(a.logits, b.logits)
+    outputs = model.generate(PROMPTS[:3], exit_control=control, **options)
+    assert facts(outputs) == facts(model.generate(PROMPTS[:3], **options | {"return_logits": False}))
+    rule = {name: value for name, value in mode.items() if name in ("threshold", "mode")}
+    for prompt, out in zip(PROMPTS, outputs, strict=False):
+        if not options["return_logits"]:
+            assert out.logits is None
+            continue
+        scored = model.score([*prompt, *out.tokens], prompt_length=len(prompt), **rule)
+        assert torch.equal(out.logits, scored.logits)
 
 
 def test_top_k_without_a_temperature_filters_nothing(model):
@@ -208,18 +236,19 @@ def test_top_k_without_a_temperature_filters_nothing(model):
     )
 
 
-@pytest.mark.parametrize("control", CONTROLS)
+@pytest.mark.parametrize("policy", ["row", "min"])
 @pytest.mark.parametrize("threshold", [0.5, 0.9])
-def test_stop_strings(control, threshold):
+def test_stop_strings(policy, threshold):
     """In a batch, one row of which ends by a stop string that the device knows nothing of."""
     prompts = [QUESTION, "def add(x):", "Question: Tom"]
-    options = {"max_new_tokens": 24, "threshold": threshold, "stop_tokens": ()}
+    options = {"max_new_tokens": 24, "threshold": threshold, "stop_tokens": (), "batch_policy": policy}
     whole = demo_model().generate(prompts, **options)
     for stop in (whole[0].text[4:7], [whole[1].text[2:5], "zz"]):
-        eager = demo_model().generate(prompts, stop=stop, **options)
-        assert {output.finish_reason for output in eager} == {"stop", "length"}
-        got = demo_model().generate(prompts, stop=stop, exit_control=control, **options)
-        assert facts(got) == facts(eager)
+        host, device = (
+            demo_model().generate(prompts, stop=stop, exit_control=control, **options) for control in CONTROLS
+        )
+        assert {output.finish_reason for output in host} == {"stop", "length"}
+        assert facts(device) == facts(host)
 
 
 @pytest.mark.parametrize("control", CONTROLS)
@@ -228,7 +257,7 @@ def test_stop_strings(control, threshold):
 )
 def test_streams(control, options):
     options = {"max_new_tokens": 30, **options}
-    expected = demo_model().generate(QUESTION, **options)
+    expected = demo_model().generate(QUESTION, **options)  # by the host
     stream = demo_model().stream(QUESTION, exit_control=control, **options)
     pieces = list(stream)
     assert "".join(piece.text for piece in pieces) == expected.text
@@ -237,49 +266,49 @@ def test_streams(control, options):
 
 # --- what is captured -----------------------------------------------------------------------------------
 
+
+def part(first, depth, mixed=False):
+    return (backbone_part, first, depth, mixed)
+
+
+def tail(depth, filters=False, logits=False):
+    return (tail_part, depth, filters, logits)
+
+
 CAPTURED = {
-    "full": ({"mode": "full"}, {(backbone_part, (4,)), (tail_part, (4,), False)}),
-    "full_w4": ({"mode": "full_w4"}, {(tail_part, (), False)}),
-    "first": ({"threshold": -2}, {(backbone_part, (1,)), (tail_part, (1,), False)}),
-    "no decision before min_layers": (
-        {"threshold": -2, "min_layers": 3},
-        {(backbone_part, (3,)), (tail_part, (3,), False)},
-    ),
-    "no decision at the last layer": (
-        {"threshold": -2, "min_layers": 4},
-        {(backbone_part, (4,)), (tail_part, (4,), False)},
-    ),
+    "full": ({"mode": "full"}, {part(0, 4), tail(4)}),
+    "full_w4": ({"mode": "full_w4"}, {tail(0)}),
+    "first": ({"threshold": -2}, {part(0, 1), tail(1)}),
+    "no decision before min_layers": ({"threshold": -2, "min_layers": 3}, {part(0, 3), tail(3)}),
+    "no decision at the last layer": ({"threshold": -2, "min_layers": 4}, {part(0, 4), tail(4)}),
     "never met": (
         {"threshold": 0.9999, "min_layers": 2},
-        {
-            (backbone_part, (2,)),
-            (backbone_part, (2, 3)),
-            (backbone_part, (2, 3, 4)),
-            (tail_part, (2, 3, 4), False),
-        },
+        {part(0, 2), part(2, 3), part(3, 4), tail(4)},
     ),
-    "logits, full": ({"mode": "full", "return_logits": True}, {(backbone_part, (4,))}),
-    "logits": (
-        {"threshold": -2, "return_logits": True},
-        {(backbone_part, (1,)), (river_part, (1,))},
-    ),
+    "logits, full": ({"mode": "full", "return_logits": True}, {part(0, 4), tail(4, logits=True)}),
+    "logits": ({"threshold": -2, "return_logits": True}, {part(0, 1), tail(1, logits=True)}),
 }
 
 
 @pytest.mark.parametrize(("options", "expected"), CAPTURED.values(), ids=CAPTURED)
 def test_host_graphs(model, options, expected):
     model.generate(PROMPTS[1], max_new_tokens=6, exit_control="host", **options)
-    assert set(idle(model).graphs) == expected
+    assert graphs(model, "host") == expected
 
 
 def test_host_graphs_of_one_depth_are_shared_and_captured_when_needed(model):
     """Depths 1 and 2 occur: two parts of the backbone, and a tail for each."""
     output = model.generate(PROMPTS[1], max_new_tokens=24, threshold=0.5, exit_control="host")
     assert set(output.exit_depths[1:]) == {1, 2}
-    expected = {
-        key for depths in ((1,), (1, 2)) for key in ((backbone_part, depths), (tail_part, depths, False))
-    }
-    assert set(idle(model).graphs) == expected
+    assert graphs(model, "host") == {part(0, 1), part(1, 2), tail(1), tail(2)}
+
+
+def test_rows_on_both_paths_take_a_part_of_their_own(model):
+    """One row leaves after a layer, the other never does."""
+    options = {"max_new_tokens": 6, "threshold": [-2, math.inf], "exit_control": "host"}
+    outputs = model.generate(PROMPTS[1:3], **options)
+    assert [out.exit_depths[1:] for out in outputs] == [[1] * 5, [4] * 5]
+    assert graphs(model, "host") == {part(0, 1), part(1, 4, mixed=True), tail(4)}
 
 
 @pytest.mark.parametrize(
@@ -293,36 +322,36 @@ def test_host_graphs_of_one_depth_are_shared_and_captured_when_needed(model):
     ],
 )
 def test_the_host_waits_where_it_decides_and_for_the_token(model, monkeypatch, options, waits):
-    polls, poll = [], graph.Runner.poll
-    monkeypatch.setattr(graph.Runner, "poll", lambda *a: polls.append(1) or poll(*a))
+    polls, poll = [], Runner.poll
+    monkeypatch.setattr(Runner, "poll", lambda *a: polls.append(1) or poll(*a))
     model.generate(PROMPTS[1], max_new_tokens=6, exit_control="host", **options)
     assert len(polls) == 5 * (waits + 1)
 
 
 def test_the_device_has_one_graph_for_every_rule(model):
     model.generate(PROMPTS[1], max_new_tokens=8, exit_control="device")
-    captured = dict(idle(model).graphs)
-    assert set(captured) == {(whole_steps, 2, False), (whole_steps, 1, False)}, "seven steps"
+    captured = graphs(model, "device")
+    assert captured == {(whole_steps, 2, False, False), (whole_steps, 1, False, False)}, "seven steps"
     for options in ({"mode": "full"}, {"mode": "full_w4"}, {"temperature": 1.0}, {"min_layers": 3}):
         model.generate(PROMPTS[1], max_new_tokens=8, exit_control="device", **options)
-    assert idle(model).graphs == captured
+    assert graphs(model, "device") == captured
 
 
 @pytest.mark.parametrize("control", CONTROLS)
 def test_one_graph_serves_all_filters_and_another_none(model, control):
-    """Values of an earlier run do not stay: each run gives what eager steps give."""
+    """Values of an earlier run do not stay: each run gives what requests get alone."""
     common = {"max_new_tokens": 8, "mode": "full"}
     filters = [{"top_k": 5}, {"top_p": 0.7}, {"min_p": 0.3}, {"top_k": 9, "top_p": 0.9, "min_p": 0.1}]
     captured = []
     for options in (*filters, {}):
         options = {"temperature": 1.5, **common, **options}
-        eager = facts(model.generate(PROMPTS[:3], **options))
-        assert facts(model.generate(PROMPTS[:3], exit_control=control, **options)) == eager
-        captured.append({key for key in idle(model).graphs if key[0] is not backbone_part})
+        expected = [oracle(model, prompt, **options) for prompt in PROMPTS[:3]]
+        assert all(map(same, model.generate(PROMPTS[:3], exit_control=control, **options), expected))
+        captured.append({key for key in graphs(model, control) if key[0] is not backbone_part})
     filtered, plain = captured[0], captured[-1] - captured[0]
     assert captured[:-1] == [filtered] * len(filters)
-    assert {key[-1] for key in filtered} == {True}
-    assert plain == {(*key[:-1], False) for key in filtered}
+    assert {key[-2] for key in filtered} == {True}
+    assert plain == {(*key[:-2], False, False) for key in filtered}
 
 
 def test_a_capture(monkeypatch):
@@ -360,7 +389,9 @@ def test_no_step_past_the_limit(model, replays, new_tokens, batch):
     outputs = model.generate(PROMPTS[:batch], max_new_tokens=new_tokens, exit_control="device")
     assert lengths(outputs) == [new_tokens] * batch
     assert replays == [whole_steps] * (new_tokens - 1)
-    assert (idle(model).slots == -1).all(), "the device has ended the rows as well"
+    if new_tokens > 1:
+        (runner,) = runners(model, "device").values()
+        assert (runner.slots == -1).all(), "the device has ended the rows as well"
 
 
 @pytest.fixture(params=[0, 1], ids=["single steps", "paired steps"])
@@ -385,11 +416,12 @@ def test_how_far_ahead(model, replays, pairs, new_tokens):
 
 
 @pytest.mark.parametrize("options", [{"threshold": 0.5}, {"stop_tokens": EVERY_SEVENTH}])
-def test_pairs_of_steps_change_nothing(model, pairs, options):
-    options = {"max_new_tokens": 13, "threshold": 0.7} | options
+@pytest.mark.parametrize("policy", ["row", "min"])
+def test_pairs_of_steps_change_nothing(model, pairs, options, policy):
+    options = {"max_new_tokens": 13, "threshold": 0.7, "batch_policy": policy} | options
     for batch in (1, 3):
-        eager = facts(model.generate(PROMPTS[:batch], **options))
-        assert facts(model.generate(PROMPTS[:batch], exit_control="device", **options)) == eager
+        host = facts(model.generate(PROMPTS[:batch], **options))
+        assert facts(model.generate(PROMPTS[:batch], exit_control="device", **options)) == host
 
 
 def test_steps_after_the_last_stop_token_are_few(model, replays, pairs):
@@ -399,80 +431,83 @@ def test_steps_after_the_last_stop_token_are_few(model, replays, pairs):
     assert len(replays) == in_flight(steps, pairs)
 
 
-def test_no_step_ahead_of_a_stop_string_in_a_batch(replays):
-    options = {"max_new_tokens": 12, "exit_control": "device", "stop_tokens": ()}
-    stream = generate.run(
-        demo_model().network,
-        generate._sequences(
-            demo_model().text,
-            generate.plan(
-                demo_model().config,
-                demo_model().text,
-                [QUESTION, "def f"],
-                generate.Options(stop="\N{SNOWMAN}", **options),
-            ),
-        ),
-    )
-    for count, _ in enumerate(stream):
-        assert len(replays) == max(0, count // 2), "two rows a step, after two prefills"
-    replays.clear()
-    demo_model().generate([QUESTION], stop="\N{SNOWMAN}", **options)
-    assert replays == [whole_steps] * 11
-    replays.clear()
-    next(steps := iter(demo_model().stream(QUESTION, stop="\N{SNOWMAN}", **options)))
-    next(steps)
-    assert len(replays) == in_flight(1, pairs=True), "alone, its extra steps change nothing"
+def test_no_step_ahead_of_a_stop_string_where_rows_leave_together(replays):
+    """The row that it ends takes no part in what the others do next."""
+    options = {"max_new_tokens": 12, "stop_tokens": (), "stop": "\N{SNOWMAN}"}
+    for policy, prompts, ahead in (("min", 2, False), ("min", 1, True), ("row", 2, True)):
+        replays.clear()
+        engine = demo_model().engine(slots=prompts, max_len=256, batch_policy=policy, exit_control="device")
+        for prompt in [QUESTION, "def f"][:prompts]:
+            engine.submit(prompt, **options)
+        for _ in range(prompts):
+            engine.step()
+        assert replays == []
+        for steps in range(1, 12):
+            engine.step()
+            assert len(replays) == (min(11, in_flight(steps, pairs=True)) if ahead else steps)
+        assert engine.step() == []
 
 
 @pytest.mark.parametrize("control", CONTROLS)
 def test_nothing_is_written_where_a_row_has_ended(model, control):
-    options = {"max_new_tokens": 24, "exit_control": control, "stop_tokens": EVERY_SEVENTH}
-    model.generate(PROMPTS[:3], **options)
-    cache = idle(model).cache
-    for part in (cache.k, cache.v):
-        part.fill_(math.nan)
-    outputs = model.generate(PROMPTS[:3], **options)
-    assert idle(model).cache is cache
+    options = {"max_new_tokens": 24, "stop_tokens": EVERY_SEVENTH}
+    model.generate(PROMPTS[:3], exit_control=control, **options)
+    cache = idle(model)._memory.cache
+    for written in (cache.k, cache.v):
+        written.fill_(math.nan)
+    outputs = model.generate(PROMPTS[:3], exit_control=control, **options)
+    assert idle(model)._memory.cache is cache
     assert len(set(lengths(outputs))) > 1
     for slot, (prompt, output) in enumerate(zip(PROMPTS, outputs, strict=False)):
         end = len(prompt) + len(output.tokens) - 1  # the last token is not fed back
-        for part in (cache.k, cache.v):
-            assert not part[:, slot, :, :end].isnan().any()
-            assert part[:, slot, :, end:].isnan().all()
+        expected = oracle(model, prompt, **options)[-1]
+        for written, right in ((cache.k, expected.k), (cache.v, expected.v)):
+            assert torch.equal(written[:, slot, :, :end], right[:, 0, :, :end])
+            assert written[:, slot, :, end:].isnan().all()
     assert cache.k[:, 3].isnan().all(), "the slot of the row that fills up the batch"
 
 
-# --- runners --------------------------------------------------------------------------------------------
+# --- engines that are lent ------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
-    ("batch", "length", "rows"), [(1, 40, 1), (2, 40, 2), (3, 40, 4), (4, 9, 4), (5, 9, 8), (8, 9, 8)]
+    ("batch", "length", "slots"),
+    [(1, 40, 1), (2, 40, 2), (3, 40, 4), (4, 9, 4), (5, 9, 8), (8, 9, 8), (9, 9, 8)],
 )
-def test_sizes_of_a_runner(model, batch, length, rows):
+def test_sizes_of_an_engine(model, batch, length, slots):
     model.generate([[1] * length] * batch, max_new_tokens=3, exit_control="host")
-    runner = idle(model)
-    assert (runner.cache.slots, runner.cache.max_len) == (rows, 64), "no more positions than the model has"
-    assert runner.hidden.shape == (rows, 64) and len(runner.stop_tokens) == 16
+    engine = idle(model)
+    cache = engine._memory.cache
+    assert (engine.slots, engine.max_len) == (cache.slots, cache.max_len) == (slots, 64), "as the model has"
+    assert all(runner.stop_tokens.shape == (rows, 16) for rows, runner in runners(model, "host").items())
 
 
 def test_lengths_are_rounded_up():
-    network = random_model(max_position_embeddings=600).network
-    assert [graph.lend_runner(network, 1, n, 0).cache.max_len for n in (1, 256, 257, 512, 513, 599)] == [
-        256, 256, 512, 512, 600, 600,
-    ]  # fmt: skip
-    assert [len(graph.lend_runner(network, 1, 1, n).stop_tokens) for n in (0, 16, 17)] == [16, 16, 32]
-
-
-def test_a_runner_is_used_again_if_the_next_run_fits():
     model = random_model(max_position_embeddings=600)
-    model.network.idle_runners.clear()
+    for length, positions in ((1, 256), (256, 256), (257, 512), (512, 512), (513, 600), (598, 600)):
+        model._engines.idle.clear()
+        model.generate([1] * length, max_new_tokens=1)
+        assert idle(model).max_len == positions
+
+
+@pytest.mark.parametrize("control", CONTROLS)
+def test_a_runner_grows_with_the_stop_tokens(model, control):
+    for count, columns in ((0, 16), (16, 16), (17, 32), (3, 32)):
+        model.generate(PROMPTS[1], max_new_tokens=3, stop_tokens=range(80 - count, 80), exit_control=control)
+        assert {runner.stop_tokens.shape[1] for runner in runners(model, control).values()} <= {columns}
+
+
+def test_an_engine_is_used_again_if_the_next_call_fits():
+    model = random_model(max_position_embeddings=600)
+    model._engines.idle.clear()
 
     def run(batch, length, **options):
         options = {"max_new_tokens": 5, "threshold": 0.7, **options}
-        expected = facts(model.generate([PROMPTS[2][:length] * 30] * batch, **options))
+        prompt = PROMPTS[2][:length] * 30
         for control in CONTROLS:
-            got = model.generate([PROMPTS[2][:length] * 30] * batch, exit_control=control, **options)
-            assert facts(got) == expected
+            outputs = model.generate([prompt] * batch, exit_control=control, **options)
+            expected = oracle(model, prompt, **{k: v for k, v in options.items() if k != "batch_policy"})
+            assert all(same(output, expected) for output in outputs)
         return idle(model)
 
     first = run(3, 5)
@@ -481,9 +516,10 @@ def test_a_runner_is_used_again_if_the_next_run_fits():
         (3, 2, {"mode": "full"}),
         (4, 1, {"temperature": 1.0}),
         (4, 1, {"temperature": 1.0, "top_k": 7}),
+        (3, 5, {"stop_tokens": range(17)}),
     ]:
         assert run(batch, length, **options) is first
-    for batch, length, options in [(2, 5, {}), (5, 5, {}), (3, 10, {}), (3, 5, {"stop_tokens": range(17)})]:
+    for batch, length, options in [(2, 5, {}), (5, 5, {}), (3, 10, {}), (3, 5, {"batch_policy": "min"})]:
         before = idle(model)
         assert run(batch, length, **options) is not before
     assert run(1, 10) is run(1, 1, stop_tokens=range(3)), "a longer one serves"
@@ -493,28 +529,29 @@ def test_a_runner_is_used_again_if_the_next_run_fits():
 def test_stop_tokens_of_another_run_stop_nothing(model, control):
     options = {"max_new_tokens": 12, "exit_control": control}
     first = model.generate(PROMPTS[:2], **options)
-    runner, stop_tokens = idle(model), first[0].tokens[2:]
+    engine, stop_tokens = idle(model), first[0].tokens[2:]
     assert len(model.generate(PROMPTS[:2], stop_tokens=stop_tokens, **options)[0].tokens) == 3
     assert facts(model.generate(PROMPTS[:2], **options)) == facts(first)
-    assert idle(model) is runner
+    assert idle(model) is engine
 
 
 @pytest.mark.parametrize("control", CONTROLS)
-def test_a_runner_comes_back_idle(model, monkeypatch, control):
+def test_an_engine_comes_back_idle(model, monkeypatch, control):
     """Nobody may take it, or free it, while its steps are in flight."""
     waited = []
 
     def synchronise(self):
-        waited.append(len(model.network.idle_runners))
+        waited.append(len(model._engines.idle))
 
-    monkeypatch.setattr(graph.Runner, "synchronise", synchronise)
+    monkeypatch.setattr(Memory, "synchronise", synchronise)
     model.generate(PROMPTS[1], max_new_tokens=3, exit_control=control)
-    assert waited == [0] and len(model.network.idle_runners) == 1
+    assert waited == [0, 0], "before the first step, and after the last one"
+    assert len(model._engines.idle) == 1
 
 
-def test_a_runner_that_does_not_fit_makes_room_first(model, monkeypatch):
+def test_an_engine_that_does_not_fit_makes_room_first(model, monkeypatch):
     model.generate(PROMPTS[0], max_new_tokens=3, exit_control="device")
-    old, alive = weakref.ref(idle(model).cache), []
+    old, alive = weakref.ref(idle(model)._memory.cache), []
     new = graph.KVCache
 
     def made(*arguments):
@@ -530,44 +567,44 @@ def test_a_runner_that_does_not_fit_makes_room_first(model, monkeypatch):
 @pytest.mark.parametrize("controls", [CONTROLS, ("device", "device"), ("host", "host")])
 def test_streams_of_one_model_take_turns(model, controls):
     options = {"max_new_tokens": 12, "threshold": 0.6}
-    expected = [facts(model.generate(prompt, **options)) for prompt in PROMPTS[1:3]]
+    expected = [oracle(model, prompt, **options) for prompt in PROMPTS[1:3]]
     streams = [
         model.stream(prompt, exit_control=control, **options)
         for prompt, control in zip(PROMPTS[1:3], controls, strict=True)
     ]
     for pieces in zip(*streams, strict=True):
         assert len(pieces) == 2
-    assert [facts(stream.output) for stream in streams] == expected
-    assert len(model.network.idle_runners) == 1, "one of the two is kept"
+    assert all(same(stream.output, right) for stream, right in zip(streams, expected, strict=True))
+    assert len(model._engines.idle) == 1, "one of the two is kept"
 
 
 @pytest.mark.parametrize("control", CONTROLS)
 @pytest.mark.parametrize("steps", [0, 1, 2, 5])
-def test_an_abandoned_stream_gives_its_runner_back(model, control, steps):
+def test_an_abandoned_stream_gives_its_engine_back(model, control, steps):
     options = {"max_new_tokens": 20, "threshold": 0.7}
-    expected = facts(model.generate(PROMPTS[1], **options))
     stream = model.stream(PROMPTS[2], temperature=1.0, exit_control=control, **options)
     for _ in range(steps):
         next(stream)
-    assert not model.network.idle_runners
+    assert not model._engines.idle
     del stream
-    assert len(model.network.idle_runners) == min(steps, 1), "a stream that never began has borrowed none"
-    kept = list(model.network.idle_runners)
-    assert facts(model.generate(PROMPTS[1], exit_control=control, **options)) == expected
+    assert len(model._engines.idle) == min(steps, 1), "a stream that never began has borrowed none"
+    kept = list(model._engines.idle)
+    output = model.generate(PROMPTS[1], exit_control=control, **options)
+    assert same(output, oracle(model, PROMPTS[1], **options))
     assert not kept or idle(model) is kept[0]
 
 
 @pytest.mark.parametrize("control", CONTROLS)
 @pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt])
-def test_a_run_that_fails_gives_its_runner_back(model, monkeypatch, control, error):
+def test_a_run_that_fails_gives_its_engine_back(model, monkeypatch, control, error):
     """In the middle of a step, with a row more: what it leaves behind does not reach the next run."""
     options = {"max_new_tokens": 12, "threshold": 0.7, "exit_control": control}
     expected = facts(model.generate(PROMPTS[:3], **options))
-    runner, head, calls = idle(model), ops.lm_head, []
+    engine, head, calls = idle(model), ops.lm_head, []
 
     def failing(*arguments, **keywords):
         calls.append(1)
-        if len(calls) == 7:  # the first four are of prefills
+        if len(calls) == 7:
             raise error("in the third step")
         return head(*arguments, **keywords)
 
@@ -575,20 +612,20 @@ def test_a_run_that_fails_gives_its_runner_back(model, monkeypatch, control, err
         patch.setattr(ops, "lm_head", failing)
         with pytest.raises(error, match="third"):
             model.generate(PROMPTS[:4], **options | {"threshold": math.inf})
-    assert idle(model) is runner
+    assert idle(model) is engine
     assert facts(model.generate(PROMPTS[:3], **options)) == expected
 
 
 @pytest.mark.parametrize("control", CONTROLS)
-def test_longer_rope_tables_leave_a_runner_its_own(control):
+def test_longer_rope_tables_leave_an_engine_its_own(control):
     model = random_model(max_position_embeddings=600)
-    options = {"max_new_tokens": 8, "threshold": 0.6, "exit_control": control}
-    stream = model.stream(PROMPTS[1], **options)
+    options = {"max_new_tokens": 8, "threshold": 0.6}
+    stream = model.stream(PROMPTS[1], exit_control=control, **options)
     next(stream)
     model.generate([1] * 500, max_new_tokens=3)
     assert len(model.network.rope(1)[0]) >= 502
     list(stream)
-    assert facts(stream.output) == facts(model.generate(PROMPTS[1], **options))
+    assert same(stream.output, oracle(model, PROMPTS[1], **options))
 
 
 @pytest.mark.parametrize(
@@ -598,12 +635,12 @@ def test_a_part_without_a_result_ends_the_run(model, monkeypatch, control, lost)
     """Results of an earlier run on the same runner are not mistaken for it."""
     options = {"max_new_tokens": 3, "threshold": 0.5, "exit_control": control}
     model.generate(PROMPTS[1], **options)
-    replay = graph.Runner.replay
+    replay = Runner.replay
 
-    def lossy(self, network, part, *arguments):
-        return None if part is lost else replay(self, network, part, *arguments)
+    def lossy(self, part, *arguments):
+        return None if part is lost else replay(self, part, *arguments)
 
-    monkeypatch.setattr(graph.Runner, "replay", lossy)
+    monkeypatch.setattr(Runner, "replay", lossy)
     with pytest.raises(RiverError, match="no result from cpu after 1000 polls"):
         model.generate(PROMPTS[1], **options)
 
@@ -615,8 +652,8 @@ def test_patience(model, monkeypatch):
         def query(self):
             return False
 
-    runner = graph.lend_runner(model.network, 1, 8, 0)
-    runner.stream = Stream()
+    runner = Runner(Memory(model.network, 1, 8), 1, 0, False)
+    runner.memory.stream = Stream()
     monkeypatch.setattr(graph, "PATIENCE", 0.05)
     with pytest.raises(RiverError, match="no result from cpu"):
         runner.poll(lambda: 0, lambda value: value == 1)
@@ -627,22 +664,15 @@ def test_patience(model, monkeypatch):
 # --- which decoder --------------------------------------------------------------------------------------
 
 
-def test_auto(monkeypatch):
-    network = random_model().network
+def test_auto(model, monkeypatch):
+    engine = model.engine(slots=1, max_len=8)
 
-    def chosen(device, **options):
-        monkeypatch.setattr(network, "device", torch.device(device))
-        for kind in ("EagerDecoder", "HostDecoder", "DeviceDecoder"):
-            monkeypatch.setattr(decoder, kind, lambda *a, kind=kind: kind)
-        plan = generate.plan(network.config, None, [1], generate.Options(max_new_tokens=2, **options))
-        return decoder.decoder_for(network, plan, 2)
+    def chosen(device, control):
+        monkeypatch.setattr(model.network, "device", torch.device(device))
+        engine.use(control)
+        return type(engine._steps.decoder)
 
-    assert chosen("cpu") == "EagerDecoder"
-    assert chosen("cpu", exit_control="host") == "HostDecoder"
-    assert chosen("cpu", exit_control="device") == "DeviceDecoder"
-    assert chosen("cuda") == "DeviceDecoder"
-    assert chosen("cuda", temperature=1.0) == "DeviceDecoder"
-    assert chosen("cuda", exit_control="host") == "HostDecoder"
-    for filters in ({"top_k": 3}, {"top_p": 0.5}, {"min_p": 0.1}):
-        assert chosen("cuda", temperature=1.0, **filters) == "DeviceDecoder"
-    assert chosen("cuda", return_logits=True) == "HostDecoder"
+    assert chosen("cpu", "auto") is HostDecoder
+    assert chosen("cpu", "device") is DeviceDecoder
+    assert chosen("cuda", "auto") is DeviceDecoder
+    assert chosen("cuda", "host") is HostDecoder

@@ -4,35 +4,25 @@ import math
 
 import pytest
 import torch
+from decoding import asked, one_at_a_time
 from tiny_model import demo_model, random_model, random_prompt
 
 from river_ext import ops
 from river_ext.engine import prefill
 from river_ext.engine.cache import KVCache
-from river_ext.engine.exit_rule import ExitRule
-from river_ext.engine.prefill import PrefillPolicy
-from river_ext.engine.sampling import Sampling
-from river_ext.engine.step import Rows, decode_step
+from river_ext.engine.exit_rule import PrefillPolicy
 from river_ext.errors import RiverError
 
-GREEDY, LAYERS = Sampling(), 4
+LAYERS = 4
 
 
 def prefilled(network, prompt, policy="full", threshold=0.5, min_layers=1):
+    """The first new token, and the cache."""
     cache = KVCache(network.config, 2, len(prompt), network.dtype)
-    rule = ExitRule.of([threshold], [min_layers], network.config.num_hidden_layers)
-    policy = PrefillPolicy.parse(policy, network.config.num_hidden_layers)
-    step = prefill.prefill(network, cache, 1, prompt, rule, policy, GREEDY, return_logits=True)
-    return step, cache
-
-
-def one_at_a_time(network, prompt, depth):
-    cache = KVCache(network.config, 2, len(prompt), network.dtype)
-    rule = ExitRule.of([math.inf], [1], limit=depth)
-    for position, token in enumerate(prompt):
-        rows = Rows.of([token], [1], [position], [0], rule, cache)
-        step = decode_step(network, cache, rows, GREEDY, return_logits=True)
-    return step, cache
+    request = asked(
+        network, prompt, prefill=policy, threshold=threshold, min_layers=min_layers, return_logits=True
+    )
+    return prefill.Prefill(network, cache, 1, request).advance(), cache
 
 
 SHAPES = {
@@ -69,13 +59,13 @@ def test_demo_model_prefill_equals_one_token_at_a_time():
 
 def assert_same_bits(network, prompt, depth):
     many, cache = prefilled(network, prompt, f"depth:{depth}")
-    single, expected = one_at_a_time(network, prompt, depth)
-    assert many.exit_depths == single.exit_depths == [depth]
+    (*_, single), memory = one_at_a_time(network, prompt, depth)
+    assert many.exit_depth == single.exit_depth == depth
     assert many.similarities == single.similarities
-    assert torch.equal(many.tokens, single.tokens)
+    assert many.token == single.token
     assert torch.equal(many.logits, single.logits)
-    assert torch.equal(cache.k[:, 1], expected.k[:, 1])
-    assert torch.equal(cache.v[:, 1], expected.v[:, 1])
+    assert torch.equal(cache.k[:, 1], memory.cache.k[:, 1])
+    assert torch.equal(cache.v[:, 1], memory.cache.v[:, 1])
 
 
 def test_dynamic_scaling_gives_a_long_prompt_the_angles_of_its_length():
@@ -87,7 +77,7 @@ def test_dynamic_scaling_gives_a_long_prompt_the_angles_of_its_length():
         assert torch.equal(cos[:length], network.rope(64)[0][:length]) == (length <= 16)
     assert_same_bits(network, random_prompt(16), LAYERS)
     long, _ = prefilled(network, random_prompt(40))
-    single, _ = one_at_a_time(network, random_prompt(40), LAYERS)
+    (*_, single), _ = one_at_a_time(network, random_prompt(40), LAYERS)
     assert not torch.allclose(long.logits, single.logits, atol=1e-3)
 
 
@@ -96,8 +86,8 @@ def test_prefill_writes_its_slot_only():
     cache.k.fill_(float("nan"))
     cache.v.fill_(float("nan"))
     network = random_model().network
-    rule = ExitRule.of([-2], [1], LAYERS)
-    prefill.prefill(network, cache, 1, random_prompt(4), rule, PrefillPolicy(LAYERS, "min"), GREEDY)
+    request = asked(network, random_prompt(4), threshold=-2, prefill="min")
+    prefill.Prefill(network, cache, 1, request).advance()
     for part in (cache.k, cache.v):
         assert part[:, 0].isnan().all()
         assert part[:, 1, :, :4].isfinite().all()
@@ -106,13 +96,8 @@ def test_prefill_writes_its_slot_only():
 
 def similarities_of_all_tokens(network, prompt):
     """[layers][tokens], by feeding one token at a time through the backbone."""
-    cache = KVCache(network.config, 1, len(prompt), network.dtype)
-    rule = ExitRule.of([math.inf], [1], LAYERS)
-    steps = [
-        decode_step(network, cache, Rows.of([token], [0], [p], [0], rule, cache), GREEDY)
-        for p, token in enumerate(prompt)
-    ]
-    return list(zip(*(step.similarities[0] for step in steps), strict=True))
+    news, _ = one_at_a_time(network, prompt, LAYERS)
+    return list(zip(*(new.similarities for new in news), strict=True))
 
 
 @pytest.mark.parametrize("policy", ["min", "last"])
@@ -122,18 +107,18 @@ def test_policies_apply_the_rule_to_the_prompt(policy, min_layers):
     by_layer = similarities_of_all_tokens(network, prompt)
     judged = [min(s) if policy == "min" else s[-1] for s in by_layer]
     for threshold in [-2.0, math.inf, *(s - 1e-4 for s in judged), *(s + 1e-4 for s in judged)]:
-        step, _ = prefilled(network, prompt, policy, threshold, min_layers)
+        new, _ = prefilled(network, prompt, policy, threshold, min_layers)
         met = [d for d, s in enumerate(judged, start=1) if s > threshold and d >= min_layers]
-        assert step.exit_depths == [met[0] if met else LAYERS]
-        assert len(step.similarities[0]) == step.exit_depths[0]
+        assert new.exit_depth == (met[0] if met else LAYERS)
+        assert len(new.similarities) == new.exit_depth
 
 
 def test_fixed_depth_ignores_the_rule():
     network, prompt = random_model().network, random_prompt(9)
     for depth in range(LAYERS + 1):
         for threshold in (-2, math.inf):
-            assert prefilled(network, prompt, f"depth:{depth}", threshold)[0].exit_depths == [depth]
-    assert prefilled(network, prompt, "full", -2)[0].exit_depths == [LAYERS]
+            assert prefilled(network, prompt, f"depth:{depth}", threshold)[0].exit_depth == depth
+    assert prefilled(network, prompt, "full", -2)[0].exit_depth == LAYERS
 
 
 def test_depth_l_is_full():
@@ -158,3 +143,47 @@ def test_only_the_last_token_goes_through_the_head(monkeypatch):
     )
     prefilled(random_model().network, random_prompt(20))
     assert rows == [1]
+
+
+# --- a part of the work -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "options", [{}, {"prefill": "depth:2"}, {"prefill": "min", "threshold": 0.5}], ids=str
+)
+@pytest.mark.parametrize("rows", [0.01, 2.5, 8, 30])
+def test_pieces_give_what_a_whole_prefill_gives(options, rows):
+    network, prompt = random_model().network, random_prompt(21)
+    request = asked(network, prompt, return_logits=True, **options)
+    caches = [KVCache(network.config, 2, len(prompt), network.dtype) for _ in range(2)]
+    whole, pieces = (prefill.Prefill(network, cache, 1, request) for cache in caches)
+    expected, times = whole.advance(), 1
+    while (new := pieces.advance(rows)) is None:
+        times += 1
+    assert new[:3] == expected[:3] and torch.equal(new.logits, expected.logits)
+    for part in ("k", "v"):
+        a, b = (getattr(cache, part)[:, 1] for cache in caches)
+        assert torch.equal(a, b)
+    blocks = LAYERS * math.ceil(len(prompt) / ops.MAX_ROWS)  # which are not cut
+    assert times == {0.01: blocks + 1, 30: 1}.get(rows, times) and (times > 1) == (rows < len(prompt))
+
+
+@pytest.mark.parametrize("policy", ["full", "depth:0", "depth:3"])
+@pytest.mark.parametrize("start", [1, 8, 13, 20])
+def test_positions_that_are_there_are_not_computed(monkeypatch, policy, start):
+    network, prompt = random_model().network, random_prompt(21)
+    expected, cache = prefilled(network, prompt, policy)
+    again = KVCache(network.config, 2, len(prompt), network.dtype)
+    for part in ("k", "v"):
+        getattr(again, part).fill_(float("nan"))
+        getattr(again, part)[:, 1, :, :start] = getattr(cache, part)[:, 1, :, :start]
+    seen = []
+    for name in ("decoder_block", "exit_layer"):
+        op = getattr(ops, name)
+        monkeypatch.setattr(ops, name, lambda op=op, **a: seen.extend(a["positions"].tolist()) or op(**a))
+    request = asked(network, prompt, prefill=policy, return_logits=True)
+    new = prefill.Prefill(network, again, 1, request, start).advance()
+    assert sorted(seen) == sorted(list(range(start, len(prompt))) * LAYERS)
+    assert new[:3] == expected[:3] and torch.equal(new.logits, expected.logits)
+    for part in ("k", "v"):
+        assert torch.equal(getattr(again, part)[:, 1], getattr(cache, part)[:, 1])

@@ -1,6 +1,7 @@
 """Greedy, temperature, top-k, top-p and min-p."""
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -8,7 +9,8 @@ from drawing import drawing
 from tiny_model import random_model, random_prompt
 
 from river_ext import ops
-from river_ext.engine.sampling import Sampling, next_tokens
+from river_ext.engine import sampling
+from river_ext.engine.sampling import Drawing, Sampling
 from river_ext.reference import gumbel
 
 DRAWS = 1200
@@ -22,6 +24,13 @@ def draw(logits, temperature=1.0, draws=DRAWS, **options):
         arguments = drawing(rows, temperature, seeds=range(8), positions=position, **options)
         drawn.append(ops.sample(**arguments)[0])
     return torch.cat(drawn)
+
+
+def next_tokens(network, hidden, options, seeds, positions, return_logits=False):
+    """`sampling.draw` for rows that differ in their seeds."""
+    drawing = Drawing.greedy(positions)
+    drawing.fill([replace(options, seed=seed) for seed in seeds.tolist()])
+    return sampling.draw(network, hidden, drawing, options.filters, return_logits)
 
 
 def kept(logits, temperature, **options):
@@ -74,7 +83,7 @@ def test_a_row_without_finite_logits_has_no_token(value, options):
     for return_logits in (False, True):
         tokens, logits = next_tokens(network, hidden, Sampling(**options), seeds, positions, return_logits)
         assert torch.equal(tokens, expected)
-        assert (logits is not None) == return_logits
+        assert len(logits) == (8 if return_logits or Sampling(**options).filters else 0)
 
 
 def chi_square(counts, probabilities):
@@ -101,12 +110,11 @@ def test_draws_follow_the_filtered_distribution(options, left):
 def test_plain_temperature_in_the_op_follows_the_distribution():
     network = random_model(vocab_size=6).network
     hidden = network.embed(torch.tensor([2])).expand(8, -1).contiguous()
-    sampling = Sampling(1.7)
     _, logits = next_tokens(network, hidden, Sampling(), torch.zeros(8).long(), torch.zeros(8).int(), True)
     counts = torch.zeros(6)
     for start in range(0, DRAWS, 8):
         positions = torch.arange(start, start + 8, dtype=torch.int32)
-        tokens, _ = next_tokens(network, hidden, sampling, torch.full((8,), 3), positions)
+        tokens, _ = next_tokens(network, hidden, Sampling(1.7), torch.full((8,), 3), positions)
         counts += tokens.bincount(minlength=6)
     assert chi_square(counts, torch.softmax(logits[0] / 1.7, dim=0)) < LIMIT[5]
 
@@ -121,6 +129,28 @@ def test_filters_and_op_draw_the_same_tokens():
         for nothing in ({"top_k": 80}, {"min_p": 1e-30}):
             filters, _ = next_tokens(network, hidden, Sampling(1.2, **nothing), seeds, positions)
             assert torch.equal(plain, filters)
+
+
+def test_rows_draw_by_their_own_options():
+    """Greedy rows beside sampled ones, with filters and without."""
+    network = random_model().network
+    hidden = network.embed(torch.arange(8) + 20)
+    options = [
+        Sampling(), Sampling(1.2, seed=3), Sampling(0.9, top_k=5, seed=4), Sampling(1, top_p=0.7, seed=-5),
+        Sampling(2.0, min_p=0.2, seed=6), Sampling(0.0, top_k=1, seed=7), Sampling(1.2, seed=3), Sampling(3),
+    ]  # fmt: skip
+    for position in range(20):
+        positions = torch.arange(8, dtype=torch.int32) + position
+        drawing = Drawing.greedy(positions)
+        drawing.fill(options)
+        tokens, logits = sampling.draw(network, hidden, drawing, filters=True)
+        for row, mine in enumerate(options):
+            seed, place = torch.tensor([mine.seed]), positions[row : row + 1].clone()
+            alone, own = next_tokens(network, hidden[row : row + 1], mine, seed, place, return_logits=True)
+            assert tokens[row] == alone and torch.equal(logits[row], own[0])
+    drawing.fill([Sampling(0.5, 9, 0.8, 0.1, 11)])  # another request in the first row; the others stay
+    assert [float(t[0]) for t in (drawing.temperature, drawing.top_k, drawing.seeds)] == [0.5, 9, 11]
+    assert drawing.seeds.tolist()[1:] == [mine.seed for mine in options[1:]]
 
 
 def test_noise_depends_on_seed_position_and_token():
@@ -158,8 +188,9 @@ def test_a_filter_that_leaves_one_token_is_greedy(options):
 
 
 @pytest.mark.parametrize("options", [{}, {"top_k": 20}, {"top_p": 0.9}, {"min_p": 0.1}])
-def test_same_seed_and_prompt_give_the_same_tokens_in_any_batch(options):
-    options = {"max_new_tokens": 12, "temperature": 1.0, "mode": "full", **options}
+@pytest.mark.parametrize("exits", [{"mode": "full"}, {"threshold": 0.7}], ids=str)
+def test_same_seed_and_prompt_give_the_same_tokens_in_any_batch(options, exits):
+    options = {"max_new_tokens": 12, "temperature": 1.0, **exits, **options}
     prompt, seeds = random_prompt(5), [5, 6, 5, -1]
     alone = [random_model().generate(prompt, seed=seed, **options).tokens for seed in seeds]
     assert alone[0] == alone[2]

@@ -12,7 +12,7 @@ import pytest
 import torch
 from conftest import write_tiny_checkpoint
 
-import river_ext
+import river_ext.model
 from river_ext.errors import RiverError
 from river_ext.threads import in_own_thread
 
@@ -20,7 +20,7 @@ FORK = """
 import os, signal, sys, threading
 import torch
 torch.set_num_threads(2)
-import river_ext
+import river_ext.model
 
 path, before, inside = sys.argv[1:]
 model = river_ext.load(path, device="cpu")

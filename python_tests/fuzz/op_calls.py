@@ -24,6 +24,29 @@ WRITTEN = {
         "step",
         "records",
     ),
+    "draft_advance": (
+        "drafts",
+        "hidden",
+        "slots",
+        "positions",
+        "draw_positions",
+        "verify_hidden",
+        "verify_slots",
+    ),
+    "accept": (
+        "drafts",
+        "remaining",
+        "hidden",
+        "slots",
+        "positions",
+        "draw_positions",
+        "verify_hidden",
+        "verify_slots",
+        "verify_positions",
+        "verify_draw_positions",
+        "step",
+        "records",
+    ),
 }
 NUMBERS = [value for value in HOSTILE if isinstance(value, (int, float, type(None)))] + ["x", torch.tensor(1)]
 

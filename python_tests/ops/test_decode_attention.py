@@ -1,4 +1,4 @@
-"""decode_attention against the reference: groups, lengths around the split of the context, masks."""
+"""decode_attention against the reference: groups, lengths around a split of the context, masks, many rows."""
 
 import pytest
 import torch
@@ -71,14 +71,65 @@ def test_large_scores():
         assert_close(out, expected, torch.float32, "out")
 
 
-def test_bits_do_not_depend_on_the_other_rows(isa):
-    query, caches = inputs(torch.bfloat16, 8)
-    slots, positions = int32(list(range(8))), int32([599, 3, 255, 256, 511, 512, 100, 0])
-    together = ops.decode_attention(query, *caches, slots, positions)
-    for row in range(8):
+# Of one slot in no order, around splits and blocks; of others; inactive ones
+SLOTS = [6, 0, 6, 6, -1, 6, 2, 6, 6, 6, 2, -1, 6, 6, 6, 0]
+POSITIONS = [300, 599, 301, 15, 7, 0, 511, 256, 255, 598, 512, 0, 16, 302, 254, 63]
+
+
+def check_each_row_alone(rows, query, caches, slots, positions, **options):
+    """Bits, NaN included, of all rows together and of each one of `rows` alone."""
+    together = ops.decode_attention(query, *caches, slots, positions, **options)
+    for row in rows:
         one = slice(row, row + 1)
-        alone = ops.decode_attention(query[one], *caches, slots[one], positions[one])
-        assert torch.equal(alone[0], together[row])
+        alone = ops.decode_attention(query[one], *caches, slots[one], positions[one], **options)
+        assert torch.equal(alone[0].isnan(), together[row].isnan()), row
+        assert torch.equal(alone[0].nan_to_num(), together[row].nan_to_num()), row
+    return together
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(
+    "heads, kv_heads, head_dim",
+    [(2, 2, 64), (4, 2, 80), (6, 2, 96), (4, 1, 128), (10, 2, 20), (7, 1, 256), (8, 1, 36)],
+)
+def test_bits_do_not_depend_on_the_other_rows(heads, kv_heads, head_dim, dtype, isa):
+    query, caches = inputs(dtype, len(SLOTS), heads, kv_heads, head_dim)
+    places = int32(SLOTS), int32(POSITIONS)
+    valid = torch.rand(8, 600, generator=torch.Generator().manual_seed(1)) < 0.7
+    for options in ({}, {"sliding_window": 7}, {"sliding_window": 270}, {"kv_valid": valid}):
+        together = check_each_row_alone(range(len(SLOTS)), query, caches, *places, **options)
+        expected = reference.decode_attention(query, *caches, *places, **options)
+        assert_close(together, expected, dtype, "out")
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_what_a_row_does_not_see_may_be_nan(dtype, isa):
+    """Though other rows of its slot see it."""
+    query, caches = inputs(dtype, len(SLOTS))
+    for cache, place in zip(caches, (301, 255), strict=True):
+        cache[6, :, place] = float("nan")
+    places = int32(SLOTS), int32(POSITIONS)
+    for window in (None, 60):
+        out = check_each_row_alone(range(len(SLOTS)), query, caches, *places, sliding_window=window)
+        for row, (slot, position) in enumerate(zip(SLOTS, POSITIONS, strict=True)):
+            sees = [slot == 6 and p <= position < p + (window or 600) for p in (301, 255)]
+            assert out[row].isnan().all() == any(sees), row
+            assert out[row].isnan().any() == any(sees), row
+
+
+@pytest.mark.parametrize("kv_heads", [2, 16], ids=["splits are the pieces", "blocks are the pieces"])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_the_rows_of_prompts(dtype, kv_heads, isa):
+    """More rows than a step has, of two slots, shuffled."""
+    rows, g = 600, torch.Generator().manual_seed(2)
+    query, caches = inputs(dtype, rows, kv_heads, kv_heads, 32, max_len=560)
+    order = torch.randperm(rows, generator=g)
+    slots = int32([3] * 550 + [1] * 50)[order]
+    positions = int32(list(range(550)) + list(range(500, 550)))[order]
+    for options in ({}, {"sliding_window": 100}):
+        out = check_each_row_alone(range(0, rows, 29), query, caches, slots, positions, **options)
+        expected = reference.decode_attention(query, *caches, slots, positions, **options)
+        assert_close(out, expected, dtype, "out")
 
 
 def test_bad_arguments():

@@ -1,8 +1,12 @@
-"""dual_layer against the reference: which path runs, what it writes; a path is the op of its name."""
+"""dual_layer against the reference: which row takes which path, and what it writes there.
+
+A path is the op of its name.
+"""
 
 import pytest
 import torch
-from blocks import DTYPES, SHAPES, Block, assert_close, int32
+from blocks import DTYPES, SHAPES, Block, assert_close, each_isa, int32
+from chains import Chain, check_rows_alone, check_with_reference
 
 from river_ext import ops, reference
 
@@ -19,13 +23,17 @@ def weights_of(block):
 
 
 class Decision:
-    """The tensors that a decision reads and writes."""
+    """The tensors that a decision reads and writes. A number or a layer's flag stands for all rows."""
 
     def __init__(self, rows, thresholds=NEVER, min_layers=1, limit=LAYERS, exited=(0,) * LAYERS):
-        self.thresholds = torch.full((rows,), thresholds) if isinstance(thresholds, float) else thresholds
-        self.min_layers = int32([min_layers] * rows)
-        self.limit = int32([limit])
-        self.exited = int32(list(exited))
+        def by_row(values):
+            return values if isinstance(values, (list, tuple)) else [values] * rows
+
+        self.thresholds = (
+            thresholds if isinstance(thresholds, torch.Tensor) else torch.tensor(by_row(thresholds))
+        )
+        self.min_layers, self.limit = int32(by_row(min_layers)), int32(by_row(limit))
+        self.exited = int32([by_row(layer) for layer in exited])
         self.similarities = torch.full((LAYERS, rows), float("nan"))
 
 
@@ -47,87 +55,132 @@ def case(block, rows=3):
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES.keys())
-@pytest.mark.parametrize("threshold", [NEVER, ALWAYS])
+@pytest.mark.parametrize("thresholds", [NEVER, ALWAYS, [NEVER, NEVER, ALWAYS]], ids=str)
 @pytest.mark.parametrize("index", [0, 2])
-def test_equals_reference(index, threshold, shape, dtype):
+def test_equals_reference(index, thresholds, shape, dtype):
     block = Block(shape, dtype)
     hidden, previous, caches, slots, positions = case(block)
-    got, expected = (Decision(3, threshold) for _ in range(2))
+    got, expected = (Decision(3, thresholds) for _ in range(2))
     expected_caches = [c.clone() for c in caches]
     previous = previous if index else None
     out = run(ops, block, index, hidden, previous, got, caches, slots, positions)
     wanted = run(reference, block, index, hidden, previous, expected, expected_caches, slots, positions)
     assert_close(out, wanted, dtype, "hidden")
     assert torch.equal(got.exited, expected.exited)
-    active = slots >= 0
     close = torch.testing.assert_close
-    close(got.similarities[:, active], expected.similarities[:, active], equal_nan=True, atol=1e-6, rtol=0)
+    close(got.similarities, expected.similarities, equal_nan=True, atol=1e-6, rtol=0)
     for actual, cache in zip(caches, expected_caches, strict=True):
         assert_close(actual, cache, dtype, "cache")
 
 
+BOTH, FIRST, LAST, NONE = (0, 2), (0,), (2,), ()  # rows; row 1 is inactive
+
+
 @pytest.mark.parametrize(
-    "index, decision, exits, measures",
+    "index, decision, exits, measured",
     [
-        (0, {}, False, False),
-        (0, {"thresholds": ALWAYS}, False, False),  # nothing has been measured yet
-        (0, {"limit": 0}, True, False),
-        (2, {}, False, True),
-        (2, {"thresholds": ALWAYS}, True, True),
-        (2, {"thresholds": ALWAYS, "min_layers": 2}, True, True),
-        (2, {"thresholds": ALWAYS, "min_layers": 3}, False, True),
-        (2, {"limit": 2}, True, True),
-        (2, {"limit": 3}, False, True),
-        (2, {"exited": (0, 1, 0, 0)}, True, False),  # once in the river, always
-        (
-            2,
-            {"exited": (1, 0, 1, 1)},
-            False,
-            True,
-        ),  # only the layer before counts, and the entry is rewritten
-        (2, {"thresholds": torch.tensor([0.5, NEVER, 0.5])}, True, True),  # an inactive row has no say
-        (2, {"thresholds": torch.tensor([0.5, 0.5, NEVER])}, False, True),  # one strict row holds back all
-        (2, {"thresholds": torch.tensor([0.5, 0.5, float("nan")])}, False, True),
+        (0, {}, NONE, NONE),
+        (0, {"thresholds": ALWAYS, "min_layers": 0}, NONE, NONE),  # nothing has been measured yet
+        (0, {"limit": 0}, BOTH, NONE),
+        (0, {"limit": [1, 0, 0]}, LAST, NONE),
+        (2, {}, NONE, BOTH),
+        (2, {"thresholds": ALWAYS}, BOTH, BOTH),
+        (2, {"thresholds": ALWAYS, "min_layers": 2}, BOTH, BOTH),
+        (2, {"thresholds": ALWAYS, "min_layers": 3}, NONE, BOTH),
+        (2, {"thresholds": ALWAYS, "min_layers": [3, 3, 2]}, LAST, BOTH),
+        (2, {"limit": 2}, BOTH, BOTH),
+        (2, {"limit": 3}, NONE, BOTH),
+        (2, {"limit": [2, 2, 3]}, FIRST, BOTH),
+        (2, {"limit": 2, "min_layers": 3}, BOTH, BOTH),  # a limit is no matter of similarity
+        (2, {"exited": (0, 1, 0, 0)}, BOTH, NONE),  # once in the river, always
+        (2, {"exited": (0, [1, 0, 0], 0, 0)}, FIRST, LAST),  # who has left is not measured
+        (2, {"exited": (0, [1, 0, 0], 0, 0), "thresholds": ALWAYS}, BOTH, LAST),
+        (2, {"exited": (0, [0, 1, 0], 0, 0)}, NONE, BOTH),
+        (2, {"exited": (1, 0, 1, 1)}, NONE, BOTH),  # only the layer before counts; entries are rewritten
+        (2, {"thresholds": [0.5, NEVER, NEVER]}, FIRST, BOTH),
+        (2, {"thresholds": [NEVER, NEVER, 0.5]}, LAST, BOTH),
+        (2, {"thresholds": [0.5, NEVER, 0.5]}, BOTH, BOTH),
+        (2, {"thresholds": [0.5, 0.5, float("nan")]}, FIRST, BOTH),
+        # together
+        (0, {"together": True, "limit": [0, 4, 0]}, BOTH, NONE),
+        (0, {"together": True, "limit": [0, 0, 1]}, NONE, NONE),
+        (2, {"together": True, "thresholds": [0.5, NEVER, 0.5]}, BOTH, BOTH),  # inactive rows have no say
+        (2, {"together": True, "thresholds": [0.5, 0.5, NEVER]}, NONE, BOTH),  # one strict row holds back all
+        (2, {"together": True, "thresholds": [0.5, 0.5, float("nan")]}, NONE, BOTH),
+        (2, {"together": True, "thresholds": [0.5, 0, NEVER], "limit": [4, 4, 2]}, BOTH, BOTH),
+        (2, {"together": True, "limit": [2, 2, 3]}, NONE, BOTH),
+        (2, {"together": True, "exited": (0, [1, 0, 0], 0, 0)}, FIRST, LAST),  # nobody comes back
+        (2, {"together": True, "exited": (0, [1, 0, 0], 0, 0), "thresholds": ALWAYS}, BOTH, LAST),
     ],
 )
-def test_decision(index, decision, exits, measures):
+def test_decision(index, decision, exits, measured):
     block = Block(SHAPES["gqa"], torch.float32)
     hidden, previous, caches, slots, positions = case(block)
+    decision = dict(decision)
+    together = decision.pop("together", False)
     d = Decision(3, **decision)
-    before = d.exited.clone()
-    own = [c.clone() for c in caches]
-    out = run(ops, block, index, hidden, previous if index else None, d, own, slots, positions)
-    layer = "exit_layer" if exits else "decoder_block"
-    expected, _ = block.run(ops, layer, hidden, caches, slots, positions)
+    before, own = d.exited.clone(), [c.clone() for c in caches]
+    previous_given = previous if index else None
+    out = run(ops, block, index, hidden, previous_given, d, own, slots, positions, together=together)
+    expected = hidden.clone()
+    for layer, rows in ("exit_layer", exits), ("decoder_block", set(BOTH) - set(exits)):
+        for row in rows:  # each is of its own slot
+            one = slice(row, row + 1)
+            y, _ = block.run(ops, layer, hidden[one], caches, slots[one], positions[one])
+            expected[row] = y[0]
     assert torch.equal(out, expected) and all(torch.equal(a, b) for a, b in zip(own, caches, strict=True))
-    before[index] = exits
+    before[index] = int32([row in exits for row in range(3)])
     assert torch.equal(d.exited, before)
-    active = slots >= 0
-    measured = ~d.similarities[:, active].isnan()
-    assert measured.all(1).tolist() == [measures and layer == index - 1 for layer in range(LAYERS)]
-    if measures:
-        similarity = ops.state_similarity(previous, hidden)
-        assert torch.equal(d.similarities[index - 1, active], similarity[active])
+    similarities = torch.full((LAYERS, 3), float("nan"))
+    for row in measured:
+        similarities[index - 1, row] = ops.state_similarity(previous, hidden)[row]
+    assert torch.equal(d.similarities.view(torch.int32), similarities.view(torch.int32))
 
 
 def test_threshold_is_strict():
     block = Block(SHAPES["gqa"], torch.float32)
     hidden, previous, caches, slots, positions = case(block)
     similarity = ops.state_similarity(previous, hidden)
-    for thresholds, exits in [(similarity, 0), (torch.nextafter(similarity, torch.tensor(-2.0)), 1)]:
+    below = torch.nextafter(similarity, torch.tensor(-2.0))
+    for first, last in (0, 0), (0, 1), (1, 0), (1, 1):
+        thresholds = torch.stack([(similarity, below)[first][0], below[1], (similarity, below)[last][2]])
         d = Decision(3, thresholds)
         run(ops, block, 1, hidden, previous, d, caches, slots, positions)
-        assert d.exited[1] == exits
+        assert d.exited[1].tolist() == [first, 0, last]
 
 
-def test_without_active_rows_all_wish_to_exit():
+@pytest.mark.parametrize("together", [False, True])
+def test_without_active_rows_nothing_happens(together):
     block = Block(SHAPES["gqa"], torch.float32)
     hidden, previous, caches, _, positions = case(block)
     before = [c.clone() for c in caches]
-    d = Decision(3)
-    out = run(ops, block, 1, hidden, previous, d, caches, int32([-1, -1, -1]), positions)
-    assert d.exited.tolist() == [0, 1, 0, 0] and torch.equal(out, hidden)
+    d = Decision(3, ALWAYS, exited=(0, 1, 1, 0))
+    out = run(ops, block, 2, hidden, previous, d, caches, int32([-1, -1, -1]), positions, together=together)
+    assert d.exited.tolist() == [[0] * 3, [1] * 3, [0] * 3, [0] * 3] and torch.equal(out, hidden)
     assert all(torch.equal(a, b) for a, b in zip(caches, before, strict=True))
+    assert d.similarities.isnan().all()
+
+
+@pytest.fixture(params=each_isa())
+def isa(request):
+    ops._C.set_cpu_isa(request.param)
+    yield request.param
+    ops._C.set_cpu_isa(each_isa()[0])
+
+
+@pytest.mark.usefixtures("isa")
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("shape", SHAPES)
+def test_a_row_does_not_depend_on_the_others(shape, dtype):
+    assert any([check_rows_alone(ops, Chain(SHAPES[shape], dtype, 8, seed)) for seed in range(3)])
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("together", [False, True])
+def test_chains_equal_the_reference(together, shape, dtype):
+    for seed in range(3):
+        check_with_reference(ops, Chain(SHAPES[shape], dtype, 3 + 2 * seed, seed), together)
 
 
 def test_options_reach_both_layers():
@@ -162,8 +215,9 @@ def test_bad_arguments():
     refused("previous is float64, expected float32", previous=previous.double())
     refused(r"thresholds has shape \[2\], expected \[3\]", thresholds=torch.zeros(2))
     refused("min_layers is int64, expected int32", min_layers=torch.ones(3, dtype=torch.int64))
-    refused(r"limit has shape \[2\], expected \[1\]", limit=int32([1, 1]))
-    refused("exited is bool, expected int32", exited=torch.zeros(LAYERS, dtype=torch.bool))
+    refused(r"limit has shape \[1\], expected \[3\]", limit=int32([1]))
+    refused("exited is bool, expected int32", exited=torch.zeros(LAYERS, 3, dtype=torch.bool))
+    refused(r"exited has shape \[4\], expected \[\*, 3\]", exited=int32([0] * LAYERS))
     refused(r"similarities has shape \[3, 4\], expected \[4, 3\]", similarities=torch.zeros(3, LAYERS))
     block.packed.gate_up_proj = block.packed.gate_up_proj[:8]
     refused(r"gate_up_tiles has shape \[8, 2, 576\], expected \[24, 2, 576\]")

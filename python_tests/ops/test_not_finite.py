@@ -14,7 +14,7 @@ from river_ext.errors import RiverError
 from river_ext.evaluate import Item, Setting, evaluate
 from river_ext.model import DEMO
 
-CONTROLS = ["auto", "host", "device"]
+CONTROLS = ["host", "device"]
 DRAWS = [{}, {"temperature": 1.0}, {"temperature": 1.0, "top_k": 9}, {"return_logits": True}]
 LAYERS, LENGTH = 4, 10
 PROMPTS = [random_prompt(n, n) for n in (5, 3, 7)]
@@ -43,7 +43,6 @@ COMBINATIONS = [
     pytest.param({"exit_control": control, **draw}, id=f"{control} {draw}")
     for control in CONTROLS
     for draw in DRAWS
-    if control != "device" or "return_logits" not in draw
 ]
 
 
@@ -61,7 +60,16 @@ def test_a_prompt_alone_raises(options):
 
 
 @pytest.mark.parametrize("options", COMBINATIONS)
-@pytest.mark.parametrize("depth", [{"mode": "full"}, {"threshold": -2.0, "min_layers": 2}])
+@pytest.mark.parametrize(
+    "depth",
+    [
+        {"mode": "full"},
+        {"threshold": -2.0, "min_layers": 2},
+        {"threshold": -2.0, "min_layers": 2, "batch_policy": "min"},
+        {"threshold": [-2.0, math.inf, 0.6]},
+    ],
+    ids=str,
+)
 def test_a_request_that_fails_on_its_way_leaves_the_others_as_they_are(options, depth):
     """A token of the first request leads nowhere; what came before it, and the other two, stay."""
     options = {"max_new_tokens": LENGTH, **depth, **options}
@@ -72,7 +80,7 @@ def test_a_request_that_fails_on_its_way_leaves_the_others_as_they_are(options, 
     position = len(PROMPTS[0]) + last + 1
     model = without(new_model(), tokens[last])
     for prompts in (PROMPTS, PROMPTS[:1]):
-        failed, *rest = model.generate(prompts, **options)
+        failed, *rest = model.generate(prompts, **first(options, len(prompts)))
         assert failed.finish_reason == "error" and failed.tokens == tokens[: last + 1]
         assert len(failed.exit_depths) == len(failed.similarities) == last + 1
         assert failed.error.startswith(
@@ -85,7 +93,12 @@ def test_a_request_that_fails_on_its_way_leaves_the_others_as_they_are(options, 
             )  # fmt: skip
             assert output.error is None and output.checked() is output
     with pytest.raises(RiverError, match=f"no token at position {position}:"):
-        model.generate(PROMPTS[0], **options)
+        model.generate(PROMPTS[0], **first(options, 1))
+
+
+def first(options, count):
+    """Options of the first prompts; a list has one value for each."""
+    return {name: value[:count] if isinstance(value, list) else value for name, value in options.items()}
 
 
 @pytest.mark.parametrize("control", CONTROLS)
@@ -129,7 +142,7 @@ def test_a_stream_raises_behind_what_was_certain(control):
     assert seen == expected[:7] == stream.output.tokens
     assert stream.output.finish_reason == "error" and "position 12" in stream.output.error
     assert list(stream) == [], "it has ended"
-    assert len(model.network.idle_runners) == (control != "auto"), "and given its runner back"
+    assert len(model._engines.idle) == 1, "and given its engine back"
 
 
 def test_score_and_evaluate_raise():

@@ -7,6 +7,7 @@ send K and V out of it.
 import pytest
 import torch
 from blocks import Block, Shape, int32
+from cycles import Requests
 from test_advance import State
 from test_dual_layer import Decision, weights_of
 
@@ -20,6 +21,10 @@ def arguments(name: str) -> dict:
     schema = getattr(torch.ops.river, name).default._schema
     if name == "advance":
         values = list(vars(State(torch.bfloat16)).values())
+    elif name == "draft_advance":
+        values = list(Requests(dtype=torch.bfloat16).drafting(torch.tensor([3, 4]), 1).values())
+    elif name == "accept":
+        values = list(Requests(dtype=torch.bfloat16).accepting(torch.tensor([3, 4, 5, 6])).values())
     else:
         block = Block(Shape(bias=True, qk_norm=True, query_scale=True), torch.bfloat16)
         size, s = block.shape.hidden_size, block.shape
@@ -39,6 +44,7 @@ def arguments(name: str) -> dict:
         values += [*block.caches(), *places, *block.tables, s.num_attention_heads, 1e-5]
         values += [block.options[key] for key in ("q_bias", "k_bias", "v_bias", "o_bias", "q_norm", "k_norm")]
         values += [block.options["query_scale"], None, None, torch.ones(s.slots, s.max_len, dtype=torch.bool)]
+        values += [False] if name == "dual_layer" else []
     return dict(zip((a.name for a in schema.arguments), values, strict=True))
 
 
@@ -101,7 +107,9 @@ def same(actual, expected) -> bool:
 
 
 def test_the_ops_that_write():
-    assert list(WRITERS) == ["advance", "decoder_block", "dual_layer", "exit_layer"]
+    assert list(WRITERS) == [
+        *("accept", "advance", "decoder_block", "draft_advance", "dual_layer", "exit_layer")
+    ]
 
 
 @pytest.mark.parametrize("op, written, other", PAIRS)

@@ -3,6 +3,7 @@
 import pytest
 import torch
 from blocks import SHAPES, Block, int32
+from cycles import Requests
 from drawing import drawing
 from test_advance import State
 from test_dual_layer import Decision, weights_of
@@ -34,9 +35,12 @@ def samples():
             *tail, block.options["q_bias"],
         ),
         "advance": tuple(vars(State()).values()),
+        "draft_advance": tuple(Requests().drafting(torch.tensor([3, 4]), 1).values()),
+        "accept": tuple(Requests().accepting(torch.tensor([3, 4, 5, 6])).values()),
         "decode_attention": (block.random(2, 4, 32), k, v, int32([0, 1]), int32([5, 7]), 0.2, 3, None),
         "state_similarity": (hidden, hidden.flip(0)),
         "lm_head": (hidden, norm1, block.random(50, 128), 1e-5, True),
+        "lm_head_w4": (hidden, norm1, ops.pack_w4(*block.quantised(50, 128)), 50, 1e-5, True),
         "sample": tuple(drawing(block.random(2, 50).float(), top_k=9, top_p=0.9, min_p=0.01).values()),
         "linear": (x, block.random(40, 100), None),
         "linear_w4": (x, packed, 40, block.random(40)),
@@ -47,6 +51,7 @@ def samples():
 
 
 SAMPLES = samples()
+RECORDS = {"advance": 13, "accept": 14}  # the place of records among the arguments
 
 
 @pytest.mark.parametrize("name", SAMPLES)
@@ -77,8 +82,8 @@ def test_cuda_tensors_trace_without_a_gpu(name):
     with FakeTensorMode() as mode:
         on_cpu = [mode.from_tensor(a) if isinstance(a, torch.Tensor) else a for a in SAMPLES[name]]
         on_cuda = [torch.empty_like(a, device="cuda") if isinstance(a, torch.Tensor) else a for a in on_cpu]
-        if name == "advance":
-            on_cuda[-1] = on_cpu[-1]
+        if name in RECORDS:
+            on_cuda[RECORDS[name]] = on_cpu[RECORDS[name]]
         result = getattr(torch.ops.river, name)(*on_cuda)
         expected = getattr(torch.ops.river, name)(*on_cpu)
     for got, like in zip(*(r if isinstance(r, tuple) else (r,) for r in (result, expected)), strict=True):
@@ -87,11 +92,12 @@ def test_cuda_tensors_trace_without_a_gpu(name):
             assert got.is_contiguous()
 
 
-def test_records_on_the_gpu_are_refused():
+@pytest.mark.parametrize("name, place", RECORDS.items())
+def test_records_on_the_gpu_are_refused(name, place):
     with FakeTensorMode() as mode:
-        arguments = [torch.empty_like(mode.from_tensor(a), device="cuda") for a in SAMPLES["advance"]]
-        with pytest.raises(RuntimeError, match="river::advance: argument 13 is on cuda.*, expected cpu"):
-            torch.ops.river.advance(*arguments)
+        arguments = [torch.empty_like(mode.from_tensor(a), device="cuda") for a in SAMPLES[name]]
+        with pytest.raises(RuntimeError, match=f"river::{name}: argument {place} is on cuda.*, expected cpu"):
+            getattr(torch.ops.river, name)(*arguments)
 
 
 @pytest.mark.parametrize("name", SAMPLES)

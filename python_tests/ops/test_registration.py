@@ -11,8 +11,9 @@ FLOATING = {
     name: [i for i, a in enumerate(values) if isinstance(a, torch.Tensor) and a.is_floating_point()]
     for name, values in SAMPLES.items()
 }
+ENDS_OF_STEPS = ("advance", "draft_advance", "accept")
 RETURNS_FLOATS = [
-    name for name in SAMPLES if name not in ("advance", "pack_w4", "unpack_w4", "dequantize_w4")
+    name for name in SAMPLES if name not in (*ENDS_OF_STEPS, "pack_w4", "unpack_w4", "dequantize_w4")
 ]
 
 

@@ -1,195 +1,170 @@
-"""Who takes the steps of a run: three decoders with the same tokens, exit depths and similarities.
+"""Who takes the steps: two decoders with the same tokens, exit depths and similarities.
 
-    EagerDecoder    decode_step, op by op
     HostDecoder     part of the backbone, read similarities, decide, ..., the tail of that exit depth
     DeviceDecoder   whole steps whose layers choose their own path, while the host runs behind
 
-The last two replay what graph.py captures.
+Both replay what graph.py captures.
 """
 
 import math
 from collections.abc import Sequence
-from typing import Protocol
 
 import torch
 from torch import Tensor
 
 from .. import ops
-from .cache import KVCache
-from .graph import Depths, advance, backbone_part, lend_runner, river_part, tail_part, whole_steps
-from .network import Network
-from .request import Plan
-from .sampling import draw
-from .step import Rows, StepOutput, decode_step
+from .exit_rule import next_decision, still_staying
+from .graph import LEAST_STOP_TOKENS, Graph, Graphs, Memory, Runner, backbone_part, tail_part, whole_steps
+from .step import NewToken, Row, RowOutput
 
 # Steps in flight beyond the one that the host waits for: with the second of a pair, fewer than graph.RECORDS
 RUN_AHEAD = 4
 
 
-class Decoder(Protocol):
-    """Takes the steps of one run, from the end of its prefill on."""
+class Decoder:
+    """Takes steps of up to eight rows; every step gives each of its rows a token."""
 
-    cache: KVCache  # what the prefill fills
+    def __init__(self, memory: Memory, together: bool = False):
+        self.memory, self.together = memory, together
+        self.runners: dict[int, Graphs] = {}  # by their number of rows
 
-    def start(self, rows: Rows) -> None:
-        """The first tokens to go in."""
-
-    def step(self) -> StepOutput:
-        """One more token for every row; each token goes in at the next step."""
-
-    def keep(self, rows: Sequence[int]) -> None:
-        """Goes on with some of the rows of the last step's output."""
-
-    def close(self) -> None:
-        """Ends the run, wherever it is."""
-
-
-def decoder_for(network: Network, plan: Plan, max_len: int) -> Decoder:
-    """The one that the plan asks for; its cache has a slot for each prompt and at least max_len positions.
-
-    On a GPU "auto" is the device where that is possible: predicted to be the faster, not yet measured.
-    """
-    control = plan.exit_control
-    if control == "auto" and network.device.type == "cpu":
-        return EagerDecoder(network, plan, max_len)
-    if control == "auto":
-        control = "host" if plan.return_logits else "device"
-    return {"host": HostDecoder, "device": DeviceDecoder}[control](network, plan, max_len)
-
-
-class EagerDecoder:
-    """A Decoder that calls `decode_step`."""
-
-    def __init__(self, network: Network, plan: Plan, max_len: int):
-        self.network, self.plan = network, plan
-        self.cache = KVCache(network.config, len(plan.prompts), max_len, network.dtype, network.device)
-
-    def start(self, rows: Rows) -> None:
-        self.rows = rows
-
-    def step(self) -> StepOutput:
-        plan = self.plan
-        output = decode_step(self.network, self.cache, self.rows, plan.sampling, plan.return_logits)
-        self.rows = self.rows.advance(output.tokens)
-        return output
-
-    def keep(self, rows: Sequence[int]) -> None:
-        self.rows = self.rows.keep(rows)
-
-    def close(self) -> None:
-        pass
-
-
-class _GraphDecoder:
-    """A Decoder on a runner that is its own until it closes, so that streams of one model may take turns."""
-
-    def __init__(self, network: Network, plan: Plan, max_len: int):
-        self.network, self.plan = network, plan
-        self.runner = lend_runner(network, len(plan.prompts), max_len, len(plan.stop_tokens))
-        self.cache = self.runner.cache
-
-    def start(self, rows: Rows) -> None:
-        self.rule = rows.rule
-        self.live = list(range(len(rows.slots)))  # rows of the runner, in the order of the outputs
+    def start(self, rows: Sequence[Row]) -> None:
+        """The rows of the next steps; none is in flight."""
+        self.runner = self._runner(len(rows), max(len(row.request.stop_tokens) for row in rows))
+        self.runner.start(rows)
+        self._started = self._count(len(rows))
+        self.rows = dict(enumerate(rows))  # by their index in the runner, in the order of the outputs
         self.taken = 0  # steps whose output the caller has
-        self.runner.start(self.network, rows, self.plan)
+        self.filters = any(row.request.sampling.filters for row in rows)
+        self.logits = any(row.request.wants_logits for row in rows)
 
-    @torch.inference_mode()
+    def _runner(self, rows: int, stop_tokens: int) -> Graphs:
+        count = self._count(rows)
+        runner = self.runners.get(count)
+        if runner is None or runner.stop_tokens.shape[1] < stop_tokens:
+            columns = max(LEAST_STOP_TOKENS, power_of_two(stop_tokens))
+            runner = self.runners[count] = self.new_runner(count, columns)
+        return runner
+
+    def _count(self, rows: int) -> int:
+        """On a GPU a power of two of rows: graphs are large, and a row more costs a step little."""
+        return rows if self.memory.stream is None else power_of_two(rows)
+
+    def has_room(self, rows: int) -> bool:
+        """Whether steps of so many rows, those that are left, would be smaller after a new start."""
+        return rows > 0 and self._count(rows) < self._started
+
+    def new_runner(self, rows: int, stop_tokens: int) -> Graphs:
+        return Runner(self.memory, rows, stop_tokens, self.together)
+
+    def step(self, run_ahead: bool = True) -> list[RowOutput]:
+        """A token for every row, which goes in at the next step. May begin steps beyond, if wanted."""
+        raise NotImplementedError
+
+    @property
+    def in_flight(self) -> int:
+        """Steps begun beyond those that the caller has."""
+        return 0
+
     def keep(self, rows: Sequence[int]) -> None:
-        """The device has dropped the others by itself, unless they ended by a stop string."""
-        kept = [self.live[row] for row in rows]
-        with torch.cuda.stream(self.runner.stream):
-            for row in set(self.live) - set(kept):
-                self.runner.slots[row] = -1
-        self.live, self.rule = kept, self.rule.keep(rows)
+        """Goes on with some of the rows of the last step's output, each of which has drawn a token since."""
+        kept = [list(self.rows)[row] for row in rows]
+        for row in set(self.rows) - set(kept):
+            self.runner.drop(row)  # the device does so by itself, unless the host alone knows why
+        self.rows = {row: self.rows[row] for row in kept}
 
-    def close(self) -> None:
-        """Gives the runner back, once nothing of it is in flight."""
-        self.runner.synchronise()
-        self.network.idle_runners.append(self.runner)
-        del self.runner, self.cache
-
-    def _output(
-        self, tokens: list[int], depth: int, similarities: list[list[float]], logits: Tensor | None = None
-    ) -> StepOutput:
-        """Of the live rows; tokens and logits are by row of the runner, similarities by layer and row."""
-        by_row = [[similarities[index][row] for index in range(depth)] for row in self.live]
-        tokens = torch.tensor([tokens[row] for row in self.live])
-        logits = None if logits is None else logits[self.live]
-        return StepOutput(tokens, logits, [depth] * len(by_row), by_row)
-
-
-class HostDecoder(_GraphDecoder):
-    """Replays the backbone up to the next depth at which the rule may be met, and decides there."""
+    def _outputs(
+        self,
+        depths: Sequence[int],
+        tokens: Sequence[int],
+        similarities: Sequence[Sequence[float]],
+        graph: Graph,
+    ) -> list[RowOutput]:
+        """Of the live rows; depths and tokens are by row of the runner, similarities by layer and row."""
+        logits = self.copied(graph.outputs[0]) if self.logits else None
+        return [
+            RowOutput(
+                [
+                    NewToken(
+                        tokens[row],
+                        depths[row],
+                        [similarities[index][row] for index in range(depths[row])],
+                        logits[row] if logits is not None and self.rows[row].request.wants_logits else None,
+                    )
+                ]
+            )
+            for row in self.rows
+        ]
 
     @torch.inference_mode()
-    def step(self) -> StepOutput:
-        runner, logits = self.runner, None
-        with torch.cuda.stream(runner.stream):
-            depths = self._run_backbone()
-            if not self.plan.return_logits:
-                runner.replay(self.network, tail_part, depths, self.plan.sampling.filters)
-        if self.plan.return_logits:
-            drawn, logits = self._run_tail_with_logits(depths)  # drawn must live until the record is there
+    def copied(self, logits: Tensor) -> Tensor:
+        """The next replay writes to the same place."""
+        with torch.cuda.stream(self.memory.stream):
+            copied = logits.clone()
+        self.memory.lead_caller()
+        return copied
+
+
+class HostDecoder(Decoder):
+    """Replays the backbone up to the next depth at which a row may leave, and decides there."""
+
+    def step(self, run_ahead: bool = True) -> list[RowOutput]:
+        runner, layers, together = self.runner, self.runner.layers, self.together
+        rules = [row.request.rule for row in self.rows.values()]
+        runner.seen.fill_(math.nan)  # which no similarity is
+        depth, depths = 0, [0] * len(rules)
+        staying = still_staying(rules, 0, [True] * len(rules), [-math.inf] * len(rules), together)
+        while depth < layers and any(staying):
+            first, depth = depth, next_decision(rules, depth, staying, together, layers)
+            if not all(staying):
+                self._route(staying)
+            runner.replay(backbone_part, first, depth, not all(staying))
+            depths = [depth if stays else left for stays, left in zip(staying, depths, strict=True)]
+            if depth < layers:
+                staying = still_staying(rules, depth, staying, self._similarities(depth), together)
+        graph = runner.replay(tail_part, depth, self.filters, self.logits)
         self.taken += 1
         _, tokens, _ = runner.record(self.taken)
-        return self._output(tokens, depths[-1] if depths else 0, runner.seen.tolist(), logits)
+        return self._outputs(dict(zip(self.rows, depths, strict=True)), tokens, runner.seen.tolist(), graph)
 
-    def _run_backbone(self) -> Depths:
-        runner, rule, depths = self.runner, self.rule, ()
-        runner.seen.fill_(math.nan)  # which no similarity is
-        for depth in range(1, rule.limit + 1):
-            if depth < rule.limit and not rule.can_exit(depth):
-                continue
-            depths += (depth,)
-            runner.replay(self.network, backbone_part, depths)
-            if depth < rule.limit and any(rule.exits(depth, self._similarities(depth))):
-                break
-        return depths
+    def _route(self, staying: Sequence[bool]) -> None:
+        """Tells the device which rows the coming part takes through the backbone."""
+        rows = list(zip(self.rows, staying, strict=True))
+        self.runner.route([row for row, stays in rows if stays], [row for row, stays in rows if not stays])
 
     def _similarities(self, depth: int) -> list[float]:
         """Of the live rows at the last of `depth` layers, as soon as they are there."""
 
         def read() -> list[float]:
             similarities = self.runner.seen[depth - 1].tolist()
-            return [similarities[row] for row in self.live]
+            return [similarities[row] for row in self.rows]
 
         return self.runner.poll(read, lambda similarities: not any(map(math.isnan, similarities)))
 
-    def _run_tail_with_logits(self, depths: Depths) -> tuple[Tensor, Tensor]:
-        """Tokens and logits by row of the runner, on the caller's stream, which runs the head."""
-        runner, network = self.runner, self.network
-        before, hidden = runner.state(depths)
-        if not depths or depths[-1] < runner.layers:  # else there is nothing to capture
-            with torch.cuda.stream(runner.stream):
-                before, hidden = runner.replay(network, river_part, depths).outputs
-        runner.lead_caller()
-        filters = self.plan.sampling.filters
-        drawn, logits = draw(network, hidden, runner.drawing, filters, return_logits=True)
-        runner.follow_caller()
-        with torch.cuda.stream(runner.stream):
-            advance(network, runner, before, hidden, drawn)
-        return drawn, logits
 
-
-class DeviceDecoder(_GraphDecoder):
+class DeviceDecoder(Decoder):
     """Replays whole steps, some of them before the host has seen what the earlier ones gave."""
 
-    def start(self, rows: Rows) -> None:
+    def start(self, rows: Sequence[Row]) -> None:
         super().start(rows)
         self.replayed = 0  # steps
         self.pairs = bool(ops._C.variants()["paired_steps"])  # two steps in one graph
 
-    @torch.inference_mode()
-    def step(self) -> StepOutput:
-        # only the host knows stop strings: with several rows, it may have to drop one before the others go on
-        ahead = 0 if self.plan.stop and len(self.live) > 1 else RUN_AHEAD
-        last = self.plan.max_new_tokens - 1
-        with torch.cuda.stream(self.runner.stream):
-            while self.replayed < min(self.taken + 1 + ahead, last):
-                count = 2 if self.pairs and ahead and last - self.replayed >= 2 else 1
-                self.runner.replay(self.network, whole_steps, count, self.plan.sampling.filters)
-                self.replayed += count
+    @property
+    def in_flight(self) -> int:
+        return self.replayed - self.taken
+
+    def step(self, run_ahead: bool = True) -> list[RowOutput]:
+        ahead = RUN_AHEAD if run_ahead and not self.logits else 0
+        last = max(row.remaining for row in self.rows.values())
+        while self.replayed < min(self.taken + 1 + ahead, last):
+            count = 2 if self.pairs and ahead and last - self.replayed >= 2 else 1
+            self._graph = self.runner.replay(whole_steps, count, self.filters, self.logits)
+            self.replayed += count
         self.taken += 1
-        depth, tokens, similarities = self.runner.record(self.taken)
-        return self._output(tokens, depth, similarities)
+        return self._outputs(*self.runner.record(self.taken), self._graph)
+
+
+def power_of_two(n: int) -> int:
+    """The lowest one that is not below n."""
+    return 1 << max(0, n - 1).bit_length()

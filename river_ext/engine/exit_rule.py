@@ -1,8 +1,8 @@
 """The exit rule: after which backbone layer a token may leave for the exit river.
 
-A row may exit after its backbone layer number `depth` (1-based) when its similarity is strictly above its
-threshold and `depth >= min_layers`. The batch policy turns these wishes into the mask of rows that exit:
-"min", the paper's, lets all active rows exit together or none of them.
+A row may leave after `depth` backbone layers when the similarity of the last one is strictly above its
+threshold and `depth >= min_layers`; it must when `depth` is its limit. The batch policy says what becomes of
+that: by "row", each row leaves on its own; by "min", the paper's, all rows leave together or none of them.
 """
 
 from collections.abc import Sequence
@@ -10,52 +10,85 @@ from dataclasses import dataclass
 
 import torch
 
+from ..checks import short
 from ..errors import RiverError
 
-BATCH_POLICIES = ("min",)
+BATCH_POLICIES = ("row", "min")
+PREFILL_POLICIES = "'full', 'depth:k', 'min' or 'last'"
 
 
 @dataclass(frozen=True)
 class ExitRule:
-    """Thresholds and min_layers by row; rows with `active` False take no part in a decision.
+    """The rule of one row. The threshold is rounded to fp32, what the similarities are in.
 
-    `limit` is the number of backbone layers that any token may run: the model's depth, less for a prefill of
-    fixed depth, 0 for the pure river.
+    `limit` is the number of backbone layers that the row's tokens may run: the model's depth, or 0 for the
+    pure river.
     """
 
-    thresholds: tuple[float, ...]
-    min_layers: tuple[int, ...]
-    active: tuple[bool, ...]
+    threshold: float
+    min_layers: int
     limit: int
 
-    @classmethod
-    def of(
-        cls, thresholds: Sequence[float], min_layers: Sequence[int], limit: int, active=None
-    ) -> "ExitRule":
-        """The rule for these rows; thresholds are rounded to fp32, what the similarities are in."""
-        rounded = torch.tensor(thresholds, dtype=torch.float64).float()
-        if rounded.isnan().any():
+    def __post_init__(self):
+        rounded = torch.tensor(self.threshold, dtype=torch.float64).float().item()
+        if rounded != rounded:
             raise RiverError("threshold is NaN; accepted: any number, inf (never exit) included")
-        active = (True,) * len(thresholds) if active is None else tuple(active)
-        return cls(tuple(rounded.tolist()), tuple(min_layers), active, limit)
+        object.__setattr__(self, "threshold", rounded)
 
-    def can_exit(self, depth: int) -> bool:
-        """Whether `exits` is worth asking after `depth` layers. No similarity exceeds 1, so inf never is."""
-        rows = zip(self.thresholds, self.min_layers, self.active, strict=True)
-        return all(threshold < 1 and depth >= least for threshold, least, active in rows if active)
+    def may_leave(self, depth: int) -> bool:
+        """Whether any similarity lets the row leave after `depth` layers; none exceeds 1."""
+        return depth >= self.limit or (depth >= self.min_layers and self.threshold < 1)
 
-    def exits(self, depth: int, similarities: Sequence[float]) -> list[bool]:
-        """The rows that exit after `depth` layers, given the similarity that each row has there."""
-        wishes = [
-            s > threshold and depth >= least
-            for s, threshold, least in zip(similarities, self.thresholds, self.min_layers, strict=True)
-        ]
-        together = all(wish for wish, active in zip(wishes, self.active, strict=True) if active)
-        return [together and active for active in self.active]
+    def leaves(self, depth: int, similarity: float) -> bool:
+        """Whether the row is ready to leave after `depth` layers, the last of which had this similarity."""
+        return depth >= self.limit or (depth >= self.min_layers and similarity > self.threshold)
 
-    def keep(self, rows: Sequence[int]) -> "ExitRule":
-        """The rule for some of the rows."""
-        thresholds, min_layers, active = (
-            tuple(values[row] for row in rows) for values in (self.thresholds, self.min_layers, self.active)
-        )
-        return ExitRule(thresholds, min_layers, active, self.limit)
+
+def next_decision(
+    rules: Sequence[ExitRule], depth: int, staying: Sequence[bool], together: bool, layers: int
+) -> int:
+    """The first depth after `depth` at which one of the rows that stay may leave; `layers` if none may."""
+    some = all if together else any
+    return next(
+        (
+            after
+            for after in range(depth + 1, layers)
+            if some(rule.may_leave(after) for rule, stays in zip(rules, staying, strict=True) if stays)
+        ),
+        layers,
+    )
+
+
+def still_staying(
+    rules: Sequence[ExitRule],
+    depth: int,
+    staying: Sequence[bool],
+    similarities: Sequence[float],
+    together: bool,
+) -> list[bool]:
+    """Which of the rows that ran `depth` backbone layers run another one; the others leave for good."""
+    ready = [rule.leaves(depth, s) for rule, s in zip(rules, similarities, strict=True)]
+    if together:
+        ready = [all(ready[row] for row, stays in enumerate(staying) if stays)] * len(ready)
+    return [stays and not leaves for stays, leaves in zip(staying, ready, strict=True)]
+
+
+@dataclass(frozen=True)
+class PrefillPolicy:
+    """How many backbone layers a prompt runs: at most `limit`, fewer where the rule is met."""
+
+    limit: int
+    judged: str | None = None  # the similarity the rule looks at: "min" over all tokens, the "last", none
+
+    @classmethod
+    def parse(cls, text: str, depth: int) -> "PrefillPolicy":
+        if isinstance(text, str):
+            if text == "full":
+                return cls(depth)
+            if text in ("min", "last"):
+                return cls(depth, judged=text)
+            name, _, number = text.partition(":")
+            digits = number.isascii() and number.isdigit() and len(number) <= 9
+            if name == "depth" and digits and int(number) <= depth:
+                return cls(int(number))
+        raise RiverError(f"prefill={short(text)}; accepted: {PREFILL_POLICIES} with k from 0 to {depth}")

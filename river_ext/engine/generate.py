@@ -1,36 +1,27 @@
-"""The generation loop: prefill every prompt, then decode all rows together until each has finished."""
+"""Prompts to outputs and streams, through an engine that is lent for the time of a call."""
 
-import time
-from collections.abc import Iterator
-from contextlib import closing
+from collections import deque
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from .. import ops
+from ..checks import integer
 from ..errors import RiverError
-from ..loading.stop_strings import StopStrings
-from ..loading.text import Text, TextStream
-from .cache import KVCache
-from .decoder import decoder_for
+from ..loading.text import Text
+from .decoder import HostDecoder, power_of_two
+from .engine import Engine
+from .graph import Memory
 from .network import Network
-from .prefill import prefill
-from .request import Options, Plan, exit_rule, integer, is_batch, plan, prefill_policy, prompt_tokens
-from .sampling import Sampling
-from .sequence import GenerationOutput, Sequence
-from .step import Rows, decode_step, not_finite
+from .prefill import Prefill
+from .request import Request, is_batch, prompt_tokens, request, requests
+from .sequence import GenerationOutput, Piece, Sequence
+from .step import Row, not_finite
 
-
-class Piece(NamedTuple):
-    """What a token adds to a stream. Its text may be empty, or may complete what earlier tokens began."""
-
-    text: str
-    token: int
-    exit_depth: int
-
-    def to_dict(self) -> dict:
-        """For `json.dumps`."""
-        return self._asdict()
+LEAST_POSITIONS = 256  # of an engine that is lent, so that most of the requests to come fit it
 
 
 class Score(NamedTuple):
@@ -40,35 +31,72 @@ class Score(NamedTuple):
     exit_depths: list[int]
 
 
+class Engines:
+    """Lends engines to the calls of one model, and keeps the last one for the next call."""
+
+    def __init__(self, network: Network, text: Text | None):
+        self.network, self.text = network, text
+        self.idle: deque[Engine] = deque(maxlen=1)
+
+    @contextmanager
+    def lend(self, requests: list[Request], batch_policy: str, exit_control: str) -> Iterator[Engine]:
+        """The idle engine if it fits the requests, else a new one; it is idle again afterwards."""
+        slots = power_of_two(min(len(requests), ops.MAX_ROWS))
+        positions = max(request.positions for request in requests)
+        engine = self._idle(slots, positions, batch_policy)
+        if engine is None:
+            max_len = min(max(LEAST_POSITIONS, power_of_two(positions)), self.network.config.max_length)
+            engine = Engine(
+                self.network, self.text, slots=slots, max_len=max_len,
+                batch_policy=batch_policy, exit_control=exit_control,
+            )  # fmt: skip
+        engine.use(exit_control)
+        try:
+            yield engine
+        finally:
+            engine.clear()
+            self.idle.append(engine)
+
+    def _idle(self, slots: int, positions: int, batch_policy: str) -> Engine | None:
+        with suppress(IndexError):  # none is idle
+            engine = self.idle.pop()
+            if engine.slots == slots and engine.max_len >= positions and engine.batch_policy == batch_policy:
+                return engine
+        return None  # and one that does not fit is gone, before there is a second cache
+
+
 def generate(
-    network: Network, text: Text | None, prompt, options: Options
+    engines: Engines, prompt, options: Mapping, batch_policy: str, exit_control: str
 ) -> GenerationOutput | list[GenerationOutput]:
     """One output for one prompt, a list for a list; an error of one prompt alone is raised."""
-    sequences = _sequences(text, plan(network.config, text, prompt, options))
-    for _ in run(network, sequences):
-        pass
-    outputs = [sequence.output() for sequence in sequences]
-    return outputs if is_batch(prompt) else outputs[0].checked()
+    Engine.check(batch_policy, exit_control)
+    asked = requests(engines.network.config, engines.text, prompt, options)
+    outputs = dict.fromkeys(range(len(asked)))
+    with engines.lend(asked, batch_policy, exit_control) as engine:
+        for number, one in enumerate(asked):
+            engine.add(Sequence(one, engines.text), number)
+        for event in engine:
+            if event.output:
+                outputs[event.id] = event.output
+    return list(outputs.values()) if is_batch(prompt) else outputs[0].checked()
 
 
 class Stream:
     """Iterates over the pieces of one prompt's generation, each as soon as it is certain."""
 
-    def __init__(self, network: Network, text: Text | None, prompt, options: Options):
+    def __init__(self, engines: Engines, prompt, options: Mapping, batch_policy: str, exit_control: str):
         if is_batch(prompt):
             raise RiverError("stream takes one prompt, not a list of prompts; generate takes a list")
-        (self._sequence,) = sequences = _sequences(text, plan(network.config, text, prompt, options))
-        self._run = run(network, sequences)
+        Engine.check(batch_policy, exit_control)
+        (asked,) = requests(engines.network.config, engines.text, prompt, options)
+        self._sequence = Sequence(asked, engines.text)
+        self._pieces = _pieces(engines, self._sequence, batch_policy, exit_control)
 
     def __iter__(self) -> "Stream":
         return self
 
     def __next__(self) -> Piece:
-        sequence = next(self._run)
-        if sequence.error:
-            self._run.close()
-            raise RiverError(sequence.error)
-        return Piece(sequence.news, sequence.tokens[-1], sequence.exit_depths[-1])
+        return next(self._pieces)
 
     @property
     def output(self) -> GenerationOutput:
@@ -76,87 +104,32 @@ class Stream:
         return self._sequence.output()
 
 
-def _sequences(text: Text | None, plan: Plan) -> list[Sequence]:
-    stop = StopStrings(plan.stop)
-    return [
-        Sequence(plan, slot, TextStream(text, prompt, stop) if text else None)
-        for slot, prompt in enumerate(plan.prompts)
-    ]
+def _pieces(engines: Engines, sequence: Sequence, batch_policy: str, exit_control: str) -> Iterator[Piece]:
+    """A function, not a method: the engine goes back when the stream that holds this is dropped."""
+    with engines.lend([sequence.request], batch_policy, exit_control) as engine:
+        engine.add(sequence)
+        for event in engine:
+            if event.piece is None:
+                sequence.output().checked()
+            yield event.piece
 
 
-def run(network: Network, sequences: list[Sequence]) -> Iterator[Sequence]:
-    """Generates; yields a sequence whenever it has a new token, or an error in place of one."""
-    plan = sequences[0].plan
-    # the last new token is never fed back
-    max_len = max(map(len, plan.prompts)) + plan.max_new_tokens - 1
-    with closing(decoder_for(network, plan, max_len)) as decoder:
-        for sequence in sequences:
-            start = time.perf_counter()
-            prefill_one(network, decoder.cache, sequence)
-            sequence.prefill_seconds = time.perf_counter() - start
-            yield sequence
-        running = [sequence for sequence in sequences if not sequence.finish_reason]
-        if running:
-            decoder.start(first_rows(decoder.cache, running))
-        while running:
-            start = time.perf_counter()
-            step = decoder.step()
-            for row, (sequence, token) in enumerate(zip(running, step.tokens.tolist(), strict=True)):
-                sequence.append(token, step, row)
-            stay = [row for row, sequence in enumerate(running) if not sequence.finish_reason]
-            seconds = time.perf_counter() - start
-            for sequence in running:
-                sequence.decode_seconds += seconds
-                yield sequence
-            if 0 < len(stay) < len(running):
-                decoder.keep(stay)
-            running = [running[row] for row in stay]
-
-
-def prefill_one(network: Network, cache: KVCache, sequence: Sequence) -> None:
-    plan, slot = sequence.plan, sequence.slot
-    step = prefill(
-        network,
-        cache,
-        slot,
-        sequence.prompt,
-        rule=plan.rule.keep([slot]),
-        policy=plan.prefill,
-        sampling=plan.sampling,
-        seed=plan.seeds[slot],
-        return_logits=plan.return_logits,
-    )
-    sequence.append(step.tokens.item(), step, row=0)
-
-
-def first_rows(cache: KVCache, running: list[Sequence]) -> Rows:
-    """The first new token of every sequence that goes on, right behind its prompt."""
-    plan, slots = running[0].plan, [sequence.slot for sequence in running]
-    return Rows.of(
-        tokens=[sequence.tokens[-1] for sequence in running],
-        slots=slots,
-        positions=[len(sequence.prompt) for sequence in running],
-        seeds=[plan.seeds[slot] for slot in slots],
-        rule=plan.rule.keep(slots),
-        cache=cache,
-    )
-
-
-def score(network: Network, tokens, prompt_length: int, options: Options) -> Score:
+def score(network: Network, tokens, prompt_length: int, options: Mapping) -> Score:
     """Feeds given tokens instead of the model's own, through the same prefill and steps."""
     config = network.config
-    rule, policy = exit_rule(config, options, rows=1), prefill_policy(config, options)
     tokens = prompt_tokens(config, None, tokens)
     if len(tokens) > config.max_length:
         raise RiverError(f"{len(tokens)} tokens need as many positions; the model has {config.max_length}")
     prompt_length = integer("prompt_length", prompt_length, 1, len(tokens) - 1)
-    cache = KVCache(config, 1, len(tokens) - 1, network.dtype, network.device)
-    greedy = Sampling()
-    steps = [prefill(network, cache, 0, tokens[:prompt_length], rule, policy, greedy, return_logits=True)]
+    options = {**options, "max_new_tokens": len(tokens) - prompt_length, "return_logits": True}
+    asked = request(config, None, tokens[:prompt_length], options)
+    memory = Memory(network, slots=1, max_len=asked.positions)
+    news = [Prefill(network, memory.cache, 0, asked).advance()]
+    decoder = HostDecoder(memory, together=False)
     for position in range(prompt_length, len(tokens) - 1):
-        rows = Rows.of([tokens[position]], [0], [position], [0], rule, cache)
-        steps.append(decode_step(network, cache, rows, greedy, return_logits=True))
-    for position, step in enumerate(steps, start=prompt_length):
-        if step.tokens.item() < 0:
-            raise RiverError(not_finite(network.dtype, position, step.similarities[0]))
-    return Score(torch.cat([step.logits for step in steps]), [step.exit_depths[0] for step in steps])
+        decoder.start([Row(tokens[position], position, 0, asked, remaining=1)])
+        news += decoder.step()[0].tokens
+    for position, new in enumerate(news, start=prompt_length):
+        if new.token < 0:
+            raise RiverError(not_finite(network.dtype, position, new.similarities))
+    return Score(torch.stack([new.logits for new in news]), [new.exit_depth for new in news])

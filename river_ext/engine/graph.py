@@ -1,15 +1,14 @@
 """Steps as captured graphs, and the memory that they work on.
 
-A graph holds addresses, not values. So all that a step reads and writes lies in a `Runner`, which the network
-keeps for the next run together with the graphs captured on it. What is captured are the functions at the end
-of this file. Where the host decides on exits, a step is the backbone in parts and then the tail of its exit
-depth; where the device does, two steps are a graph. Steps that draw through filters are captured apart;
+A graph holds addresses, not values. So all that a step reads and writes lies in a `Runner`, which has the
+graphs captured on it. What is captured are the functions at the end of this file. Where the host decides on
+exits, a step is the backbone in parts and then the tail of its exit depth; where the device does, a graph is
+one whole step or two. Steps that draw through filters are captured apart, and so are those that keep logits;
 the filters' settings are values. On the CPU a graph is the function itself, called again.
 """
 
 import time
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import TypeVar
 
@@ -19,148 +18,43 @@ from torch import Tensor
 from .. import ops
 from ..errors import RiverError
 from .cache import KVCache
-from .network import Decision, Network
-from .request import Plan
-from .sampling import Drawing, Sampling, draw
-from .step import Rows
+from .network import Decision, Network, Place
+from .sampling import Drawing, draw
+from .step import Row
 
 RECORDS = 8  # steps whose results the device keeps for the host
-LEAST_LEN = 256  # positions of a runner, so that most of the requests to come fit it
 LEAST_STOP_TOKENS = 16
 POLLS = 1000  # between two looks at how the device is
 PATIENCE = 120.0  # seconds without a result
 
 Value = TypeVar("Value")
-Depths = tuple[int, ...]  # of a step: after how many layers the host has looked; the last is where it is now
 
 
-def lend_runner(network: Network, slots: int, max_len: int, stop_tokens: int) -> "Runner":
-    """The idle runner if it fits, else a new one, which takes its place when it comes back."""
-    rows = _power_of_two(slots)
-    with suppress(IndexError):  # none is idle
-        runner = network.idle_runners.pop()
-        if runner.fits(rows, max_len, stop_tokens):
-            return runner
-        del runner  # before there is a second cache
-    max_len = min(max(LEAST_LEN, _power_of_two(max_len)), network.config.max_length)
-    return Runner(network, rows, max_len, max(LEAST_STOP_TOKENS, _power_of_two(stop_tokens)))
+class Memory:
+    """What the runners of one engine share: the cache, and on a GPU the stream and the graphs' memory."""
 
-
-def _power_of_two(n: int) -> int:
-    """The lowest one that is not below n."""
-    return 1 << max(0, n - 1).bit_length()
-
-
-class Runner:
-    """What the steps of a run read and write, and the graphs captured on it.
-
-    It has a power of two of rows, T, and a slot of the cache for each; unused rows have slot -1. The host
-    polls `records` and `seen`, which are pinned memory on a GPU. Steps are on a stream of the runner's own;
-    the caller's stream is the current one elsewhere.
-    """
-
-    def __init__(self, network: Network, rows: int, max_len: int, stop_tokens: int):
-        config, device = network.config, network.device
-        layers, on_gpu = config.num_hidden_layers, device.type == "cuda"
-
-        def zeros(*shape: int, dtype: torch.dtype = torch.int32) -> Tensor:
-            return torch.zeros(shape, dtype=dtype, device=device)
-
-        self.rows, self.layers = rows, layers
-        self.cache = KVCache(config, rows, max_len, network.dtype, device)
-        self.hidden = zeros(rows, config.hidden_size, dtype=network.dtype)  # embeddings that go in
-        self.slots, self.positions = zeros(rows) - 1, zeros(rows)
-        self.draw_positions, self.remaining = zeros(rows), zeros(rows)
-        self.drawing = Drawing.of(Sampling(), zeros(rows, dtype=torch.int64), self.draw_positions)
-        self.stop_tokens = zeros(stop_tokens, dtype=torch.int64) - 1
-        self.thresholds, self.min_layers = zeros(rows, dtype=torch.float32), zeros(rows)
-        self.limit, self.exited, self.steps_taken = zeros(1), zeros(layers), zeros(1)
-        self.similarities = zeros(layers, rows, dtype=torch.float32)
-        host = {"device": "cpu", "pin_memory": on_gpu}  # whatever torch's default device is
-        self.records = torch.zeros(RECORDS, 2 + rows + layers * rows, dtype=torch.int32, **host)
-        # similarities that the host decides by
-        self.seen = torch.zeros(layers, rows, dtype=torch.float32, **host)
-        self.place = (self.cache, self.slots, self.positions, network.rope(max_len))
-        self.decision = Decision(
-            thresholds=self.thresholds,
-            min_layers=self.min_layers,
-            limit=self.limit,
-            exited=self.exited,
-            similarities=self.similarities,
-        )
-        self.stream = torch.cuda.Stream(device) if on_gpu else None
+    def __init__(self, network: Network, slots: int, max_len: int):
+        self.network = network
+        self.cache = KVCache(network.config, slots, max_len, network.dtype, network.device)
+        self.rope = network.rope(max_len)
+        on_gpu = network.device.type == "cuda"
+        self.stream = torch.cuda.Stream(network.device) if on_gpu else None
         self.pool = torch.cuda.graph_pool_handle() if on_gpu else None
-        self.graphs: dict[tuple, Graph] = {}
-        if on_gpu:
-            self._warm_up(network)
 
-    @torch.inference_mode()
-    def _warm_up(self, network: Network) -> None:
-        """Every op once, without active rows: in a capture no kernel may load and no workspace grow."""
-        self.follow_caller()
-        with torch.cuda.stream(self.stream):
-            backbone_part(network, self, (self.layers,))
-            tail_part(network, self, (), filters=False)
-            whole_step(network, self, filters=True)
-        self.stream.synchronize()
-
-    def fits(self, rows: int, max_len: int, stop_tokens: int) -> bool:
-        enough = max_len <= self.cache.max_len and stop_tokens <= len(self.stop_tokens)
-        return rows == self.rows and enough  # with more rows, every step would cost more
-
-    @torch.inference_mode()
-    def start(self, network: Network, rows: Rows, plan: Plan) -> None:
-        """Takes the state of a new run; the runner is idle."""
-        count, stop_tokens = len(rows.slots), sorted(plan.stop_tokens)
-        self.steps_taken.zero_()
-        self.records.zero_()  # the stamps of another run
-        self.slots.fill_(-1)
-        self.stop_tokens.fill_(-1)
-        self.hidden[:count] = network.embed(rows.tokens)
-        self.slots[:count] = rows.slots
-        self.positions[:count] = rows.positions
-        self.draw_positions[:count] = rows.positions + 1
-        self.drawing.seeds[:count] = rows.seeds
-        self.remaining.fill_(plan.max_new_tokens - 1)  # the prefill has drawn the first one
-        self.drawing.fill(plan.sampling)
-        self.stop_tokens[: len(stop_tokens)] = self.stop_tokens.new_tensor(stop_tokens)
-        self.thresholds[:count] = self.thresholds.new_tensor(rows.rule.thresholds)
-        self.min_layers[:count] = self.min_layers.new_tensor(rows.rule.min_layers)
-        self.limit.fill_(rows.rule.limit)
-        self.follow_caller()
-
-    def replay(self, network: Network, part: Callable, *arguments) -> "Graph":
-        """Replays the graph of part(network, self, *arguments), captured when it is first needed."""
-        key = (part, *arguments)
-        if key not in self.graphs:
-            self.graphs[key] = Graph(partial(part, network, self, *arguments), self.stream, self.pool)
-        self.graphs[key].replay()
-        return self.graphs[key]
-
-    def state(self, depths: Depths) -> tuple[Tensor | None, Tensor]:
-        """Input and output of the last backbone layer so far; at first, no input and the embeddings."""
-        return self.graphs[backbone_part, depths].outputs if depths else (None, self.hidden)
-
-    def poll(self, read: Callable[[], Value], arrived: Callable[[Value], bool]) -> Value:
-        """What `read` gives as soon as it is what the device was to write."""
-        start, polls = time.monotonic(), 0
-        while not arrived(value := read()):
-            polls += 1
-            if polls % POLLS == 0:
-                ended = self.stream is None or self.stream.query()  # raises if a kernel has failed
-                if (ended and not arrived(read())) or time.monotonic() - start > PATIENCE:
-                    raise RiverError(f"no result from {self.cache.k.device} after {polls} polls")
-        return value
-
-    def record(self, number: int) -> tuple[int, list[int], list[list[float]]]:
-        """Of step `number`, counted from 1: exit depth, tokens by row, similarities by layer and row."""
-        record, tokens_end = self.records[(number - 1) % RECORDS], 2 + self.rows
-        self.poll(record[0].item, number.__eq__)
-        _, depth, *tokens = record[:tokens_end].tolist()
-        return depth, tokens, record[tokens_end:].view(torch.float32).view(self.layers, -1).tolist()
+    def check(self, rows: Sequence[Row]) -> None:
+        """Here because an op on a GPU could not without waiting for it."""
+        slots, max_len = self.cache.slots, self.cache.max_len
+        if len({row.slot for row in rows}) < len(rows):
+            raise RiverError("two rows have the same slot")
+        for row in rows:
+            if not (0 <= row.slot < slots and row.position >= 0 and row.position + row.remaining <= max_len):
+                raise RiverError(
+                    f"slot {row.slot}, position {row.position} and {row.remaining} more tokens are outside "
+                    f"of the cache of {slots} slots x {max_len} positions"
+                )
 
     def follow_caller(self) -> None:
-        """What the caller's stream has been given comes before what this stream is given next."""
+        """What the caller's stream has been given comes before what the steps' stream is given next."""
         if self.stream:
             self.stream.wait_stream(torch.cuda.current_stream(self.stream.device))
 
@@ -172,6 +66,138 @@ class Runner:
     def synchronise(self) -> None:
         if self.stream:
             self.stream.synchronize()
+
+
+class Graphs:
+    """Captured parts, on a stream of their own; the caller's stream is the current one elsewhere."""
+
+    def __init__(self, memory: Memory):
+        self.memory = memory
+        self.graphs: dict[tuple, Graph] = {}
+
+    @torch.inference_mode()
+    def warm_up(self, *parts: tuple) -> None:
+        """Every op once, without active rows: in a capture no kernel may load and no workspace grow."""
+        if self.memory.stream is None:
+            return
+        self.memory.follow_caller()
+        with torch.cuda.stream(self.memory.stream):
+            for part, *arguments in parts:
+                part(self, *arguments)
+        self.memory.synchronise()
+
+    @torch.inference_mode()
+    def replay(self, part: Callable, *arguments) -> "Graph":
+        """Replays the graph of part(self, *arguments), captured when it is first needed."""
+        key = (part, *arguments)
+        with torch.cuda.stream(self.memory.stream):
+            if key not in self.graphs:
+                self.graphs[key] = Graph(
+                    partial(part, self, *arguments), self.memory.stream, self.memory.pool
+                )
+            self.graphs[key].replay()
+        return self.graphs[key]
+
+    def poll(self, read: Callable[[], Value], arrived: Callable[[Value], bool]) -> Value:
+        """What `read` gives as soon as it is what the device was to write."""
+        start, polls, stream = time.monotonic(), 0, self.memory.stream
+        while not arrived(value := read()):
+            polls += 1
+            if polls % POLLS == 0:
+                ended = stream is None or stream.query()  # raises if a kernel has failed
+                if (ended and not arrived(read())) or time.monotonic() - start > PATIENCE:
+                    raise RiverError(f"no result from {self.memory.network.device} after {polls} polls")
+        return value
+
+
+class Runner(Graphs):
+    """What steps of `rows` rows read and write, and the graphs captured on it. Unused rows have slot -1.
+
+    The host polls `records` and `seen`, which are pinned memory on a GPU.
+    """
+
+    def __init__(self, memory: Memory, rows: int, stop_tokens: int, together: bool):
+        super().__init__(memory)
+        network, config = memory.network, memory.network.config
+        layers, device = config.num_hidden_layers, network.device
+
+        def zeros(*shape: int, dtype: torch.dtype = torch.int32) -> Tensor:
+            return torch.zeros(shape, dtype=dtype, device=device)
+
+        self.network, self.rows, self.layers = network, rows, layers
+        self.hidden = zeros(rows, config.hidden_size, dtype=network.dtype)  # embeddings that go in
+        self.between = torch.zeros_like(self.hidden)  # what the backbone's last part gave
+        self.slots, self.positions = zeros(rows) - 1, zeros(rows)
+        self.draw_positions, self.remaining = zeros(rows), zeros(rows)
+        self.drawing = Drawing.greedy(self.draw_positions)
+        self.stop_tokens = zeros(rows, stop_tokens, dtype=torch.int64) - 1
+        self.decision = Decision(
+            thresholds=zeros(rows, dtype=torch.float32),
+            min_layers=zeros(rows),
+            limit=zeros(rows),
+            exited=zeros(layers, rows),
+            similarities=zeros(layers, rows, dtype=torch.float32),
+            together=together,
+        )
+        self.steps_taken = zeros(1)
+        host = {"device": "cpu", "pin_memory": device.type == "cuda"}  # whatever torch's default device is
+        self.records = torch.zeros(RECORDS, 1 + 2 * rows + layers * rows, dtype=torch.int32, **host)
+        # similarities that the host decides by
+        self.seen = torch.zeros(layers, rows, dtype=torch.float32, **host)
+        self.place = Place(memory.cache, self.slots, self.positions, memory.rope)
+        # where rows are on both paths: those of either one
+        self.on_backbone = self.place._replace(slots=zeros(rows) - 1)
+        self.on_river = self.place._replace(slots=zeros(rows) - 1)
+        self.warm_up((backbone_part, 0, layers, True), (tail_part, 0, False), (whole_steps, 1, True))
+
+    @torch.inference_mode()
+    def start(self, rows: Sequence[Row]) -> None:
+        """Takes the state of these rows, which are at most as many as the runner has; it is idle."""
+        self.memory.check(rows)
+        self.memory.synchronise()  # rows that were dropped may have steps in flight, which write records
+        count, decision = len(rows), self.decision
+        self.steps_taken.zero_()
+        self.records.zero_()  # the stamps of earlier steps
+        self.slots.fill_(-1)
+        self.stop_tokens.fill_(-1)
+        self.hidden[:count] = self.network.embed(self.slots.new_tensor([row.token for row in rows]))
+        for tensor, values in (
+            (self.slots, [row.slot for row in rows]),
+            (self.positions, [row.position for row in rows]),
+            (self.draw_positions, [row.position + 1 for row in rows]),
+            (self.remaining, [row.remaining for row in rows]),
+            (decision.thresholds, [row.request.rule.threshold for row in rows]),
+            (decision.min_layers, [row.request.rule.min_layers for row in rows]),
+            (decision.limit, [row.request.rule.limit for row in rows]),
+        ):
+            tensor[:count] = tensor.new_tensor(values)
+        for index, row in enumerate(rows):
+            stop_tokens = sorted(row.request.stop_tokens)
+            self.stop_tokens[index, : len(stop_tokens)] = self.stop_tokens.new_tensor(stop_tokens)
+        self.drawing.fill([row.request.sampling for row in rows])
+        self.memory.follow_caller()
+
+    @torch.inference_mode()
+    def drop(self, row: int) -> None:
+        """Nothing more of this row, from the next step given on."""
+        with torch.cuda.stream(self.memory.stream):
+            self.slots[row] = -1
+
+    @torch.inference_mode()
+    def route(self, staying: Sequence[int], leaving: Sequence[int]) -> None:
+        """Says which rows the coming mixed parts take through the backbone, and which through the river."""
+        with torch.cuda.stream(self.memory.stream):
+            for place, rows in ((self.on_backbone, staying), (self.on_river, leaving)):
+                place.slots.fill_(-1)
+                for row in rows:
+                    place.slots[row] = self.slots[row]
+
+    def record(self, number: int) -> tuple[list[int], list[int], list[list[float]]]:
+        """Of step `number`, counted from 1: exit depths and tokens by row, similarities by layer and row."""
+        record, rows = self.records[(number - 1) % RECORDS], self.rows
+        self.poll(record[0].item, number.__eq__)
+        depths, tokens, similarities = record[1:].split([rows, rows, self.layers * rows])
+        return depths.tolist(), tokens.tolist(), similarities.view(torch.float32).view(-1, rows).tolist()
 
 
 class Graph:
@@ -199,66 +225,51 @@ class Graph:
 # --- what is captured ------------------------------------------------------------------------------------
 
 
-def backbone_part(network: Network, runner: Runner, depths: Depths) -> tuple[Tensor, Tensor]:
-    """Decoder blocks from depths[-2] to depths[-1]: input and output of the last one.
-
-    They start from the output of the graph of depths[:-1]. So there may be several graphs to one depth, but
-    no common place to which all of them would have to copy.
-    """
-    _, hidden = runner.state(depths[:-1])
-    first, depth, similarities = (0, *depths)[-2], depths[-1], []
-    for index in range(first, depth):
-        before = hidden
-        hidden, similarity = network.decoder_block(index, hidden, *runner.place)
+def backbone_part(runner: Runner, first: int, depth: int, mixed: bool) -> tuple:
+    """Decoder blocks first..depth-1; mixed: of some rows, the others go through the exit layers there."""
+    hidden, similarities = runner.between if first else runner.hidden, []
+    for layer in runner.network.layers[first:depth]:
+        hidden, similarity = layer.block(hidden, runner.on_backbone if mixed else runner.place)
+        if mixed:
+            hidden, _ = layer.exit(hidden, runner.on_river)
         similarities.append(similarity)
+    runner.between.copy_(hidden)
     together = torch.stack(similarities) if depth - first > 1 else similarity[None]  # one copy, not one each
     runner.seen[first:depth].copy_(together, non_blocking=True)
-    return before, hidden
-
-
-def river_part(network: Network, runner: Runner, depths: Depths) -> tuple[Tensor, Tensor]:
-    """Exit layers from depths[-1] on: input and output of the last layer."""
-    before, hidden = runner.state(depths)
-    for index in range(depths[-1] if depths else 0, runner.layers):
-        before = hidden
-        hidden, _ = network.exit_layer(index, hidden, *runner.place)
-    return before, hidden
-
-
-def tail_part(network: Network, runner: Runner, depths: Depths, filters: bool) -> tuple:
-    """The river from depths[-1] on, the head, and the next token's embedding."""
-    before, hidden = river_part(network, runner, depths)
-    _draw_and_advance(network, runner, before, hidden, filters)
     return ()
 
 
-def whole_steps(network: Network, runner: Runner, count: int, filters: bool = False) -> tuple:
-    """Several whole steps: from one to the next the device does not wait for a graph to start."""
+def tail_part(runner: Runner, first: int, filters: bool, logits: bool = False) -> tuple[Tensor]:
+    """The river from layer `first` on, the head, and the next token's embedding: the step's logits."""
+    hidden = runner.between if first else runner.hidden
+    for layer in runner.network.layers[first:]:
+        hidden, _ = layer.exit(hidden, runner.place)
+    # the last layer's similarities are the host's business: it has those of every block
+    return draw_and_advance(runner, hidden, hidden, filters, logits)
+
+
+def whole_steps(runner: Runner, count: int, filters: bool, logits: bool = False) -> tuple[Tensor]:
+    """Steps whose layers choose their own path; from one to the next the device waits for no graph to start.
+
+    The logits are the last step's.
+    """
     for _ in range(count):
-        whole_step(network, runner, filters)
-    return ()
+        before, hidden = None, runner.hidden
+        for layer in runner.network.layers:
+            before, hidden = hidden, layer.dual(hidden, before, runner.decision, runner.place)
+        outputs = draw_and_advance(runner, before, hidden, filters, logits)
+    return outputs
 
 
-def whole_step(network: Network, runner: Runner, filters: bool = False) -> tuple:
-    """A whole step, each layer by the path that the device chooses."""
-    before, hidden = None, runner.hidden
-    for index in range(runner.layers):
-        after = network.dual_layer(index, hidden, before, runner.decision, *runner.place)
-        before, hidden = hidden, after
-    _draw_and_advance(network, runner, before, hidden, filters)
-    return ()
+def draw_and_advance(
+    runner: Runner, before: Tensor, hidden: Tensor, filters: bool, logits: bool
+) -> tuple[Tensor]:
+    """The end of a step: tokens, the record, and what the next step starts from.
 
-
-def _draw_and_advance(
-    network: Network, runner: Runner, before: Tensor, hidden: Tensor, filters: bool
-) -> None:
-    """With filters there is a kernel more, and logits are written: what draws without them does not pay."""
-    tokens, _ = draw(network, hidden, runner.drawing, filters)
-    advance(network, runner, before, hidden, tokens)
-
-
-def advance(network: Network, runner: Runner, before: Tensor, hidden: Tensor, tokens: Tensor) -> None:
-    """Writes the record of the step and makes the runner ready for the next one."""
+    With filters there is a kernel more, and logits are written: what draws without them does not pay.
+    """
+    network, decision = runner.network, runner.decision
+    tokens, all_logits = draw(network, hidden, runner.drawing, filters, logits)
     ops.advance(
         before=before,
         after=hidden,
@@ -270,8 +281,9 @@ def advance(network: Network, runner: Runner, before: Tensor, hidden: Tensor, to
         positions=runner.positions,
         draw_positions=runner.draw_positions,
         remaining=runner.remaining,
-        exited=runner.exited,
-        similarities=runner.similarities,
+        exited=decision.exited,
+        similarities=decision.similarities,
         step=runner.steps_taken,
         records=runner.records,
     )
+    return (all_logits,)

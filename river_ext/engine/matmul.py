@@ -18,7 +18,6 @@ from ..quant import w4
 from .cache import KVCache
 from .network import Layer, Network, Rope
 
-ROWS_AT_A_TIME = 512  # rows that go through a layer together
 SCORES_AT_A_TIME = 1 << 24  # of attention
 
 
@@ -53,24 +52,27 @@ def river_matrices(weights: ExitLayerWeights, shape: BlockShape) -> Matrices:
 
 
 class MatmulPrompt:
-    """The tokens of a prompt at positions 0..n-1 of a slot, through matrix products."""
+    """The tokens of a prompt at positions start..length-1 of a slot, through matrix products."""
 
-    def __init__(self, network: Network, cache: KVCache, slot: int, length: int):
-        self.network, self.cache, self.slot = network, cache, slot
+    rows_at_a_time = 512
+
+    def __init__(self, network: Network, cache: KVCache, slot: int, start: int, length: int):
+        self.network, self.cache, self.slot, self.start = network, cache, slot, start
         self.rope = network.prompt_rope(length, cache.max_len)
 
-    def decoder_block(self, index: int, hidden: Tensor) -> Tensor:
-        """hidden [n, hidden_size] through a backbone layer, which writes K and V of all n positions."""
-        matrices = backbone_matrices(self.network.layers[index].block)
-        return self._by_blocks(index, matrices, hidden)
+    def decoder_block(self, index: int) -> Callable[[int, Tensor], Tensor]:
+        """A backbone layer for a block of rows [n, hidden_size] from that row of the prompt on.
 
-    def exit_layer(self, index: int, hidden: Tensor) -> Tensor:
-        """The same through its exit layer."""
+        It writes K and V of the rows. Attention is causal: those of all rows before must be there.
+        """
+        return self._layer(index, backbone_matrices(self.network.layers[index].weights))
+
+    def exit_layer(self, index: int) -> Callable[[int, Tensor], Tensor]:
+        """The same for its exit layer."""
         shape = BlockShape.of(self.network.config)
-        return self._by_blocks(index, river_matrices(self.network.layers[index].exit_layer, shape), hidden)
+        return self._layer(index, river_matrices(self.network.layers[index].river, shape))
 
-    def _by_blocks(self, index: int, matrices: Matrices, hidden: Tensor) -> Tensor:
-        """Attention is causal: a block of rows needs what those before it have written."""
+    def _layer(self, index: int, matrices: Matrices) -> Callable[[int, Tensor], Tensor]:
         k, v = (part[self.slot] for part in self.cache.layer(index))
         layer = ManyRows(
             config=self.network.config,
@@ -80,8 +82,7 @@ class MatmulPrompt:
             k=k,
             v=v,
         )
-        blocks = enumerate(hidden.split(ROWS_AT_A_TIME))
-        return torch.cat([layer.run(number * ROWS_AT_A_TIME, rows) for number, rows in blocks])
+        return lambda first, hidden: layer.run(self.start + first, hidden)
 
 
 class ManyRows:
@@ -90,7 +91,7 @@ class ManyRows:
     def __init__(
         self, config: ModelConfig, layer: Layer, matrices: Matrices, rope: Rope, k: Tensor, v: Tensor
     ):
-        self.config, self.block, self.options, self.matrices = config, layer.block, layer.options, matrices
+        self.config, self.block, self.options, self.matrices = config, layer.weights, layer.options, matrices
         self.cos, self.sin = rope
         self.k, self.v = k, v  # [kv_heads, max_len, head_dim]
 

@@ -1,121 +1,117 @@
 """Prefill: all tokens of one prompt through the layers, at one exit depth for the whole sequence.
 
 Layer by layer: a layer takes all tokens before the next one starts, so that the depth may be decided from
-all of them. On the CPU the tokens go through the decoding ops, eight at a time: bit for bit what decoding
-them one at a time gives, and faster than fp32 matrix products (one core, a bf16 layer of Llama-3.2-1B:
-85 against 188 ms for 34 tokens, equal for 512). On a GPU they go through matrix products (matmul.py).
+all of them. The work goes in pieces, a block of tokens through one layer each, so that other sequences may
+decode in between. On the CPU the tokens go through the decoding ops: bit for bit what decoding them one at a
+time gives. On a GPU they go through matrix products (matmul.py).
 """
 
-from dataclasses import dataclass
+import math
+from collections.abc import Callable, Iterator
 
 import torch
 from torch import Tensor
 
 from .. import ops
-from ..checks import short
-from ..errors import RiverError
 from .cache import KVCache
-from .exit_rule import ExitRule
 from .matmul import MatmulPrompt
-from .network import Network
-from .sampling import Sampling, next_tokens
-from .step import StepOutput
+from .network import Network, Place
+from .request import Request
+from .sampling import Drawing, draw
+from .step import NewToken
 
-POLICIES = "'full', 'depth:k', 'min' or 'last'"
-
-
-@dataclass(frozen=True)
-class PrefillPolicy:
-    """How many backbone layers a prompt runs: at most `limit`, fewer where the rule is met."""
-
-    limit: int
-    judged: str | None = None  # the similarity the rule looks at: "min" over all tokens, the "last", none
-
-    @classmethod
-    def parse(cls, text: str, depth: int) -> "PrefillPolicy":
-        if isinstance(text, str):
-            if text == "full":
-                return cls(depth)
-            if text in ("min", "last"):
-                return cls(depth, judged=text)
-            name, _, number = text.partition(":")
-            digits = number.isascii() and number.isdigit() and len(number) <= 9
-            if name == "depth" and digits and int(number) <= depth:
-                return cls(int(number))
-        raise RiverError(f"prefill={short(text)}; accepted: {POLICIES} with k from 0 to {depth}")
+Piece = Callable[[int, Tensor], Tensor]  # one layer, for a block of rows [n, hidden_size] from that row on
 
 
 class OpsPrompt:
-    """The tokens of a prompt at positions 0..n-1 of a slot, through the decoding ops."""
+    """The tokens of a prompt at positions start..length-1 of a slot, through the decoding ops."""
 
-    def __init__(self, network: Network, cache: KVCache, slot: int, length: int):
+    rows_at_a_time = ops.MAX_ROWS
+
+    def __init__(self, network: Network, cache: KVCache, slot: int, start: int, length: int):
         self.network, self.cache = network, cache
         self.rope = network.prompt_rope(length, cache.max_len)
-        self.positions = torch.arange(length, dtype=torch.int32, device=network.device)
+        self.positions = torch.arange(start, length, dtype=torch.int32, device=network.device)
         self.slots = torch.full_like(self.positions, slot)
 
-    def decoder_block(self, index: int, hidden: Tensor) -> Tensor:
-        """hidden [n, hidden_size] through a backbone layer, which writes K and V of all n positions."""
-        return self._by_rows(self.network.decoder_block, index, hidden)
+    def decoder_block(self, index: int) -> Piece:
+        """A backbone layer, which writes K and V of the rows."""
+        return lambda first, hidden: self.network.layers[index].block(hidden, self._place(first, hidden))[0]
 
-    def exit_layer(self, index: int, hidden: Tensor) -> Tensor:
-        """The same through its exit layer."""
-        return self._by_rows(self.network.exit_layer, index, hidden)
+    def exit_layer(self, index: int) -> Piece:
+        """The same for its exit layer."""
+        return lambda first, hidden: self.network.layers[index].exit(hidden, self._place(first, hidden))[0]
 
-    def _by_rows(self, layer, index: int, hidden: Tensor) -> Tensor:
-        rows = zip(*(t.split(ops.MAX_ROWS) for t in (hidden, self.slots, self.positions)), strict=True)
-        return torch.cat([layer(index, part, self.cache, *place, self.rope)[0] for part, *place in rows])
+    def _place(self, first: int, hidden: Tensor) -> Place:
+        rows = slice(first, first + len(hidden))
+        return Place(self.cache, self.slots[rows], self.positions[rows], self.rope)
 
 
-@torch.inference_mode()
-def prefill(
-    network: Network,
-    cache: KVCache,
-    slot: int,
-    tokens: list[int],
-    rule: ExitRule,
-    policy: PrefillPolicy,
-    sampling: Sampling,
-    seed: int = 0,
-    return_logits: bool = False,
-) -> StepOutput:
-    """Fills positions 0..len(tokens)-1 of a slot in all layers, and draws the first new token.
+class Prefill:
+    """Fills the positions of a prompt in all layers, and draws the first new token.
 
-    The output's exit depth is the prompt's, its similarities are those of the last prompt token.
+    Positions before `start` hold K and V already. The new token's exit depth is the prompt's, its
+    similarities are those of the last prompt token.
     """
-    kind = MatmulPrompt if network.device.type == "cuda" else OpsPrompt
-    prompt = kind(network, cache, slot, len(tokens))
-    hidden = network.embed(torch.tensor(tokens, device=network.device))
-    hidden, similarities = prefill_backbone(prompt, hidden, rule, policy)
-    depth = len(similarities)
-    hidden = prefill_river(prompt, hidden, first=depth)
-    seeds = torch.tensor([seed], dtype=torch.int64, device=network.device)
-    position = torch.tensor([len(tokens)], dtype=torch.int32, device=network.device)
-    drawn, logits = next_tokens(network, hidden[-1:], sampling, seeds, position, return_logits=return_logits)
-    return StepOutput(drawn, logits, [depth], [similarities])
 
+    def __init__(
+        self,
+        network: Network,
+        cache: KVCache,
+        slot: int,
+        request: Request,
+        start: int = 0,
+    ):
+        self.network, self.request, self.start = network, request, start
+        kind = MatmulPrompt if network.device.type == "cuda" else OpsPrompt
+        self._prompt = kind(network, cache, slot, start, len(request.prompt))
+        self._pieces = self._run()
 
-def prefill_backbone(
-    prompt: OpsPrompt | MatmulPrompt, hidden: Tensor, rule: ExitRule, policy: PrefillPolicy
-) -> tuple[Tensor, list[float]]:
-    """Decoder blocks until the policy says so: hidden, and the last token's similarity at each layer run."""
-    similarities = []
-    for index in range(policy.limit):
-        before, depth = hidden, index + 1
-        hidden = prompt.decoder_block(index, hidden)
-        similarities.append(ops.state_similarity(before[-1:], hidden[-1:]).item())
-        if policy.judged and rule.can_exit(depth):
-            judged = similarities[-1] if policy.judged == "last" else lowest_similarity(before, hidden)
-            if any(rule.exits(depth, [judged])):
-                break
-    return hidden, similarities
+    @torch.inference_mode()
+    def advance(self, rows: float = math.inf) -> NewToken | None:
+        """Does the work of so many rows of a whole pass, or a little more; the new token once all is done."""
+        budget = rows * self.network.config.num_hidden_layers
+        while budget > 0:
+            try:
+                budget -= next(self._pieces)
+            except StopIteration as end:
+                return end.value
+        return None
 
+    def _run(self) -> Iterator[int]:
+        """Yields after each piece the number of its rows; the value is the new token."""
+        policy, rule = self.request.prefill, self.request.rule
+        tokens = torch.tensor(self.request.prompt[self.start :], device=self.network.device)
+        hidden, similarities = self.network.embed(tokens), []
+        for index in range(policy.limit):
+            before, depth = hidden, index + 1
+            hidden = yield from self._layer(self._prompt.decoder_block(index), hidden)
+            similarities.append(ops.state_similarity(before[-1:], hidden[-1:]))
+            if policy.judged and rule.may_leave(depth):
+                rows = slice(-1, None) if policy.judged == "last" else slice(None)
+                if rule.leaves(depth, lowest_similarity(before[rows], hidden[rows])):
+                    break
+        depth = len(similarities)
+        for index in range(depth, self.network.config.num_hidden_layers):
+            hidden = yield from self._layer(self._prompt.exit_layer(index), hidden)
+        return self._first_token(hidden[-1:], torch.cat(similarities).tolist() if depth else [])
 
-def prefill_river(prompt: OpsPrompt | MatmulPrompt, hidden: Tensor, first: int) -> Tensor:
-    """Exit layers first..L-1."""
-    for index in range(first, prompt.network.config.num_hidden_layers):
-        hidden = prompt.exit_layer(index, hidden)
-    return hidden
+    def _layer(self, piece: Piece, hidden: Tensor) -> Iterator[int]:
+        """All rows through one layer: the value is [rows, hidden_size]."""
+        blocks = []
+        for block in hidden.split(self._prompt.rows_at_a_time):
+            blocks.append(piece(len(blocks) * self._prompt.rows_at_a_time, block))
+            yield len(block)
+        return torch.cat(blocks)
+
+    def _first_token(self, hidden: Tensor, similarities: list[float]) -> NewToken:
+        request = self.request
+        position = torch.tensor([len(request.prompt)], dtype=torch.int32, device=hidden.device)
+        drawing = Drawing.greedy(position)
+        drawing.fill([request.sampling])
+        drawn, logits = draw(self.network, hidden, drawing, request.sampling.filters, request.wants_logits)
+        kept = logits[0] if request.wants_logits else None
+        return NewToken(drawn.item(), len(similarities), similarities, kept)
 
 
 def lowest_similarity(before: Tensor, after: Tensor) -> float:

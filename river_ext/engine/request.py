@@ -16,61 +16,76 @@ from ..checks import (
     fp32,
     integer,
     listed,
+    names_keywords,
     number,
+    one_each,
     one_row,
-    per_request,
+    short,
     strings,
     token_ids,
 )
 from ..errors import RiverError
 from ..loading.config import ModelConfig
 from ..loading.text import Text
-from .exit_rule import BATCH_POLICIES, ExitRule
-from .prefill import PrefillPolicy
+from .exit_rule import ExitRule, PrefillPolicy
 from .sampling import Sampling
 
-MODES = ("river", "full", "full_w4")
+MODES = ("river", "lossless", "full", "full_w4")
 KV_STRATEGIES = ("share",)
-EXIT_CONTROLS = ("auto", "host", "device")
+MOST_DRAFTS = ops.MAX_ROWS - 1  # one row of a verification is the token before them
+MAX_LOGPROBS = 20  # as many as servers of the same kind give
 
 
 @dataclass(frozen=True)
 class Options:
-    """The keyword arguments of `Model.generate`, where each is described."""
+    """What is asked for a prompt: keyword arguments of `Model.generate`, where each is described."""
 
     max_new_tokens: int = 256
-    threshold: float | Sequence[float] = 0.5
-    min_layers: int | Sequence[int] = 1
-    batch_policy: str = "min"
+    threshold: float = 0.5
+    min_layers: int = 1
     prefill: str = "full"
     mode: str = "river"
+    draft_tokens: int | str = "auto"
     kv_strategy: str = "share"
     temperature: float = 0.0
     top_k: int = 0
     top_p: float = 1.0
     min_p: float = 0.0
-    seed: int | Sequence[int] = 0
+    seed: int = 0
     stop: str | Sequence[str] = ()
     stop_tokens: int | Sequence[int] | None = None
+    logprobs: int | None = None
     return_logits: bool = False
-    exit_control: str = "auto"
+
+
+# options of which a list gives each prompt its own
+BY_PROMPT = ("max_new_tokens", "threshold", "min_layers", "temperature", "top_k", "top_p", "min_p", "seed")
 
 
 @dataclass(frozen=True)
-class Plan:
-    """Checked options: one prompt, seed and row of the rule per request, and what all requests share."""
+class Request:
+    """A prompt and what is asked for it, all checked."""
 
-    prompts: list[list[int]]
-    seeds: list[int]
+    prompt: list[int]
+    max_new_tokens: int
     rule: ExitRule
     prefill: PrefillPolicy
     sampling: Sampling
-    max_new_tokens: int
     stop: tuple[str, ...]
     stop_tokens: frozenset[int]
+    draft_tokens: int | str | None  # None: none are drafted
+    logprobs: int | None  # of so many of the likeliest tokens, and of the drawn one
     return_logits: bool
-    exit_control: str
     dtype: torch.dtype  # of the model
+
+    @property
+    def positions(self) -> int:
+        """Places in the cache that it needs: the last new token is never fed back."""
+        return len(self.prompt) + self.max_new_tokens - 1
+
+    @property
+    def wants_logits(self) -> bool:
+        return self.return_logits or self.logprobs is not None
 
 
 def is_batch(prompt) -> bool:
@@ -117,51 +132,57 @@ def encoded(encoding: Mapping):
     return kept if nested else kept[0]
 
 
-def plan(config: ModelConfig, text: Text | None, prompt, options: Options) -> Plan:
-    """Checks prompt and options against the model."""
+def requests(config: ModelConfig, text: Text | None, prompt, options: Mapping) -> list[Request]:
+    """A request for each of the prompts; some options may be lists of one value for each."""
     prompts, _ = prompt_list(prompt)
-    if len(prompts) > ops.MAX_ROWS:
-        raise RiverError(f"{len(prompts)} prompts; accepted: 1 to {ops.MAX_ROWS} at a time")
-    prompts = [prompt_tokens(config, text, prompt) for prompt in prompts]
+    columns = {
+        name: one_each(name, value, len(prompts)) if name in BY_PROMPT else [value] * len(prompts)
+        for name, value in options.items()
+    }
+    return [
+        request(config, text, prompt, {name: values[number] for name, values in columns.items()})
+        for number, prompt in enumerate(prompts)
+    ]
+
+
+def request(config: ModelConfig, text: Text | None, prompt, options: Mapping) -> Request:
+    """Checks a prompt and its options against the model."""
+    options = names_keywords(Options)(**options)
+    prompt = prompt_tokens(config, text, prompt)
     max_new_tokens = integer("max_new_tokens", options.max_new_tokens, 1)
-    for tokens in prompts:
-        if len(tokens) + max_new_tokens > config.max_length:
-            raise RiverError(
-                f"a prompt of {len(tokens)} tokens and max_new_tokens={max_new_tokens} need "
-                f"{len(tokens) + max_new_tokens} positions; the model has {config.max_length}"
-            )
+    if (length := len(prompt) + max_new_tokens) > config.max_length:
+        raise RiverError(
+            f"a prompt of {len(prompt)} tokens and max_new_tokens={max_new_tokens} need {length} positions; "
+            f"the model has {config.max_length}"
+        )
     stop = strings("stop", options.stop)
     if stop and text is None:
         raise RiverError("stop strings need a tokenizer, and this checkpoint has no tokenizer.json")
-    stop_tokens = config.eos_token_ids if options.stop_tokens is None else options.stop_tokens
-    stop_tokens = listed("stop_tokens", stop_tokens)
-    stop_tokens = [stop_tokens] if isinstance(stop_tokens, Integral) else stop_tokens
-    if isinstance(stop_tokens, (set, frozenset)):
-        stop_tokens = list(stop_tokens)
-    checked = Plan(
-        prompts=prompts,
-        seeds=per_request("seed", options.seed, len(prompts), integer, -(2**63), 2**63 - 1),
-        rule=exit_rule(config, options, len(prompts)),
+    logprobs = options.logprobs
+    if logprobs is not None:
+        logprobs = integer("logprobs", logprobs, 0, min(MAX_LOGPROBS, config.vocab_size))
+    return Request(
+        prompt=prompt,
+        max_new_tokens=max_new_tokens,
+        rule=exit_rule(config, options),
         prefill=prefill_policy(config, options),
         sampling=sampling(config, options),
-        max_new_tokens=max_new_tokens,
         stop=stop,
-        stop_tokens=frozenset(token_ids("stop_tokens", stop_tokens, config.vocab_size)),
+        stop_tokens=stop_tokens(config, options),
+        draft_tokens=draft_tokens(options),
+        logprobs=logprobs,
         return_logits=flag("return_logits", options.return_logits),
-        exit_control=options.exit_control,
         dtype=config.dtype,
     )
-    check_exit_control(checked)
-    return checked
 
 
-def check_exit_control(plan: Plan) -> None:
-    choice("exit_control", plan.exit_control, EXIT_CONTROLS)
-    if plan.exit_control == "device" and plan.return_logits:
-        raise RiverError(
-            "exit_control='device' with return_logits=True, which needs every step's logits on the host; "
-            "accepted: 'auto' or 'host'"
-        )
+def stop_tokens(config: ModelConfig, options: Options) -> frozenset[int]:
+    tokens = config.eos_token_ids if options.stop_tokens is None else options.stop_tokens
+    tokens = listed("stop_tokens", tokens)
+    tokens = [tokens] if isinstance(tokens, Integral) else tokens
+    if isinstance(tokens, (set, frozenset)):
+        tokens = list(tokens)
+    return frozenset(token_ids("stop_tokens", tokens, config.vocab_size))
 
 
 def prompt_tokens(config: ModelConfig, text: Text | None, prompt) -> list[int]:
@@ -177,17 +198,29 @@ def prompt_tokens(config: ModelConfig, text: Text | None, prompt) -> list[int]:
     return tokens
 
 
-def exit_rule(config: ModelConfig, options: Options, rows: int) -> ExitRule:
-    """The rule of a mode: "full" never exits, "full_w4" runs no backbone layer."""
+def exit_rule(config: ModelConfig, options: Options) -> ExitRule:
+    """The rule of a mode: "full" and "lossless" never exit, "full_w4" runs no backbone layer."""
     choice("mode", options.mode, MODES)
-    choice("batch_policy", options.batch_policy, BATCH_POLICIES)
     choice("kv_strategy", options.kv_strategy, KV_STRATEGIES)
     layers = config.num_hidden_layers
-    thresholds = per_request("threshold", options.threshold, rows, number)
-    min_layers = per_request("min_layers", options.min_layers, rows, integer, 1, layers)
-    if options.mode == "full":
-        thresholds = [math.inf] * rows
-    return ExitRule.of(thresholds, min_layers, limit=0 if options.mode == "full_w4" else layers)
+    threshold = number("threshold", options.threshold)
+    min_layers = integer("min_layers", options.min_layers, 1, layers)
+    return ExitRule(
+        threshold=math.inf if options.mode in ("full", "lossless") else threshold,
+        min_layers=min_layers,
+        limit=0 if options.mode == "full_w4" else layers,
+    )
+
+
+def draft_tokens(options: Options) -> int | str | None:
+    tokens = listed("draft_tokens", options.draft_tokens)
+    if options.mode != "lossless":
+        if tokens != "auto":
+            raise RiverError(
+                f"draft_tokens={short(tokens)} needs mode='lossless'; mode={options.mode!r} drafts nothing"
+            )
+        return None
+    return tokens if tokens == "auto" else integer("draft_tokens", tokens, 1, MOST_DRAFTS)
 
 
 def prefill_policy(config: ModelConfig, options: Options) -> PrefillPolicy:
@@ -213,4 +246,5 @@ def sampling(config: ModelConfig, options: Options) -> Sampling:
         raise RiverError(f"min_p={min_p}; accepted: a number from 0 (off) to 1")
     top_k = min(integer("top_k", options.top_k, 0), config.vocab_size)
     top_p = max(fp32(top_p), FP32_TINY)  # what rounds to 0 keeps one token
-    return Sampling(fp32(temperature), top_k, top_p, fp32(min_p))
+    seed = integer("seed", options.seed, -(2**63), 2**63 - 1)
+    return Sampling(fp32(temperature), top_k, top_p, fp32(min_p), seed)

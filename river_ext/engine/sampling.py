@@ -5,6 +5,7 @@ Sampling is Gumbel-max: the argmax of logits / temperature + noise, the noise be
 any batch. Ties go to the lowest id. A row of which a logit is NaN or infinite has no token: -1.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -16,10 +17,13 @@ from .network import Network
 
 @dataclass(frozen=True)
 class Sampling:
+    """How the tokens of one request are drawn; numbers as fp32 has them."""
+
     temperature: float = 0.0  # 0 = greedy
     top_k: int = 0  # draw among the k likeliest tokens; 0 = all
     top_p: float = 1.0  # draw among the likeliest tokens that together have at least this probability
     min_p: float = 0.0  # draw among the tokens at least this times as likely as the likeliest; 0 = all
+    seed: int = 0
 
     @property
     def filters(self) -> bool:
@@ -38,59 +42,60 @@ class Drawing:
     positions: Tensor  # of the tokens that are drawn
 
     @classmethod
-    def of(cls, sampling: Sampling, seeds: Tensor, positions: Tensor) -> "Drawing":
-        """Every row by the same options; seeds are int64 [T], positions int32 [T]."""
+    def greedy(cls, positions: Tensor) -> "Drawing":
+        """Every row greedy; positions are int32 [T]."""
+        rows, device = len(positions), positions.device
         drawing = cls(
-            temperature=torch.empty_like(positions, dtype=torch.float32),
+            temperature=torch.empty(rows, device=device, dtype=torch.float32),
             top_k=torch.empty_like(positions),
-            top_p=torch.empty_like(positions, dtype=torch.float32),
-            min_p=torch.empty_like(positions, dtype=torch.float32),
-            seeds=seeds,
+            top_p=torch.empty(rows, device=device, dtype=torch.float32),
+            min_p=torch.empty(rows, device=device, dtype=torch.float32),
+            seeds=torch.empty(rows, device=device, dtype=torch.int64),
             positions=positions,
         )
-        drawing.fill(sampling)
+        drawing.fill([Sampling()] * rows)
         return drawing
 
-    def fill(self, sampling: Sampling) -> None:
-        self.temperature.fill_(sampling.temperature)
-        self.top_k.fill_(sampling.top_k)
-        self.top_p.fill_(sampling.top_p)
-        self.min_p.fill_(sampling.min_p)
+    def head(self, rows: int) -> "Drawing":
+        """Of the first rows."""
+        return Drawing(**{name: tensor[:rows] for name, tensor in vars(self).items()})
 
-
-def next_tokens(
-    network: Network,
-    hidden: Tensor,
-    sampling: Sampling,
-    seeds: Tensor,
-    positions: Tensor,
-    return_logits: bool = False,
-) -> tuple[Tensor, Tensor | None]:
-    """`draw` for rows with the same options; seeds are int64 [T], positions int32 [T] of the tokens drawn."""
-    drawing = Drawing.of(sampling, seeds, positions) if sampling.temperature > 0 else None
-    return draw(network, hidden, drawing, sampling.filters, return_logits)
+    def fill(self, samplings: Sequence[Sampling]) -> None:
+        """Row by row; rows beyond them stay as they are."""
+        for name, values in (
+            ("temperature", [sampling.temperature for sampling in samplings]),
+            ("top_k", [sampling.top_k for sampling in samplings]),
+            ("top_p", [sampling.top_p for sampling in samplings]),
+            ("min_p", [sampling.min_p for sampling in samplings]),
+            ("seeds", [sampling.seed for sampling in samplings]),
+        ):
+            tensor = getattr(self, name)
+            tensor[: len(values)] = tensor.new_tensor(values)
 
 
 def draw(
-    network: Network, hidden: Tensor, drawing: Drawing | None, filters: bool, return_logits: bool = False
-) -> tuple[Tensor, Tensor | None]:
+    network: Network,
+    hidden: Tensor,
+    drawing: Drawing,
+    filters: bool,
+    return_logits: bool = False,
+    river_head: bool = False,
+) -> tuple[Tensor, Tensor]:
     """Final norm, head and choice of a token per row.
 
-    hidden is [T, hidden_size]; without a drawing, all rows are greedy. The head draws by itself unless there
-    are filters: those need the logits of all tokens. Returns tokens int64 [T], -1 where a row has none, and,
-    if asked for, fp32 logits [T, vocab_size] (before any filter).
+    hidden is [T, hidden_size]. The head draws by itself unless there are filters: those need the logits of
+    all tokens. Returns tokens int64 [T], -1 where a row has none, and fp32 logits [T, vocab_size] before any
+    filter, or [0, vocab_size] where neither the caller nor a filter needs them.
     """
-    in_head = {}
-    if drawing is not None and not filters:
-        in_head = {name: getattr(drawing, name) for name in ("temperature", "seeds", "positions")}
+    names = () if filters else ("temperature", "seeds", "positions")
     tokens, logits = ops.lm_head(
         hidden,
         network.norm,
         network.lm_head,
         network.config.rms_norm_eps,
         return_logits=return_logits or filters,
-        **in_head,
+        **{name: getattr(drawing, name) for name in names},
     )
     if filters:
         tokens, _ = ops.sample(logits, **vars(drawing))
-    return tokens, logits if return_logits else None
+    return tokens, logits

@@ -1,14 +1,17 @@
 """A request on its way: what has been generated for it so far, and whether that is all."""
 
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from ..errors import RiverError
-from ..loading.text import TextStream
-from .request import Plan
-from .step import StepOutput, not_finite
+from ..loading.stop_strings import StopStrings
+from ..loading.text import Text, TextStream
+from .drafting import Drafting
+from .request import Request
+from .step import NewToken, Row, RowOutput, not_finite
 
 
 @dataclass(frozen=True)
@@ -19,6 +22,11 @@ class Stats:
     decode_seconds: float  # of the steps that this request took part in
     tokens_per_second: float  # new tokens after the first, per decoding second; 0 if there is none
     mean_exit_depth: float  # over all new tokens
+    steps: int  # that this request took part in: in lossless mode, backbone passes
+    tokens_per_step: float  # new tokens after the first, per step; 0 if there is none
+    drafts: int  # tokens that the river proposed, in lossless mode
+    accepted_drafts: int  # of these, new tokens
+    draft_seconds: float | None  # of decode_seconds, those before the verifications; None on a GPU
 
     def to_dict(self) -> dict:
         """For `json.dumps`."""
@@ -33,9 +41,12 @@ class GenerationOutput:
     tokens: list[int]  # new tokens, a stop token included
     exit_depths: list[int]
     similarities: list[list[float]]  # of the backbone layers that ran
-    finish_reason: str | None  # "stop", "length" or "error"; None in a stream that goes on
+    finish_reason: str | None  # "stop", "length", "cancelled" or "error"; None while it goes on
     stats: Stats
+    drafted: list[bool]  # proposed by the river, and right: in lossless mode
     logits: Tensor | None = None  # fp32 [new tokens, vocab_size], with return_logits
+    logprobs: list[float] | None = None  # of the new tokens, with logprobs: before temperature and filters
+    top_logprobs: list[list[tuple[int, float]]] | None = None  # the likeliest tokens, likeliest first
     error: str | None = None  # why it ended with finish_reason "error"; the tokens before are right
 
     def checked(self) -> "GenerationOutput":
@@ -50,72 +61,135 @@ class GenerationOutput:
         return values | {"stats": self.stats.to_dict()}
 
 
-@dataclass
+class Piece(NamedTuple):
+    """What a token adds to a stream. Its text may be empty, or may complete what earlier tokens began."""
+
+    text: str
+    token: int
+    exit_depth: int
+
+    def to_dict(self) -> dict:
+        """For `json.dumps`."""
+        return self._asdict()
+
+
 class Sequence:
-    """A request on its way: its prompt, and what has been generated so far."""
+    """A request on its way: what has been generated for it so far."""
 
-    plan: Plan
-    slot: int
-    text_stream: TextStream | None
-    tokens: list[int] = field(default_factory=list)
-    exit_depths: list[int] = field(default_factory=list)
-    similarities: list[list[float]] = field(default_factory=list)
-    logits: list[Tensor] = field(default_factory=list)
-    text: str = ""
-    news: str = ""  # what the last token added to the text
-    finish_reason: str | None = None
-    error: str | None = None
-    prefill_seconds: float = 0.0
-    decode_seconds: float = 0.0
+    def __init__(self, request: Request, text: Text | None):
+        self.request = request
+        self.tokens: list[int] = []
+        self.exit_depths: list[int] = []
+        self.similarities: list[list[float]] = []
+        self.text = ""
+        self.finish_reason: str | None = None
+        self.error: str | None = None
+        self.prefill_seconds = self.decode_seconds = 0.0
+        self._stream = TextStream(text, request.prompt, StopStrings(request.stop)) if text else None
+        drafts = request.draft_tokens
+        self._drafting = None if drafts is None else Drafting(drafts)
+        self._drafted: list[bool] = []
+        self._steps = self._drafts = 0
+        self._draft_seconds: float | None = 0.0
+        self._logits: list[Tensor] = []
+        self._logprobs: list[float] = []
+        self._top_logprobs: list[list[tuple[int, float]]] = []
 
-    @property
-    def prompt(self) -> list[int]:
-        return self.plan.prompts[self.slot]
+    def row(self, slot: int) -> Row:
+        """Its next step: the last token is fed back."""
+        return Row(
+            token=self.tokens[-1],
+            position=len(self.request.prompt) + len(self.tokens) - 1,
+            slot=slot,
+            request=self.request,
+            remaining=self.request.max_new_tokens - len(self.tokens),
+            drafting=self._drafting,
+        )
 
-    def append(self, token: int, step: StepOutput, row: int) -> None:
-        """Takes a new token, its row of the step's output, and decides whether it is the last."""
-        if token < 0:
-            self._fail(step.similarities[row])
-            return
-        self.tokens.append(token)
-        self.exit_depths.append(step.exit_depths[row])
-        self.similarities.append(step.similarities[row])
-        if step.logits is not None:
-            self.logits.append(step.logits[row])
-        self.news = ""
-        if token in self.plan.stop_tokens:
+    def take(self, output: RowOutput) -> list[Piece]:
+        """Takes new tokens up to the last one that it needs."""
+        self._steps += bool(self.tokens)  # the first token is the prefill's
+        self._drafts += output.drafts
+        if output.draft_seconds is None or self._draft_seconds is None:
+            self._draft_seconds = None
+        else:
+            self._draft_seconds += output.draft_seconds
+        pieces = []
+        for new in output.tokens:
+            if self.finish_reason:
+                break
+            if new.token < 0:
+                self._fail(new.similarities)
+            else:
+                pieces.append(self._append(new))
+        return pieces
+
+    def _append(self, new: NewToken) -> Piece:
+        """Decides, too, whether it is the last one."""
+        self.tokens.append(new.token)
+        self.exit_depths.append(new.exit_depth)
+        self.similarities.append(new.similarities)
+        self._drafted.append(new.drafted)
+        if new.logits is not None:
+            self._keep_logits(new.token, new.logits)
+        added = self._text_of(new.token)
+        self.text += added
+        return Piece(added, new.token, new.exit_depth)
+
+    def _text_of(self, token: int) -> str:
+        added, stream = "", self._stream
+        if token in self.request.stop_tokens:
             self.finish_reason = "stop"
-        elif self.text_stream:
-            self.news = self.text_stream.feed(token)
-            if self.text_stream.stopped:
+        elif stream:
+            added = stream.feed(token)
+            if stream.stopped:
                 self.finish_reason = "stop"
-        if self.finish_reason is None and len(self.tokens) == self.plan.max_new_tokens:
+        if self.finish_reason is None and len(self.tokens) == self.request.max_new_tokens:
             self.finish_reason = "length"
-        if self.finish_reason and self.text_stream and not self.text_stream.stopped:
-            self.news += self.text_stream.finish()
-            if self.text_stream.stopped:  # by an unfinished character
+        if self.finish_reason and stream and not stream.stopped:
+            added += stream.finish()
+            if stream.stopped:  # by an unfinished character
                 self.finish_reason = "stop"
-        self.text += self.news
+        return added
+
+    def _keep_logits(self, token: int, logits: Tensor) -> None:
+        if self.request.return_logits:
+            self._logits.append(logits)
+        if (count := self.request.logprobs) is not None:
+            logprobs = logits.log_softmax(-1)
+            self._logprobs.append(logprobs[token].item())
+            values, ids = logprobs.sort(descending=True, stable=True)  # ties to the lowest id
+            self._top_logprobs.append(list(zip(ids[:count].tolist(), values[:count].tolist(), strict=True)))
 
     def _fail(self, similarities: list[float]) -> None:
         """Ends without a token, for want of finite logits."""
-        position = len(self.prompt) + len(self.tokens)
-        self.finish_reason, self.error = "error", not_finite(self.plan.dtype, position, similarities)
-        if self.text_stream:
-            self.text += self.text_stream.finish()
+        position = len(self.request.prompt) + len(self.tokens)
+        self.error = not_finite(self.request.dtype, position, similarities)
+        self.end("error")
+
+    def end(self, reason: str) -> None:
+        """No token follows, whatever the last one was."""
+        self.finish_reason = reason
+        if self._stream:
+            self.text += self._stream.finish()
 
     def output(self) -> GenerationOutput:
         """What there is; with finish_reason None while more is to come."""
         decoded = max(0, len(self.tokens) - 1)
         stats = Stats(
-            prompt_tokens=len(self.prompt),
+            prompt_tokens=len(self.request.prompt),
             new_tokens=len(self.tokens),
             prefill_seconds=self.prefill_seconds,
             decode_seconds=self.decode_seconds,
             tokens_per_second=decoded / self.decode_seconds if decoded else 0.0,
             mean_exit_depth=sum(self.exit_depths) / max(1, len(self.exit_depths)),
+            steps=self._steps,
+            tokens_per_step=decoded / self._steps if decoded else 0.0,
+            drafts=self._drafts,
+            accepted_drafts=sum(self._drafted),
+            draft_seconds=self._draft_seconds,
         )
-        logits = torch.stack(self.logits) if self.logits else None
+        has_logprobs = self.request.logprobs is not None
         return GenerationOutput(
             text=self.text,
             tokens=list(self.tokens),
@@ -123,6 +197,9 @@ class Sequence:
             similarities=list(self.similarities),
             finish_reason=self.finish_reason,
             stats=stats,
-            logits=logits,
+            drafted=list(self._drafted),
+            logits=torch.stack(self._logits) if self._logits else None,
+            logprobs=list(self._logprobs) if has_logprobs else None,
+            top_logprobs=list(self._top_logprobs) if has_logprobs else None,
             error=self.error,
         )

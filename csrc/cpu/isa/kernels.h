@@ -19,23 +19,33 @@ using StripOut = float[kMaxRows][kTileRows];  // fp32 results of 16 output rows
 
 constexpr int kSplit = 256;  // positions per split of the context
 
-// Softmax state of one query head over one split of the context: max, sum of weights, weighted values
+// Softmax state of one query head over some positions: the largest score, the sum of the weights exp(score - max), and
+// the values weighted alike. A sum of 0: it saw none, and the value may hold anything.
 struct AttentionState {
   float max, sum;
   float* value;  // [head_dim rounded up to 16]
 };
 
-// The query heads of one KV head, and what they attend to: some positions of one split of one slot
+// Entries begin to end - 1 of a list
+struct Range {
+  int begin, end;
+};
+
+constexpr int kScores = kSplit + 16;  // room for the scores of a query head over a split, and for a vector past its end
+
+// Query heads that share a KV head, of one row or of several rows of one slot, and a split that they attend to
 struct SplitArgs {
   DType dtype;  // of k and v
-  int group;    // query heads
+  int queries;  // query heads of all rows
   int head_dim;
-  const float* queries;      // [group, head_dim rounded up to 16], scaled; zero past head_dim
+  float softmax_scale;
+  const uint32_t* query;     // [queries, head_dim], each as pack_query left it
   const void *k, *v;         // [max_len, head_dim]
-  const int32_t* positions;  // [count]
+  const int32_t* positions;  // [count], those of the split that any query sees, ascending
   int count;                 // 1 to kSplit
-  AttentionState* out;       // the state of head g is out[g * stride]
-  int64_t stride;
+  const Range* seen;         // [queries], which of the positions each one sees; may be none
+  float* scores;             // [queries, kScores], scratch
+  AttentionState* out;       // [queries]
 };
 
 struct Kernels {
@@ -51,10 +61,13 @@ struct Kernels {
   void (*w4_strip)(DType dtype, const uint8_t* tiles, const Operand& x, StripOut& out);
   // out = silu(gate) * up for 16 channels, fp32
   void (*swiglu)(const float* gate, const float* up, float* out);
+  // A query head [head_dim] as attend reads it, in at most head_dim words
+  void (*pack_query)(DType dtype, const void* query, int head_dim, uint32_t* words);
   void (*attend)(const SplitArgs& args);
-  // out [head_dim rounded up to 16] = the softmax average over `count` splits, merged in order; zero if none saw a
-  // position
-  void (*merge)(const AttentionState* splits, int count, int head_dim, float* out);
+  // Adds the state of one more split of the context to that of the splits before it.
+  void (*absorb)(const AttentionState& split, int head_dim, AttentionState& before);
+  // out [head_dim] = the softmax average of a state; zero if it saw no position
+  void (*average)(const AttentionState& state, DType dtype, int head_dim, void* out);
   // The cosine of x and y, n values each
   float (*similarity)(DType dtype, const void* x, const void* y, int n);
   void (*to_float)(DType dtype, const void* x, float* y, int64_t n);

@@ -231,6 +231,8 @@ template <class T>
 RIVER_DEVICE T shuffle(T value, int lane) {
   return __shfl_sync(kAllLanes, value, lane);
 }
+// Bit i: what lane i says. All lanes get it.
+RIVER_DEVICE uint32_t ballot(bool value) { return __ballot_sync(kAllLanes, value); }
 
 // Lies in shared memory. Whoever waits for the n-th use of a stage (from 0) waits with parity n % 2. In code for chips
 // without bulk copies, StageBarrier<true> does what <false> does.

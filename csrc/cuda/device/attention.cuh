@@ -1,69 +1,46 @@
-// Attention of one row over one split of its context, by a block: kHeads query heads of one KV head at a time, which
-// share every K and V that is read. The functions of SplitAttention stand in the order in which a block calls them;
-// each ends in a barrier of the block. Sums and softmax are fp32.
+// Attention of the rows of one slot over one split of the context, by a block. Query heads of one KV head, of all these
+// rows, are the columns of the tensor cores' products (8 to a tile of columns), and K and V are their weights: as with
+// weights, the cost is that of reading them, and every K and V is read once for all rows.
 //
-// To read K or V, kLanes lanes take a position, 8 dims each, so that a warp reads 32 / kLanes positions at a time, and
-// each lane has kAhead loads under way. For the softmax a warp has one query head.
+// The functions of SplitAttention stand in the order in which a block calls them. A warp takes 16 positions at a time.
+// - Scores: rows of a product are positions. A lane's 16 bytes of K are the operands of two products, with the dims in
+//   another order, which a sum over them does not notice.
+// - Softmax: a warp per query head, in fp32. A weight becomes the sum of two 16-bit numbers: 16 bits and more.
+// - Values: rows of a product are dims, 64 to a warp; columns of V are the positions. Warps with the same dims have
+//   different positions, and their sums are added in order.
+//
+// A column takes no notice of the others, and positions lie where they lie whoever sees them, so that a row gets the
+// same bits alone. One product could still carry something over: zero times a V that is not finite. Where a row does
+// not see all of 16 positions that another one sees, each row has a product of its own.
 #pragma once
 
-#include "cache_places.cuh"
+#include "slot_rows.cuh"
 
 namespace river::device {
 
 constexpr int kAttentionThreads = 128;
 constexpr int kAttentionWarps = kAttentionThreads / kWarp;
-constexpr int kHeads = 4;       // query heads per pass over a split
-constexpr int kAhead = 4;       // loads of a lane under way at a time
-constexpr int kMaxSplit = 256;  // positions
-static_assert(kAttentionWarps == kHeads);
+constexpr int kColumns = 8;    // query heads of a product
+constexpr int kTile = 16;      // positions of a product
+constexpr int kWarpDims = 64;  // dims of V that a warp takes
+constexpr int kScores = 260;   // words between query heads in shared memory: keeps lanes on different banks
 
-// ---- how a context is cut -----------------------------------------------------------------------
-
-// Positions of a split, of `seen` ones: 64, until that makes 16 splits; then 16 splits of more positions each, up to
-// kMaxSplit; then more splits.
-__host__ __device__ inline int split_size(int seen) {
-  return seen <= 16 * 64 ? 64 : seen <= 16 * 128 ? 128 : kMaxSplit;
-}
-
-// The splits of one row. They begin at multiples of their size and depend on nothing but the row's own position.
-struct ContextSplits {
-  int first, last;  // positions that the row sees, both included
-  int size, start, count;
-
-  RIVER_DEVICE ContextSplits(const AttentionArgs& a, int position)
-      : first(a.sliding_window > 0 ? max(int64_t(0), position - a.sliding_window + 1) : 0), last(position),
-        size(split_size(last - first + 1)), start(first / size * size), count((last - start) / size + 1) {}
-
-  RIVER_DEVICE int begin(int split) const { return start + split * size; }
-};
-
-// ---- what a split leaves for the merge ----------------------------------------------------------
-
-// Of each (row, query head, split): the largest score, the sum of exp(score - largest), the values weighted alike.
-struct Partials {
-  static constexpr int kLargest = 0, kSum = 1, kValues = 2;
-
-  float* memory;  // [T, heads, splits, 2 + head_dim]
-  int heads, splits, head_dim;
-
-  RIVER_DEVICE float* at(int row, int head, int split) const {
-    return memory + ((int64_t(row) * heads + head) * splits + split) * (kValues + head_dim);
-  }
-};
-
-// ---- one split ----------------------------------------------------------------------------------
-
-template <int kLanes>
+// Of a block that works for up to kTiles * kColumns query heads at a time
+template <int kDims, int kTiles>
 struct AttentionMemory {
-  float query[kHeads][kLanes * 8];                   // times softmax_scale
-  float weight[kHeads][kMaxSplit];                   // of positions: scores first. In the merge: of splits
-  float value[kHeads][kAttentionWarps][kLanes * 8];  // weighted values, by warp
-  float state[kHeads][2];                            // kLargest, kSum
-};
+  static constexpr int kQueries = kTiles * kColumns;
 
-// Consecutive query heads, 1 to kHeads
-struct HeadRange {
-  int first, count;
+  struct Query {
+    int row, head;    // head: of all query heads
+    int first, last;  // positions that the row sees; none for a column without a query head
+  };
+
+  alignas(16) uint16_t query[kQueries][kDims + 32];  // padded: keeps lanes on different banks
+  alignas(16) uint32_t score[kQueries][kScores];  // scores, fp32; then weights, two 16-bit numbers; then values, fp32,
+                                                  // [warps with the same dims, kDims]. In the merge: factors of splits
+  float state[kQueries][2];                       // kLargest, kSum
+  Query of[kQueries];
+  Query row[kMaxRows];  // the rows of the slot; head is not used
 };
 
 RIVER_DEVICE float warp_max(float x) {
@@ -76,122 +53,254 @@ RIVER_DEVICE float warp_sum(float x) {
   return x;
 }
 
-template <class T, int kLanes>
+RIVER_DEVICE uint32_t low_halves(uint32_t a, uint32_t b) { return (a & 0xffffu) | b << 16; }
+RIVER_DEVICE uint32_t high_halves(uint32_t a, uint32_t b) { return a >> 16 | (b & 0xffff0000u); }
+
+RIVER_DEVICE uint32_t word(const uint4& v, int i) { return i == 0 ? v.x : i == 1 ? v.y : i == 2 ? v.z : v.w; }
+
+template <class T, int kDims, int kTiles>
 struct SplitAttention {
-  static constexpr int kPositions = kAttentionThreads / kLanes;  // that the block reads at a time
+  static constexpr int kChunks = kDims / 32;                // of K, that four lanes load together
+  static constexpr int kSides = kDims / kWarpDims;          // warps with different dims of V
+  static constexpr int kShares = kAttentionWarps / kSides;  // warps with the same dims
+  static_assert(kShares * kDims <= kScores && kMaxSplit <= kScores);
+
+  struct Keys {
+    uint4 row[2][kChunks];  // of positions g and g + 8
+    bool valid[2];
+  };
+  struct Values {
+    uint4 row[4];  // of positions 4 t to 4 t + 3, dims 8 g to 8 g + 7 of the warp's
+  };
 
   const AttentionArgs& a;
   const Partials& partials;
-  const ContextSplits& context;
-  AttentionMemory<kLanes>& shared;
-  int row, slot, kv_head;
+  const SlotRows& rows;
+  AttentionMemory<kDims, kTiles>& shared;
+  int kv_head;
+  int queries = 0, tiles = 0;  // of this pass, and their tiles of columns
 
-  RIVER_DEVICE void load_query(HeadRange heads) const {
-    const T* query = static_cast<const T*>(a.query) + (int64_t(row) * a.num_heads + heads.first) * a.head_dim;
-    for (int i = threadIdx.x; i < heads.count * a.head_dim; i += kAttentionThreads)
-      shared.query[i / a.head_dim][i % a.head_dim] = to_float(load_written(query + i)) * a.softmax_scale;
-    __syncthreads();
-  }
-
-  // weight = query . K; -inf where the row sees nothing
-  RIVER_DEVICE void score(int split, HeadRange heads) const {
-    for (int i0 = offset(); i0 < context.size; i0 += kAhead * kPositions) {
-      uint4 ahead[kAhead];
-      bool valid[kAhead];
-      load_ahead(a.k_cache, context.begin(split) + i0, ahead, valid);
-#pragma unroll
-      for (int n = 0; n < kAhead; n++) {
-        float k[8], sum[kHeads] = {};
-        unpack<T>(ahead[n], k);
-        if (in_head()) {
-#pragma unroll
-          for (int h = 0; h < kHeads; h++)
-            for (int j = 0; j < 8; j++) sum[h] += k[j] * shared.query[h][dim() + j];
-        }
-        for (int lanes = kLanes / 2; lanes > 0; lanes /= 2)
-          for (int h = 0; h < kHeads; h++) sum[h] += shuffle_xor(sum[h], lanes);
-        for (int h = 0; h < kHeads; h++)
-          if (dim() == 0 && h < heads.count) shared.weight[h][i0 + n * kPositions] = valid[n] ? sum[h] : -INFINITY;
-      }
+  // The next functions are for these query heads: of all that the slot's rows have, in order of rows, `first` and on.
+  RIVER_DEVICE void take_queries(int first) {
+    const int group = a.num_heads / a.num_kv_heads;
+    queries = min(rows.count * group - first, kTiles * kColumns);
+    tiles = (queries + kColumns - 1) / kColumns;
+#pragma unroll 1
+    for (int q = threadIdx.x; q < tiles * kColumns; q += kAttentionThreads) {
+      auto& query = shared.of[q];
+      query = {.row = 0, .head = 0, .first = 0, .last = -1};
+      if (q >= queries) continue;
+      query = shared.row[(first + q) / group];
+      query.head = kv_head * group + (first + q) % group;
     }
     __syncthreads();
   }
 
-  // weight = exp(weight - largest), and the state
-  RIVER_DEVICE void softmax(HeadRange heads) const {
-    if (const int h = warp_id(); h < heads.count) {
-      float (&weight)[kMaxSplit] = shared.weight[h];
-      float largest = -INFINITY, sum = 0;
-      for (int i = lane_id(); i < context.size; i += kWarp) largest = fmaxf(largest, weight[i]);
-      largest = warp_max(largest);
-      for (int i = lane_id(); i < context.size; i += kWarp) {
-        const float w = weight[i] == -INFINITY ? 0.f : expf(weight[i] - largest);
-        weight[i] = w;
-        sum += w;
-      }
-      sum = warp_sum(sum);
-      if (lane_id() == 0) shared.state[h][Partials::kLargest] = largest, shared.state[h][Partials::kSum] = sum;
+  RIVER_DEVICE void load_queries() const {
+#pragma unroll 2
+    for (int i = threadIdx.x; i < tiles * kColumns * (kDims / 8); i += kAttentionThreads) {
+      const int q = i / (kDims / 8), d = i % (kDims / 8) * 8;
+      const int64_t head = int64_t(shared.of[q].row) * a.num_heads + shared.of[q].head;
+      const T* dims = static_cast<const T*>(a.query) + head * a.head_dim + d;
+      *reinterpret_cast<uint4*>(&shared.query[q][d]) = q < queries && d < a.head_dim ? load_activations(dims) : uint4{};
     }
     __syncthreads();
   }
 
-  // value = weight . V: a lane has its 8 dims of its positions; then come the lanes of the warp that have the same
-  // dims.
-  RIVER_DEVICE void weigh_values(int split, HeadRange heads) const {
-    float sum[kHeads][8] = {};
-    for (int i0 = offset(); i0 < context.size; i0 += kAhead * kPositions) {
-      uint4 ahead[kAhead];
-      bool valid[kAhead];
-      load_ahead(a.v_cache, context.begin(split) + i0, ahead, valid);
-#pragma unroll
-      for (int n = 0; n < kAhead; n++) {
-        if (!valid[n] || !in_head()) continue;
-        float v[8];
-        unpack<T>(ahead[n], v);
-        for (int h = 0; h < kHeads; h++) {
-          const float w = h < heads.count ? shared.weight[h][i0 + n * kPositions] : 0.f;
-          for (int j = 0; j < 8; j++) sum[h][j] += w * v[j];
-        }
-      }
-    }
-    for (int h = 0; h < kHeads; h++)
-      for (int j = 0; j < 8; j++) {
-        for (int lanes = kWarp / 2; lanes >= kLanes; lanes /= 2) sum[h][j] += shuffle_xor(sum[h][j], lanes);
-        if (lane_id() < kLanes) shared.value[h][warp_id()][dim() + j] = sum[h][j];
-      }
-    __syncthreads();
-  }
-
-  // The warps' sums are added in order.
-  RIVER_DEVICE void write_partials(int split, HeadRange heads) const {
-    for (int i = threadIdx.x; i < heads.count * a.head_dim; i += kAttentionThreads) {
-      const int h = i / a.head_dim, d = i % a.head_dim;
-      float total = 0;
-      for (int warp = 0; warp < kAttentionWarps; warp++) total += shared.value[h][warp][d];
-      float* partial = partials.at(row, heads.first + h, split);
-      partial[Partials::kValues + d] = total;
-      if (d < Partials::kValues) partial[d] = shared.state[h][d];
-    }
-    __syncthreads();
+  RIVER_DEVICE void run(int split) const {
+    score(split);
+    const Values values = first_values(split);
+    softmax();
+    weigh_values(split, values);
+    write_partials(split);
   }
 
  private:
-  RIVER_DEVICE int offset() const { return threadIdx.x / kLanes; }
-  RIVER_DEVICE int dim() const { return threadIdx.x % kLanes * 8; }
-  RIVER_DEVICE bool in_head() const { return dim() < a.head_dim; }
-
-  RIVER_DEVICE bool sees(int p) const {
-    return p >= context.first && p <= context.last && (!a.kv_valid || a.kv_valid[int64_t(slot) * a.max_len + p]);
+  // score = query . K * softmax_scale; -inf where the row does not see the position
+  RIVER_DEVICE void score(int split) const {
+    constexpr bool kAhead = kDims < 256;  // the next keys are under way: else there are as many loads without
+    const int begin = split * rows.size;
+    Keys next;
+    if (kAhead) load_keys(begin + warp_id() * kTile, next);
+    for (int i = warp_id() * kTile; i < rows.size; i += kAttentionWarps * kTile) {
+      if (!kAhead) load_keys(begin + i, next);
+      const Keys keys = next;
+      if (kAhead && i + kAttentionWarps * kTile < rows.size) load_keys(begin + i + kAttentionWarps * kTile, next);
+      score_tile(begin, i, keys);
+    }
   }
 
-  // This lane's dims of the positions p0, p0 + kPositions, ...: all are under way before the first is looked at.
-  RIVER_DEVICE void load_ahead(const void* cache, int p0, uint4 (&out)[kAhead], bool (&valid)[kAhead]) const {
-    const T* head = static_cast<const T*>(cache) + (int64_t(slot) * a.num_kv_heads + kv_head) * a.max_len * a.head_dim;
+  // The V of this warp's first positions: they are under way during the softmax.
+  RIVER_DEVICE Values first_values(int split) const {
+    Values values;
+    load_values(split * rows.size + share() * kTile, values);
+    return values;
+  }
+
+  // weight = exp(score - largest), and the states
+  RIVER_DEVICE void softmax() const {
+    __syncthreads();
+    for (int q = warp_id(); q < queries; q += kAttentionWarps) {
+      uint32_t (&weight)[kScores] = shared.score[q];
+      float largest = -INFINITY, sum = 0;
+      for (int i = lane_id(); i < rows.size; i += kWarp) largest = fmaxf(largest, __uint_as_float(weight[i]));
+      largest = warp_max(largest);
+      for (int i = lane_id(); i < rows.size; i += kWarp) {
+        const float score = __uint_as_float(weight[i]);
+        const float w = score == -INFINITY ? 0.f : expf(score - largest);
+        const T high = from_float<T>(w);
+        weight[i] = pair<T>(from_float<T>(w - to_float(high)), high);
+        sum += w;
+      }
+      sum = warp_sum(sum);
+      if (lane_id() == 0) shared.state[q][Partials::kLargest] = largest, shared.state[q][Partials::kSum] = sum;
+    }
+    __syncthreads();
+  }
+
+  // value = weight . V
+  RIVER_DEVICE void weigh_values(int split, Values next) const {
+    const int begin = split * rows.size;
+    float sum[kTiles][4][4] = {};  // of each tile of columns, and of each two dims of a lane: see store_values
+    for (int i = share() * kTile; i < rows.size; i += kShares * kTile) {
+      const Values values = next;
+      if (i + kShares * kTile < rows.size) load_values(begin + i + kShares * kTile, next);
+      const int p = begin + i;
+      if (rows.count == 1 || (p >= rows.all_first && p + kTile - 1 <= rows.all_last)) {
+        weigh_tile(i, values, sum, [](int) { return true; });
+        continue;
+      }
+      for (int r = 0; r < rows.count; r++) {
+        const auto row = shared.row[r];
+        if (p > row.last || p + kTile <= row.first) continue;
+        Values seen = values;
 #pragma unroll
-    for (int n = 0; n < kAhead; n++) {
-      const int p = p0 + n * kPositions;
-      valid[n] = sees(p);
-      out[n] = valid[n] && in_head() ? load_activations(head + int64_t(p) * a.head_dim + dim()) : uint4{};
+        for (int k = 0; k < 4; k++)
+          if (const int at = p + 4 * part() + k; at < row.first || at > row.last) seen.row[k] = {};
+        weigh_tile(i, seen, sum, [&](int q) { return shared.of[q].row == row.row; });
+      }
+    }
+    __syncthreads();  // all have read the weights, which the values replace
+    store_values(sum);
+    __syncthreads();
+  }
+
+  // The sums of warps with the same dims are added in order.
+  RIVER_DEVICE void write_partials(int split) const {
+    for (int i = threadIdx.x; i < queries * a.head_dim; i += kAttentionThreads) {
+      const int q = i / a.head_dim, d = i % a.head_dim;
+      const auto query = shared.of[q];
+      if (split < query.first / rows.size || split > query.last / rows.size) continue;
+      float total = 0;
+#pragma unroll
+      for (int n = 0; n < kShares; n++) total += __uint_as_float(shared.score[q][n * kDims + d]);
+      float* partial = partials.at(query.row, query.head, split - query.first / rows.size);
+      partial[Partials::kValues + d] = total;
+      if (d < 2) partial[d] = shared.state[q][d];
+    }
+    __syncthreads();
+  }
+
+  // A lane's place in an operand: its row, or its column of 8; and which part of the other extent
+  RIVER_DEVICE int line() const { return lane_id() / 4; }
+  RIVER_DEVICE int part() const { return lane_id() % 4; }
+  RIVER_DEVICE int side() const { return warp_id() % kSides; }   // which dims of V this warp has
+  RIVER_DEVICE int share() const { return warp_id() / kSides; }  // and which of the positions
+
+  RIVER_DEVICE bool any_sees(int p) const {
+    return p >= rows.first && p <= rows.last && (!a.kv_valid || a.kv_valid[int64_t(rows.slot) * a.max_len + p]);
+  }
+
+  // 8 dims of a position; zero where there are none, or nobody sees it
+  RIVER_DEVICE uint4 load_dims(const void* cache, int p, int dim, bool seen) const {
+    if (!seen || dim >= a.head_dim) return {};
+    const int64_t position = (int64_t(rows.slot) * a.num_kv_heads + kv_head) * a.max_len + p;
+    return load_activations(static_cast<const T*>(cache) + position * a.head_dim + dim);
+  }
+
+  RIVER_DEVICE void load_keys(int p0, Keys& keys) const {
+#pragma unroll
+    for (int half = 0; half < 2; half++) {
+      const int p = p0 + line() + 8 * half;
+      keys.valid[half] = any_sees(p);
+#pragma unroll
+      for (int c = 0; c < kChunks; c++)
+        keys.row[half][c] = load_dims(a.k_cache, p, 32 * c + 8 * part(), keys.valid[half]);
+    }
+  }
+
+  RIVER_DEVICE void load_values(int p0, Values& values) const {
+#pragma unroll
+    for (int k = 0; k < 4; k++) {
+      const int p = p0 + 4 * part() + k;
+      values.row[k] = load_dims(a.v_cache, p, kWarpDims * side() + 8 * line(), any_sees(p));
+    }
+  }
+
+  // Of 16 positions, i and on in the split
+  RIVER_DEVICE void score_tile(int begin, int i, const Keys& keys) const {
+#pragma unroll
+    for (int n = 0; n < kTiles; n++) {
+      if (n >= tiles) break;
+      float sum[4] = {};
+#pragma unroll
+      for (int c = 0; c < kChunks; c++) {
+        const uint4 low = keys.row[0][c], high = keys.row[1][c];
+        const auto query = *reinterpret_cast<const uint4*>(&shared.query[n * kColumns + line()][32 * c + 8 * part()]);
+        mma_m16n8k16<T>(sum, {low.x, high.x, low.y, high.y}, {query.x, query.y});
+        mma_m16n8k16<T>(sum, {low.z, high.z, low.w, high.w}, {query.z, query.w});
+      }
+#pragma unroll
+      for (int j = 0; j < 4; j++) {
+        const int q = n * kColumns + 2 * part() + j % 2, at = i + line() + 8 * (j / 2);
+        const int first = shared.of[q].first, last = shared.of[q].last;
+        const bool sees = keys.valid[j / 2] && begin + at >= first && begin + at <= last;
+        shared.score[q][at] = __float_as_uint(sees ? sum[j] * a.softmax_scale : -INFINITY);
+      }
+    }
+  }
+
+  // Adds 16 positions, i and on in the split, to the sums of the query heads of which mine(q) is true.
+  template <class Mine>
+  RIVER_DEVICE void weigh_tile(int i, const Values& values, float (&sum)[kTiles][4][4], Mine mine) const {
+#pragma unroll
+    for (int n = 0; n < kTiles; n++) {
+      if (n >= tiles) break;
+      const auto w = *reinterpret_cast<const uint4*>(&shared.score[n * kColumns + line()][i + 4 * part()]);
+      const uint32_t high[2] = {high_halves(w.x, w.y), high_halves(w.z, w.w)};
+      const uint32_t low[2] = {low_halves(w.x, w.y), low_halves(w.z, w.w)};
+      const bool kept[2] = {mine(n * kColumns + 2 * part()), mine(n * kColumns + 2 * part() + 1)};
+#pragma unroll
+      for (int j = 0; j < 4; j++) {
+        const uint32_t dims[4] = {low_halves(word(values.row[0], j), word(values.row[1], j)),
+                                  high_halves(word(values.row[0], j), word(values.row[1], j)),
+                                  low_halves(word(values.row[2], j), word(values.row[3], j)),
+                                  high_halves(word(values.row[2], j), word(values.row[3], j))};
+        float total[4];
+#pragma unroll
+        for (int k = 0; k < 4; k++) total[k] = sum[n][j][k];
+        mma_m16n8k16<T>(total, dims, high);
+        mma_m16n8k16<T>(total, dims, low);
+#pragma unroll
+        for (int k = 0; k < 4; k++)
+          if (kept[k % 2]) sum[n][j][k] = total[k];
+      }
+    }
+  }
+
+  // A lane's sums are of two columns and 8 dims in a row.
+  RIVER_DEVICE void store_values(const float (&sum)[kTiles][4][4]) const {
+#pragma unroll
+    for (int n = 0; n < kTiles; n++) {
+      if (n >= tiles) break;
+#pragma unroll
+      for (int column = 0; column < 2; column++) {
+        auto* value = reinterpret_cast<float4*>(
+            &shared.score[n * kColumns + 2 * part() + column][share() * kDims + kWarpDims * side() + 8 * line()]);
+        const auto at = [&](int d) { return sum[n][d / 2][column + 2 * (d % 2)]; };
+        value[0] = make_float4(at(0), at(1), at(2), at(3));
+        value[1] = make_float4(at(4), at(5), at(6), at(7));
+      }
     }
   }
 };

@@ -17,13 +17,18 @@ struct Place {
   RIVER_DEVICE bool active() const { return slot >= 0; }
 };
 
-// The place of row t, by the members of Places or of an op's arguments. Each number is read once, and only what was
-// read is used: a row is inactive if its place is outside of the cache, which the host cannot see in time.
+// The place that two numbers name, by the members of Places or of an op's arguments. A row is inactive if its place is
+// outside of the cache, which the host cannot see in time.
 template <class Args>
-RIVER_DEVICE Place place_in_cache(const Args& a, int t) {
-  const int slot = load_written(a.slots + t), position = load_written(a.positions + t);
+RIVER_DEVICE Place checked_place(const Args& a, int slot, int position) {
   const bool inside = slot >= 0 && slot < a.num_slots && position >= 0 && position < a.max_len;
   return {inside ? slot : -1, position};
+}
+
+// The place of row t. Each number is read once, and only what was read is used.
+template <class Args>
+RIVER_DEVICE Place place_in_cache(const Args& a, int t) {
+  return checked_place(a, load_written(a.slots + t), load_written(a.positions + t));
 }
 
 // 16 bytes that another kernel wrote, so from L2

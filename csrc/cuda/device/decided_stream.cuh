@@ -1,6 +1,9 @@
-// The kernel of stream.cuh for a weight that lies there in both formats, of which the device decides for one
-// (decision.cuh). The same warps do the same work, with a ring for each format in the same memory. The copying warp
-// fills the ring on a guess, while the kernels ahead still run, and starts again where the guess was wrong.
+// The kernel of stream.cuh for a weight that lies there in both formats, of which the device decides row by row
+// (decision.cuh). A format without a row is not read. Where rows are on both paths, every strip comes in both formats,
+// one after the other, and each row keeps the sums of its own; so splits and epilogues never know.
+//
+// The same warps do the same work, with a ring for each way of reading, all in the same memory. The copying warp fills
+// a ring on a guess, while the kernels ahead still run, and starts again with another one where the guess was wrong.
 #pragma once
 
 #include "decision.cuh"
@@ -18,36 +21,91 @@ struct DecidedWeight {
   Decision decision;
 };
 
+// Which formats a kernel reads
+enum Reading { kDense, kPacked, kBoth, kNothing };
+constexpr int kRings = 3;  // of all but kNothing, for which no row is active
+
+RIVER_DEVICE Reading reading_for(const RowPaths& paths) {
+  if (paths.dense) return paths.packed ? kBoth : kDense;
+  return paths.packed ? kPacked : kNothing;
+}
+
+// Packed tiles in the ring of kBoth, whose stages are those of dense ones. A stage has whole turns of the readers, as
+// any other of packed tiles, so that each reader adds up the same tiles in the same order.
+template <class T>
+struct W4InDenseStages : W4Format<T> {
+  static constexpr int kStageBytes = DenseFormat<T>::kStageBytes;
+  static constexpr int kStageTiles = kStageBytes / kTileBytes / kReaders * kReaders;
+  static_assert(kStageTiles > 0 && W4Format<T>::kStageTiles % kReaders == 0);
+};
+
 // How a launch cuts the memory before the activations
 struct RingSizes {
   int dense_stages, packed_stages;  // of either format
   int bytes;                        // that the larger ring takes
-  RIVER_DEVICE int stages(bool packed) const { return packed ? packed_stages : dense_stages; }
+  RIVER_DEVICE int stages(Reading reading) const { return reading == kPacked ? packed_stages : dense_stages; }
 };
+
+// The copying warp: fills at most `limit` stages with strips in both formats, dense first; returns how many.
+template <class T, bool kBulk, class Weight>
+RIVER_DEVICE int copy_both(Ring<kBulk>& ring, CopyPlace& place, bool& at_packed, int limit, unsigned char* memory,
+                           const Weight& weight, const StreamShape& shape, const BlockWork& work) {
+  int copied = 0;
+  while (copied < limit && place.strip < shape.strips) {
+    const int left = limit - copied;
+    if (at_packed) copied += copy_strip<W4InDenseStages<T>>(ring, place, left, memory, weight.packed, shape, work);
+    else copied += copy_strip<DenseFormat<T>>(ring, place, left, memory, weight.dense, shape, work);
+    if (place.tile < work.tiles) continue;
+    if (at_packed) place.next_strip(work);
+    place.tile = 0, at_packed = !at_packed;
+  }
+  return copied;
+}
 
 // The copying warp. decided: in shared memory, written before kDecisionBarrier.
 template <class T, bool kBulk, class Rows, class Decision>
-RIVER_DEVICE void copy_decided_weights(Ring<kBulk> (&rings)[2], const RingSizes& sizes, unsigned char* memory,
-                                       const DecidedWeight<Rows, Decision>& weight, const int& decided,
+RIVER_DEVICE void copy_decided_weights(Ring<kBulk> (&rings)[kRings], const RingSizes& sizes, unsigned char* memory,
+                                       const DecidedWeight<Rows, Decision>& weight, int rows, const Reading& decided,
                                        const StreamShape& shape, const BlockWork& work, bool deep) {
   using Dense = DenseFormat<T>;
   using Packed = W4Format<T>;
-  bool packed = shuffle(int(weight.decision.guess()), 0);  // it may change under the loads: one lane's for all
-  CopyPlace place(sizes.stages(packed), work);
+  Reading reading = reading_for(RowPaths(weight.decision.guess(rows)));
+  CopyPlace place(sizes.stages(reading), work);
+  bool at_packed = false;  // kBoth: the strip's dense tiles are copied
   const auto copy = [&](int limit) {
-    return packed ? copy_weights<Packed>(rings[1], place, limit, memory, weight.packed, shape, work)
-                  : copy_weights<Dense>(rings[0], place, limit, memory, weight.dense, shape, work);
+    if (reading == kDense) return copy_weights<Dense>(rings[kDense], place, limit, memory, weight.dense, shape, work);
+    if (reading == kPacked)
+      return copy_weights<Packed>(rings[kPacked], place, limit, memory, weight.packed, shape, work);
+    if (reading == kBoth) return copy_both<T>(rings[kBoth], place, at_packed, limit, memory, weight, shape, work);
+    return 0;
   };
-  const int guessed = copy(sizes.stages(packed));
-  if (deep && packed) prefetch_weights<Packed>(place, sizes.packed_stages, weight.packed, shape, work);
-  if (deep && !packed) prefetch_weights<Dense>(place, sizes.dense_stages, weight.dense, shape, work);
+  const int guessed = copy(sizes.stages(reading));
+  if (deep && reading == kPacked) prefetch_weights<Packed>(place, sizes.packed_stages, weight.packed, shape, work);
+  if (deep && reading == kDense) prefetch_weights<Dense>(place, sizes.dense_stages, weight.dense, shape, work);
   barrier_sync(kDecisionBarrier, kStreamThreads);
-  if (packed != bool(decided)) {
-    for (int i = 0; i < guessed; i++) rings[packed].full[i].wait(0);  // landed: the memory is free, nobody reads it
-    packed = !packed;
-    place = CopyPlace(sizes.stages(packed), work);
+  if (reading != decided) {
+    for (int i = 0; i < guessed; i++) rings[reading].full[i].wait(0);  // landed: the memory is free, nobody reads it
+    reading = decided;
+    place = CopyPlace(sizes.stages(reading), work);
+    at_packed = false;
   }
   copy(kAll);
+}
+
+// One reader: its sums over the next strip, of each row by the format of its path
+template <class T, bool kBulk, class Activations>
+RIVER_DEVICE void multiply_decided_strip(float (&sum)[4], Reading reading, uint32_t packed_rows,
+                                         Ring<kBulk> (&rings)[kRings], Cursor& cursor, const unsigned char* memory,
+                                         const Activations& x, const StreamShape& shape, const BlockWork& work) {
+  if (reading == kNothing) return;
+  if (reading == kPacked) return multiply_strip<W4Format<T>>(sum, rings[kPacked], cursor, memory, x, shape, work);
+  multiply_strip<DenseFormat<T>>(sum, rings[reading], cursor, memory, x, shape, work);
+  if (reading == kDense) return;
+  float packed[4] = {};
+  multiply_strip<W4InDenseStages<T>>(packed, rings[kBoth], cursor, memory, x, shape, work);
+  const uint32_t mine = packed_rows >> (lane_id() % 4 * 2);  // bits 0 and 1: x rows 2t and 2t + 1
+  if (mine & 1) sum[0] = packed[0], sum[2] = packed[2];
+  if (mine & 2) sum[1] = packed[1], sum[3] = packed[3];
 }
 
 // Budget: 288 threads, 112 registers, 11264 shared, mma
@@ -61,33 +119,33 @@ __global__ void __launch_bounds__(kStreamThreads, 2)
                           Workspace workspace)  // partials and counters of split strips
 {
   RIVER_DYNAMIC_SHARED(memory);
-  RIVER_SHARED(Ring<kBulk>, rings, [2]);  // dense, packed
+  RIVER_SHARED(Ring<kBulk>, rings, [kRings]);
   RIVER_SHARED(RowSquares, squares, [1]);
-  RIVER_SHARED(int, decided, [1]);  // 1: packed
+  RIVER_SHARED(Reading, decided, [1]);
   const BlockWork work(shape);
   if (work.idle(shape)) return end_idle_block(epilogue);
   if (!workspace.variants.late_trigger) dependency_trigger();
-  rings[0].init(sizes.dense_stages);
-  rings[1].init(sizes.packed_stages);
+  for (const Reading reading : {kDense, kPacked, kBoth}) rings[reading].init(sizes.stages(reading));
+  __syncthreads();
   if (warp_id() == kReaders) {
     if (workspace.overlap != Overlap::kPrefetch) dependency_wait();
-    copy_decided_weights<T>(rings, sizes, memory, weight, decided[0], shape, work, prefetches_deep(workspace));
+    copy_decided_weights<T>(rings, sizes, memory, weight, rows, decided[0], shape, work, prefetches_deep(workspace));
     end_copying(workspace);
     return;
   }
   const StreamActivations<T, true> x(memory + sizes.bytes, rows, shape, work, squares[0]);
   input.prefetch(x);
   dependency_wait();
-  const int exits = weight.decision.decide(input, x);
+  const RowPath row = weight.decision.decide(input, x);
   typename Epilogue::State state = epilogue.begin();
   weight.decision.load(input, x);
-  if (threadIdx.x == 0) decided[0] = exits != 0;
+  const RowPaths paths(row);
+  const Reading reading = reading_for(paths);
+  if (threadIdx.x == 0) decided[0] = reading;
   barrier_sync(kDecisionBarrier, kStreamThreads);
-  const bool packed = decided[0];
-  Cursor cursor(sizes.stages(packed));
+  Cursor cursor(sizes.stages(reading));
   reduce_strips(epilogue, state, shape, work, workspace, [&](float (&sum)[4]) {
-    if (packed) multiply_strip<W4Format<T>>(sum, rings[1], cursor, memory, x, shape, work);
-    else multiply_strip<DenseFormat<T>>(sum, rings[0], cursor, memory, x, shape, work);
+    multiply_decided_strip<T>(sum, reading, paths.packed, rings, cursor, memory, x, shape, work);
   });
 }
 

@@ -36,16 +36,13 @@ template <bool kBulk>
 struct Ring {
   StageBarrier<kBulk> full[kMaxStages], empty[kMaxStages];
 
-  // By all threads of the block
+  // By all threads of the block, before a __syncthreads
   RIVER_DEVICE void init(int stages) {
-    if (threadIdx.x == 0) {
-      for (int i = 0; i < stages; i++) {
-        full[i].init_full();
-        empty[i].init_empty(kReaders);
-      }
-      mbarrier_init_fence();
-    }
-    __syncthreads();
+    const int i = threadIdx.x;
+    if (i >= stages) return;
+    full[i].init_full();
+    empty[i].init_empty(kReaders);
+    mbarrier_init_fence();
   }
 
   // The copying warp, all lanes, before it fills the stage. No use precedes the first one, so it passes at once.

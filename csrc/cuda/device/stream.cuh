@@ -99,6 +99,7 @@ __global__ void __launch_bounds__(kStreamThreads, 2)
   if (work.idle(shape)) return end_idle_block(epilogue);
   if (!workspace.variants.late_trigger) dependency_trigger();
   ring[0].init(stages);
+  __syncthreads();
   if (warp_id() == kReaders) {
     if (workspace.overlap != Overlap::kPrefetch) dependency_wait();
     CopyPlace place(stages, work);

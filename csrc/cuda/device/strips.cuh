@@ -14,28 +14,37 @@ struct CopyPlace {
   Cursor cursor;
   int strip, tile = 0;  // tile: of the block's split
   RIVER_DEVICE CopyPlace(int stages, const BlockWork& work) : cursor(stages), strip(work.first_strip) {}
+  RIVER_DEVICE void next_strip(const BlockWork& work) { tile = 0, strip += work.strip_step; }
 };
 
 constexpr int kAll = 1 << 30;
 
-// The copying warp: fills at most `limit` stages in `memory`; returns how many. Weights never change, so it waits for
-// the readers only.
+// The copying warp: fills at most `limit` stages in `memory`, to the end of the strip; returns how many. Weights never
+// change, so it waits for the readers only.
 template <class Format, bool kBulk, class Source>
-RIVER_DEVICE int copy_weights(Ring<kBulk>& ring, CopyPlace& place, int limit, unsigned char* memory,
-                              const Source& weight, const StreamShape& shape, const BlockWork& work) {
-  if (place.strip >= shape.strips) return 0;
+RIVER_DEVICE int copy_strip(Ring<kBulk>& ring, CopyPlace& place, int limit, unsigned char* memory, const Source& weight,
+                            const StreamShape& shape, const BlockWork& work) {
   const CopyHint hint = evict_first();
-  auto start = Format::start(weight, shape, place.strip);
+  const auto start = Format::start(weight, shape, place.strip);
   int copied = 0;
-  for (; copied < limit && place.strip < shape.strips; copied++, place.cursor.next()) {
+  for (; copied < limit && place.tile < work.tiles; copied++, place.cursor.next()) {
     const int stage = place.cursor.stage, count = min(Format::kStageTiles, work.tiles - place.tile);
     ring.wait_until_empty(place.cursor);
     Format::copy(ring.full[stage], memory + stage * Format::kStageBytes, start, shape, work.first_tile + place.tile,
                  count, hint);
     place.tile += count;
-    if (place.tile < work.tiles) continue;
-    place.tile = 0, place.strip += work.strip_step;
-    if (place.strip < shape.strips) start = Format::start(weight, shape, place.strip);
+  }
+  return copied;
+}
+
+// The copying warp: fills at most `limit` stages; returns how many.
+template <class Format, bool kBulk, class Source>
+RIVER_DEVICE int copy_weights(Ring<kBulk>& ring, CopyPlace& place, int limit, unsigned char* memory,
+                              const Source& weight, const StreamShape& shape, const BlockWork& work) {
+  int copied = 0;
+  while (copied < limit && place.strip < shape.strips) {
+    copied += copy_strip<Format>(ring, place, limit - copied, memory, weight, shape, work);
+    if (place.tile == work.tiles) place.next_strip(work);
   }
   return copied;
 }

@@ -62,6 +62,7 @@ inline void dependency_wait() { emulation::wait_for_dependency(); }
 inline void prefetch_to_l2(const void*) {}
 template <class T>
 T load_written(const T* p) {
+  emulation::note_load(p, sizeof(T));
   return *p;
 }
 inline int32_t load_hint(const int32_t* p) { return *p; }

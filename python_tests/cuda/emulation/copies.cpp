@@ -1,12 +1,15 @@
 // Copies to shared memory, and the mbarriers that say when they have landed. A copy lands at the time that the schedule
 // chooses: at once, or when a thread waits for it and nothing else can run.
 #include <cstring>
+#include <utility>
 
 #include "scheduler.h"
 
 namespace river::emulation {
 
 namespace {
+
+std::vector<std::pair<const void*, size_t>> copied;  // what was read, and how many bytes of it
 
 // An mbarrier: the 64 bits in shared memory are its whole state. Its parity changes once all arrivals and bytes are
 // there.
@@ -71,9 +74,20 @@ void start_copy(std::vector<Piece> pieces, uint64_t* barrier, uint32_t transacti
   for (const Piece& piece : pieces)
     if (reinterpret_cast<uintptr_t>(piece.to) % 16 || reinterpret_cast<uintptr_t>(piece.from) % 16 || piece.bytes % 16)
       fail("a copy to shared memory is not in multiples of 16 bytes");
+  for (const Piece& piece : pieces) copied.emplace_back(piece.from, piece.bytes);
   block.copies.push_back({std::move(pieces), barrier, transaction_bytes});
   const Choice when = schedule().copies;
   if (when == Choice::kFirst || (when == Choice::kRandom && draw(*block.grid, 2))) land(block, block.copies.size() - 1);
+}
+
+void forget_copies() { copied.clear(); }
+
+size_t copied_bytes(const void* from, size_t bytes) {
+  const auto start = reinterpret_cast<uintptr_t>(from);
+  size_t sum = 0;
+  for (const auto& [p, size] : copied)
+    if (reinterpret_cast<uintptr_t>(p) - start < bytes) sum += size;
+  return sum;
 }
 
 void mbarrier_init(uint64_t* barrier, int count) {

@@ -88,6 +88,14 @@ T river_shuffle(const char* name, int line, uint32_t mask, T value, int source) 
   return value;
 }
 
+inline uint32_t __ballot_sync(uint32_t mask, bool value, int line = __builtin_LINE()) {
+  auto& c = river::emulation::join(mask, "__ballot_sync", line, &value, sizeof(value), nullptr);
+  uint32_t votes = 0;
+  for (int lane = 0; lane < 32; lane++)
+    if (c.mask >> lane & 1 && c.slots[lane][0]) votes |= 1u << lane;
+  river::emulation::leave(c);
+  return votes;
+}
 template <class T>
 T __shfl_sync(uint32_t mask, T value, int lane, int line = __builtin_LINE()) {
   return river_shuffle("__shfl_sync", line, mask, value, lane % 32);

@@ -66,6 +66,16 @@ Device& device() {
   return instance;
 }
 
+std::vector<Watched>& watched() {
+  static std::vector<Watched> instance;
+  return instance;
+}
+
+void note_load(const void* p, size_t bytes) {
+  for (Watched& w : watched())
+    if (reinterpret_cast<uintptr_t>(p) - reinterpret_cast<uintptr_t>(w.begin) < w.bytes) w.loaded += bytes;
+}
+
 void enqueue(Launch launch) {
   if (current) throw Failure("emulation: a launch from device code");
   watch_signals();

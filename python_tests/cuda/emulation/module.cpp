@@ -79,6 +79,7 @@ void run_calls(const std::vector<Call>& calls) {
                                   .blocks = device().sm_count,
                                   .overlap = device().overlap,
                                   .variants = cuda::variants};
+  forget_copies();
   run([&] {
     for (const Call& call : calls) call.launch(workspace);
   });
@@ -127,6 +128,23 @@ PYBIND11_MODULE(river_emulation, m) {
   m.def("set_variant", cuda::set_variant, py::arg("name"), py::arg("value"));
 
   m.def(
+      "watch",
+      [](const std::vector<std::pair<uintptr_t, size_t>>& pieces) {
+        watched().clear();
+        for (const auto& [begin, bytes] : pieces)
+          watched().push_back({.begin = reinterpret_cast<void*>(begin), .bytes = bytes});
+      },
+      "Counts what kernels load from these pieces of memory, (address, bytes) each, in place of those before");
+  m.def(
+      "loaded",
+      [] {
+        std::vector<uint64_t> bytes;
+        for (const Watched& w : watched()) bytes.push_back(w.loaded);
+        return bytes;
+      },
+      "Bytes loaded from each piece that is watched");
+
+  m.def(
       "run",
       [](const std::vector<std::pair<std::string, py::dict>>& ops) {
         std::vector<Call> calls;
@@ -134,6 +152,11 @@ PYBIND11_MODULE(river_emulation, m) {
         run_calls(calls);
       },
       "Queues ops, (name, fields of its Args) each, and runs them all");
+
+  m.def(
+      "copied_bytes",
+      [](uintptr_t address, size_t bytes) { return copied_bytes(reinterpret_cast<const void*>(address), bytes); },
+      "How many bytes of this memory the last run has copied to shared memory");
 
   m.def("planted", [](const std::string& name, bool broken, uintptr_t out, uintptr_t scratch) {
     selftest(launch_planted, name.c_str(), broken, reinterpret_cast<float*>(out), reinterpret_cast<float*>(scratch));

@@ -83,9 +83,10 @@ Call linear(const py::kwargs& values) {
 
 Call lm_head(const py::kwargs& values) {
   LmHeadArgs a{};
-  Fields{values}("dtype", a.dtype)("rows", a.rows)("hidden_size", a.hidden_size)("vocab_size", a.vocab_size)(
-      "rms_norm_eps", a.rms_norm_eps)("hidden", a.hidden)("norm", a.norm)("weight", a.weight)(
-      "temperature", a.temperature)("seeds", a.seeds)("positions", a.positions)("tokens", a.tokens)("logits", a.logits);
+  Fields{values}("dtype", a.dtype)("packed", a.packed)("rows", a.rows)("hidden_size", a.hidden_size)(
+      "vocab_size", a.vocab_size)("rms_norm_eps", a.rms_norm_eps)("hidden", a.hidden)("norm", a.norm)(
+      "weight", a.weight)("temperature", a.temperature)("seeds", a.seeds)("positions", a.positions)("tokens", a.tokens)(
+      "logits", a.logits);
   return call(a, cuda::lm_head_workspace(a), cuda::launch_lm_head);
 }
 
@@ -149,7 +150,8 @@ Call dual_layer(const py::kwargs& values) {
     block_weights(block_fields(fields, a.block), a.block)("qkv_tiles", a.exit_layer.qkv_proj)(
         "o_tiles", a.exit_layer.o_proj)("gate_up_tiles", a.exit_layer.gate_up_proj)(
         "down_tiles", a.exit_layer.down_proj)("index", d.index)("previous", d.previous)("thresholds", d.thresholds)(
-        "min_layers", d.min_layers)("limit", d.limit)("exited", d.exited)("similarities", d.similarities);
+        "min_layers", d.min_layers)("limit", d.limit)("exited", d.exited)("similarities", d.similarities)("together",
+                                                                                                          d.together);
   }
   static_cast<BlockArgs&>(a.exit_layer) = a.block;
   a.exit_layer.gate_up_strips = gate_up_strips(a.block.intermediate_size);
@@ -167,12 +169,41 @@ Call advance(const py::kwargs& values) {
   return call(a, {}, cuda::launch_advance);
 }
 
+Fields& lossless_fields(Fields& fields, LosslessArgs& a) {
+  return fields("dtype", a.dtype)("requests", a.requests)("max_tokens", a.max_tokens)("hidden_size", a.hidden_size)(
+      "vocab_size", a.vocab_size)("tokens", a.tokens)("embed_tokens", a.embed_tokens)("drafts", a.drafts)(
+      "hidden", a.hidden)("slots", a.slots)("positions", a.positions)("draw_positions", a.draw_positions)(
+      "verify_hidden", a.verify_hidden)("verify_slots", a.verify_slots);
+}
+
+Call draft_advance(const py::kwargs& values) {
+  DraftAdvanceArgs a{};
+  {
+    Fields fields{values};
+    lossless_fields(fields, a)("index", a.index)("wanted", a.wanted);
+  }
+  return call(a, {}, cuda::launch_draft_advance);
+}
+
+Call accept(const py::kwargs& values) {
+  AcceptArgs a{};
+  {
+    Fields fields{values};
+    lossless_fields(fields, a)("rows", a.rows)("num_stop_tokens", a.num_stop_tokens)("num_records", a.num_records)(
+        "stop_tokens", a.stop_tokens)("remaining", a.remaining)("verify_positions", a.verify_positions)(
+        "verify_draw_positions", a.verify_draw_positions)("step", a.step)("records", a.records);
+  }
+  return call(a, {}, cuda::launch_accept);
+}
+
 using Op = Call (*)(const py::kwargs&);
 const std::map<std::string, Op> kOps{
     {"decoder_block", decoder_block},
     {"exit_layer", exit_layer},
     {"dual_layer", dual_layer},
     {"advance", advance},
+    {"draft_advance", draft_advance},
+    {"accept", accept},
     {"decode_attention", decode_attention},
     {"lm_head", lm_head},
     {"sample", sample},

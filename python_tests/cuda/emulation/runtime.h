@@ -45,6 +45,15 @@ struct Device {
 Schedule& schedule();
 Device& device();
 
+// A piece of memory, and the bytes that kernels loaded from it by load_written
+struct Watched {
+  const void* begin;
+  size_t bytes;
+  uint64_t loaded = 0;
+};
+
+std::vector<Watched>& watched();
+
 struct Failure : std::runtime_error {
   using runtime_error::runtime_error;
 };
@@ -137,7 +146,9 @@ extern Thread* current;  // the thread that runs
 void enqueue(Launch launch);  // runs of it only what need not wait for its predecessors
 void synchronize();           // runs everything; throws Failure
 void reset();                 // forgets what is queued
-bool sanitized();             // AddressSanitizer watches the ends of all memory
+void forget_copies();
+size_t copied_bytes(const void* from, size_t bytes);  // that copies to shared memory have taken from there since
+bool sanitized();                                     // AddressSanitizer watches the ends of all memory
 
 // ---- for device code ----------------------------------------------------------------------------
 
@@ -154,6 +165,7 @@ void mbarrier_init(uint64_t* barrier, int count);
 void mbarrier_arrive(uint64_t* barrier, uint32_t expect_bytes);
 void mbarrier_wait(uint64_t* barrier, uint32_t parity);
 void start_copy(std::vector<Piece> pieces, uint64_t* barrier, uint32_t transaction_bytes);
+void note_load(const void* p, size_t bytes);         // for those who watch
 void check_prefetch(const void* p, uint32_t bytes);  // reads it, so that the sanitizer sees where it ends
 
 }  // namespace river::emulation

@@ -1,0 +1,336 @@
+"""The engine: requests come and go, each with what it gets alone, and nothing that one does harms another."""
+
+import math
+import random
+import threading
+from functools import partial
+
+import pytest
+import torch
+from oracle import oracle, same
+from tiny_model import demo_model, random_model, random_prompt
+
+from river_ext.engine import engine as engine_module
+from river_ext.errors import RiverError
+
+LAYERS, VOCAB, POSITIONS = 4, 80, 64
+CONTROLS = ("host", "device")
+QUESTION = "Question: Ana has 21 coins and buys 12 more at the fair. How many coins does Ana have?\nAnswer:"
+
+
+def random_request(generator: random.Random):
+    """A prompt and options of every kind that the engine has."""
+    prompt = random_prompt(generator.randint(1, 14), generator.randrange(1 << 30))
+    mode = generator.choice(["river"] * 4 + ["full", "full_w4"])
+    options = {
+        "max_new_tokens": generator.randint(1, 24),
+        "threshold": generator.choice([-2, 0.4, 0.5, 0.6, 0.7, 0.8, 0.95, math.inf]),
+        "min_layers": generator.randint(1, LAYERS),
+        "mode": mode,
+        "temperature": generator.choice([0.0, 0.0, 0.7, 1.5]),
+        "top_k": generator.choice([0, 0, 5]),
+        "top_p": generator.choice([1.0, 1.0, 0.8]),
+        "min_p": generator.choice([0.0, 0.0, 0.05]),
+        "seed": generator.randint(-5, 5),
+        "stop_tokens": generator.choice([(), tuple(range(0, VOCAB, 7)), (3,), tuple(range(20, 45))]),
+    }
+    if mode == "river":
+        options["prefill"] = generator.choice(["full", "full", "min", "last", "depth:0", "depth:3"])
+    return prompt, options
+
+
+def drain(engine, outputs):
+    for event in engine:
+        if event.output:
+            outputs[event.id] = event.output
+    return outputs
+
+
+@pytest.mark.parametrize("control", CONTROLS)
+@pytest.mark.parametrize("slots", [1, 3, 8])
+def test_requests_of_every_kind_get_what_they_get_alone(control, slots):
+    """100 of them through the slots; the oracle does not know the engine."""
+    model, generator = random_model(), random.Random(slots)
+    requests = [random_request(generator) for _ in range(100)]
+    engine = model.engine(slots=slots, max_len=POSITIONS, exit_control=control)
+    for number, (prompt, options) in enumerate(requests):
+        engine.submit(prompt, id=number, **options)
+    outputs = drain(engine, {})
+    assert len(outputs) == 100
+    wrong = [n for n, (prompt, options) in enumerate(requests)
+             if not same(outputs[n], oracle(model, prompt, **options))]  # fmt: skip
+    assert wrong == []
+    depths = {depth for output in outputs.values() for depth in output.exit_depths}
+    assert depths == set(range(LAYERS + 1)), "every depth occurs"
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("control", CONTROLS)
+def test_requests_that_come_and_go_at_any_time(monkeypatch, dtype, control):
+    """Submitted between steps, some of them cancelled, prompts prefilled a few rows at a time."""
+    monkeypatch.setitem(engine_module.PREFILL_ROWS, "cpu", 2)
+    model, generator = random_model(dtype=dtype), random.Random(7)
+    engine = model.engine(slots=4, max_len=POSITIONS, exit_control=control)
+    requests, pieces, outputs, cancelled = [], {}, {}, set()
+    while len(outputs) < 60:
+        for _ in range(generator.choice([0, 0, 1, 3])):
+            if len(requests) < 60:
+                prompt, options = random_request(generator)
+                options["return_logits"] = generator.random() < 0.2
+                requests.append((prompt, options))
+                engine.submit(prompt, id=len(requests) - 1, **options)
+        if generator.random() < 0.1 and (running := [n for n in range(len(requests)) if n not in outputs]):
+            number = generator.choice(running)
+            if number not in cancelled:
+                engine.cancel(number)
+                cancelled.add(number)
+        for event in engine.step():
+            assert event.id not in outputs, "nothing after the last event"
+            if event.piece:
+                pieces.setdefault(event.id, []).append(event.piece.token)
+            if event.output:
+                outputs[event.id] = event.output
+    assert cancelled and not engine.busy
+    for number, (prompt, options) in enumerate(requests):
+        output, expected = outputs[number], oracle(model, prompt, **options)
+        assert pieces.get(number, []) == output.tokens
+        if output.finish_reason == "cancelled":
+            assert number in cancelled
+            for got, right in zip(
+                (output.tokens, output.exit_depths, output.similarities), expected, strict=False
+            ):
+                assert got == right[: len(got)] and len(output.tokens) < options["max_new_tokens"]
+        else:
+            assert same(output, expected)
+            assert (output.logits is not None) == options["return_logits"]
+
+
+def test_a_cache_is_that_of_the_request_alone():
+    """Every position, in every layer, whatever ran beside it."""
+    model, generator = random_model(), random.Random(3)
+    engine = model.engine(slots=8, max_len=POSITIONS)
+    requests = [random_request(generator) for _ in range(8)]
+    for number, (prompt, options) in enumerate(requests):
+        engine.submit(prompt, id=number, **options)
+    outputs = drain(engine, {})
+    for slot, (prompt, options) in enumerate(requests):
+        *_, cache = oracle(model, prompt, **options)
+        end = len(prompt) + len(outputs[slot].tokens) - 1
+        for written, right in ((engine._memory.cache.k, cache.k), (engine._memory.cache.v, cache.v)):
+            assert torch.equal(written[:, slot, :, :end], right[:, 0, :, :end])
+
+
+def test_a_step_that_has_nothing_to_do():
+    engine = random_model().engine(slots=2, max_len=16)
+    assert engine.step() == [] and list(engine) == [] and not engine.busy
+
+
+def test_more_requests_than_slots_wait_in_their_order():
+    engine = random_model().engine(slots=2, max_len=16)
+    ids = [engine.submit([1, 2], max_new_tokens=3) for _ in range(6)]
+    assert len(set(ids)) == 6
+    ends = [event.id for event in engine if event.output]
+    assert ends == ids
+
+
+def test_long_prompts_do_not_hold_up_those_that_decode(monkeypatch):
+    """Between two tokens of a running request, no more than a few rows of another's prompt."""
+    monkeypatch.setitem(engine_module.PREFILL_ROWS, "cpu", 8)
+    model = random_model(max_position_embeddings=512)
+    engine = model.engine(slots=2, max_len=512)
+    engine.submit([1], id="running", max_new_tokens=100)
+    while not engine.step():
+        pass
+    engine.submit(random_prompt(200), id="long", max_new_tokens=2)
+    tokens = 0
+    while "long" not in (ids := [event.id for event in engine.step()]):
+        tokens += ids.count("running")
+    assert 20 <= tokens <= 26, "200 rows, eight at a time"
+
+
+def test_events_and_pieces_of_text():
+    model = demo_model()
+    engine = model.engine(slots=2, max_len=256)
+    alone = model.generate(QUESTION, max_new_tokens=48)
+    engine.submit(QUESTION, id="a", max_new_tokens=48)
+    engine.submit("def add(x):", id="b", max_new_tokens=20)
+    events = [event for event in engine if event.id == "a"]
+    assert "".join(event.piece.text for event in events) == alone.text
+    assert [event.output is not None for event in events] == [False] * (len(alone.tokens) - 1) + [True]
+    assert events[-1].output.text == alone.text
+    assert events[-1].output.stats.new_tokens == len(alone.tokens)
+
+
+def test_what_is_refused_when_submitted():
+    engine = random_model().engine(slots=2, max_len=16)
+    kept = engine.submit([1, 2, 3], max_new_tokens=4)
+    for prompt, options, message in (
+        ([1] * 10, {"max_new_tokens": 8}, "a prompt of 10 tokens and max_new_tokens=8 need 17 positions of a "
+         "slot; this engine has 2 slots of 16"),
+        ([80], {}, "prompt holds 80"),
+        ([], {}, "prompt is empty"),
+        ([1], {"threshold": math.nan}, "threshold=nan"),
+        ([1], {"threshold": [0.5]}, r"threshold=\[0.5\]"),
+        ([1], {"id": kept}, "the request 0 was submitted before, and has not ended"),
+        ([1], {"id": []}, "id is a list"),
+        ([[1], [2]], {}, r"prompt holds \[1\]"),
+    ):  # fmt: skip
+        with pytest.raises(RiverError, match=message):
+            engine.submit(prompt, **{"max_new_tokens": 4, **options})
+    with pytest.raises(TypeError, match="no argument .temprature.; .* did you mean temperature"):
+        engine.submit([1], temprature=1.0)
+    (output,) = drain(engine, {}).values()
+    assert same(output, oracle(random_model(), [1, 2, 3], max_new_tokens=4))
+    assert engine.submit([1], id=kept, max_new_tokens=1) == kept, "it has ended: its id is free"
+
+
+def test_cancelling():
+    engine = random_model().engine(slots=1, max_len=16)
+    running, waiting = (engine.submit([1, 2], max_new_tokens=8) for _ in range(2))
+    engine.step()
+    engine.cancel(waiting)
+    with pytest.raises(RiverError, match=f"no request {waiting} to cancel"):
+        engine.cancel(waiting)
+    (event, *_) = engine.step()
+    assert (event.id, event.piece, event.output.finish_reason) == (waiting, None, "cancelled")
+    assert event.output.tokens == []
+    outputs = drain(engine, {})
+    assert outputs[running].finish_reason == "length" and len(outputs[running].tokens) == 8
+    for ended in (running, waiting, "never"):
+        with pytest.raises(RiverError, match="no request"):
+            engine.cancel(ended)
+
+
+@pytest.mark.parametrize("control", CONTROLS)
+def test_a_slot_is_free_again_after_a_cancelled_request(control):
+    """What was in flight for it does not reach the next request in its place."""
+    model = random_model()
+    engine = model.engine(slots=1, max_len=POSITIONS, exit_control=control)
+    for length in (1, 2, 5):
+        engine.submit(random_prompt(6, 1), id="first", max_new_tokens=40)
+        for _ in range(length):
+            engine.step()
+        engine.cancel("first")
+        engine.submit(random_prompt(3, 2), id="second", max_new_tokens=12, threshold=0.6)
+        outputs = drain(engine, {})
+        assert outputs["first"].finish_reason == "cancelled" and len(outputs["first"].tokens) == length
+        expected = oracle(model, random_prompt(3, 2), max_new_tokens=12, threshold=0.6)
+        assert same(outputs["second"], expected)
+
+
+def test_a_closed_engine():
+    with random_model().engine(slots=2, max_len=16) as engine:
+        engine.submit([1], max_new_tokens=8)
+        engine.submit([2], max_new_tokens=8)
+        engine.submit([3], max_new_tokens=8)
+        engine.step()
+    engine.close()
+    assert not engine.busy and list(engine) == []
+    submit = partial(engine.submit, [1], max_new_tokens=1)
+    for call in (engine.step, submit, partial(engine.cancel, 0), engine.clear):
+        with pytest.raises(RiverError, match="the engine is closed"):
+            call()
+
+
+def test_a_request_that_fails_ends_alone():
+    """Half precision overflows for one prompt: the others go on."""
+    model = random_model(dtype=torch.float16)
+    model.network.embed_tokens[7] = math.inf
+    try:
+        engine = model.engine(slots=2, max_len=32)
+        engine.submit([1, 2], id="good", max_new_tokens=6, stop_tokens=(7,))
+        engine.submit([7], id="bad", max_new_tokens=6)
+        outputs = drain(engine, {})
+        assert outputs["bad"].finish_reason == "error" and "NaN or infinite" in outputs["bad"].error
+        assert same(outputs["good"], oracle(model, [1, 2], max_new_tokens=6, stop_tokens=(7,)))
+    finally:
+        random_model.cache_clear()
+
+
+def test_threads_submit_while_one_steps():
+    model = random_model()
+    engine = model.engine(slots=4, max_len=POSITIONS)
+    requests = [random_request(random.Random(n)) for n in range(40)]
+
+    def submit(numbers):
+        for number in numbers:
+            prompt, options = requests[number]
+            engine.submit(prompt, id=number, **options)
+
+    threads = [threading.Thread(target=submit, args=(range(start, 40, 2),)) for start in range(2)]
+    for thread in threads:
+        thread.start()
+    outputs = {}
+    while len(outputs) < 40:
+        drain(engine, outputs)
+    for thread in threads:
+        thread.join()
+    assert all(same(outputs[n], oracle(model, *requests[n][:1], **requests[n][1])) for n in range(40))
+
+
+def test_one_thread_steps_at_a_time(monkeypatch):
+    engine, refused = random_model().engine(slots=1, max_len=16), []
+    engine.submit([1], max_new_tokens=2)
+    work = engine._work_on_prompts
+
+    def meanwhile():
+        with pytest.raises(RiverError, match="another thread is in a step"):
+            engine.step()
+        refused.append(1)
+        return work()
+
+    monkeypatch.setattr(engine, "_work_on_prompts", meanwhile)
+    engine.step()
+    assert refused == [1]
+
+
+# --- prompts that begin alike -----------------------------------------------------------------------------
+
+
+@pytest.fixture
+def prefilled(monkeypatch):
+    """Where the prefill of each request begins."""
+    starts, make = [], engine_module.Prefill
+
+    def counted(network, cache, slot, request, start):
+        starts.append(start)
+        return make(network, cache, slot, request, start)
+
+    monkeypatch.setattr(engine_module, "Prefill", counted)
+    return starts
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_earlier_turns_are_not_computed_again(prefilled, dtype):
+    """At full depth, the second turn is bit for bit what it is from the start."""
+    model = random_model(dtype=dtype)
+    engine = model.engine(slots=2, max_len=POSITIONS, reuse_prompts=True)
+    options = {"max_new_tokens": 6, "mode": "full"}
+    first = random_prompt(9, 1)
+    engine.submit(first, id=0, **options)
+    answer = drain(engine, {})[0].tokens
+    second = first + answer + random_prompt(4, 2)
+    for number, prompt in enumerate((second, second, first[:5]), start=1):
+        engine.submit(prompt, id=number, **options)
+        assert same(drain(engine, {})[number], oracle(model, prompt, **options))
+    written = len(first) + len(answer) - 1
+    assert prefilled == [0, written, len(second) - 1, 4]
+
+
+def test_nothing_is_taken_over_unless_asked_for(prefilled):
+    engine = random_model().engine(slots=1, max_len=POSITIONS)
+    for _ in range(2):
+        engine.submit([1, 2, 3], max_new_tokens=2)
+        drain(engine, {})
+    assert prefilled == [0, 0]
+
+
+def test_a_rotation_that_depends_on_the_length_is_not_taken_over(prefilled):
+    scaling = (("rope_type", "dynamic"), ("factor", 8.0))
+    model = random_model(rope_scaling=scaling, max_position_embeddings=32)
+    engine = model.engine(slots=1, max_len=64, reuse_prompts=True)
+    for length in (20, 31, 40, 45):
+        engine.submit(random_prompt(45, 1)[:length], id=0, max_new_tokens=2, mode="full")
+        output = drain(engine, {})[0]
+        assert same(output, oracle(model, random_prompt(45, 1)[:length], max_new_tokens=2, mode="full"))
+    assert prefilled == [0, 20, 0, 0]

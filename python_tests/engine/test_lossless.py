@@ -1,0 +1,244 @@
+"""Lossless mode: bit for bit what the backbone alone gives, whatever the river proposes."""
+
+import math
+import random
+
+import pytest
+import torch
+from oracle import oracle
+from tiny_model import demo_model, random_model, random_prompt
+
+from river_ext.engine import lossless
+from river_ext.engine.drafting import Drafting, draft_cost
+
+LAYERS, VOCAB, POSITIONS = 4, 80, 64
+EVERY_SEVENTH = tuple(range(0, VOCAB, 7))
+TEXTS = [
+    "Question: Ana has 21 coins and buys 12 more at the fair. How many coins does Ana have?\nAnswer:",
+    "Question: Tom has 7 apples and",
+    "def add(x):",
+    "def double",
+    "Question: A box holds 4 pens. How many pens do 3 boxes hold?\nAnswer:",
+]
+
+
+def facts(out):
+    return out.text, out.tokens, out.exit_depths, out.similarities, out.finish_reason, out.logprobs
+
+
+def random_options(generator: random.Random) -> dict:
+    return {
+        "max_new_tokens": generator.randint(1, 40),
+        "temperature": generator.choice([0.0, 0.0, 0.5, 1.0]),
+        "top_k": generator.choice([0, 0, 5]),
+        "top_p": generator.choice([1.0, 1.0, 0.8]),
+        "min_p": generator.choice([0.0, 0.0, 0.05]),
+        "seed": generator.randint(-5, 5),
+    }
+
+
+@pytest.mark.parametrize("batch", [1, 2, 3, 4, 5])
+@pytest.mark.parametrize("draft_tokens", [1, 2, 3, 4, 5, 6, 7, "auto"])
+def test_the_tokens_of_full_depth(batch, draft_tokens):
+    """On a model whose river is often right: 1,200 cases, greedy and sampled, that end in every way."""
+    model, generator = demo_model(), random.Random(f"{batch} {draft_tokens}")
+    reasons, accepted, wrong = set(), 0, 0
+    for _ in range(28 // batch + 1):
+        options = random_options(generator)
+        texts = generator.sample(TEXTS, batch)
+        stop = generator.choice([(), (), "1", [" is", "2 "], "\n"])
+        if generator.random() < 0.3:
+            options["stop_tokens"] = ()
+        options |= {"stop": stop, "logprobs": 2}
+        full = model.generate(texts, mode="full", **options)
+        ours = model.generate(texts, mode="lossless", draft_tokens=draft_tokens, **options)
+        assert [facts(out) for out in ours] == [facts(out) for out in full]
+        for out in ours:
+            reasons.add(out.finish_reason)
+            accepted += out.stats.accepted_drafts
+            wrong += out.stats.drafts - out.stats.accepted_drafts
+    assert reasons == {"stop", "length"}
+    assert accepted > wrong > 0
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("batch", [1, 2, 4])
+def test_a_river_that_is_mostly_wrong(dtype, batch):
+    """Random weights; tokens, logits, and the cache at every position that was accepted."""
+    model, generator = random_model(dtype=dtype), random.Random(batch)
+    for _ in range(10):
+        options = random_options(generator) | {"stop_tokens": generator.choice([(), EVERY_SEVENTH])}
+        prompts = [
+            random_prompt(generator.randint(1, 12), generator.randrange(1 << 20)) for _ in range(batch)
+        ]
+        engine = model.engine(slots=batch, max_len=POSITIONS)
+        for number, prompt in enumerate(prompts):
+            k = generator.choice([1, 2, 3, 7, "auto"])
+            engine.submit(prompt, id=number, mode="lossless", draft_tokens=k, return_logits=True, **options)
+        outputs = {event.id: event.output for event in engine if event.output}
+        for number, prompt in enumerate(prompts):
+            out = outputs[number]
+            tokens, depths, similarities, reason, cache = oracle(model, prompt, mode="full", **options)
+            assert (out.tokens, out.exit_depths, out.similarities) == (tokens, depths, similarities)
+            assert out.finish_reason == reason
+            full = model.generate(prompt, mode="full", return_logits=True, **options)
+            assert torch.equal(out.logits, full.logits)
+            end = len(prompt) + len(tokens) - 1
+            for written, right in ((engine._memory.cache.k, cache.k), (engine._memory.cache.v, cache.v)):
+                assert torch.equal(written[:, number, :, :end], right[:, 0, :, :end])
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [{"biases": True, "qk_norm": True}, {"sliding_window": 5}, {"num_hidden_layers": 1},
+     {"tie_word_embeddings": True}],
+    ids=str,
+)  # fmt: skip
+def test_models(changes):
+    model = random_model(**changes)
+    for seed in range(4):
+        options = {"max_new_tokens": 30, "temperature": 0.5 * seed, "seed": seed}
+        full = model.generate(random_prompt(6, seed), mode="full", **options)
+        ours = model.generate(random_prompt(6, seed), mode="lossless", **options)
+        assert facts(ours) == facts(full)
+
+
+def test_a_rotation_that_depends_on_the_length():
+    scaling = (("rope_type", "dynamic"), ("factor", 8.0))
+    model = random_model(rope_scaling=scaling, max_position_embeddings=32)
+    options = {"max_new_tokens": 30, "draft_tokens": 3}
+    full = model.generate(random_prompt(20), mode="full", max_new_tokens=30)
+    assert facts(model.generate(random_prompt(20), mode="lossless", **options)) == facts(full)
+
+
+def test_to_the_last_position_of_the_model():
+    model, prompt = random_model(), random_prompt(5)
+    for draft_tokens in (1, 4, 7):
+        options = {"max_new_tokens": 59}
+        full = model.generate(prompt, mode="full", **options)
+        ours = model.generate(prompt, mode="lossless", draft_tokens=draft_tokens, **options)
+        assert facts(ours) == facts(full) and len(ours.tokens) == 59
+
+
+def test_beside_requests_of_other_modes():
+    model, generator = demo_model(), random.Random(1)
+    engine = model.engine(slots=8, max_len=256)
+    modes = ["lossless", "river", "full", "lossless", "full_w4", "lossless"] * 4
+    asked = [(generator.choice(TEXTS), random_options(generator) | {"mode": mode}) for mode in modes]
+    for number, (text, options) in enumerate(asked):
+        engine.submit(text, id=number, **options)
+    outputs = {event.id: event.output for event in engine if event.output}
+    for number, (text, options) in enumerate(asked):
+        mode = "full" if options["mode"] == "lossless" else options["mode"]
+        assert facts(outputs[number]) == facts(model.generate(text, **options | {"mode": mode}))
+
+
+def test_a_stream_has_a_piece_for_every_token():
+    options = {"max_new_tokens": 60, "stop": "zz"}
+    full = demo_model().generate(TEXTS[0], mode="full", **options)
+    stream = demo_model().stream(TEXTS[0], mode="lossless", **options)
+    pieces = list(stream)
+    assert [piece.token for piece in pieces] == full.tokens
+    assert "".join(piece.text for piece in pieces) == full.text == stream.output.text
+    assert all(piece.exit_depth == 16 for piece in pieces)
+
+
+def test_stats():
+    out = demo_model().generate(TEXTS[0], mode="lossless", draft_tokens=3, max_new_tokens=60)
+    stats = out.stats
+    assert stats.steps < len(out.tokens) - 1 == round(stats.steps * stats.tokens_per_step)
+    assert stats.accepted_drafts == sum(out.drafted) <= stats.drafts <= 3 * stats.steps
+    assert not out.drafted[0], "the prefill's"
+    assert len(out.tokens) - 1 - stats.accepted_drafts <= stats.steps, "each pass adds one of its own"
+    assert 0 < stats.draft_seconds < stats.decode_seconds
+    full = demo_model().generate(TEXTS[0], mode="full", max_new_tokens=60).stats
+    assert (full.drafts, full.accepted_drafts, full.draft_seconds) == (0, 0, 0)
+    assert full.steps == full.new_tokens - 1 and full.tokens_per_step == 1
+
+
+def test_a_request_that_fails_ends_alone():
+    """In the middle of what was drafted."""
+    model = random_model(dtype=torch.float16)
+    prompt = random_prompt(4, 3)
+    token = model.generate(prompt, mode="full", max_new_tokens=9).tokens[5]
+    kept = model.network.embed_tokens[token].clone()
+    model.network.embed_tokens[token] = math.inf
+    try:
+        full, ours = (
+            model.generate([prompt, random_prompt(3, 1)], mode=mode, max_new_tokens=20)
+            for mode in ("full", "lossless")
+        )
+        assert [(out.tokens, out.finish_reason, out.error) for out in ours] == [
+            (out.tokens, out.finish_reason, out.error) for out in full
+        ]
+        assert full[0].finish_reason == "error"
+    finally:
+        model.network.embed_tokens[token] = kept
+
+
+# --- how many drafts --------------------------------------------------------------------------------------
+
+
+def test_fewer_drafts_where_more_requests_share_the_rows(monkeypatch):
+    """Requests x (drafts + 1) <= 8, and only as many as may still be drawn."""
+    drafts, cycle = [], lossless.cycle
+
+    def counted(runner, count, *arguments):
+        drafts.append((runner.requests, count))
+        return cycle(runner, count, *arguments)
+
+    monkeypatch.setattr(lossless, "cycle", counted)
+    for requests in range(1, 9):
+        engine = demo_model().engine(slots=requests, max_len=64)
+        for number in range(requests):
+            engine.submit([1, 2, number], mode="lossless", draft_tokens=7, max_new_tokens=12, stop_tokens=())
+        list(engine)
+        most = max(count for rows, count in drafts if rows == requests)
+        assert most == 8 // requests - 1
+        assert all(rows * (count + 1) <= 8 for rows, count in drafts)
+        drafts.clear()
+
+
+def test_each_request_has_its_own_number():
+    engine = demo_model().engine(slots=2, max_len=128)
+    for number, draft_tokens in enumerate((1, 3)):
+        engine.submit(TEXTS[0], id=number, mode="lossless", draft_tokens=draft_tokens, max_new_tokens=40)
+    outputs = {event.id: event.output for event in engine if event.output}
+    assert outputs[0].tokens == outputs[1].tokens
+    assert outputs[0].stats.steps > outputs[1].stats.steps
+    assert max(out.stats.drafts / out.stats.steps for out in outputs.values()) <= 3
+    assert outputs[0].stats.drafts <= outputs[0].stats.steps
+
+
+def test_auto_follows_what_was_right():
+    """By the expected tokens of a cycle over its bytes."""
+
+    def after(results, cost=0.28, most=7):
+        drafting = Drafting("auto")
+        for drafts, accepted in results:
+            drafting.learn(drafts, accepted)
+        return drafting.choose(most, cost)
+
+    assert after([]) == 3, "0.8 of the drafts are taken to be right"
+    assert after([(3, 3)] * 50) == 7
+    assert after([(3, 0)] * 50) == 0
+    assert after([(3, 1)] * 50) < after([(3, 2)] * 50) < 7
+    assert after([(3, 3)] * 50, most=2) == 2 and after([], most=0) == 0
+    assert after([], cost=2.0) == 0, "a draft that costs more than it can save"
+    assert after([(3, 0)] * 50 + [(0, 0)] * 15) == 0
+    assert after([(3, 0)] * 50 + [(0, 0)] * 16) == 1, "it may have become better"
+    assert [Drafting(4).choose(most, 0.28) for most in (7, 4, 2, 0)] == [4, 4, 2, 0]
+
+
+def test_the_cost_of_a_draft():
+    model = random_model()
+    river = sum(tensor.nbytes for layer in model.river for tensor in vars(layer).values())
+    backbone = sum(
+        tensor.nbytes
+        for layer in model.weights.layers
+        for tensor in vars(layer).values()
+        if tensor is not None
+    )
+    head = model.weights.lm_head.nbytes
+    expected = (river + model.network.river_head_bytes) / (backbone + head)
+    assert draft_cost(model.network) == pytest.approx(expected)

@@ -1,0 +1,65 @@
+"""Sequences that decode together: the rows of a decoder's steps are theirs, in their order."""
+
+import time
+from collections.abc import Collection, Hashable, Iterator
+from itertools import chain
+
+from .decoder import Decoder
+from .prefill import Prefill
+from .sequence import Sequence
+from .step import RowOutput
+
+
+class Running:
+    """A request in the engine, and its slot once it has one."""
+
+    def __init__(self, id: Hashable, sequence: Sequence):
+        self.id, self.sequence = id, sequence
+        self.slot = -1
+        self.prefill: Prefill | None = None
+        self.cancelled = False
+
+
+class Batch:
+    """Members join and leave between steps."""
+
+    def __init__(self, decoder: Decoder):
+        self.decoder = decoder
+        self.members: list[Running] = []
+        self._joining: list[Running] = []
+
+    def __len__(self) -> int:
+        return len(self.members) + len(self._joining)
+
+    def __iter__(self) -> Iterator[Running]:
+        return chain(self.members, self._joining)
+
+    def join(self, running: Running) -> None:
+        """From the next step before which none is in flight."""
+        self._joining.append(running)
+
+    def step(self, run_ahead: bool) -> list[tuple[Running, RowOutput]]:
+        """The next tokens of every member."""
+        start = time.perf_counter()
+        changes = bool(self._joining) or self.decoder.has_room(len(self.members))
+        if changes and not (self.members and self.decoder.in_flight):
+            self.members, self._joining, changes = self.members + self._joining, [], False
+            self.decoder.start([running.sequence.row(running.slot) for running in self.members])
+        if not self.members:
+            return []
+        outputs = self.decoder.step(run_ahead and not changes)
+        seconds = time.perf_counter() - start
+        for running in self.members:
+            running.sequence.decode_seconds += seconds
+        return list(zip(self.members, outputs, strict=True))
+
+    def drop(self, ended: Collection[Running]) -> None:
+        """Goes on without them."""
+        stay = [row for row, running in enumerate(self.members) if running not in ended]
+        if len(stay) < len(self.members):
+            self.decoder.keep(stay)
+            self.members = [self.members[row] for row in stay]
+        self._joining = [running for running in self._joining if running not in ended]
+
+    def clear(self) -> None:
+        self.members, self._joining = [], []

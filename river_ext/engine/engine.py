@@ -1,0 +1,294 @@
+"""The engine: requests come and go, and each gets the tokens that it would get alone.
+
+A step of the engine takes queued requests into free slots, works on a prompt, and gives every sequence that
+decodes its next token:
+
+    submit -> queue -> a slot: prefill, piece by piece -> decode, step by step -> its last event
+"""
+
+import math
+import threading
+import time
+from collections import deque
+from collections.abc import Hashable, Iterator
+from contextlib import contextmanager
+from itertools import count
+from os.path import commonprefix
+from typing import NamedTuple
+
+from .. import ops
+from ..checks import choice, flag, integer, short
+from ..errors import RiverError
+from ..loading.text import Text
+from .batch import Batch, Running
+from .decoder import DeviceDecoder, HostDecoder
+from .exit_rule import BATCH_POLICIES
+from .graph import Memory
+from .lossless import LosslessDecoder
+from .network import Network
+from .prefill import Prefill
+from .request import request
+from .sequence import GenerationOutput, Piece, Sequence
+from .step import RowOutput
+
+EXIT_CONTROLS = {"host": HostDecoder, "device": DeviceDecoder}
+DEFAULT_POSITIONS = 4096  # of a slot, where nobody says and the model has as many
+# of a prompt, between two steps of those that decode: on a CPU a row costs a good part of a step
+PREFILL_ROWS = {"cpu": 32, "cuda": 512}
+
+
+class Event(NamedTuple):
+    """Something new of one request."""
+
+    id: Hashable
+    piece: Piece | None  # a new token; None where it ends without one
+    output: GenerationOutput | None  # once it has ended: then no other event of it follows
+
+
+class Engine:
+    """Generates for up to `slots` requests at once; the others wait. `Model.engine` makes one.
+
+    `submit` and `cancel` may be called from any thread, also while another one is in `step`; one thread at a
+    time steps.
+    """
+
+    def __init__(
+        self,
+        network: Network,
+        text: Text | None,
+        *,
+        slots: int = 8,
+        max_len: int | None = None,
+        batch_policy: str = "row",
+        exit_control: str = "auto",
+        reuse_prompts: bool = False,
+    ):
+        config = network.config
+        self.check(batch_policy, exit_control)
+        self.network, self.text, self.batch_policy = network, text, batch_policy
+        self.slots = integer("slots", slots, 1, ops.MAX_ROWS)
+        if max_len is None:
+            max_len = min(DEFAULT_POSITIONS, config.max_length)
+        self.max_len = integer("max_len", max_len, 1, config.max_length)
+        self.reuse_prompts = flag("reuse_prompts", reuse_prompts)
+        self._memory = Memory(network, self.slots, self.max_len)
+        self._decoders = {
+            name: decoder(self._memory, together=batch_policy == "min")
+            for name, decoder in EXIT_CONTROLS.items()
+        }
+        self._steps = Batch(self._decoders["host"])
+        self._cycles = Batch(LosslessDecoder(self._memory))  # of requests in lossless mode
+        self.use(exit_control)
+        self._lock = threading.Lock()  # of what other threads see: the queue, the ids, what is cancelled
+        self._stepping = threading.Lock()
+        self._ids, self._closed = count(), False
+        self._queue: deque[Running] = deque()
+        self._known: dict[Hashable, Running] = {}  # all that have not ended
+        self._free = list(range(self.slots))
+        self._contents: list[list[int]] = [[] for _ in range(self.slots)]  # tokens whose K and V a slot holds
+        self._prefilling: deque[Running] = deque()
+
+    @staticmethod
+    def check(batch_policy: str = "row", exit_control: str = "auto") -> None:
+        choice("batch_policy", batch_policy, BATCH_POLICIES)
+        choice("exit_control", exit_control, ("auto", *EXIT_CONTROLS))
+
+    def submit(self, prompt, *, id: Hashable = None, **options) -> Hashable:
+        """Queues a prompt with its own options, those of `Model.generate`; returns the id of its events.
+
+        A request that is refused, by a RiverError, changes nothing for the others.
+        """
+        return self.add(Sequence(request(self.network.config, self.text, prompt, options), self.text), id)
+
+    def add(self, sequence: Sequence, id: Hashable = None) -> Hashable:
+        """`submit` for a request that is checked already."""
+        needed, prompt = sequence.request.positions, len(sequence.request.prompt)
+        if needed > self.max_len:
+            raise RiverError(
+                f"a prompt of {prompt} tokens and max_new_tokens={sequence.request.max_new_tokens} need "
+                f"{needed} positions of a slot; this engine has {self.slots} slots of {self.max_len}"
+            )
+        with self._lock:
+            self._check_open()
+            id = next(i for i in self._ids if i not in self._known) if id is None else id
+            try:
+                used = id in self._known
+            except TypeError:
+                raise RiverError(
+                    f"id is a {type(id).__name__}; accepted: what can be a key, a str say"
+                ) from None
+            if used:
+                raise RiverError(f"the request {short(id)} was submitted before, and has not ended")
+            self._known[id] = running = Running(id, sequence)
+            self._queue.append(running)
+        return id
+
+    def cancel(self, id: Hashable) -> None:
+        """Ends a request at the next step, with finish_reason "cancelled" and what it has until then."""
+        with self._lock:
+            self._check_open()
+            running = self._known.get(id)
+            if running is None or running.cancelled:
+                raise RiverError(f"there is no request {short(id)} to cancel: it has ended, or never was")
+            running.cancelled = True
+
+    def step(self) -> list[Event]:
+        """Works until there is something new: a first token, or one for every sequence that decodes.
+
+        Returns [] after a part of a long prompt, and when no request is left.
+        """
+        with self._one_at_a_time():
+            events = self._cancel()
+            self._admit()
+            return events + self._work_on_prompts() or self._decode()
+
+    def __iter__(self) -> Iterator[Event]:
+        """Steps until every request has ended."""
+        while self.busy:
+            yield from self.step()
+
+    @property
+    def busy(self) -> bool:
+        """Whether a request has not ended."""
+        return bool(self._known)
+
+    def clear(self) -> None:
+        """Forgets all requests, wherever they are, without another event."""
+        with self._stepping, self._lock:
+            self._check_open()
+            self._memory.synchronise()
+            self._known.clear()
+            for place in (self._queue, self._prefilling, self._steps, self._cycles):
+                place.clear()
+            self._free = list(range(self.slots))
+            self._contents = [[] for _ in self._free]
+
+    def close(self) -> None:
+        """Forgets all requests and gives the memory back; whatever is called afterwards says so."""
+        if self._closed:
+            return
+        self.clear()
+        self._closed = True
+        self._decoders.clear()
+        del self._memory, self._steps, self._cycles
+
+    def __enter__(self) -> "Engine":
+        return self
+
+    def __exit__(self, *_) -> None:
+        self.close()
+
+    def use(self, exit_control: str) -> None:
+        """The control of exits; no request is on its way."""
+        if exit_control == "auto":
+            exit_control = "host" if self.network.device.type == "cpu" else "device"
+        self._steps.decoder = self._decoders[exit_control]
+
+    # --- a step -------------------------------------------------------------------------------------------
+
+    def _cancel(self) -> list[Event]:
+        with self._lock:
+            cancelled = [running for running in self._known.values() if running.cancelled]
+        for running in cancelled:
+            running.sequence.end("cancelled")
+        self._retire(cancelled)
+        return [Event(running.id, None, running.sequence.output()) for running in cancelled]
+
+    def _admit(self) -> None:
+        """Queued requests into free slots, first come, first served."""
+        with self._lock:
+            while self._queue and self._free:
+                running = self._queue.popleft()
+                running.slot, start = self._choose_slot(running.sequence.request.prompt)
+                self._free.remove(running.slot)
+                request = running.sequence.request
+                running.prefill = Prefill(self.network, self._memory.cache, running.slot, request, start)
+                self._prefilling.append(running)
+
+    def _work_on_prompts(self) -> list[Event]:
+        """On the first one, for as long as those that decode are to wait; alone, until it is done."""
+        if not self._prefilling:
+            return []
+        running, start = self._prefilling[0], time.perf_counter()
+        others = self._steps or self._cycles
+        new = running.prefill.advance(PREFILL_ROWS[self.network.device.type] if others else math.inf)
+        running.sequence.prefill_seconds += time.perf_counter() - start
+        if new is None:
+            return []
+        self._prefilling.popleft()
+        running.prefill = None
+        batch = self._steps if running.sequence.request.draft_tokens is None else self._cycles
+        batch.join(running)
+        return self._take([(running, RowOutput([new]))])
+
+    def _decode(self) -> list[Event]:
+        """The next tokens of every sequence."""
+        together, waiting = self.batch_policy == "min", bool(self._prefilling or (self._queue and self._free))
+        if together and waiting:
+            return []  # rows that leave the backbone together begin together
+        stops = any(running.sequence.request.stop for running in self._steps)
+        # A row that ends by a stop string, of which only the host knows, lets the others leave earlier then.
+        surprises = together and stops and len(self._steps) > 1
+        outputs = self._steps.step(run_ahead=not (waiting or surprises))
+        return self._take(outputs + self._cycles.step(run_ahead=False))
+
+    def _take(self, outputs: list[tuple[Running, RowOutput]]) -> list[Event]:
+        """Each sequence takes its new tokens; those that end leave."""
+        events, ended = [], []
+        for running, output in outputs:
+            sequence = running.sequence
+            events += [Event(running.id, piece, None) for piece in sequence.take(output)]
+            if sequence.finish_reason:
+                ended.append(running)
+                last = Event(running.id, None, None) if sequence.error else events.pop()
+                events.append(last._replace(output=sequence.output()))
+        self._retire(ended)
+        return events
+
+    def _retire(self, ended: list[Running]) -> None:
+        """Gives their slots back."""
+        if not ended:
+            return
+        self._steps.drop(ended)
+        self._cycles.drop(ended)
+        self._memory.lead_caller()  # steps in flight may still write to the slots
+        with self._lock:
+            for running in ended:
+                del self._known[running.id]
+                for waiting in (self._queue, self._prefilling):
+                    if running in waiting:
+                        waiting.remove(running)
+                if running.slot >= 0:
+                    self._free.append(running.slot)
+                    self._contents[running.slot] = self._written(running)
+
+    # --- slots --------------------------------------------------------------------------------------------
+
+    def _choose_slot(self, prompt: list[int]) -> tuple[int, int]:
+        """A free slot, and how many positions of the prompt it holds already: all but one at most."""
+        if not self.reuse_prompts or self.network.scales_by_length(len(prompt)):
+            return self._free[0], 0
+        shared = {slot: len(commonprefix([self._contents[slot], prompt[:-1]])) for slot in self._free}
+        slot = max(shared, key=shared.get)
+        return slot, shared[slot]
+
+    @staticmethod
+    def _written(running: Running) -> list[int]:
+        """The tokens whose K and V its slot holds in all layers."""
+        if running.prefill is not None:
+            return []
+        return running.sequence.request.prompt + running.sequence.tokens[:-1]
+
+    def _check_open(self) -> None:
+        if self._closed:
+            raise RiverError("the engine is closed")
+
+    @contextmanager
+    def _one_at_a_time(self) -> Iterator[None]:
+        if not self._stepping.acquire(blocking=False):
+            raise RiverError("another thread is in a step of this engine; accepted: one at a time")
+        try:
+            self._check_open()
+            yield
+        finally:
+            self._stepping.release()

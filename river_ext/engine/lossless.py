@@ -1,0 +1,235 @@
+"""Lossless decoding: the river drafts, the backbone checks, and the tokens are the backbone's own.
+
+A cycle of one request at position p, of which `token` is known and not yet in the cache:
+
+    draft     the river, exit layers alone, from `token`: d1, d2, ..., dk, each of them drawn as the backbone
+              would draw it, with the same noise
+    verify    one backbone pass over the k + 1 rows token, d1, ..., dk, which writes K and V of positions
+              p .. p + k in all layers, over those of the river; it draws the true t1, t2, ..., tk+1
+    accept    t1, and each further one as long as the draft before it was right
+
+What is drawn at a position is a function of the backbone's logits, the seed and the position alone, and a
+row's bits do not depend on the rows beside it. So the tokens are those of mode="full", bit for bit, whatever
+the drafts are; these decide over the speed only.
+"""
+
+import time
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from .. import ops
+from .decoder import Decoder
+from .drafting import draft_cost
+from .graph import RECORDS, Graphs, Memory
+from .network import Place
+from .sampling import Drawing, draw
+from .step import NewToken, Row, RowOutput
+
+
+class CycleRunner(Graphs):
+    """What cycles of `requests` requests read and write. Unused ones have slot -1 in all their rows.
+
+    Row i * requests + r of a verification is token i of request r, so that one with k drafts has the first
+    (k + 1) * requests rows. Draft steps have a row for each request.
+    """
+
+    def __init__(self, memory: Memory, requests: int, stop_tokens: int):
+        super().__init__(memory)
+        network, config = memory.network, memory.network.config
+        device, hidden_size, self.layers = network.device, config.hidden_size, config.num_hidden_layers
+
+        def zeros(*shape: int, dtype: torch.dtype = torch.int32) -> Tensor:
+            return torch.zeros(shape, dtype=dtype, device=device)
+
+        self.network, self.requests = network, requests
+        self.tokens = ops.MAX_ROWS // requests  # of a request in a verification, at most
+        rows = self.tokens * requests
+        self.wanted, self.remaining = zeros(requests), zeros(requests)
+        self.drafts = zeros(self.tokens, requests, dtype=torch.int64) - 1
+        self.stop_tokens = zeros(requests, stop_tokens, dtype=torch.int64) - 1
+        self.hidden = zeros(requests, hidden_size, dtype=network.dtype)  # a draft step's input
+        self.slots, self.positions, draw_positions = zeros(requests) - 1, zeros(requests), zeros(requests)
+        self.drawing = Drawing.greedy(draw_positions)
+        self.verify_hidden = zeros(rows, hidden_size, dtype=network.dtype)
+        self.verify_slots, self.verify_positions = zeros(rows) - 1, zeros(rows)
+        self.verify_drawing = Drawing.greedy(zeros(rows))
+        self.cycles_done = zeros(1)
+        host = {"device": "cpu", "pin_memory": device.type == "cuda"}
+        self.records = torch.zeros(RECORDS, 1 + requests + rows, dtype=torch.int32, **host)
+        self.seen = torch.zeros(self.layers * rows, dtype=torch.float32, **host)  # similarities
+        self.place = Place(memory.cache, self.slots, self.positions, memory.rope)
+        self.warm_up((cycle, 1 if self.tokens > 1 else 0, False), (cycle, 0, True))
+
+    @torch.inference_mode()
+    def start(self, rows: Sequence[Row]) -> None:
+        """Takes the state of these requests; the runner is idle."""
+        self.memory.check(rows)
+        self.memory.synchronise()
+        self.cycles_done.zero_()
+        self.records.zero_()
+        for tensor in (self.slots, self.verify_slots, self.stop_tokens, self.drafts):
+            tensor.fill_(-1)
+        count = len(rows)
+        tokens = self.slots.new_tensor([row.token for row in rows])
+        self.hidden[:count] = self.verify_hidden[:count] = self.network.embed(tokens)
+        positions = self.positions.new_tensor([row.position for row in rows])
+        self.positions[:count], self.drawing.positions[:count] = positions, positions + 1
+        self.slots[:count] = self.verify_slots[:count] = self.slots.new_tensor([row.slot for row in rows])
+        self.remaining[:count] = self.remaining.new_tensor([row.remaining for row in rows])
+        for index, row in enumerate(rows):
+            stop_tokens = sorted(row.request.stop_tokens)
+            self.stop_tokens[index, : len(stop_tokens)] = self.stop_tokens.new_tensor(stop_tokens)
+        samplings = [row.request.sampling for row in rows]
+        self.drawing.fill(samplings)
+        padded = samplings + samplings[:1] * (self.requests - count)
+        self.verify_drawing.fill(padded * self.tokens)
+        ahead = torch.arange(self.tokens, dtype=torch.int32, device=positions.device)[:, None]
+        self.verify_positions.copy_((self.positions + ahead).flatten())
+        self.verify_drawing.positions.copy_(self.verify_positions + 1)
+        self.memory.follow_caller()
+
+    @torch.inference_mode()
+    def want(self, wanted: Sequence[int]) -> None:
+        """Drafts of the next cycle, by request."""
+        with torch.cuda.stream(self.memory.stream):
+            self.wanted[: len(wanted)] = self.wanted.new_tensor(wanted)
+
+    @torch.inference_mode()
+    def drop(self, request: int) -> None:
+        """Nothing more of this request, from the next cycle on."""
+        with torch.cuda.stream(self.memory.stream):
+            self.slots[request] = self.verify_slots[request] = -1
+
+    def record(self, number: int, drafts: int) -> tuple[list[int], list[list[int]], list[list[float]]]:
+        """Of cycle `number`, counted from 1: how many new tokens by request, tokens by place in the request
+        and request, similarities by layer and row of the verification."""
+        record = self.records[(number - 1) % RECORDS]
+        self.poll(record[0].item, number.__eq__)
+        counts, tokens = record[1:].split([self.requests, self.tokens * self.requests])
+        rows = (drafts + 1) * self.requests
+        seen = self.seen[: self.layers * rows].view(self.layers, rows)
+        return counts.tolist(), tokens.view(self.tokens, self.requests).tolist(), seen.tolist()
+
+
+class LosslessDecoder(Decoder):
+    """A Decoder whose step is a cycle, and gives each row one token or more."""
+
+    def __init__(self, memory: Memory):
+        super().__init__(memory)
+        self._draft_cost = draft_cost(memory.network)
+
+    def start(self, rows: Sequence[Row]) -> None:
+        super().start(rows)
+        self.remaining = {index: row.remaining for index, row in self.rows.items()}
+
+    def new_runner(self, rows: int, stop_tokens: int) -> CycleRunner:
+        return CycleRunner(self.memory, rows, stop_tokens)
+
+    def step(self, run_ahead: bool = True) -> list[RowOutput]:
+        runner = self.runner
+        most = runner.tokens - 1
+        wanted = [0] * runner.requests
+        for index, row in self.rows.items():
+            left = min(most, self.remaining[index] - 1)
+            wanted[index] = row.drafting.choose(left, self._draft_cost)
+        drafts = max(wanted)
+        start = time.perf_counter()
+        runner.want(wanted)
+        graph = runner.replay(cycle, drafts, self.filters, self.logits)
+        self.taken += 1
+        counts, tokens, similarities = runner.record(self.taken, drafts)
+        seconds = None if self.memory.stream else runner.drafted_at - start
+        logits = self.copied(graph.outputs[0]) if self.logits else None
+        outputs = []
+        for index in self.rows:
+            news = self._news(index, counts[index], tokens, similarities, logits)
+            self.rows[index].drafting.learn(wanted[index], min(wanted[index], len(news) - 1))
+            self.remaining[index] -= len(news)
+            outputs.append(RowOutput(news, wanted[index], seconds))
+        return outputs
+
+    def _news(
+        self,
+        index: int,
+        count: int,
+        tokens: list[list[int]],
+        similarities: list[list[float]],
+        logits: Tensor | None,
+    ) -> list[NewToken]:
+        """Of one request."""
+        wants_logits = logits is not None and self.rows[index].request.wants_logits
+        rows = range(index, count * self.runner.requests, self.runner.requests)  # of the verification
+        return [
+            NewToken(
+                token=tokens[place][index],
+                exit_depth=self.runner.layers,
+                similarities=[layer[row] for layer in similarities],
+                logits=logits[row] if wants_logits else None,
+                drafted=place < count - 1,
+            )
+            for place, row in enumerate(rows)
+        ]
+
+
+# --- what is captured ------------------------------------------------------------------------------------
+
+
+def cycle(runner: CycleRunner, drafts: int, filters: bool, logits: bool = False) -> tuple[Tensor]:
+    """Draft steps, and the verification of what they drew: its logits."""
+    for index in range(drafts):
+        draft_step(runner, index, filters)
+    runner.drafted_at = time.perf_counter()  # on the CPU, where this is not captured but run
+    return verification(runner, drafts, filters, logits)
+
+
+def draft_step(runner: CycleRunner, index: int, filters: bool) -> None:
+    """The river alone; `index` drafts are there already."""
+    network, hidden = runner.network, runner.hidden
+    for layer in network.layers:
+        hidden, _ = layer.exit(hidden, runner.place)
+    tokens, _ = draw(network, hidden, runner.drawing, filters, river_head=True)
+    ops.draft_advance(
+        tokens=tokens,
+        index=index,
+        wanted=runner.wanted,
+        embed_tokens=network.embed_tokens,
+        drafts=runner.drafts,
+        hidden=runner.hidden,
+        slots=runner.slots,
+        positions=runner.positions,
+        draw_positions=runner.drawing.positions,
+        verify_hidden=runner.verify_hidden,
+        verify_slots=runner.verify_slots,
+    )
+
+
+def verification(runner: CycleRunner, drafts: int, filters: bool, logits: bool) -> tuple[Tensor]:
+    """The backbone over the last accepted tokens and the drafts, and how many of these stay."""
+    network, rows, similarities = runner.network, (drafts + 1) * runner.requests, []
+    hidden = runner.verify_hidden[:rows]
+    place = runner.place._replace(slots=runner.verify_slots[:rows], positions=runner.verify_positions[:rows])
+    for layer in network.layers:
+        hidden, similarity = layer.block(hidden, place)
+        similarities.append(similarity)
+    runner.seen[: runner.layers * rows].copy_(torch.cat(similarities), non_blocking=True)
+    tokens, all_logits = draw(network, hidden, runner.verify_drawing.head(rows), filters, logits)
+    ops.accept(
+        tokens=tokens,
+        drafts=runner.drafts,
+        embed_tokens=network.embed_tokens,
+        stop_tokens=runner.stop_tokens,
+        remaining=runner.remaining,
+        hidden=runner.hidden,
+        slots=runner.slots,
+        positions=runner.positions,
+        draw_positions=runner.drawing.positions,
+        verify_hidden=runner.verify_hidden,
+        verify_slots=runner.verify_slots,
+        verify_positions=runner.verify_positions,
+        verify_draw_positions=runner.verify_drawing.positions,
+        step=runner.cycles_done,
+        records=runner.records,
+    )
+    return (all_logits,)
