@@ -41,9 +41,9 @@ def compare(network: Network, texts: Sequence[Sequence[int]]) -> Agreement:
 def _through(network: Network, hidden: Tensor, layer: str) -> Tensor:
     """The rows of one text through all layers of a kind."""
     cache = KVCache(network.config, 1, len(hidden), network.dtype, network.device)
-    prompt = MatmulPrompt(network, cache, 0, len(hidden))
+    prompt = MatmulPrompt(network, cache, slot=0, start=0, length=len(hidden))
     for index in range(network.config.num_hidden_layers):
-        hidden = getattr(prompt, layer)(index, hidden)
+        hidden = getattr(prompt, layer)(index)(0, hidden)
     return hidden
 
 

@@ -45,7 +45,7 @@ class Refinement:
 
     def refine(self, index: int, advance: Callable[[], None] = lambda: None) -> ExitLayerWeights:
         """The exit layer of the next layer; calls `advance` after each of four steps."""
-        config, block = self.network.config, self.network.layers[index].block
+        config, block = self.network.config, self.network.layers[index].weights
         river = _ExitLayer(block, self.group_size, f"layers.{index}")
         ways = backbone_matrices(block), river.matrices()
 
@@ -82,7 +82,7 @@ class Refinement:
         shape = BlockShape.of(self.network.config)
         river = river_matrices(exit_layer, shape)
         river = Matrices(**{name: cache(make) for name, make in vars(river).items()})  # not for every text
-        ways = backbone_matrices(self.network.layers[index].block), river
+        ways = backbone_matrices(self.network.layers[index].weights), river
         for text, pair in enumerate(self.hidden):
             self.hidden[text] = tuple(
                 self._rows(index, way, len(h)).run(0, h) for way, h in zip(ways, pair, strict=True)
