@@ -210,6 +210,7 @@ def _add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--draft-tokens", type=_count_or_auto, metavar="K", help="of lossless mode: 1 to 7, or auto (default)"
     )
+    parser.add_argument("--river-head", help="of the modes river and full_w4: model (default) or w4")
     parser.add_argument("--temperature", type=float, metavar="T", help="0, the default, is greedy")
     parser.add_argument("--top-k", type=int, metavar="K", help="draw among the K likeliest; 0 is all")
     parser.add_argument("--top-p", type=float, metavar="P", help="draw among the likeliest; 1 is all")

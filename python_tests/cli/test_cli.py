@@ -52,7 +52,7 @@ def test_options_reach_the_model(river_json):
     options = {
         "max_new_tokens": 9, "threshold": 0.9, "min_layers": 3, "prefill": "last", "mode": "river",
         "temperature": 0.8, "top_k": 40, "top_p": 0.9, "min_p": 0.05, "seed": 5,
-        "stop": ["#"], "exit_control": "host",
+        "stop": ["#"], "exit_control": "host", "river_head": "w4",
     }  # fmt: skip
     flags = [
         part

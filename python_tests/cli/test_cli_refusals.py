@@ -174,7 +174,8 @@ HOSTILE = [
 COMMANDS = {
     ("generate", "--demo", "def f", *SHORT): (
         "--model --river --device --dtype --threads --file --max-new-tokens --threshold --min-layers "
-        "--prefill --mode --temperature --top-k --top-p --min-p --seed --stop --exit-control"
+        "--prefill --mode --temperature --top-k --top-p --min-p --seed --stop --exit-control "
+        "--river-head"
     ),
     ("info",): "--model --river",
     ("info", "--demo"): "--river",

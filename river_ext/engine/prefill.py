@@ -109,7 +109,10 @@ class Prefill:
         position = torch.tensor([len(request.prompt)], dtype=torch.int32, device=hidden.device)
         drawing = Drawing.greedy(position)
         drawing.fill([request.sampling])
-        drawn, logits = draw(self.network, hidden, drawing, request.sampling.filters, request.wants_logits)
+        river_head = request.river_head and request.rule.limit == 0  # where all else is the river, too
+        drawn, logits = draw(
+            self.network, hidden, drawing, request.sampling.filters, request.wants_logits, river_head
+        )
         kept = logits[0] if request.wants_logits else None
         return NewToken(drawn.item(), len(similarities), similarities, kept)
 
