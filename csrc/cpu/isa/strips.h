@@ -151,6 +151,8 @@ struct Columns<DType::kBFloat16> {
 };
 #endif
 
+constexpr int kRowsAhead = 8;  // output rows from those in use to those asked for, into L2
+
 // Adds the products of columns `begin` to `end` - 1 of R output rows with T rows of a block: acc[r * T + t]
 template <DType D, int R, int T>
 [[gnu::always_inline]] inline void add_products(const char* weight, const Operand& x, int t0, int begin, int end,
@@ -170,7 +172,7 @@ template <DType D, int R, int T>
   int k = begin;
   for (; k + Columns::kCount <= end; k += Columns::kCount)
     step([&](const char* row) {
-      __builtin_prefetch(row + R * row_bytes + k * river::size_of(D), 0, 2);  // the next output rows, into L2
+      __builtin_prefetch(row + kRowsAhead * row_bytes + k * river::size_of(D), 0, 2);
       return Columns::load_weight(row, k);
     });
   if (k < end) step([&](const char* row) { return Columns::load_last(row, k, end); });
