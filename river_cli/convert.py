@@ -43,7 +43,7 @@ def run(arguments) -> None:
             }
         )
         return
-    print(f"{output}: {len(river)} exit layers, {size_text(size)}, quantised in {seconds:.1f} s")
+    print(f"{output}: {len(river)} exit layers and a head, {size_text(size)}, quantised in {seconds:.1f} s")
     print("mean squared error, in parts of the weights' mean square:")
     for name, error in errors.items():
         print(f"  {name:10}  {error:.5f}")

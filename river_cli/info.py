@@ -11,6 +11,7 @@ from river_ext.loading.checkpoint import load_checkpoint
 from river_ext.loading.config import ModelConfig
 from river_ext.loading.families import FAMILIES
 from river_ext.loading.weights import BlockShape, ModelWeights
+from river_ext.ops import packed_shape
 from river_ext.quant.exit_river import load_river, read_facts
 
 from . import shared
@@ -107,10 +108,13 @@ def _checkpoint_facts(arguments) -> tuple[dict, dict]:
     }
     lines = _checkpoint_lines(config, facts)
     if arguments.river is not None:
-        load_river(arguments.river, config, checkpoint.fingerprint)  # refuses one of another model
-        saved = read_facts(arguments.river)
-        facts["river"] = {"directory": str(arguments.river)} | saved
-        lines["saved river"] = f"{arguments.river}: {saved['quantiser']}, groups of {saved['group_size']}"
+        river = load_river(arguments.river, config, checkpoint.fingerprint)  # refuses one of another model
+        saved, has_head = read_facts(arguments.river), river.lm_head is not None
+        facts["river"] = {"directory": str(arguments.river), "lm_head": has_head} | saved
+        head = "with" if has_head else "without"
+        lines["saved river"] = (
+            f"{arguments.river}: {saved['quantiser']}, groups of {saved['group_size']}, {head} a head"
+        )
     return facts, lines
 
 
@@ -123,6 +127,7 @@ def _sizes(weights: ModelWeights, shape: BlockShape) -> dict[str, int]:
         "backbone": sum(t.nbytes for block in weights.layers for t in vars(block).values() if t is not None),
         "embedding_and_head": sum(t.nbytes for t in around),
         "river": len(weights.layers) * sum(map(math.prod, shape.tiles().values())),
+        "river_head": math.prod(packed_shape(*weights.lm_head.shape)),
     }
 
 
@@ -150,7 +155,7 @@ def _checkpoint_lines(config: ModelConfig, facts: dict) -> dict[str, str]:
         "positions": f"{config.max_length}, rope {rope}, theta {config.rope_theta:g}",
         "weights": f"{dtype_name(config)}: backbone {sizes['backbone']}, "
         f"embedding and head {sizes['embedding_and_head']}",
-        "river": f"{sizes['river']}, {share:.0%} of the backbone's layers",
+        "river": f"{sizes['river']}, {share:.0%} of the backbone's layers; its head {sizes['river_head']}",
         "river's padding": ", ".join(padding) or "none",
         "KV cache": f"{size_text(facts['kv_bytes_per_token'])} a token",
     }

@@ -15,7 +15,7 @@ from .errors import RiverError, memory_for
 from .loading.checkpoint import load_checkpoint, parse_device
 from .loading.config import ModelConfig
 from .loading.text import Text
-from .loading.weights import ExitLayerWeights, ModelWeights
+from .loading.weights import ModelWeights
 from .quant import exit_river
 from .threads import in_own_thread
 
@@ -36,7 +36,7 @@ def load(
         path: None loads the bundled demo model.
         device: "cpu", "cuda", or "auto": a GPU if there is one and this build has kernels for it.
         dtype: "bfloat16", "float16", on the CPU also "float32"; "auto" takes the checkpoint's.
-        river: a directory that `Model.save_river` wrote for this checkpoint; None quantises the backbone now.
+        river: a directory that `Model.save_river` wrote for this checkpoint; None quantises the model now.
 
     On the CPU a process may be forked after it has loaded a model, and its children generate. After it has
     generated itself, OpenMP's threads are missing in its children: there, call `torch.set_num_threads(1)`
@@ -81,7 +81,7 @@ class Model:
         self,
         config: ModelConfig,
         weights: ModelWeights,
-        river: list[ExitLayerWeights],
+        river: exit_river.ExitRiver,
         tokenizer: Tokenizer | None = None,
         directory: Path | None = None,
         fingerprint: str = "",

@@ -6,6 +6,7 @@ from river_ext import ops
 from river_ext.engine.network import Network
 from river_ext.loading.config import ModelConfig
 from river_ext.loading.weights import BlockShape, DecoderBlockWeights, ExitLayerWeights, ModelWeights
+from river_ext.quant.exit_river import ExitRiver
 
 
 def dense_weight(out_features: int, in_features: int) -> torch.Tensor:
@@ -36,12 +37,13 @@ def random_weights(config: ModelConfig) -> ModelWeights:
     return ModelWeights(embed_tokens, layers, norm, embed_tokens)
 
 
-def random_river(config: ModelConfig) -> list[ExitLayerWeights]:
+def random_river(config: ModelConfig) -> ExitRiver:
     sizes = BlockShape.of(config).packed()
-    return [
+    layers = [
         ExitLayerWeights(**{name: packed_weight(*size) for name, size in sizes.items()})
         for _ in range(config.num_hidden_layers)
     ]
+    return ExitRiver(layers, packed_weight(config.vocab_size, config.hidden_size), ops.TILE_COLS)
 
 
 def random_network(config: ModelConfig, device: str = "cuda") -> Network:

@@ -109,4 +109,4 @@ def test_loading_shows_progress(capsys, monkeypatch, tiny_checkpoint):
     river_ext.load(directory)
     lines = capsys.readouterr().err.splitlines()
     total = 3 * 9 + 3  # tensors: nine in each of three layers, embedding, norm and head
-    assert lines[total - 1] == f"loading: {total} of {total}" and lines[-1] == "quantising: 21 of 21"
+    assert lines[total - 1] == f"loading: {total} of {total}" and lines[-1] == "quantising: 22 of 22"

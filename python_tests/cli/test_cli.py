@@ -204,6 +204,7 @@ def test_info_of_a_model(river, river_json):
     assert document["config"]["num_hidden_layers"] == 16
     packed = [tensor for layer in model.river for tensor in vars(layer).values()]
     assert document["bytes"]["river"] == sum(tensor.nbytes for tensor in packed)
+    assert document["bytes"]["river_head"] == model.river.lm_head.nbytes
     tensors = [t for layer in model.weights.layers for t in vars(layer).values() if t is not None]
     assert document["bytes"]["backbone"] == sum(tensor.nbytes for tensor in tensors)
     config = model.config
@@ -239,12 +240,15 @@ def test_convert(river, river_json, refused, tmp_path):
     directory = write_tiny_checkpoint(tmp_path / "model")
     code, out, _ = river("convert", directory, "-o", tmp_path / "river")
     assert code == 0
-    assert "3 exit layers" in out and " s\n" in out and "down_proj" in out
+    assert "3 exit layers and a head" in out and "lm_head" in out and " s\n" in out and "down_proj" in out
     use = shlex.split(out.splitlines()[-1])
     assert use == f"river generate --model {directory} --river {tmp_path / 'river'}".split() + ["a prompt"]
     assert "no tokenizer.json" in refused(*use[1:]), "all but the text is right"
     document = river_json("info", "--model", directory, "--river", tmp_path / "river")["model"]["river"]
     assert document["group_size"] == 64 and document["directory"] == str(tmp_path / "river")
+    assert document["lm_head"] is True
+    out = river("info", "--model", directory, "--river", tmp_path / "river")[1]
+    assert "groups of 64, with a head" in out
 
 
 def test_convert_json_force_and_use(river_json, refused, tmp_path):

@@ -8,6 +8,7 @@ import torch
 from oracle import oracle
 from tiny_model import demo_model, random_model, random_prompt
 
+from river_ext import ops
 from river_ext.engine import lossless
 from river_ext.engine.drafting import Drafting, draft_cost
 
@@ -143,6 +144,21 @@ def test_a_stream_has_a_piece_for_every_token():
     assert all(piece.exit_depth == 16 for piece in pieces)
 
 
+def test_drafts_are_drawn_by_the_rivers_head(monkeypatch):
+    """Or by the model's, where the river was saved without one: the tokens are the same."""
+    model, options = demo_model(), {"max_new_tokens": 30, "draft_tokens": 3, "mode": "lossless"}
+    calls, packed, dense = [], ops.lm_head_w4, ops.lm_head
+    monkeypatch.setattr(ops, "lm_head_w4", lambda *a, **k: calls.append("river") or packed(*a, **k))
+    monkeypatch.setattr(ops, "lm_head", lambda *a, **k: calls.append("model") or dense(*a, **k))
+    out = model.generate(TEXTS[0], **options)
+    assert calls.count("model") == 1 + out.stats.steps, "of the prompt, and of each verification"
+    assert calls.count("river") >= out.stats.drafts > 0
+    calls.clear()
+    monkeypatch.setattr(model.network, "lm_head_w4", None)
+    again = model.generate(TEXTS[0], **options)
+    assert again.tokens == out.tokens and "river" not in calls
+
+
 def test_stats():
     out = demo_model().generate(TEXTS[0], mode="lossless", draft_tokens=3, max_new_tokens=60)
     stats = out.stats
@@ -240,5 +256,5 @@ def test_the_cost_of_a_draft():
         if tensor is not None
     )
     head = model.weights.lm_head.nbytes
-    expected = (river + model.network.river_head_bytes) / (backbone + head)
+    expected = (river + model.river.lm_head.nbytes) / (backbone + head)
     assert draft_cost(model.network) == pytest.approx(expected)

@@ -43,13 +43,14 @@ def attempt(state: State, random: Random) -> str:
 
 
 def same_river(one, other) -> bool:
-    return (one.group_size, one.quantiser, len(one)) == (
-        other.group_size,
-        other.quantiser,
-        len(other),
-    ) and all(
-        vars(a).keys() == vars(b).keys() and all(getattr(a, name).equal(getattr(b, name)) for name in vars(a))
-        for a, b in zip(one, other, strict=True)
+    return (
+        (one.group_size, one.quantiser, len(one)) == (other.group_size, other.quantiser, len(other))
+        and one.lm_head.equal(other.lm_head)
+        and all(
+            vars(a).keys() == vars(b).keys()
+            and all(getattr(a, name).equal(getattr(b, name)) for name in vars(a))
+            for a, b in zip(one, other, strict=True)
+        )
     )
 
 

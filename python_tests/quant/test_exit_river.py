@@ -38,6 +38,7 @@ def saved(tmp_path, checkpoint, built):
 
 def assert_equal(one, other):
     assert len(one) == len(other)
+    assert torch.equal(one.lm_head, other.lm_head)
     assert (one.group_size, one.quantiser) == (other.group_size, other.quantiser)
     for a, b in zip(one, other, strict=True):
         for field in fields(a):
@@ -90,6 +91,29 @@ def test_exit_layers_stand_for_their_blocks(checkpoint, built):
             assert error < 0.1, name
 
 
+@pytest.mark.parametrize("vocab_size", [96, 97, 111, 112])
+@pytest.mark.parametrize("tied", [False, True])
+def test_the_head_stands_for_the_models(tiny_checkpoint, vocab_size, tied):
+    checkpoint = load_checkpoint(tiny_checkpoint(vocab_size=vocab_size, tie_word_embeddings=tied))
+    built = river.build_river(checkpoint.config, checkpoint.weights)
+    exact = checkpoint.weights.lm_head.float()
+    assert built.lm_head.shape == (-(-vocab_size // 16), 1, 576)
+    dense = ops.dequantize_w4(built.lm_head, *exact.shape, torch.float32)
+    assert (dense - exact).norm() / exact.norm() < 0.1
+
+
+def test_a_river_that_was_saved_without_a_head(saved, tmp_path, checkpoint, built):
+    tensors = load_file(tensors_of(saved))
+    assert torch.equal(tensors.pop("lm_head"), built.lm_head)
+    rewrite(saved, tensors)
+    loaded = river.load_river(saved, checkpoint.config, checkpoint.fingerprint)
+    assert loaded.lm_head is None
+    river.save_river(tmp_path / "again", loaded, checkpoint.config, checkpoint.fingerprint)
+    assert river.read_facts(tmp_path / "again") == river.read_facts(saved)
+    loaded.lm_head = built.lm_head
+    assert_equal(loaded, built)
+
+
 def test_facts(saved, checkpoint):
     facts = json.loads((saved / "river.json").read_text())
     assert facts == river.read_facts(saved)
@@ -97,7 +121,7 @@ def test_facts(saved, checkpoint):
     assert facts["fingerprint"] == checkpoint.fingerprint
     assert facts["num_hidden_layers"] == 3 and facts["block"]["intermediate_size"] == 112
     with safe_open(tensors_of(saved), framework="pt") as file:
-        assert len(file.keys()) == 3 * 4
+        assert len(file.keys()) == 3 * 4 + 1
 
 
 def test_a_loaded_river_can_replace_its_own_files(saved, checkpoint, built):
@@ -388,16 +412,18 @@ def test_every_byte_of_the_tensors_counts(saved, checkpoint):
 
 @pytest.mark.parametrize("value", [torch.inf, -torch.inf, torch.nan])
 @pytest.mark.parametrize("place", ["scale", "zero"])
-def test_scales_and_zeros_are_finite(saved, tmp_path, checkpoint, built, place, value):
-    spoiled = built[1].down_proj.clone()
+@pytest.mark.parametrize("name", ["layers.1.down_proj", "lm_head"])
+def test_scales_and_zeros_are_finite(saved, tmp_path, checkpoint, built, name, place, value):
+    owner, field = (built, name) if name == "lm_head" else (built[1], "down_proj")
+    spoiled = getattr(owner, field).clone()
     at = 512 + 4 * 7 + 2 * (place == "zero")
     spoiled[1, 0, at : at + 2] = torch.tensor([value], dtype=torch.float16).view(torch.uint8)
     tensors = load_file(tensors_of(saved))
-    rewrite(saved, tensors | {"layers.1.down_proj": spoiled})
+    rewrite(saved, tensors | {name: spoiled})
     message = refusal(saved, checkpoint)
-    assert "layers.1.down_proj has a scale or a zero that is not finite" in message
-    built[1] = replace(built[1], down_proj=spoiled)
-    with pytest.raises(RiverError, match="layers.1.down_proj has a scale or a zero that is not finite"):
+    assert f"{name} has a scale or a zero that is not finite" in message
+    setattr(owner, field, spoiled)
+    with pytest.raises(RiverError, match=f"{name} has a scale or a zero that is not finite"):
         river.save_river(tmp_path / "spoiled", built, checkpoint.config, checkpoint.fingerprint)
     assert not (tmp_path / "spoiled").exists()
 
@@ -448,6 +474,15 @@ def test_mismatched_tensors_are_refused_by_name(saved, checkpoint):
         found = refusal(saved, checkpoint)
         assert name in found and message in found
         assert "uint8 [4, 1, 576]" in found
+    wanted = f"uint8 {list(tensors['lm_head'].shape)}"
+    for message, head in {
+        "is uint8 [1, 1, 576]": tensors["lm_head"][:1].clone(),
+        "is int8": tensors["lm_head"].to(torch.int8),
+        "is uint8 [0, 1, 576]": tensors["lm_head"][:0].clone(),
+    }.items():
+        rewrite(saved, tensors | {"lm_head": head})
+        found = refusal(saved, checkpoint)
+        assert f"tensor lm_head {message}" in found and wanted in found
     rewrite(saved, tensors | {"layers.3.o_proj": tensors[name].clone()})
     assert "layers.3.o_proj has no place" in refusal(saved, checkpoint)
 
@@ -459,6 +494,10 @@ def test_weights_that_cannot_be_quantised_are_named(checkpoint):
     layers[2] = replace(layers[2], up_proj=up_proj)
     with pytest.raises(RiverError, match="layers.2.up_proj holds NaN or Inf in row 5"):
         river.build_river(checkpoint.config, replace(checkpoint.weights, layers=layers))
+    lm_head = checkpoint.weights.lm_head.clone()
+    lm_head[3, 1] = torch.inf
+    with pytest.raises(RiverError, match="lm_head holds NaN or Inf in row 3"):
+        river.build_river(checkpoint.config, replace(checkpoint.weights, lm_head=lm_head))
 
 
 def test_the_progress_bar_is_for_terminals(monkeypatch, capsys, checkpoint):

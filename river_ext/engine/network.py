@@ -10,6 +10,7 @@ from ..errors import RiverError
 from ..loading.config import ModelConfig
 from ..loading.rope import rope_tables
 from ..loading.weights import DecoderBlockWeights, ExitLayerWeights, ModelWeights
+from ..quant.exit_river import ExitRiver
 from .cache import KVCache
 
 Rope = tuple[Tensor, Tensor]  # cos and sin, fp32 [positions, rotary_dim / 2]
@@ -93,9 +94,9 @@ class Layer:
 
 
 class Network:
-    """Backbone, exit river, embedding and head of one model on one device."""
+    """Backbone, exit river, embedding and heads of one model on one device."""
 
-    def __init__(self, config: ModelConfig, weights: ModelWeights, river: list[ExitLayerWeights]):
+    def __init__(self, config: ModelConfig, weights: ModelWeights, river: ExitRiver):
         if not len(river) == len(weights.layers) == config.num_hidden_layers:
             raise RiverError(
                 f"the river has {len(river)} exit layers and the backbone {len(weights.layers)} layers; "
@@ -105,12 +106,21 @@ class Network:
         self.embed_tokens, self.norm, self.lm_head = weights.embed_tokens, weights.norm, weights.lm_head
         pairs = zip(weights.layers, river, strict=True)
         self.layers = [Layer(index, config, *pair) for index, pair in enumerate(pairs)]
-        self.river_head_bytes = self.lm_head.nbytes
+        self.lm_head_w4 = river.lm_head
+        self.river_head_bytes = (self.lm_head if self.lm_head_w4 is None else self.lm_head_w4).nbytes
         self.dtype, self.device = weights.embed_tokens.dtype, weights.embed_tokens.device
         self._rope = rope_tables(config, 0, device=self.device)
 
     def embed(self, tokens: Tensor) -> Tensor:
         return torch.nn.functional.embedding(tokens, self.embed_tokens)
+
+    def head(self, hidden: Tensor, river_head: bool, **options) -> tuple[Tensor, Tensor]:
+        """What `ops.lm_head` gives, by the model's head or by the river's, if it was saved with one."""
+        eps = self.config.rms_norm_eps
+        if river_head and self.lm_head_w4 is not None:
+            size = self.config.vocab_size
+            return ops.lm_head_w4(hidden, self.norm, self.lm_head_w4, size, eps, **options)
+        return ops.lm_head(hidden, self.norm, self.lm_head, eps, **options)
 
     def rope(self, max_len: int) -> Rope:
         """cos and sin for decoding: tables of at least max_len positions.

@@ -81,18 +81,16 @@ def draw(
     return_logits: bool = False,
     river_head: bool = False,
 ) -> tuple[Tensor, Tensor]:
-    """Final norm, head and choice of a token per row.
+    """Final norm, head, the model's or the river's, and choice of a token per row.
 
     hidden is [T, hidden_size]. The head draws by itself unless there are filters: those need the logits of
     all tokens. Returns tokens int64 [T], -1 where a row has none, and fp32 logits [T, vocab_size] before any
     filter, or [0, vocab_size] where neither the caller nor a filter needs them.
     """
     names = () if filters else ("temperature", "seeds", "positions")
-    tokens, logits = ops.lm_head(
+    tokens, logits = network.head(
         hidden,
-        network.norm,
-        network.lm_head,
-        network.config.rms_norm_eps,
+        river_head,
         return_logits=return_logits or filters,
         **{name: getattr(drawing, name) for name in names},
     )

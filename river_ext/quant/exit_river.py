@@ -1,7 +1,8 @@
 """The exit river of a model: built from its backbone, saved to a directory, loaded from it.
 
-A saved river is the tensors `layers.<l>.<field>`, for every field of `ExitLayerWeights`, in the layout of
-w4.py, and a JSON object that says what they are (`_facts`). river_store.py writes both.
+A saved river is the tensors `layers.<l>.<field>`, for every field of `ExitLayerWeights`, and `lm_head`, in
+the layout of w4.py, and a JSON object that says what they are (`_facts`). river_store.py writes both. The
+head came later: a river without one is loaded, too.
 """
 
 import re
@@ -17,28 +18,38 @@ from ..loading.config import ModelConfig
 from ..loading.files import is_regular, path_of
 from ..loading.json_object import Reader, read_json_object
 from ..loading.weights import BlockShape, DecoderBlockWeights, ExitLayerWeights, ModelWeights
-from ..ops import TILE_COLS, TILE_ROWS
+from ..ops import TILE_COLS, TILE_ROWS, pack_w4, packed_shape
 from ..progress import progress_bar
 from . import hqq
 from .river_store import FACTS, refuse_other_content, sha256_of, tensors_file, write_river
 from .w4 import pack_exit_layer
 
 FORMAT, FORMAT_VERSION = "river_ext W4", 2  # version 1 had no sha256
+HEAD = "lm_head"  # the tensor that may be missing
 HASH = re.compile("[0-9a-f]{64}")
 
 
 class ExitRiver(list[ExitLayerWeights]):
-    """The exit layers of a model, one per backbone layer, and how they were made."""
+    """The exit layers of a model, one per backbone layer, its head in 4 bits, and how they were made."""
 
-    def __init__(self, layers: list[ExitLayerWeights], group_size: int, quantiser: str = "hqq"):
+    lm_head: torch.Tensor | None  # packed [vocab_size / 16, hidden_size / 64, 576], rows in the order of ids
+
+    def __init__(
+        self,
+        layers: list[ExitLayerWeights],
+        lm_head: torch.Tensor | None,
+        group_size: int,
+        quantiser: str = "hqq",
+    ):
         super().__init__(layers)
+        self.lm_head = lm_head
         self.group_size, self.quantiser = group_size, quantiser
 
 
 def build_river(
     config: ModelConfig, weights: ModelWeights, group_size: int = 64, progress: bool = True
 ) -> ExitRiver:
-    """Quantises every decoder block of the backbone, one after the other, on the device of its weights.
+    """Quantises every decoder block of the backbone, one after the other, and the head, on their device.
 
     Args:
         config, weights: the backbone.
@@ -46,12 +57,15 @@ def build_river(
         progress: show on standard error how far it is, if it takes long.
     """
     shape = BlockShape.of(config)
-    with progress_bar("quantising", len(weights.layers) * len(shape.projections()), progress) as advance:
+    steps = len(weights.layers) * len(shape.projections()) + 1
+    with progress_bar("quantising", steps, progress) as advance:
         layers = [
             _build_exit_layer(block, shape, group_size, f"layers.{index}", advance)
             for index, block in enumerate(weights.layers)
         ]
-    return ExitRiver(layers, group_size)
+        lm_head = pack_w4(*hqq.quantize(weights.lm_head, group_size, name=HEAD))
+        advance()
+    return ExitRiver(layers, lm_head, group_size)
 
 
 def _build_exit_layer(
@@ -112,7 +126,8 @@ def load_river(
         ExitLayerWeights(**{name: stored[f"layers.{index}.{name}"].to(device) for name in names})
         for index in range(config.num_hidden_layers)
     ]
-    return ExitRiver(layers, facts["group_size"], facts["quantiser"])
+    lm_head = stored[HEAD].to(device) if HEAD in stored else None
+    return ExitRiver(layers, lm_head, facts["group_size"], facts["quantiser"])
 
 
 def read_facts(path: str | Path) -> dict:
@@ -170,24 +185,26 @@ def _facts(river: ExitRiver, config: ModelConfig, fingerprint: str, sha256: str)
 
 
 def _tensors(river: ExitRiver) -> dict[str, torch.Tensor]:
-    return {
+    layers = {
         f"layers.{index}.{field.name}": getattr(layer, field.name).cpu()
         for index, layer in enumerate(river)
         for field in fields(layer)
     }
+    return layers if river.lm_head is None else layers | {HEAD: river.lm_head.cpu()}
 
 
 def _packed_shapes(config: ModelConfig) -> dict[str, tuple[int, int, int]]:
     """Name and shape of every tensor of a river."""
-    return {
+    layers = {
         f"layers.{index}.{field}": shape
         for index in range(config.num_hidden_layers)
         for field, shape in BlockShape.of(config).tiles().items()
     }
+    return layers | {HEAD: packed_shape(config.vocab_size, config.hidden_size)}
 
 
 def _stored_tensors(path: Path, shapes: dict[str, tuple[int, int, int]]) -> dict[str, torch.Tensor]:
-    """Views of the tensors in a file, which must be those of `shapes`."""
+    """Views of the tensors in a file, which must be those of `shapes`, but that the head may be missing."""
     if not is_regular(path):
         raise RiverError(f"{path}: missing; {FACTS} names it: convert again")
     try:
@@ -198,6 +215,8 @@ def _stored_tensors(path: Path, shapes: dict[str, tuple[int, int, int]]) -> dict
     for name, shape in shapes.items():
         wanted = f"uint8 {list(shape)}"
         if name not in stored:
+            if name == HEAD:
+                continue
             raise RiverError(f"{path}: tensor {name} {wanted} is missing")
         found = f"{stored[name].dtype} {list(stored[name].shape)}".removeprefix("torch.")
         if found != wanted:
