@@ -23,7 +23,8 @@ def oracle(model, prompt, **options):
         return (layers[index].exit if exits else layers[index].block)(hidden, place)
 
     def draw(hidden, position, depth, similarities):
-        sampling, logits = asked.sampling, head(network, hidden)
+        by_river = asked.river_head and (bool(drawn) or asked.rule.limit == 0)
+        sampling, logits = asked.sampling, head(network, hidden, by_river)
         token, _ = ops.sample(
             logits,
             *(torch.tensor([value]) for value in (sampling.temperature,)),
@@ -52,8 +53,12 @@ def oracle(model, prompt, **options):
     return (*map(list, zip(*drawn, strict=True)), reason, cache)
 
 
-def head(network, hidden):
-    return ops.lm_head(hidden, network.norm, network.lm_head, network.config.rms_norm_eps)[1]
+def head(network, hidden, by_river):
+    config = network.config
+    if by_river:
+        weight = network.lm_head_w4, config.vocab_size
+        return ops.lm_head_w4(hidden, network.norm, *weight, config.rms_norm_eps)[1]
+    return ops.lm_head(hidden, network.norm, network.lm_head, config.rms_norm_eps)[1]
 
 
 def _prefill(asked, network, layer):

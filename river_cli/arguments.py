@@ -159,6 +159,12 @@ def _parser() -> tuple[argparse.ArgumentParser, Mapping[str, argparse.ArgumentPa
     convert.add_argument(
         "--group-size", type=int, choices=(64, 128), default=64, help="columns that share a scale (64)"
     )
+    convert.add_argument(
+        "--calibrate",
+        type=_given,
+        metavar="FILE",
+        help="refine it with texts: blank lines between, or .jsonl with a field text; takes minutes",
+    )
     convert.add_argument("--force", action="store_true", help="replace a river that is there already")
 
     evaluate = command("eval", "evaluate", "measure quality and speed against full depth")
@@ -204,6 +210,7 @@ def _add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--draft-tokens", type=_count_or_auto, metavar="K", help="of lossless mode: 1 to 7, or auto (default)"
     )
+    parser.add_argument("--river-head", help="of the modes river and full_w4: model (default) or w4")
     parser.add_argument("--temperature", type=float, metavar="T", help="0, the default, is greedy")
     parser.add_argument("--top-k", type=int, metavar="K", help="draw among the K likeliest; 0 is all")
     parser.add_argument("--top-p", type=float, metavar="P", help="draw among the likeliest; 1 is all")

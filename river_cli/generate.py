@@ -122,7 +122,7 @@ def _generate_and_compare(arguments, model, prompts: list, options: dict) -> Non
 
 def _three_settings(model, options: dict) -> tuple[list, dict]:
     """Full depth, full W4 and River, and the options that they have in common."""
-    own = {name: options[name] for name in ("min_layers", "prefill") if name in options}
+    own = {name: options[name] for name in ("min_layers", "prefill", "river_head") if name in options}
     threshold = options.get("threshold", Options.threshold)
     common = {name: v for name, v in options.items() if name not in ("mode", "threshold", *own)}
     return settings_of(model, [threshold], **own), common

@@ -115,6 +115,7 @@ class Model:
         prefill: str = "full",
         mode: str = "river",
         draft_tokens: int | str = "auto",
+        river_head: str = "model",
         kv_strategy: str = "share",
         temperature: float | Sequence[float] = 0.0,
         top_k: int | Sequence[int] = 0,
@@ -151,6 +152,9 @@ class Model:
                 (depth 0). "lossless" gives the tokens of "full", bit for bit.
             draft_tokens: that the river proposes at a time in lossless mode, 1 to 7, as long as those of all
                 running requests together are at most 8 less one each; "auto" goes by how many were right.
+            river_head: the head that tokens are drawn by in the modes "river" and "full_w4": the "model"'s,
+                or the river's, "w4", which reads 0.28 of the bytes and is less exact. In mode "river" the
+                first token is by the model's in any case. Lossless mode drafts by the river's.
             kv_strategy: "share": exit layers write to the cache places of the layers that they replace.
             temperature: 0 is greedy.
             top_k: draw among the k likeliest tokens; 0 is all.
@@ -170,9 +174,9 @@ class Model:
         """
         options = dict(
             max_new_tokens=max_new_tokens, threshold=threshold, min_layers=min_layers, prefill=prefill,
-            mode=mode, draft_tokens=draft_tokens, kv_strategy=kv_strategy, temperature=temperature,
-            top_k=top_k, top_p=top_p, min_p=min_p, seed=seed, stop=stop, stop_tokens=stop_tokens,
-            logprobs=logprobs, return_logits=return_logits,
+            mode=mode, draft_tokens=draft_tokens, river_head=river_head, kv_strategy=kv_strategy,
+            temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p, seed=seed, stop=stop,
+            stop_tokens=stop_tokens, logprobs=logprobs, return_logits=return_logits,
         )  # fmt: skip
         return generate(self._engines, prompt, options, batch_policy, exit_control)
 
@@ -230,13 +234,16 @@ class Model:
         min_layers: int = 1,
         prefill: str = "full",
         mode: str = "river",
+        river_head: str = "model",
     ) -> Score:
         """Logits and exit depths for given tokens, by the same prefill and decoding steps as `generate`.
 
         Row i of the logits is the prediction of tokens[prompt_length + i] from all tokens before it; the
         first prompt_length tokens are prefilled.
         """
-        options = {"threshold": threshold, "min_layers": min_layers, "prefill": prefill, "mode": mode}
+        options = dict(
+            threshold=threshold, min_layers=min_layers, prefill=prefill, mode=mode, river_head=river_head
+        )
         return score(self.network, tokens, prompt_length, options)
 
     def save_river(self, path: str | Path) -> None:

@@ -1,10 +1,10 @@
 """Whole decoding steps on the CPU, batch 1, in the shape of Llama-3.2-1B with random weights.
 
-Rows: full bf16, full W4, fixed exit depths, and transformers on the same tensors (eager with its default
-cache; with --compile also under torch.compile with a static cache). A fixed depth d is threshold -2 with
-min_layers d. GB/s counts the bytes of weights that a token reads; % is the time that a plain read of exactly
-these tensors takes; `allowed` is what the bytes alone would give over full bf16. Random weights make random
-text, and time does not depend on it.
+Rows: full bf16, full W4 with either head, fixed exit depths, and transformers on the same tensors (eager with
+its default cache; with --compile also under torch.compile with a static cache). A fixed depth d is threshold
+-2 with min_layers d. GB/s counts the bytes of weights that a token reads; % is the time that a plain read of
+exactly these tensors takes; `allowed` is what the bytes alone would give over full bf16. Random weights make
+random text, and time does not depend on it.
 """
 
 import importlib.util
@@ -20,7 +20,8 @@ from bench.lib.weights import random_river, random_weights
 from river_ext.engine.generate import Engines, generate
 from river_ext.engine.network import Network
 from river_ext.loading.config import ModelConfig
-from river_ext.loading.weights import ExitLayerWeights, ModelWeights
+from river_ext.loading.weights import ModelWeights
+from river_ext.quant.exit_river import ExitRiver
 
 
 def main() -> None:
@@ -42,6 +43,7 @@ def main() -> None:
     runs = {
         "full bf16": ({"mode": "full"}, config.num_hidden_layers),
         "full W4": ({"mode": "full_w4"}, 0),
+        "full W4, W4 head": ({"mode": "full_w4", "river_head": "w4"}, 0),
     }
     runs |= {f"exit depth {d}": ({"threshold": -2.0, "min_layers": d}, d) for d in args.depths}
     seconds = {name: [] for name in runs}
@@ -62,8 +64,8 @@ def main() -> None:
     report(config, weights, river, runs, seconds, reads, args, path)
 
 
-def read_seconds(weights: ModelWeights, river: list[ExitLayerWeights]) -> dict[str, float]:
-    """Seconds of a plain read of each tensor of a backbone layer, an exit layer, and of the head."""
+def read_seconds(weights: ModelWeights, river: ExitRiver) -> dict[str, float]:
+    """Seconds of a plain read of each tensor of a backbone layer, an exit layer, and of both heads."""
 
     def seconds(tensors) -> float:
         start = time.perf_counter()
@@ -75,13 +77,14 @@ def read_seconds(weights: ModelWeights, river: list[ExitLayerWeights]) -> dict[s
     return {
         "block": median(seconds(tensors_of(layer)) for layer in weights.layers),
         "exit_layer": median(seconds(tensors_of(layer)) for layer in river),
-        "head": median(seconds([weights.lm_head]) for _ in range(3)),
+        "model head": median(seconds([weights.lm_head]) for _ in range(3)),
+        "w4 head": median(seconds([river.lm_head]) for _ in range(3)),
     }
 
 
 def report(config, weights, river, runs, seconds, reads, args, path) -> None:
     block, exit_layer = size_of(weights.layers[0]), size_of(river[0])
-    head = weights.lm_head.nbytes
+    heads = {"model head": weights.lm_head.nbytes, "w4 head": river.lm_head.nbytes}
     layers = config.num_hidden_layers
     full = median(seconds["full bf16"])
     read = {part: median(times[part] for times in reads) for part in reads[0]}
@@ -90,14 +93,15 @@ def report(config, weights, river, runs, seconds, reads, args, path) -> None:
     lines = []
     for name, times in seconds.items():
         typical = median(times)
-        depth = runs[name][1] if name in runs else layers
-        size = depth * block + (layers - depth) * exit_layer + head
-        read_time = depth * read["block"] + (layers - depth) * read["exit_layer"] + read["head"]
+        options, depth = runs.get(name, ({}, layers))
+        head = options.get("river_head", "model") + " head"
+        size = depth * block + (layers - depth) * exit_layer + heads[head]
+        read_time = depth * read["block"] + (layers - depth) * read["exit_layer"] + read[head]
         line = {
             "run": name, "ms": 1e3 * typical, "tokens_per_second": 1 / typical, "bytes": size,
             "gb_s": size / typical / 1e9, "read_gb_s": size / read_time / 1e9,
             "percent_of_read": 100 * read_time / typical,
-            "x_full_bf16": full / typical, "allowed": (layers * block + head) / size,
+            "x_full_bf16": full / typical, "allowed": (layers * block + heads["model head"]) / size,
             "ms_all": [1e3 * t for t in times],
         }  # fmt: skip
         lines.append(line)

@@ -174,12 +174,13 @@ HOSTILE = [
 COMMANDS = {
     ("generate", "--demo", "def f", *SHORT): (
         "--model --river --device --dtype --threads --file --max-new-tokens --threshold --min-layers "
-        "--prefill --mode --temperature --top-k --top-p --min-p --seed --stop --exit-control"
+        "--prefill --mode --temperature --top-k --top-p --min-p --seed --stop --exit-control "
+        "--river-head"
     ),
     ("info",): "--model --river",
     ("info", "--demo"): "--river",
     ("convert",): "--model",
-    ("convert", "--demo"): "--device --dtype --threads --group-size",
+    ("convert", "--demo"): "--device --dtype --threads --group-size --calibrate",
     ("eval", "--demo", "--problems", "1", "--functions", "0", "--thresholds", "0.9"): (
         "--model --river --device --dtype --threads --problems --functions --thresholds --seed"
     ),

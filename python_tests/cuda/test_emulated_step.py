@@ -132,14 +132,18 @@ def test_steps(monkeypatch, shape, slots, case):
 
 
 @pytest.mark.parametrize("control", ["host", "device"])
-@pytest.mark.parametrize("sampled", [{}, {"temperature": 1.0, **FILTERS}], ids=["greedy", "filters"])
+@pytest.mark.parametrize(
+    "sampled",
+    [{}, {"river_head": "w4"}, {"temperature": 1.0, **FILTERS}],
+    ids=["greedy", "head of the river", "filters"],
+)
 def test_generation_by_the_cuda_kernels(monkeypatch, control, sampled):
     """The whole engine on the emulated GPU: the tokens and depths that the CPU kernels give."""
     model = random_model(dtype=torch.bfloat16)
     options = {"threshold": 0.7, "max_new_tokens": 6, "exit_control": control, **sampled}
     expected = model.generate(PROMPTS, **options)
     layers = ("decoder_block", "exit_layer", "dual_layer", "state_similarity")
-    for name in (*layers, "lm_head", "sample", "advance"):
+    for name in (*layers, "lm_head", "lm_head_w4", "sample", "advance"):
         monkeypatch.setattr(ops, name, getattr(emulated_ops, name))
     got = model.generate(PROMPTS, **options)
     assert [(o.tokens, o.exit_depths) for o in got] == [(o.tokens, o.exit_depths) for o in expected]

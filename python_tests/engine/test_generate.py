@@ -6,6 +6,7 @@ import math
 import numpy as np
 import pytest
 import torch
+from oracle import oracle, same
 from tiny_model import demo_model, random_model, random_prompt
 from tokenizers import Tokenizer, decoders, models
 
@@ -173,7 +174,13 @@ def test_deterministic(options):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize(
     "options",
-    [{"threshold": math.inf}, {"mode": "full_w4"}, {"threshold": -2, "min_layers": 2}, {"threshold": 0.6}],
+    [
+        {"threshold": math.inf},
+        {"mode": "full_w4"},
+        {"mode": "full_w4", "river_head": "w4"},
+        {"threshold": -2, "min_layers": 2},
+        {"threshold": 0.6},
+    ],
 )
 def test_a_batch_equals_single_runs_bit_for_bit(dtype, options):
     options = {"max_new_tokens": 10, "return_logits": True, **options}
@@ -203,6 +210,57 @@ def test_modes():
     assert by_depth.exit_depths == [0]
     assert by_depth.tokens == full_w4.tokens[:1]
     assert model.generate(ids, max_new_tokens=6, mode="full").exit_depths == [LAYERS] * 6
+
+
+HEADS = {
+    "full_w4": {"mode": "full_w4"},
+    "the river": {"threshold": 0.6},
+    "sampled": {"mode": "full_w4", "temperature": 0.9, "seed": 3},
+    "filters": {"threshold": 0.6, "temperature": 1.0, "top_k": 9},
+}
+
+
+@pytest.mark.parametrize("control", ["host", "device"])
+@pytest.mark.parametrize("options", HEADS.values(), ids=HEADS)
+def test_the_head_of_the_river(options, control):
+    """It draws every token but the first one of mode "river"."""
+    options, model, prompt = {"max_new_tokens": 30, **options}, random_model(), PROMPTS[1]
+    out = model.generate(prompt, river_head="w4", exit_control=control, **options)
+    assert same(out, oracle(model, prompt, river_head="w4", **options))
+    by_models = model.generate(prompt, exit_control=control, **options)
+    assert same(by_models, oracle(model, prompt, **options))
+    assert out.tokens != by_models.tokens, "else this test could not fail"
+
+
+@pytest.mark.parametrize("control", ["host", "device"])
+@pytest.mark.parametrize("wants", [False, True], ids=["tokens alone", "logits"])
+@pytest.mark.parametrize("sampled", [{}, {"temperature": 1.0, "top_k": 9}], ids=["greedy", "filters"])
+def test_rows_of_one_step_draw_by_different_heads(control, wants, sampled):
+    """Each gets what it gets alone, in every mixture."""
+    model, heads = random_model(), ["w4", "model", "w4", "model", "model"]
+    options = {"max_new_tokens": 9, "mode": "full_w4", "return_logits": wants, **sampled}
+    prompts = [random_prompt(n + 2, n) for n in range(len(heads))]
+    engine = model.engine(slots=5, exit_control=control)
+    for number, (prompt, head) in enumerate(zip(prompts, heads, strict=True)):
+        engine.submit(prompt, id=number, **options | {"river_head": head, "max_new_tokens": 9 - number})
+    outputs = {event.id: event.output for event in engine if event.output}
+    for number, (prompt, head) in enumerate(zip(prompts, heads, strict=True)):
+        alone = model.generate(prompt, **options | {"river_head": head, "max_new_tokens": 9 - number})
+        assert outputs[number].tokens == alone.tokens
+        if wants:
+            assert torch.equal(outputs[number].logits, alone.logits)
+
+
+def test_a_river_without_a_head(monkeypatch):
+    model = random_model()
+    expected = model.generate(PROMPTS[0], max_new_tokens=4).tokens
+    monkeypatch.setattr(model.network, "lm_head_w4", None)
+    message = "river_head='w4' needs a river with a head.*accepted: river_head='model', or a river that"
+    with pytest.raises(RiverError, match=message):
+        model.generate(PROMPTS[0], max_new_tokens=4, river_head="w4")
+    with pytest.raises(RiverError, match=message):
+        model.score([1, 2, 3], prompt_length=1, river_head="w4")
+    assert model.generate(PROMPTS[0], max_new_tokens=4).tokens == expected
 
 
 @pytest.mark.parametrize("control", ["host", "device"])
@@ -400,7 +458,7 @@ def test_an_unknown_keyword_is_answered_with_the_closest_one():
 @pytest.mark.parametrize(
     "options",
     [{"threshold": 0.8}, {"threshold": -2, "min_layers": 3}, {"mode": "full"}, {"mode": "full_w4"},
-     {"threshold": 0.8, "prefill": "last"}],
+     {"threshold": 0.8, "prefill": "last"}, {"mode": "full_w4", "river_head": "w4"}],
 )  # fmt: skip
 def test_score_of_its_own_tokens_equals_generate(options):
     model, prompt = random_model(), PROMPTS[2]
@@ -539,6 +597,10 @@ REFUSED = {
     "empty stop": ([1], {"stop": ""}, "stop=''"),
     "stop of numbers": ([1], {"stop": [1]}, r"stop=\[1\]"),
     "stop token": ([1], {"stop_tokens": [80]}, "stop_tokens holds 80"),
+    "head": ([1], {"river_head": "w8"}, "river_head='w8'; accepted: 'model', 'w4'"),
+    "head of a strange type": ([1], {"river_head": True}, "river_head=True; accepted"),
+    "head of full": ([1], {"river_head": "w4", "mode": "full"}, "'w4' needs mode='river' or 'full_w4'"),
+    "head of lossless": ([1], {"river_head": "w4", "mode": "lossless"}, "'w4' needs mode='river' or 'full"),
     "exit control": (
         [1],
         {"exit_control": "cuda"},

@@ -271,13 +271,14 @@ def part(first, depth, mixed=False):
     return (backbone_part, first, depth, mixed)
 
 
-def tail(depth, filters=False, logits=False):
-    return (tail_part, depth, filters, logits)
+def tail(depth, filters=False, logits=False, river_head=False):
+    return (tail_part, depth, filters, logits, river_head)
 
 
 CAPTURED = {
     "full": ({"mode": "full"}, {part(0, 4), tail(4)}),
     "full_w4": ({"mode": "full_w4"}, {tail(0)}),
+    "full_w4, its head": ({"mode": "full_w4", "river_head": "w4"}, {tail(0, river_head=True)}),
     "first": ({"threshold": -2}, {part(0, 1), tail(1)}),
     "no decision before min_layers": ({"threshold": -2, "min_layers": 3}, {part(0, 3), tail(3)}),
     "no decision at the last layer": ({"threshold": -2, "min_layers": 4}, {part(0, 4), tail(4)}),
@@ -331,10 +332,25 @@ def test_the_host_waits_where_it_decides_and_for_the_token(model, monkeypatch, o
 def test_the_device_has_one_graph_for_every_rule(model):
     model.generate(PROMPTS[1], max_new_tokens=8, exit_control="device")
     captured = graphs(model, "device")
-    assert captured == {(whole_steps, 2, False, False), (whole_steps, 1, False, False)}, "seven steps"
+    assert captured == {(whole_steps, count, False, False, False) for count in (2, 1)}, "seven steps"
     for options in ({"mode": "full"}, {"mode": "full_w4"}, {"temperature": 1.0}, {"min_layers": 3}):
         model.generate(PROMPTS[1], max_new_tokens=8, exit_control="device", **options)
     assert graphs(model, "device") == captured
+
+
+@pytest.mark.parametrize("control", CONTROLS)
+def test_both_heads_run_only_where_rows_differ(model, monkeypatch, control):
+    calls, packed, dense = [], ops.lm_head_w4, ops.lm_head
+    monkeypatch.setattr(ops, "lm_head_w4", lambda *a, **k: calls.append("w4") or packed(*a, **k))
+    monkeypatch.setattr(ops, "lm_head", lambda *a, **k: calls.append("model") or dense(*a, **k))
+    for heads in (["model"] * 2, ["w4"] * 2, ["w4", "model"]):
+        engine = model.engine(slots=2, exit_control=control)
+        for head in heads:
+            engine.submit(PROMPTS[1], mode="full_w4", river_head=head, max_new_tokens=5)
+        calls.clear()
+        list(engine)
+        steps = [calls.count(head) - heads.count(head) for head in ("model", "w4")]  # without the prefills'
+        assert steps == [4 * (head in heads) for head in ("model", "w4")]
 
 
 @pytest.mark.parametrize("control", CONTROLS)
@@ -350,8 +366,8 @@ def test_one_graph_serves_all_filters_and_another_none(model, control):
         captured.append({key for key in graphs(model, control) if key[0] is not backbone_part})
     filtered, plain = captured[0], captured[-1] - captured[0]
     assert captured[:-1] == [filtered] * len(filters)
-    assert {key[-2] for key in filtered} == {True}
-    assert plain == {(*key[:-2], False, False) for key in filtered}
+    assert {key[2] for key in filtered} == {True}
+    assert plain == {(*key[:2], False, *key[3:]) for key in filtered}
 
 
 def test_a_capture(monkeypatch):

@@ -39,7 +39,7 @@ OPTIONS = {
         "--mode": ["river", "full", "full_w4", "", "x"], "--stop": ["a", "", "\udcff", "<|im_end|>"],
         "--dtype": ["auto", "float32", "bfloat16", "float64", ""],
         "--device": ["cpu", "auto", "cuda", "cuda:99", "meta", ""],
-        "--exit-control": ["auto", "host", "device", "x"],
+        "--exit-control": ["auto", "host", "device", "x"], "--river-head": ["model", "w4", "x"],
         "--compare": None, "--json": None, "--demo": None, "--river": ["RIVER", "MODEL", "nowhere", "",
         "/dev/zero"], "--file": ["PROMPT", "nowhere", "", ".", "/dev/null"],
     },
@@ -47,6 +47,7 @@ OPTIONS = {
         "--river": ["RIVER", "MODEL", "nowhere", ""], "--json": None, "--dtype": ["float32"],
     },
     "convert": {
+        "--calibrate": ["PROMPT", "MODEL", "nowhere", "", "/dev/zero"],
         "--group-size": ["64", "128", "32", "x", ""], "--force": None, "--json": None, "--dtype":
         ["float32", "bfloat16", "x"], "--output": ["NEW", "OLD", "FULL", "FILE", "", "/", ".", "/dev/null",
         "NEW/deep/er", "\u0000", "x" * 5000],

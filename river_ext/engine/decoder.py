@@ -37,6 +37,8 @@ class Decoder:
         self.taken = 0  # steps whose output the caller has
         self.filters = any(row.request.sampling.filters for row in rows)
         self.logits = any(row.request.wants_logits for row in rows)
+        heads = {row.request.river_head for row in rows}
+        self.river_head = heads.pop() if len(heads) == 1 else None
 
     def _runner(self, rows: int, stop_tokens: int) -> Graphs:
         count = self._count(rows)
@@ -122,7 +124,7 @@ class HostDecoder(Decoder):
             depths = [depth if stays else left for stays, left in zip(staying, depths, strict=True)]
             if depth < layers:
                 staying = still_staying(rules, depth, staying, self._similarities(depth), together)
-        graph = runner.replay(tail_part, depth, self.filters, self.logits)
+        graph = runner.replay(tail_part, depth, self.filters, self.logits, self.river_head)
         self.taken += 1
         _, tokens, _ = runner.record(self.taken)
         return self._outputs(dict(zip(self.rows, depths, strict=True)), tokens, runner.seen.tolist(), graph)
@@ -159,7 +161,7 @@ class DeviceDecoder(Decoder):
         last = max(row.remaining for row in self.rows.values())
         while self.replayed < min(self.taken + 1 + ahead, last):
             count = 2 if self.pairs and ahead and last - self.replayed >= 2 else 1
-            self._graph = self.runner.replay(whole_steps, count, self.filters, self.logits)
+            self._graph = self.runner.replay(whole_steps, count, self.filters, self.logits, self.river_head)
             self.replayed += count
         self.taken += 1
         return self._outputs(*self.runner.record(self.taken), self._graph)

@@ -108,6 +108,8 @@ class Engine:
                 f"a prompt of {prompt} tokens and max_new_tokens={sequence.request.max_new_tokens} need "
                 f"{needed} positions of a slot; this engine has {self.slots} slots of {self.max_len}"
             )
+        if sequence.request.river_head:
+            self.network.check_river_head()
         with self._lock:
             self._check_open()
             id = next(i for i in self._ids if i not in self._known) if id is None else id

@@ -123,6 +123,8 @@ def score(network: Network, tokens, prompt_length: int, options: Mapping) -> Sco
     prompt_length = integer("prompt_length", prompt_length, 1, len(tokens) - 1)
     options = {**options, "max_new_tokens": len(tokens) - prompt_length, "return_logits": True}
     asked = request(config, None, tokens[:prompt_length], options)
+    if asked.river_head:
+        network.check_river_head()
     memory = Memory(network, slots=1, max_len=asked.positions)
     news = [Prefill(network, memory.cache, 0, asked).advance()]
     decoder = HostDecoder(memory, together=False)

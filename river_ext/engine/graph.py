@@ -130,6 +130,7 @@ class Runner(Graphs):
         self.slots, self.positions = zeros(rows) - 1, zeros(rows)
         self.draw_positions, self.remaining = zeros(rows), zeros(rows)
         self.drawing = Drawing.greedy(self.draw_positions)
+        self.river_heads = zeros(rows, dtype=torch.bool)  # rows that draw by the river's head
         self.stop_tokens = zeros(rows, stop_tokens, dtype=torch.int64) - 1
         self.decision = Decision(
             thresholds=zeros(rows, dtype=torch.float32),
@@ -148,7 +149,8 @@ class Runner(Graphs):
         # where rows are on both paths: those of either one
         self.on_backbone = self.place._replace(slots=zeros(rows) - 1)
         self.on_river = self.place._replace(slots=zeros(rows) - 1)
-        self.warm_up((backbone_part, 0, layers, True), (tail_part, 0, False), (whole_steps, 1, True))
+        steps_by_either_head = (whole_steps, 1, True, False, None)
+        self.warm_up((backbone_part, 0, layers, True), (tail_part, 0, False), steps_by_either_head)
 
     @torch.inference_mode()
     def start(self, rows: Sequence[Row]) -> None:
@@ -166,6 +168,7 @@ class Runner(Graphs):
             (self.positions, [row.position for row in rows]),
             (self.draw_positions, [row.position + 1 for row in rows]),
             (self.remaining, [row.remaining for row in rows]),
+            (self.river_heads, [row.request.river_head for row in rows]),
             (decision.thresholds, [row.request.rule.threshold for row in rows]),
             (decision.min_layers, [row.request.rule.min_layers for row in rows]),
             (decision.limit, [row.request.rule.limit for row in rows]),
@@ -239,16 +242,20 @@ def backbone_part(runner: Runner, first: int, depth: int, mixed: bool) -> tuple:
     return ()
 
 
-def tail_part(runner: Runner, first: int, filters: bool, logits: bool = False) -> tuple[Tensor]:
+def tail_part(
+    runner: Runner, first: int, filters: bool, logits: bool = False, river_head: bool | None = False
+) -> tuple[Tensor]:
     """The river from layer `first` on, the head, and the next token's embedding: the step's logits."""
     hidden = runner.between if first else runner.hidden
     for layer in runner.network.layers[first:]:
         hidden, _ = layer.exit(hidden, runner.place)
     # the last layer's similarities are the host's business: it has those of every block
-    return draw_and_advance(runner, hidden, hidden, filters, logits)
+    return draw_and_advance(runner, hidden, hidden, filters, logits, river_head)
 
 
-def whole_steps(runner: Runner, count: int, filters: bool, logits: bool = False) -> tuple[Tensor]:
+def whole_steps(
+    runner: Runner, count: int, filters: bool, logits: bool = False, river_head: bool | None = False
+) -> tuple[Tensor]:
     """Steps whose layers choose their own path; from one to the next the device waits for no graph to start.
 
     The logits are the last step's.
@@ -257,19 +264,21 @@ def whole_steps(runner: Runner, count: int, filters: bool, logits: bool = False)
         before, hidden = None, runner.hidden
         for layer in runner.network.layers:
             before, hidden = hidden, layer.dual(hidden, before, runner.decision, runner.place)
-        outputs = draw_and_advance(runner, before, hidden, filters, logits)
+        outputs = draw_and_advance(runner, before, hidden, filters, logits, river_head)
     return outputs
 
 
 def draw_and_advance(
-    runner: Runner, before: Tensor, hidden: Tensor, filters: bool, logits: bool
+    runner: Runner, before: Tensor, hidden: Tensor, filters: bool, logits: bool, river_head: bool | None
 ) -> tuple[Tensor]:
     """The end of a step: tokens, the record, and what the next step starts from.
 
-    With filters there is a kernel more, and logits are written: what draws without them does not pay.
+    With filters there is a kernel more, and logits are written: what draws without them does not pay. Nor
+    does it pay for two heads, unless its rows draw by different ones (river_head None).
     """
     network, decision = runner.network, runner.decision
-    tokens, all_logits = draw(network, hidden, runner.drawing, filters, logits)
+    heads = runner.river_heads if river_head is None else river_head
+    tokens, all_logits = draw(network, hidden, runner.drawing, filters, logits, heads)
     ops.advance(
         before=before,
         after=hidden,

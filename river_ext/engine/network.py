@@ -114,13 +114,30 @@ class Network:
     def embed(self, tokens: Tensor) -> Tensor:
         return torch.nn.functional.embedding(tokens, self.embed_tokens)
 
-    def head(self, hidden: Tensor, river_head: bool, **options) -> tuple[Tensor, Tensor]:
-        """What `ops.lm_head` gives, by the model's head or by the river's, if it was saved with one."""
+    def head(self, hidden: Tensor, river_head: bool | Tensor, **options) -> tuple[Tensor, Tensor]:
+        """What `ops.lm_head` gives, by the model's head or by the river's, if it was saved with one.
+
+        With river_head bool [T], both run, and each row has what its own gives.
+        """
+        if isinstance(river_head, Tensor):
+            tokens, logits = self.head(hidden, False, **options)
+            river_tokens, river_logits = self.head(hidden, True, **options)
+            of_logits = river_head[: len(logits), None]  # of none, where they are not wanted
+            logits = torch.where(of_logits, river_logits, logits)
+            return torch.where(river_head, river_tokens, tokens), logits
         eps = self.config.rms_norm_eps
         if river_head and self.lm_head_w4 is not None:
             size = self.config.vocab_size
             return ops.lm_head_w4(hidden, self.norm, self.lm_head_w4, size, eps, **options)
         return ops.lm_head(hidden, self.norm, self.lm_head, eps, **options)
+
+    def check_river_head(self) -> None:
+        """Refuses a river that was saved without a head, where that is wanted."""
+        if self.lm_head_w4 is None:
+            raise RiverError(
+                "river_head='w4' needs a river with a head, and this one was saved without; accepted: "
+                "river_head='model', or a river that `river convert` writes anew"
+            )
 
     def rope(self, max_len: int) -> Rope:
         """cos and sin for decoding: tables of at least max_len positions.

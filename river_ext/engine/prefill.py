@@ -109,11 +109,15 @@ class Prefill:
         position = torch.tensor([len(request.prompt)], dtype=torch.int32, device=hidden.device)
         drawing = Drawing.greedy(position)
         drawing.fill([request.sampling])
-        drawn, logits = draw(self.network, hidden, drawing, request.sampling.filters, request.wants_logits)
+        river_head = request.river_head and request.rule.limit == 0  # where all else is the river, too
+        drawn, logits = draw(
+            self.network, hidden, drawing, request.sampling.filters, request.wants_logits, river_head
+        )
         kept = logits[0] if request.wants_logits else None
         return NewToken(drawn.item(), len(similarities), similarities, kept)
 
 
 def lowest_similarity(before: Tensor, after: Tensor) -> float:
+    """Of the rows of before and after, [n, hidden_size] each."""
     blocks = zip(before.split(ops.MAX_ROWS), after.split(ops.MAX_ROWS), strict=True)
     return min(ops.state_similarity(x, y).min().item() for x, y in blocks)

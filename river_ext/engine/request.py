@@ -32,6 +32,7 @@ from .sampling import Sampling
 
 MODES = ("river", "lossless", "full", "full_w4")
 KV_STRATEGIES = ("share",)
+RIVER_HEADS = ("model", "w4")
 MOST_DRAFTS = ops.MAX_ROWS - 1  # one row of a verification is the token before them
 MAX_LOGPROBS = 20  # as many as servers of the same kind give
 
@@ -46,6 +47,7 @@ class Options:
     prefill: str = "full"
     mode: str = "river"
     draft_tokens: int | str = "auto"
+    river_head: str = "model"
     kv_strategy: str = "share"
     temperature: float = 0.0
     top_k: int = 0
@@ -74,6 +76,7 @@ class Request:
     stop: tuple[str, ...]
     stop_tokens: frozenset[int]
     draft_tokens: int | str | None  # None: none are drafted
+    river_head: bool  # decoding steps draw by the river's head, not by the model's
     logprobs: int | None  # of so many of the likeliest tokens, and of the drawn one
     return_logits: bool
     dtype: torch.dtype  # of the model
@@ -170,6 +173,7 @@ def request(config: ModelConfig, text: Text | None, prompt, options: Mapping) ->
         stop=stop,
         stop_tokens=stop_tokens(config, options),
         draft_tokens=draft_tokens(options),
+        river_head=river_head(options),
         logprobs=logprobs,
         return_logits=flag("return_logits", options.return_logits),
         dtype=config.dtype,
@@ -221,6 +225,16 @@ def draft_tokens(options: Options) -> int | str | None:
             )
         return None
     return tokens if tokens == "auto" else integer("draft_tokens", tokens, 1, MOST_DRAFTS)
+
+
+def river_head(options: Options) -> bool:
+    choice("river_head", options.river_head, RIVER_HEADS)
+    if options.river_head == "w4" and options.mode not in ("river", "full_w4"):
+        raise RiverError(
+            f"river_head='w4' needs mode='river' or 'full_w4'; the tokens of mode={options.mode!r} are the "
+            "backbone's"
+        )
+    return options.river_head == "w4"
 
 
 def prefill_policy(config: ModelConfig, options: Options) -> PrefillPolicy:

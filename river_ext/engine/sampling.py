@@ -79,13 +79,14 @@ def draw(
     drawing: Drawing,
     filters: bool,
     return_logits: bool = False,
-    river_head: bool = False,
+    river_head: bool | Tensor = False,
 ) -> tuple[Tensor, Tensor]:
-    """Final norm, head, the model's or the river's, and choice of a token per row.
+    """Final norm, head and choice of a token per row.
 
-    hidden is [T, hidden_size]. The head draws by itself unless there are filters: those need the logits of
-    all tokens. Returns tokens int64 [T], -1 where a row has none, and fp32 logits [T, vocab_size] before any
-    filter, or [0, vocab_size] where neither the caller nor a filter needs them.
+    hidden is [T, hidden_size]; river_head says whether the head is the river's, or of which rows: bool [T].
+    The head draws by itself unless there are filters: those need the logits of all tokens. Returns tokens
+    int64 [T], -1 where a row has none, and fp32 logits [T, vocab_size] before any filter, or [0, vocab_size]
+    where neither the caller nor a filter needs them.
     """
     names = () if filters else ("temperature", "seeds", "positions")
     tokens, logits = network.head(
