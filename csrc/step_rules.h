@@ -1,5 +1,6 @@
 // What decides a step, and what it writes down: the exit rule, the state of a row, the record of a step, which drafts
-// are accepted. Written once for the CPU and the GPU. No function reads memory: a kernel on a GPU loads what it hands over in its own way.
+// are accepted. Written once for the CPU and the GPU. No function reads memory: a kernel on a GPU loads what it hands
+// over in its own way.
 #pragma once
 
 #include <math.h>
@@ -79,14 +80,14 @@ RIVER_BOTH constexpr NextDraft next_draft(int index, int wanted, bool drawn) {
   return {.counts = counts, .ends = !counts || index + 1 >= wanted};
 }
 
-// The new tokens of a request, from a verification. Its rows are offered in order: for as long as a row `follows`, the
-// target that was drawn from it is the next token.
+// The new tokens of a request, from the rows of its verification in order. What was drawn from a row is its target; for
+// as long as a row `follows` the new tokens, so does its target.
 struct NewTokens {
-  NextRow row;   // the state behind them
-  int count;     // of them
-  int64_t last;  // one of them, if there is any
+  NextRow row;  // the state of the request after them
+  int count;
+  int64_t last;  // the newest, if there is one
 
-  // Whether a row, which was given `draft`, follows. Row 0 was given the request's last token, not a draft.
+  // Whether a row follows that was given `draft`. Row 0 was given the token before the new ones instead.
   RIVER_BOTH constexpr bool follows(bool active, int64_t draft) const {
     return active && (count == 0 || (!row.ends && draft == last));
   }
@@ -95,7 +96,7 @@ struct NewTokens {
   }
 };
 
-// position: that of row 0
+// `position` is that of row 0.
 RIVER_BOTH constexpr NewTokens no_new_tokens(int position, int remaining) {
   return {.row = {.position = position, .draw_position = position + 1, .remaining = remaining, .ends = false},
           .count = 0,

@@ -14,22 +14,22 @@ ACCEPTING = (
 
 
 class Requests:
-    """What the two ops read and write: of any state, every number of its own, hidden vectors poisoned."""
+    """What the two ops read and write, in any state: nothing happens to agree but tokens and drafts."""
 
     def __init__(self, requests=2, length=4, dtype=torch.float32, seed=0, size=24, stops=3, step=0):
         g = self.generator = torch.Generator().manual_seed(seed)
         rows = requests * length
         self.requests, self.length = requests, length
-        self.embed_tokens = torch.randn(VOCAB, size, generator=g).to(dtype)
+        self.embed_tokens, self.hidden, self.verify_hidden = (
+            torch.randn(n, size, generator=g).to(dtype) for n in (VOCAB, requests, rows)
+        )
         self.wanted = self.random(0, length, requests).int()
         self.stop_tokens = self.random(-1, VOCAB, requests, stops)
         self.remaining = self.random(1, length + 2, requests).int()
         self.drafts = self.random(-1, VOCAB, length, requests)
-        self.hidden = torch.full((requests, size), float("nan"), dtype=dtype)
         self.slots = self.some_inactive(9 + torch.randperm(requests, generator=g))
         self.positions = self.random(10, 100, requests).int()
         self.draw_positions = self.random(100, 200, requests).int()
-        self.verify_hidden = torch.full((rows, size), float("nan"), dtype=dtype)
         self.verify_slots = self.some_inactive(20 + torch.randperm(rows, generator=g))
         self.verify_positions = self.random(200, 300, rows).int()
         self.verify_draw_positions = self.random(300, 400, rows).int()

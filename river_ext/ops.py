@@ -2,9 +2,11 @@
 
 Every function here calls the registered op of the same name (csrc/ops/) and has a plain fp32 twin
 of the same name and arguments in `reference.py`. All tensors are contiguous and on one device; T is
-the number of rows (tokens in flight), 1 <= T <= 8. The model dtype is bfloat16 or float16 (CPU: also
-float32). A bad argument raises RuntimeError with one line that names the value and what is accepted. Memory
-that an op writes belongs to one of its tensors alone: an overlap with any other is refused.
+the number of rows (tokens in flight), 1 <= T <= 8. On the CPU `decoder_block`, `exit_layer`, `linear`,
+`linear_w4`, `state_similarity` and `decode_attention` take any number of rows, as those of a prompt, and
+a row's bits do not depend on it. The model dtype is bfloat16 or float16 (CPU: also float32). A bad
+argument raises RuntimeError with one line that names the value and what is accepted. Memory that an op
+writes belongs to one of its tensors alone: an overlap with any other is refused.
 The ops are for inference: what they return for inputs that require grad raises in backward().
 
 On CUDA the ops run on the current stream and never wait for it, so that CUDA graphs can hold them:

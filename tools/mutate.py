@@ -226,8 +226,8 @@ MUTANTS = [
     Mutant(
         "positions of a verification that stay, CUDA",
         "csrc/cuda/accept.cu",
-        "of_request[r].row.position + t / a.requests",
-        "of_request[r].row.position",
+        "found.row.position + i;",
+        "found.row.position;",
         "test_lossless_kernels.py",
     ),
     Mutant(

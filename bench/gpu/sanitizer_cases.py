@@ -126,18 +126,10 @@ def main() -> None:
     gpu.parser(__doc__.splitlines()[0]).parse_args()
     gpu.require_cuda(warm=False)
     os.environ["PYTORCH_NO_CUDA_MEMORY_CACHING"] = "1"  # torch looks at its first allocation
+    cases = similarity, w4_format, linears, heads, attention, read_ring, layers_and_steps, cycle
     for mode in ("prefetch", "none"):
         with gpu.overlap(mode):
-            for case in (
-                similarity,
-                w4_format,
-                linears,
-                heads,
-                attention,
-                read_ring,
-                layers_and_steps,
-                cycle,
-            ):
+            for case in cases:
                 case()
                 torch.cuda.synchronize()
                 print(f"{mode}: {case.__name__}", flush=True)

@@ -61,11 +61,8 @@ struct DenseWeights {
   template <class F>
   void gate_up(const Activations& x, const Parallel& parallel, F f) const {
     const Weight gate = weight(a.gate_proj, inner(), a.hidden_size), up = weight(a.up_proj, inner(), a.hidden_size);
-    for_strips(gate, x, parallel, [&](int64_t first, int count, const StripOut& gates) {
-      StripOut ups;
-      up.strip(first / kTileRows, x, ups);
-      for (int t = 0; t < x.rows(); t++) f(t, first, count, gates[t], ups[t]);
-    });
+    for_strips({gate, up}, x, parallel,
+               [&](int t, int64_t first, int count, const float*(&y)[2]) { f(t, first, count, y[0], y[1]); });
   }
 };
 
@@ -90,15 +87,13 @@ struct PackedWeights {
   template <class F>
   void gate_up(const Activations& x, const Parallel& parallel, F f) const {
     const Weight gate_up = weight(a.gate_up_proj, int64_t(a.gate_up_strips) * kTileRows, a.hidden_size);
-    for_strips(gate_up, x, parallel, [&](int64_t first, int, const StripOut& y) {
-      for (int t = 0; t < x.rows(); t++) {
-        float gate[kTileRows] = {}, up[kTileRows] = {};
-        for (int i = 0; i < kStripPairs; i++) {
-          gate[i] = y[t][row_of_pair(i, false)];
-          up[i] = y[t][row_of_pair(i, true)];
-        }
-        f(t, gate_up_channels(first / kTileRows), kStripPairs, gate, up);
+    for_strips({gate_up}, x, parallel, [&](int t, int64_t first, int, const float*(&y)[1]) {
+      float gate[kTileRows] = {}, up[kTileRows] = {};
+      for (int i = 0; i < kStripPairs; i++) {
+        gate[i] = y[0][row_of_pair(i, false)];
+        up[i] = y[0][row_of_pair(i, true)];
       }
+      f(t, gate_up_channels(first / kTileRows), kStripPairs, gate, up);
     });
   }
 };
@@ -128,7 +123,7 @@ struct Block {
   template <class... Weights>
   void run(const Path<Weights>&... paths) const {
     memcpy(a.out, a.hidden, a.rows * a.hidden_size * size_of(a.dtype));  // an inactive row keeps its hidden vector
-    if ((paths.rows.count + ...) == 0) return;
+    if ((paths.rows.count() + ...) == 0) return;
     const auto query = vectors(q_size()), attended = vectors(q_size());
     (before_attention(paths, query.get()), ...);
     launch_decode_attention(attention_of(a, query.get(), attended.get()), parallel);
@@ -140,7 +135,7 @@ struct Block {
   template <class Weights>
   void before_attention(const Path<Weights>& path, void* query) const {
     const auto& [weights, rows] = path;
-    if (rows.count == 0) return;
+    if (rows.count() == 0) return;
     const auto x = normalised(a.hidden, rows, a.input_layernorm, Weights::kPacked);
     append(weights.qkv(x, parallel), rows, query);
   }
@@ -150,16 +145,17 @@ struct Block {
     constexpr bool packed = Weights::kPacked;
     const auto& weights = path.weights;
     const Rows& rows = path.rows;
-    if (rows.count == 0) return;
+    if (rows.count() == 0) return;
     const int64_t inner = weights.inner();
     const auto middle = vectors(a.hidden_size), swiglu = vectors(inner);
-    linear_into(weights.o(), Activations(of(attended, q_size(), rows), packed),
+    linear_into(weights.o(), Activations(of(attended, q_size(), rows), packed, parallel),
                 {.bias = a.o_bias, .addend = a.hidden, .out = middle.get(), .rows = rows}, parallel);
     weights.gate_up(normalised(middle.get(), rows, a.post_attention_layernorm, packed), parallel,
                     [&](int t, int64_t first, int count, const float* gate, const float* up) {
-                      swiglu_into(gate, up, at(swiglu.get(), a.dtype, rows.index[t] * inner + first), count);
+                      void* out = at(swiglu.get(), a.dtype, rows.index[t] * inner + first);
+                      kernels().swiglu(a.dtype, gate, up, out, count);
                     });
-    linear_into(weights.down(), Activations(of(swiglu.get(), inner, rows), packed),
+    linear_into(weights.down(), Activations(of(swiglu.get(), inner, rows), packed, parallel),
                 {.bias = nullptr, .addend = middle.get(), .out = a.out, .rows = rows}, parallel);
   }
 
@@ -173,7 +169,7 @@ struct Block {
 
   // x: [T, hidden]
   Activations normalised(const void* x, const Rows& rows, const void* norm, bool packed) const {
-    return Activations(of(x, a.hidden_size, rows), {.weight = norm, .eps = a.rms_norm_eps}, packed);
+    return Activations(of(x, a.hidden_size, rows), {.weight = norm, .eps = a.rms_norm_eps}, packed, parallel);
   }
 
   // Q of the rows to query, [T, heads, head_dim]; their K and V to the cache
@@ -191,7 +187,7 @@ struct Block {
          .norm = floats(a.dtype, a.k_norm, a.head_dim)},
         {.kind = kValue, .heads = a.num_kv_heads, .bias = floats(a.dtype, a.v_bias, kv_size), .norm = nullptr},
     };
-    for (int t = 0; t < rows.count; t++)
+    for_rows(rows.count(), (q_size() + 2 * kv_size) * sizeof(float), parallel, [&](int t) {
       for (const HeadFinish& finish : finishes)
         for (int head = 0; head < finish.heads; head++) {
           float values[kMaxHeadDim];
@@ -199,6 +195,7 @@ struct Block {
           finish_head(finish, head, a.positions[rows.index[t]], values);
           kernels().from_float(a.dtype, values, head_place(finish.kind, rows.index[t], head, query), a.head_dim);
         }
+    });
   }
 
   // Bias, norm, rotation and scale of one head, in place
@@ -230,13 +227,6 @@ struct Block {
     if (kind == kQuery) return at(query, a.dtype, (int64_t(row) * a.num_heads + head) * a.head_dim);
     const int64_t vector = (int64_t(a.slots[row]) * a.num_kv_heads + head) * a.max_len + a.positions[row];
     return at(kind == kKey ? a.k_cache : a.v_cache, a.dtype, vector * a.head_dim);
-  }
-
-  // out: `count` entries in the model dtype; gate, up: 16 fp32 each
-  void swiglu_into(const float* gate, const float* up, void* out, int count) const {
-    float y[kTileRows];
-    kernels().swiglu(gate, up, y);
-    kernels().from_float(a.dtype, y, out, count);
   }
 };
 

@@ -5,19 +5,21 @@
 #include <algorithm>
 #include <cstdint>
 #include <memory>
+#include <vector>
 
 #include "buffers.h"
 
 namespace river::cpu {
 
-constexpr int64_t kPieceBytes = 64 << 10;  // weights per piece of parallel work; less is not worth a thread
+constexpr int64_t kPieceBytes = 64 << 10;  // read per piece of parallel work; less is not worth a thread
+constexpr int64_t kHotBytes = 256 << 10;   // weights that stay in L2 while many rows go through them
 
-// The rows of a step that an op computes
+// The rows that an op computes
 struct Rows {
-  int count = 0;
-  int index[kMaxRows];  // [count]
+  std::vector<int> index;
 
-  void add(int row) { index[count++] = row; }
+  int count() const { return int(index.size()); }
+  void add(int row) { index.push_back(row); }
 
   static Rows all(int rows) {
     Rows all;
@@ -32,6 +34,14 @@ struct Rows {
   }
 };
 
+// Calls f(t) for each of many rows, of some bytes each.
+template <class F>
+void for_rows(int rows, int64_t bytes, const Parallel& parallel, F f) {
+  parallel(rows, ceil_div(kPieceBytes, bytes), [&](int64_t begin, int64_t end) {
+    for (int64_t t = begin; t < end; t++) f(int(t));
+  });
+}
+
 // Some rows of a tensor
 struct Vectors {
   DType dtype;
@@ -40,6 +50,7 @@ struct Vectors {
   const Rows& rows;
 
   const void* row(int t) const { return at(data, dtype, rows.index[t] * cols); }
+  int64_t bytes() const { return cols * size_of(dtype); }  // of one
 };
 
 struct RmsNorm {
@@ -50,8 +61,8 @@ struct RmsNorm {
 // Vectors, as they are or normalised, in the order and type that strips read: those of a packed or of a dense weight
 class Activations {
  public:
-  Activations(const Vectors& x, bool packed);
-  Activations(const Vectors& x, const RmsNorm& norm, bool packed);
+  Activations(const Vectors& x, bool packed, const Parallel& parallel);
+  Activations(const Vectors& x, const RmsNorm& norm, bool packed, const Parallel& parallel);
 
   const Operand& operand() const { return operand_; }
   int rows() const { return operand_.rows; }
@@ -59,8 +70,8 @@ class Activations {
  private:
   Activations(int rows, int64_t cols);
 
-  std::unique_ptr<float[]> values_;  // [rows, padded cols]
-  std::unique_ptr<float[]> sums_;    // [rows, padded cols / 64]
+  std::unique_ptr<Line[]> lines_;
+  std::unique_ptr<float[]> sums_;  // [rows, padded cols / 64]
   Operand operand_;
 };
 
@@ -77,23 +88,46 @@ struct Weight {
   }
   int64_t grain() const { return ceil_div(kPieceBytes, strip_bytes()); }
 
-  // out[t][r] = row r of strip s . x[t]
-  void strip(int64_t s, const Activations& x, StripOut& out) const {
+  // out[t][r] = row r of strip s . x[first + t], for a block of rows
+  void strip(int64_t s, const Activations& x, int first, StripOut& out) const {
     const auto* start = static_cast<const uint8_t*>(data) + s * strip_bytes();
-    if (packed) kernels().w4_strip(dtype, start, x.operand(), out);
-    else kernels().dense_strip(dtype, start, strip_rows(s), x.operand(), out);
+    if (packed) kernels().w4_strip(dtype, start, x.operand(), first, out);
+    else kernels().dense_strip(dtype, start, strip_rows(s), x.operand(), first, out);
+  }
+
+  // Asks L2 for a part of strip s.
+  void ask_for(int64_t s, int part, int parts) const {
+    if (s >= strips()) return;
+    const char* start = static_cast<const char*>(data) + s * strip_bytes();
+    const int64_t bytes = strip_rows(s) * strip_bytes() / kTileRows;
+    for (int64_t i = bytes * part / parts; i < bytes * (part + 1) / parts; i += 64) __builtin_prefetch(start + i, 0, 2);
   }
 };
 
-// Calls f(first output row, rows in the strip, results) for every strip of the weight.
-template <class F>
-void for_strips(const Weight& weight, const Activations& x, const Parallel& parallel, F f) {
-  parallel(weight.strips(), weight.grain(), [&](int64_t begin, int64_t end) {
-    StripOut out;
-    for (int64_t s = begin; s < end; s++) {
-      weight.strip(s, x, out);
-      f(s * kTileRows, weight.strip_rows(s), out);
-    }
+// Calls f(t, first output row, output rows, results) for every row of x and every strip of the weights, which have one
+// shape: results[i] are those of weights[i]. All rows, a block after the other, go through some strips while those are
+// in L2, and the next strips come from memory meanwhile.
+template <size_t N, class F>
+void for_strips(const Weight (&weights)[N], const Activations& x, const Parallel& parallel, F f) {
+  const Weight& shape = weights[0];
+  const int64_t hot = std::max<int64_t>(1, kHotBytes / (int64_t(N) * shape.strip_bytes()));
+  const int blocks = int(ceil_div(x.rows(), kMaxRows));
+  parallel(shape.strips(), shape.grain(), [&](int64_t begin, int64_t end) {
+    StripOut out[N];
+    for (int64_t first = begin; first < end; first += hot)
+      for (int block = 0; block < blocks; block++)
+        for (int64_t s = first; s < std::min(first + hot, end); s++) {
+          const int row = block * kMaxRows;
+          for (size_t i = 0; i < N; i++) {
+            if (blocks > 1) weights[i].ask_for(s + hot, block, blocks);
+            weights[i].strip(s, x, row, out[i]);
+          }
+          for (int t = 0; t < std::min(kMaxRows, x.rows() - row); t++) {
+            const float* results[N];  // [output rows]
+            for (size_t i = 0; i < N; i++) results[i] = out[i][t];
+            f(row + t, s * kTileRows, shape.strip_rows(s), results);
+          }
+        }
   });
 }
 

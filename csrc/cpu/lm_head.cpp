@@ -43,7 +43,7 @@ void offer_strip(const LmHeadArgs& a, int t, int64_t first, int count, const flo
 void launch_lm_head(const LmHeadArgs& a, const Parallel& parallel) {
   const Rows rows = Rows::all(a.rows);
   const Activations x({.dtype = a.dtype, .data = a.hidden, .cols = a.hidden_size, .rows = rows},
-                      {.weight = a.norm, .eps = a.rms_norm_eps}, a.packed);
+                      {.weight = a.norm, .eps = a.rms_norm_eps}, a.packed, parallel);
   const Weight head{
       .dtype = a.dtype, .packed = a.packed, .data = a.weight, .rows = a.vocab_size, .cols = a.hidden_size};
   Best best[kMaxRows];
@@ -52,7 +52,7 @@ void launch_lm_head(const LmHeadArgs& a, const Parallel& parallel) {
     Best local[kMaxRows];
     StripOut logits;
     for (int64_t s = begin; s < end; s++) {
-      head.strip(s, x, logits);
+      head.strip(s, x, 0, logits);
       for (int t = 0; t < a.rows; t++) offer_strip(a, t, s * kTileRows, head.strip_rows(s), logits[t], local[t]);
     }
     std::lock_guard<std::mutex> lock(mutex);

@@ -27,11 +27,11 @@ template <class Args>
 RowSimilarities measure_rows(const Args& a, const Rows& rows, const void* before, const void* after,
                              float* similarities, const Parallel& parallel) {
   RowSimilarities measured{};
-  if (rows.count == 0) return measured;
+  if (rows.count() == 0) return measured;
   launch_state_similarity(
       {.dtype = a.dtype, .rows = a.rows, .hidden_size = a.hidden_size, .x = before, .y = after, .out = measured.data()},
       parallel);
-  for (int i = 0; i < rows.count; i++) similarities[rows.index[i]] = measured[rows.index[i]];
+  for (int i = 0; i < rows.count(); i++) similarities[rows.index[i]] = measured[rows.index[i]];
   return measured;
 }
 

@@ -49,12 +49,22 @@ RIVER_DEVICE void write_record(const AcceptArgs& a, int r, const NewTokens& foun
   }
 }
 
-// What the next cycle of a request with new tokens starts from, of its row 0
+// The state of a request after its new tokens, of which there are some
 RIVER_DEVICE void move_on(const AcceptArgs& a, int r, const NewTokens& found, int slot) {
   a.slots[r] = a.verify_slots[r] = found.row.ends ? -1 : slot;
   a.positions[r] = found.row.position;
   a.draw_positions[r] = found.row.draw_position;
   a.remaining[r] = found.row.remaining;
+}
+
+// A row of the next verification, where nothing has been drafted yet
+RIVER_DEVICE void set_up_row(const AcceptArgs& a, int row, const NewTokens& found) {
+  const int i = row / a.requests;
+  a.drafts[row] = -1;
+  if (i > 0) a.verify_slots[row] = -1;
+  if (found.count == 0) return;
+  a.verify_positions[row] = found.row.position + i;
+  a.verify_draw_positions[row] = found.row.draw_position + i;
 }
 
 // Budget: 512 threads, 64 registers
@@ -83,14 +93,7 @@ __global__ void __launch_bounds__(kThreads) accept_kernel(AcceptArgs a) {  // sh
     // One release is enough for what all threads wrote: the barrier has ordered that before it.
     store_release_system(reinterpret_cast<uint32_t*>(record + CycleLayout::kStamp), step + 1);
   }
-  if (t < num_rows) {
-    a.drafts[t] = -1;
-    if (t >= a.requests) a.verify_slots[t] = -1;
-    if (of_request[r].count > 0) {
-      a.verify_positions[t] = of_request[r].row.position + t / a.requests;
-      a.verify_draw_positions[t] = of_request[r].row.draw_position + t / a.requests;
-    }
-  }
+  if (t < num_rows) set_up_row(a, t, of_request[r]);
   embed<kThreads>(a, last_tokens, 0);
 }
 

@@ -5,8 +5,6 @@
 namespace river::ops {
 namespace {
 
-constexpr int kMaxPromptRows = (1 << 30) - 1;  // on the CPU, which takes the rows of a whole prompt
-
 constexpr char kDecodeAttention[] =
     "(Tensor query, Tensor k_cache, Tensor v_cache, Tensor slots, Tensor positions, float? softmax_scale=None, "
     "int? sliding_window=None, Tensor? kv_valid=None) -> Tensor";
@@ -18,7 +16,7 @@ std::tuple<Tensor> decode_attention(Arguments<kDecodeAttention>& read) {
   const ScalarType type = query.scalar_type();
   AttentionArgs args{};
   args.dtype = check.model_dtype("query", type);
-  args.rows = check.rows("query", query, 3, check.on_cuda() ? kMaxRows : kMaxPromptRows);
+  args.rows = check.many_rows("query", query, 3);
   args.num_heads = check.size("num_attention_heads of query", query.size(1));
   fill_cache(check, cache, type, args);
   args.query = check.vectors("query", query, type, {args.rows, args.num_heads, args.head_dim});

@@ -132,11 +132,20 @@ class Check {
     return dense_dtype(name, type);
   }
 
-  // The first dimension of a [T, ...] tensor, up to `most`.
-  int rows(const char* name, const Tensor& t, int dims, int most = kMaxRows) const {
+  // The first dimension of a [T, ...] tensor.
+  int rows(const char* name, const Tensor& t, int dims) const {
     require(t.dim() == dims, name, " has ", t.dim(), " dimensions, expected ", dims);
     const int64_t rows = t.size(0);
-    require(rows >= 1 && rows <= most, name, " has ", rows, " rows, expected 1 to ", most);
+    require(rows >= 1 && rows <= kMaxRows, name, " has ", rows, " rows, expected 1 to ", kMaxRows);
+    return int(rows);
+  }
+
+  // The same for an op that takes all rows of a prompt on the CPU.
+  int many_rows(const char* name, const Tensor& t, int dims) const {
+    require(t.dim() == dims, name, " has ", t.dim(), " dimensions, expected ", dims);
+    const int64_t rows = t.size(0), most = on_cuda() ? kMaxRows : (1 << 30) - 1;
+    require(rows >= 1 && rows <= most, name, " has ", rows, " rows, expected 1 to ", kMaxRows,
+            " on CUDA, 1 to 2^30 - 1 on the CPU");
     return int(rows);
   }
 

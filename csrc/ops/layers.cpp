@@ -3,6 +3,10 @@
 #include "cache.h"
 #include "dispatch.h"
 
+#include <algorithm>
+#include <tuple>
+#include <vector>
+
 namespace river::ops {
 namespace {
 
@@ -50,11 +54,17 @@ int64_t q_size(const BlockArgs& args) { return int64_t(args.num_heads) * args.he
 int64_t kv_size(const BlockArgs& args) { return int64_t(args.num_kv_heads) * args.head_dim; }
 
 void check_each_place_once(const Check& check, const BlockArgs& args) {
-  for (int i = 0; i < args.rows && !check.on_cuda(); i++)
-    for (int j = 0; j < i; j++)
-      check.require(args.slots[i] < 0 || args.slots[i] != args.slots[j] || args.positions[i] != args.positions[j],
-                    "rows ", j, " and ", i, " are both at slot ", args.slots[i], ", position ", args.positions[i],
-                    ", expected each place once");
+  if (check.on_cuda()) return;
+  const auto place = [&](int row) { return std::tuple(args.slots[row], args.positions[row], row); };
+  std::vector<int> order;  // of active rows, by place
+  for (int row = 0; row < args.rows; row++)
+    if (args.slots[row] >= 0) order.push_back(row);
+  std::sort(order.begin(), order.end(), [&](int i, int j) { return place(i) < place(j); });
+  for (size_t n = 1; n < order.size(); n++) {
+    const int i = order[n - 1], j = order[n];
+    check.require(args.slots[i] != args.slots[j] || args.positions[i] != args.positions[j], "rows ", i, " and ", j,
+                  " are both at slot ", args.slots[i], ", position ", args.positions[i], ", expected each place once");
+  }
 }
 
 void fill_rotation(Check& check, const BlockTensors& t, BlockArgs& args) {
@@ -86,7 +96,7 @@ void fill_options(Check& check, const BlockTensors& t, ScalarType type, BlockArg
 void fill_block(Check& check, const BlockTensors& t, BlockArgs& args) {
   const ScalarType type = t.hidden.scalar_type();
   args.dtype = check.model_dtype("hidden", type);
-  args.rows = check.rows("hidden", t.hidden, 2);
+  args.rows = check.many_rows("hidden", t.hidden, 2);
   args.hidden_size = check.hidden_size(t.hidden, 64);
   args.hidden = check.vectors("hidden", t.hidden, type, {args.rows, args.hidden_size});
   args.input_layernorm = check.vectors("input_layernorm", t.input_layernorm, type, {args.hidden_size});
@@ -285,6 +295,7 @@ std::tuple<Tensor> dual_layer(Arguments<kDualLayer>& read) {
   const ScalarType type = tensors.hidden.scalar_type();
   DualLayerArgs args{};
   fill_block(check, tensors, args.block);
+  check.rows("hidden", tensors.hidden, 2);  // no more than a step has, on either device
   fill_dense(check, dense, type, args.block);
   static_cast<BlockArgs&>(args.exit_layer) = args.block;
   fill_packed(check, packed, gate_up_strips(args.block.intermediate_size), args.exit_layer);

@@ -6,7 +6,7 @@ namespace {
 
 void fill_x(Check& check, const Tensor& x, LinearArgs& args) {
   args.dtype = check.model_dtype("x", x.scalar_type());
-  args.rows = check.rows("x", x, 2);
+  args.rows = check.many_rows("x", x, 2);
   args.in_features = check.vector_size("in_features", x.size(1));
   args.x = check.vectors("x", x, x.scalar_type(), {args.rows, args.in_features});
 }

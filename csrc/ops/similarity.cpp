@@ -9,7 +9,7 @@ Tensor state_similarity(const Tensor& x, const Tensor& y) {
   const ScalarType type = x.scalar_type();
   StateSimilarityArgs args{};
   args.dtype = check.model_dtype("x", type);
-  args.rows = check.rows("x", x, 2);
+  args.rows = check.many_rows("x", x, 2);
   args.hidden_size = check.hidden_size(x, 16);
   args.x = check.vectors("x", x, type, {args.rows, args.hidden_size});
   args.y = check.vectors("y", y, type, {args.rows, args.hidden_size});

@@ -5,10 +5,11 @@ import sys
 
 import pytest
 
-from bench.cpu import attention, decode, linear
+from bench.cpu import attention, decode, linear, prefill
 from bench.lib import common
 
-WORK = {attention: "measure", decode: "random_weights", linear: "measure"}  # the first thing that takes long
+# the first thing that takes long
+WORK = {attention: "measure", decode: "random_weights", linear: "measure", prefill: "measure"}
 
 
 class Started(Exception):

@@ -196,7 +196,8 @@ def test_sanitizer_finds_overruns(sanitized_module, name):
 
 def test_all_of_this_under_the_sanitizers(sanitized_module):
     tests = ROOT / "python_tests" / "cuda"
-    files = [*map(str, sorted(tests.glob("test_emulat*.py"))), str(tests / "test_cuda_kernels.py")]
+    patterns = "test_emulat*.py", "test_*_kernels.py"
+    files = [str(path) for pattern in patterns for path in sorted(tests.glob(pattern))]
     no_gpu = {"CUDA_VISIBLE_DEVICES": "", "RIVER_REQUIRE_CUDA": ""}
     command = ["-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", *files]
     done = sanitized(command, RIVER_EMULATION="sanitized", **no_gpu)

@@ -152,7 +152,8 @@ def test_only_the_last_token_goes_through_the_head(monkeypatch):
     "options", [{}, {"prefill": "depth:2"}, {"prefill": "min", "threshold": 0.5}], ids=str
 )
 @pytest.mark.parametrize("rows", [0.01, 2.5, 8, 30])
-def test_pieces_give_what_a_whole_prefill_gives(options, rows):
+def test_pieces_give_what_a_whole_prefill_gives(options, rows, monkeypatch):
+    monkeypatch.setattr(prefill.OpsPrompt, "rows_at_a_time", 8)
     network, prompt = random_model().network, random_prompt(21)
     request = asked(network, prompt, return_logits=True, **options)
     caches = [KVCache(network.config, 2, len(prompt), network.dtype) for _ in range(2)]
@@ -164,7 +165,7 @@ def test_pieces_give_what_a_whole_prefill_gives(options, rows):
     for part in ("k", "v"):
         a, b = (getattr(cache, part)[:, 1] for cache in caches)
         assert torch.equal(a, b)
-    blocks = LAYERS * math.ceil(len(prompt) / ops.MAX_ROWS)  # which are not cut
+    blocks = LAYERS * math.ceil(len(prompt) / 8)  # which are not cut
     assert times == {0.01: blocks + 1, 30: 1}.get(rows, times) and (times > 1) == (rows < len(prompt))
 
 

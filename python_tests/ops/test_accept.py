@@ -72,7 +72,7 @@ def one_request(drafts, **changes):
     ],
 )
 def test_which_tokens_are_new(drafts, targets, expected, ends):
-    s, n = one_request(drafts), len(expected)
+    s, old, n = one_request(drafts), one_request(drafts), len(expected)
     s.accept(ops, torch.tensor(targets))
     assert s.record(4) == (5, [n], [expected + [-1] * (4 - n)]) and s.step.tolist() == [5]
     assert s.positions.tolist() == [40 + n] and s.draw_positions.tolist() == [41 + n]
@@ -82,11 +82,10 @@ def test_which_tokens_are_new(drafts, targets, expected, ends):
     slot = -1 if ends else 6
     assert s.slots.tolist() == [slot] and s.verify_slots.tolist() == [slot, -1, -1, -1]
     assert s.drafts.tolist() == [[-1]] * 4
-    if expected[-1] == -2:
-        assert s.hidden.isnan().all() and s.verify_hidden.isnan().all()
-    else:
-        assert torch.equal(s.hidden[0], s.embed_tokens[expected[-1]])
-        assert torch.equal(s.verify_hidden[0], s.hidden[0]) and s.verify_hidden[1:].isnan().all()
+    for name in ("hidden", "verify_hidden"):
+        actual, before = getattr(s, name), getattr(old, name)
+        row = before[0] if expected[-1] == -2 else s.embed_tokens[expected[-1]]
+        assert torch.equal(actual[0], row) and torch.equal(actual[1:], before[1:]), name
 
 
 @pytest.mark.parametrize("remaining", [1, 2, 3, 4, 5])
@@ -121,7 +120,8 @@ def test_an_inactive_request_only_loses_its_drafts():
         assert getattr(s, name)[0] == getattr(old, name)[0]
     for name in ("verify_positions", "verify_draw_positions"):
         assert torch.equal(getattr(s, name)[::2], getattr(old, name)[::2])
-    assert s.hidden[0].isnan().all() and s.verify_hidden[[0, 2, 3, 4, 5]].isnan().all()
+    assert torch.equal(s.hidden[0], old.hidden[0])
+    assert torch.equal(s.verify_hidden[[0, 2, 3, 4, 5]], old.verify_hidden[[0, 2, 3, 4, 5]])
 
 
 def test_bad_arguments():

@@ -136,6 +136,33 @@ def test_rows_of_one_sequence_see_each_other(layer):
     assert all(torch.equal(a, b) for a, b in zip(together, single, strict=True))
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("shape", ["odd sizes", "partial rotary, bias", "pads everywhere"])
+@pytest.mark.parametrize("layer", LAYERS)
+def test_any_number_of_rows_gives_the_same_bits(layer, shape, dtype, isa):
+    """Rows of a prompt, with some of other slots and inactive ones between, all at once and in few calls."""
+    block = Block(SHAPES[shape], dtype)
+    last = block.shape.max_len
+    places = [(3, p) for p in range(last)] + [(-1, 0), (8, 0), (8, 1), (-1, 7), (0, 5)]
+    slots, positions = (int32(list(values)) for values in zip(*places, strict=True))
+    hidden, before = block.random(len(places), block.shape.hidden_size), block.caches()
+    results = []
+    for rows in (1, 3, 8, 9, 37, len(places)):
+        caches = [c.clone() for c in before]
+        parts = [t.split(rows) for t in (hidden, slots, positions)]
+        outs = [block.run(ops, layer, part, caches, *place) for part, *place in zip(*parts, strict=True)]
+        results.append([torch.cat(tensors) for tensors in zip(*outs, strict=True)] + caches)
+    for result in results[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(result, results[0], strict=True))
+
+
+@pytest.mark.parametrize("layer", LAYERS)
+def test_many_rows_equal_the_reference(layer, isa):
+    block = Block(SHAPES["gqa"], torch.bfloat16)
+    last = block.shape.max_len
+    check(block, layer, 2 * last, int32([7] * last + [2] * last), int32([*range(last), *range(last)]))
+
+
 @pytest.mark.parametrize("layer", LAYERS)
 def test_all_rows_inactive(layer):
     block = Block(SHAPES["gqa"], torch.bfloat16)
@@ -147,7 +174,10 @@ def test_all_rows_inactive(layer):
 
 
 BAD_ARGUMENTS = {
-    "rows": (dict(hidden=torch.zeros(9, 128)), "hidden has 9 rows, expected 1 to 8"),
+    "rows": (
+        dict(hidden=torch.zeros(0, 128)),
+        r"hidden has 0 rows, expected 1 to 8 on CUDA, 1 to 2\^30 - 1 on the CPU",
+    ),
     "hidden dtype": (dict(hidden=torch.zeros(2, 128, dtype=torch.float64)), "hidden is float64"),
     "hidden size": (dict(hidden=torch.zeros(2, 100)), "hidden_size is 100, expected a multiple of 64"),
     "slot": (dict(slots=int32([0, 9])), r"slots\[1\] is 9, expected -1 to 8"),
@@ -156,6 +186,10 @@ BAD_ARGUMENTS = {
     "same place": (
         dict(slots=int32([1, 1]), positions=int32([3, 3])),
         "rows 0 and 1 are both at slot 1, position 3",
+    ),
+    "same place, rows apart": (
+        dict(hidden=torch.zeros(4, 128), slots=int32([1, 0, -1, 1]), positions=int32([3, 3, 3, 3])),
+        "rows 0 and 3 are both at slot 1, position 3",
     ),
     "slots dtype": (dict(slots=torch.zeros(2, dtype=torch.int64)), "slots is int64, expected int32"),
     "heads": (dict(num_attention_heads=3), "num_attention_heads is 3, expected a multiple"),

@@ -27,6 +27,13 @@ def test_equals_reference(size, dtype):
         assert (s - exact).abs().max() < 1e-6
 
 
+def test_many_rows():
+    torch.manual_seed(0)
+    x, y = torch.randn(2, 300, 2048).bfloat16()
+    each = torch.cat([ops.state_similarity(*pair) for pair in zip(x.split(1), y.split(1), strict=True)])
+    assert torch.equal(ops.state_similarity(x, y), each)
+
+
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_identical_vectors_never_exceed_one(dtype):
     torch.manual_seed(0)

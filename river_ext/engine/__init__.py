@@ -1,5 +1,6 @@
 """From a request to tokens.
 
-generate.py takes a request through prefill.py and the steps of decoder.py; sampling.py draws at their ends. A
-step is in step.py or, captured, in graph.py; network.py calls the ops for both.
+engine.py takes checked requests (request.py) through prefill.py and then, as members of a batch (batch.py),
+through steps (decoder.py) or lossless cycles (lossless.py). What these read, write and capture is in
+graph.py; sampling.py draws at their ends; network.py calls the ops. generate.py has the callers.
 """

@@ -2,8 +2,8 @@
 
 Layer by layer: a layer takes all tokens before the next one starts, so that the depth may be decided from
 all of them. The work goes in pieces, a block of tokens through one layer each, so that other sequences may
-decode in between. On the CPU the tokens go through the decoding ops: bit for bit what decoding them one at a
-time gives. On a GPU they go through matrix products (matmul.py).
+decode in between. On the CPU the tokens go through the decoding ops, which take many rows there: bit for bit
+what decoding them one at a time gives. On a GPU they go through matrix products (matmul.py).
 """
 
 import math
@@ -26,7 +26,7 @@ Piece = Callable[[int, Tensor], Tensor]  # one layer, for a block of rows [n, hi
 class OpsPrompt:
     """The tokens of a prompt at positions start..length-1 of a slot, through the decoding ops."""
 
-    rows_at_a_time = ops.MAX_ROWS
+    rows_at_a_time = 256  # weights come from memory once for all of them
 
     def __init__(self, network: Network, cache: KVCache, slot: int, start: int, length: int):
         self.network, self.cache = network, cache

@@ -6,16 +6,21 @@
 
 namespace river::cpu {
 
-// T activation vectors in the order and type that a linear kernel reads (see prepare)
-struct Operand {
-  int rows;      // T
-  int cols;      // K
-  int padded;    // K rounded up to 64; entries past K are zero
-  void* values;  // [T, padded], bf16 or fp32
-  float* sums;   // [T, padded / 64], sums per W4 group of the values; packed only
+struct alignas(64) Line {
+  char bytes[64];  // 32 bf16 or 16 fp32 values of one row
 };
 
-using StripOut = float[kMaxRows][kTileRows];  // fp32 results of 16 output rows
+// T activation vectors in the order and type that a linear kernel reads (see prepare). Rows go in blocks of kMaxRows,
+// the last one may be smaller: first a line of every row of the block, then the next line of every row.
+struct Operand {
+  int rows;     // T
+  int cols;     // K
+  int padded;   // K rounded up to 64; entries past K are zero
+  Line* lines;  // [blocks, lines of a row, rows of the block]
+  float* sums;  // [T, padded / 64], sums per W4 group of the values; packed only
+};
+
+using StripOut = float[kMaxRows][kTileRows];  // fp32 results of 16 output rows, for a block of rows
 
 constexpr int kSplit = 256;  // positions per split of the context
 
@@ -55,12 +60,15 @@ struct Kernels {
   void (*rms_norm)(DType dtype, const void* x, const void* weight, float eps, int n, void* y);
   // Fills row `row` of the operand from x [K]; packed: for w4_strip, else for dense_strip.
   void (*prepare)(DType dtype, const void* x, bool packed, int row, const Operand& operand);
-  // out[t][r] = weight[r] . x[t] for `count` <= 16 rows of a dense weight [count, K]
-  void (*dense_strip)(DType dtype, const void* weight, int count, const Operand& x, StripOut& out);
+  // out[t][r] = weight[r] . x[first + t] for `count` <= 16 rows of a dense weight [count, K], and a block of rows of x:
+  // those from `first` on, at most kMaxRows
+  void (*dense_strip)(DType dtype, const void* weight, int count, const Operand& x, int first, StripOut& out);
   // The same for one strip of tiles, [K / 64, 576]: 16 output rows
-  void (*w4_strip)(DType dtype, const uint8_t* tiles, const Operand& x, StripOut& out);
-  // out = silu(gate) * up for 16 channels, fp32
-  void (*swiglu)(const float* gate, const float* up, float* out);
+  void (*w4_strip)(DType dtype, const uint8_t* tiles, const Operand& x, int first, StripOut& out);
+  // out = round(silu(gate) * up) for `n` <= 16 channels; gate, up: 16 entries, past the channels any
+  void (*swiglu)(DType dtype, const float* gate, const float* up, void* out, int n);
+  // out = round(sums + bias + addend) for `n` <= 16 output rows; bias and addend may be null; sums: 16 entries
+  void (*add_sums)(DType dtype, const float* sums, const float* bias, const void* addend, void* out, int n);
   // A query head [head_dim] as attend reads it, in at most head_dim words
   void (*pack_query)(DType dtype, const void* query, int head_dim, uint32_t* words);
   void (*attend)(const SplitArgs& args);

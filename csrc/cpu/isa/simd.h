@@ -30,7 +30,7 @@ inline void store(void* p, V v) {
 }
 
 // For loops over arrays of vectors, which should stay in registers: GCC unrolls some loops too late for that.
-#define RIVER_UNROLL _Pragma("GCC unroll 16")
+#define RIVER_UNROLL _Pragma("GCC unroll 32")
 
 inline f32x16 splat(float x) { return x - f32x16{}; }
 
@@ -88,14 +88,16 @@ struct Sum : Values {
 // Sums at a time: they stay in registers, of which there are 32 with AVX-512, else 16 that hold half a sum each.
 constexpr int kSums = kPieces == 1 ? 16 : 8;
 
-// The lanes of up to 16 sums added up, bit-equal to reduce: each step adds the halves of every vector and packs two
-// results into one, so that all of them take a third of the instructions.
+// The lanes of each sum added up, bit-equal to reduce: each step adds the halves of every vector and packs two results
+// into one, so that all of them take a third of the instructions. Inline by force: sums that a function gets would lie
+// in memory in the loop that makes them.
 #if defined(__AVX512F__) && defined(RIVER_SHUFFLE)
-template <int N>
-inline void reduce_each(const Sum (&sums)[N], float (&out)[N]) {
+template <int kFirst, int N>
+[[gnu::always_inline]] inline void reduce_from(const Sum (&sums)[N], float (&out)[N]) {  // 16 of them, or those left
+  constexpr int kCount = N - kFirst < 16 ? N - kFirst : 16;
   f32x16 eight[8] = {}, four[4], two[2];
-  RIVER_UNROLL for (int i = 0; i < N; i += 2) {  // lanes 0-7 of a and b + lanes 8-15 of a and b
-    const f32x16 a = sums[i].all(), b = i + 1 < N ? sums[i + 1].all() : f32x16{};
+  RIVER_UNROLL for (int i = 0; i < kCount; i += 2) {  // lanes 0-7 of a and b + lanes 8-15 of a and b
+    const f32x16 a = sums[kFirst + i].all(), b = i + 1 < kCount ? sums[kFirst + i + 1].all() : f32x16{};
     eight[i / 2] = RIVER_SHUFFLE(a, b, 0, 1, 2, 3, 4, 5, 6, 7, 16, 17, 18, 19, 20, 21, 22, 23) +
                    RIVER_SHUFFLE(a, b, 8, 9, 10, 11, 12, 13, 14, 15, 24, 25, 26, 27, 28, 29, 30, 31);
   }
@@ -113,11 +115,18 @@ inline void reduce_each(const Sum (&sums)[N], float (&out)[N]) {
   const f32x16 one = RIVER_SHUFFLE(a, b, 0, 2, 16, 18, 4, 6, 20, 22, 8, 10, 24, 26, 12, 14, 28, 30) +
                      RIVER_SHUFFLE(a, b, 1, 3, 17, 19, 5, 7, 21, 23, 9, 11, 25, 27, 13, 15, 29, 31);
   const f32x16 in_order = RIVER_SHUFFLE(one, one, 0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15);
-  memcpy(out, &in_order, sizeof(out));
+  memcpy(out + kFirst, &in_order, kCount * sizeof(float));
+}
+
+template <int N>
+[[gnu::always_inline]] inline void reduce_each(const Sum (&sums)[N], float (&out)[N]) {
+  static_assert(N <= 32);
+  reduce_from<0>(sums, out);
+  if constexpr (N > 16) reduce_from<16>(sums, out);
 }
 #else
 template <int N>
-inline void reduce_each(const Sum (&sums)[N], float (&out)[N]) {
+[[gnu::always_inline]] inline void reduce_each(const Sum (&sums)[N], float (&out)[N]) {
   for (int i = 0; i < N; i++) out[i] = reduce(sums[i].all());
 }
 #endif

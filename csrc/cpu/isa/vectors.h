@@ -1,4 +1,4 @@
-// What turns one vector into another: RMSNorm, SwiGLU, conversions between the model dtype and fp32.
+// What turns one vector into another: RMSNorm, SwiGLU, what ends a linear, conversions between the model dtype and fp32.
 #pragma once
 
 #include <math.h>
@@ -20,9 +20,19 @@ void rms_norm(DType dtype, const void* x, const void* weight, float eps, int n, 
   });
 }
 
-void swiglu(const float* gate, const float* up, float* out) {
+void swiglu(DType dtype, const float* gate, const float* up, void* out, int n) {
   const f32x16 g = load<f32x16>(gate), e = vexp(f32x16(u32x16(g) | 0x80000000u));  // of -|g|: no overflow
-  store(out, g * (g >= 0.f ? splat(1) : e) / (1.f + e) * load<f32x16>(up));
+  store_lanes(dtype, out, 0, n, g * (g >= 0.f ? splat(1) : e) / (1.f + e) * load<f32x16>(up));
+}
+
+void add_sums(DType dtype, const float* sums, const float* bias, const void* addend, void* out, int n) {
+  const auto lanes = [n](DType type, const void* p) {
+    return n < 16 ? load_tail(type, p, 0, n) : load_as_float(type, p, 0);
+  };
+  f32x16 y = load<f32x16>(sums);
+  if (bias) y += lanes(DType::kFloat32, bias);
+  if (addend) y += lanes(dtype, addend);
+  store_lanes(dtype, out, 0, n, y);
 }
 
 void to_float(DType dtype, const void* x, float* y, int64_t n) {
