@@ -159,6 +159,12 @@ def _parser() -> tuple[argparse.ArgumentParser, Mapping[str, argparse.ArgumentPa
     convert.add_argument(
         "--group-size", type=int, choices=(64, 128), default=64, help="columns that share a scale (64)"
     )
+    convert.add_argument(
+        "--calibrate",
+        type=_given,
+        metavar="FILE",
+        help="refine it with texts: blank lines between, or .jsonl with a field text; takes minutes",
+    )
     convert.add_argument("--force", action="store_true", help="replace a river that is there already")
 
     evaluate = command("eval", "evaluate", "measure quality and speed against full depth")

@@ -5,8 +5,10 @@ import shlex
 import time
 from pathlib import Path
 
+from river_ext.calibration.river import calibrate_river, calibration_texts
 from river_ext.errors import RiverError
 from river_ext.loading.checkpoint import load_checkpoint
+from river_ext.loading.texts import read_texts
 from river_ext.model import choose_device
 from river_ext.quant.exit_river import build_river, save_river
 from river_ext.quant.quality import quantisation_errors
@@ -19,12 +21,17 @@ from .terminal import print_json, printable, size_text
 def run(arguments) -> None:
     output = Path(arguments.output)
     _check_output(output, arguments.force)
+    texts = read_texts(arguments.calibrate) if arguments.calibrate else None
     checkpoint = load_checkpoint(
         shared.directory(arguments), arguments.dtype, choose_device(arguments.device)
     )
     config, weights = checkpoint.config, checkpoint.weights
-    start = time.perf_counter()
-    river = build_river(config, weights, arguments.group_size, progress=not arguments.json)
+    if texts:
+        texts = calibration_texts(checkpoint, texts, arguments.calibrate)
+    start, progress = time.perf_counter(), not arguments.json
+    river = build_river(config, weights, arguments.group_size, progress)
+    if texts:
+        river = calibrate_river(checkpoint, river, texts, output, progress)
     seconds = time.perf_counter() - start
     errors = quantisation_errors(config, weights, river)
     save_river(output, river, config, checkpoint.fingerprint)
@@ -37,6 +44,7 @@ def run(arguments) -> None:
                 "fingerprint": checkpoint.fingerprint,
                 "group_size": river.group_size,
                 "quantiser": river.quantiser,
+                "calibration": river.calibration,
                 "seconds": seconds,
                 "bytes": size,
                 "relative_squared_error": errors,
@@ -47,7 +55,22 @@ def run(arguments) -> None:
     print("mean squared error, in parts of the weights' mean square:")
     for name, error in errors.items():
         print(f"  {name:10}  {error:.5f}")
+    if river.calibration:
+        print(_gain(river.calibration))
     print(f"\nIt is used with\n  {printable(_use(arguments))}")
+
+
+def _gain(calibration: dict) -> str:
+    agreement, kl = (
+        f"{form.format(calibration[name + '_before'])} before, {form.format(calibration[name])} now"
+        for name, form in (("agreement", "{:.1%}"), ("kl", "{:.4f}"))
+    )
+    return (
+        f"calibrated on {calibration['tokens']} tokens of {calibration['texts']} texts; on "
+        f"{calibration['held_out_tokens']} tokens of others:\n"
+        f"  the same next token as full depth  {agreement}\n"
+        f"  KL from full depth, nats per token {kl}"
+    )
 
 
 def _use(arguments) -> str:

@@ -115,6 +115,11 @@ def _checkpoint_facts(arguments) -> tuple[dict, dict]:
         lines["saved river"] = (
             f"{arguments.river}: {saved['quantiser']}, groups of {saved['group_size']}, {head} a head"
         )
+        if calibration := saved.get("calibration"):
+            lines["calibrated"] = (
+                f"{calibration['agreement']:.1%} of next tokens as at full depth, not calibrated "
+                f"{calibration['agreement_before']:.1%}"
+            )
     return facts, lines
 
 

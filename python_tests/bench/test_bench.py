@@ -439,7 +439,8 @@ def test_the_peer_of_transformers_runs_uncompiled(pretended_gpu, monkeypatch):
 
 
 def test_sanitizer_cases_run(pretended_gpu, monkeypatch, capsys):
-    monkeypatch.setattr(torch.Tensor, "cuda", lambda tensor: tensor)
+    for name in ("cuda", "pin_memory"):
+        monkeypatch.setattr(torch.Tensor, name, lambda tensor: tensor)
     monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
     monkeypatch.setattr(sanitizer_cases, "int32", lambda *values: torch.tensor(values, dtype=torch.int32))
     monkeypatch.setattr(sanitizer_cases, "read_ring", lambda: None)

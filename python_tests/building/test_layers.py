@@ -22,6 +22,7 @@ ORDER = (
     ("river_ext.loading",),
     ("river_ext.quant",),
     ("river_ext.engine",),
+    ("river_ext.calibration",),
     ("river_ext.model",),
     ("river_ext.evaluate",),
     ("river_cli",),

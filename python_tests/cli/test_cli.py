@@ -2,6 +2,7 @@
 
 import json
 import os
+import random
 import shlex
 import shutil
 import subprocess
@@ -17,6 +18,8 @@ import river_cli as cli
 from river_cli import shared, terminal, threads
 from river_cli.arguments import parse
 from river_ext import __version__, ops
+from river_ext.calibration.unfinished import UnfinishedRiver
+from river_ext.demo_tasks.generator import train_item
 from river_ext.loading.families import FAMILIES
 from river_ext.model import DEMO
 
@@ -296,6 +299,76 @@ def test_an_interrupted_convert_leaves_nothing(river, tmp_path, monkeypatch):
     code, _, err = river("convert", "--demo", "--output", tmp_path / "river")
     assert code == 130 and "interrupted" in err
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.fixture
+def texts(tmp_path):
+    """A file of texts for --calibrate, of the demo's tasks."""
+    draw = random.Random(0)
+    items = [train_item(draw) for _ in range(20)]
+    path = tmp_path / "texts.jsonl"
+    path.write_text("".join(json.dumps({"text": item.prompt + item.completion}) + "\n" for item in items))
+    return path
+
+
+def test_convert_with_calibration(river, river_json, texts, tmp_path):
+    output = tmp_path / "river"
+    code, out, _ = river("convert", "--demo", "--output", output, "--calibrate", texts)
+    assert code == 0
+    facts = json.loads((output / "river.json").read_text())
+    assert facts["quantiser"] == "gptq"
+    found = facts["calibration"]
+    assert f"calibrated on {found['tokens']} tokens of 18 texts; on {found['held_out_tokens']} tokens" in out
+    assert f"{found['agreement_before']:.1%} before, {found['agreement']:.1%} now" in out
+    assert f"{found['kl_before']:.4f} before, {found['kl']:.4f} now" in out
+    assert found["kl"] < found["kl_before"]
+    assert river_json("info", "--demo", "--river", output)["model"]["river"]["calibration"] == found
+    assert f"{found['agreement']:.1%}" in river("info", "--demo", "--river", output)[1]
+    again = river_json("convert", "--demo", "--output", output, "--calibrate", texts, "--force")
+    assert again["calibration"] == found, "it is the same every time"
+    assert json.loads((output / "river.json").read_text())["sha256"] == facts["sha256"]
+
+
+def test_an_interrupted_calibration_goes_on(river, river_json, texts, tmp_path, monkeypatch):
+    """A Ctrl-C in the third layer leaves two, and no river; the next time they are there."""
+    output, saved = tmp_path / "river", []
+    convert = ["convert", "--demo", "--output", output, "--calibrate", texts]
+    real = UnfinishedRiver.save
+
+    def save(self, index, layer):
+        if saved == [0, 1]:
+            raise KeyboardInterrupt
+        saved.append(index)
+        real(self, index, layer)
+
+    monkeypatch.setattr(UnfinishedRiver, "save", save)
+    code, _, err = river(*convert)
+    assert code == 130 and "interrupted" in err
+    assert [file.name for file in output.iterdir()] == [".calibration"]
+    assert len(list((output / ".calibration").iterdir())) == 2
+    assert "no river.json in it" in river("generate", "--demo", "--river", output, "hi")[2]
+    saved.clear()
+    assert river_json(*convert)["calibration"]["texts"] == 18
+    assert saved == list(range(2, 16))
+    assert len(list(output.iterdir())) == 2
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"", "no text in it"),
+        (b"\xff\xfe", "byte 0 is no UTF-8"),
+        (b'{"text": "short"}\n', "tokens in those to calibrate on; accepted: at least 8 texts"),
+        (b'{"content": "a text"}\n', 'line 1 has no field "text"'),
+        (b"a text", "line 1 is not valid JSON"),
+    ],
+)
+def test_refused_calibration_texts(refused, tmp_path, content, message):
+    texts = tmp_path / "texts.jsonl"
+    texts.write_bytes(content)
+    line = refused("convert", "--demo", "--output", tmp_path / "river", "--calibrate", texts)
+    assert f"{texts}: " in line and message in line
+    assert list(tmp_path.iterdir()) == [texts]
 
 
 # --- eval -----------------------------------------------------------------------------------------------

@@ -180,7 +180,7 @@ COMMANDS = {
     ("info",): "--model --river",
     ("info", "--demo"): "--river",
     ("convert",): "--model",
-    ("convert", "--demo"): "--device --dtype --threads --group-size",
+    ("convert", "--demo"): "--device --dtype --threads --group-size --calibrate",
     ("eval", "--demo", "--problems", "1", "--functions", "0", "--thresholds", "0.9"): (
         "--model --river --device --dtype --threads --problems --functions --thresholds --seed"
     ),

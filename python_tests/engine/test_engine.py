@@ -11,6 +11,7 @@ from oracle import oracle, same
 from tiny_model import demo_model, random_model, random_prompt
 
 from river_ext.engine import engine as engine_module
+from river_ext.engine.prefill import OpsPrompt
 from river_ext.errors import RiverError
 
 LAYERS, VOCAB, POSITIONS = 4, 80, 64
@@ -136,6 +137,7 @@ def test_more_requests_than_slots_wait_in_their_order():
 def test_long_prompts_do_not_hold_up_those_that_decode(monkeypatch):
     """Between two tokens of a running request, no more than a few rows of another's prompt."""
     monkeypatch.setitem(engine_module.PREFILL_ROWS, "cpu", 8)
+    monkeypatch.setattr(OpsPrompt, "rows_at_a_time", 8)
     model = random_model(max_position_embeddings=512)
     engine = model.engine(slots=2, max_len=512)
     engine.submit([1], id="running", max_new_tokens=100)

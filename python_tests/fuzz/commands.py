@@ -47,6 +47,7 @@ OPTIONS = {
         "--river": ["RIVER", "MODEL", "nowhere", ""], "--json": None, "--dtype": ["float32"],
     },
     "convert": {
+        "--calibrate": ["PROMPT", "MODEL", "nowhere", "", "/dev/zero"],
         "--group-size": ["64", "128", "32", "x", ""], "--force": None, "--json": None, "--dtype":
         ["float32", "bfloat16", "x"], "--output": ["NEW", "OLD", "FULL", "FILE", "", "/", ".", "/dev/null",
         "NEW/deep/er", "\u0000", "x" * 5000],

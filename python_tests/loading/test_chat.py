@@ -575,7 +575,7 @@ def test_a_checkpoint_without_a_template(chat_checkpoint):
     model = river_ext.load(chat_checkpoint(None))
     with pytest.raises(RiverError, match="has no chat template"):
         model.generate(HI)
-    model.text = None
+    model._engines.text = None
     with pytest.raises(RiverError, match="needs a tokenizer"):
         model.generate(HI)
 

@@ -101,6 +101,11 @@ class ManyRows:
 
     def attention_half(self, start: int, hidden: Tensor) -> Tensor:
         """Rows from position start on through norm, QKV, RoPE, attention, O and residual; writes K and V."""
+        attended = self.attended(start, hidden)
+        return add(hidden, linear(attended, self.matrices.o(), self.options.get("o_bias")))
+
+    def attended(self, start: int, hidden: Tensor) -> Tensor:
+        """What O takes, [rows, heads * head_dim]; writes K and V."""
         config, options, stop = self.config, self.options, start + hidden.shape[0]
         cos, sin = self.cos[start:stop], self.sin[start:stop]
         x = rms_norm(hidden, self.block.input_layernorm, config.rms_norm_eps)
@@ -115,15 +120,17 @@ class ManyRows:
         self.v[:, start:stop] = v.transpose(0, 1)
         q = rotate(q, cos, sin).to(hidden.dtype)
         attended = causal_attention(q, self.k, self.v, start, options.get("sliding_window"))
-        attended = attended.to(hidden.dtype).flatten(1)
-        return add(hidden, linear(attended, self.matrices.o(), options.get("o_bias")))
+        return attended.to(hidden.dtype).flatten(1)
 
     def mlp_half(self, hidden: Tensor) -> Tensor:
         """Rows through norm, gate and up, SwiGLU, down and residual."""
+        return add(hidden, linear(self.swiglu(hidden), self.matrices.down()))
+
+    def swiglu(self, hidden: Tensor) -> Tensor:
+        """What down takes, [rows, intermediate_size]."""
         x = rms_norm(hidden, self.block.post_attention_layernorm, self.config.rms_norm_eps)
         gate, up = (linear(x, weight) for weight in self.matrices.gate_up())
-        swiglu = (torch.nn.functional.silu(gate) * up).to(hidden.dtype)
-        return add(hidden, linear(swiglu, self.matrices.down()))
+        return (torch.nn.functional.silu(gate) * up).to(hidden.dtype)
 
 
 def causal_attention(

@@ -118,5 +118,6 @@ class Prefill:
 
 
 def lowest_similarity(before: Tensor, after: Tensor) -> float:
+    """Of the rows of before and after, [n, hidden_size] each."""
     blocks = zip(before.split(ops.MAX_ROWS), after.split(ops.MAX_ROWS), strict=True)
     return min(ops.state_similarity(x, y).min().item() for x, y in blocks)

@@ -40,10 +40,12 @@ class ExitRiver(list[ExitLayerWeights]):
         lm_head: torch.Tensor | None,
         group_size: int,
         quantiser: str = "hqq",
+        calibration: dict | None = None,
     ):
+        """calibration: what river_ext.calibration found, if the layers were refined there."""
         super().__init__(layers)
         self.lm_head = lm_head
-        self.group_size, self.quantiser = group_size, quantiser
+        self.group_size, self.quantiser, self.calibration = group_size, quantiser, calibration
 
 
 def build_river(
@@ -127,7 +129,7 @@ def load_river(
         for index in range(config.num_hidden_layers)
     ]
     lm_head = stored[HEAD].to(device) if HEAD in stored else None
-    return ExitRiver(layers, lm_head, facts["group_size"], facts["quantiser"])
+    return ExitRiver(layers, lm_head, facts["group_size"], facts["quantiser"], facts.get("calibration"))
 
 
 def read_facts(path: str | Path) -> dict:
@@ -138,7 +140,10 @@ def read_facts(path: str | Path) -> dict:
     facts = Reader(path / FACTS, read_json_object(path / FACTS))
     facts.exactly("format", FORMAT)
     facts.exactly("format_version", FORMAT_VERSION, f"{FORMAT_VERSION}; convert the checkpoint again")
-    facts.choice("quantiser", ("hqq",))
+    known = FACT_NAMES
+    if facts.choice("quantiser", ("hqq", "gptq")) == "gptq":
+        _check_calibration(facts)
+        known += ("calibration",)
     if facts.integer("group_size", 0, 1 << 20) not in hqq.GROUP_SIZES:
         facts.fail("group_size", ", ".join(map(str, hqq.GROUP_SIZES)))
     for key in ("fingerprint", "sha256"):
@@ -151,9 +156,20 @@ def read_facts(path: str | Path) -> dict:
         facts.fail("block", f"an object with {', '.join(names)}")
     for name in names:
         Reader(facts.path, shape, prefix="block.").integer(name, 0, 1 << 30)
-    for key in facts.values.keys() - FACT_NAMES:
-        facts.fail(key, f"no such key; those of a river are {', '.join(FACT_NAMES)}")
+    for key in facts.values.keys() - set(known):
+        facts.fail(key, f"no such key; those of a river are {', '.join(known)}")
     return facts.values
+
+
+def _check_calibration(facts: Reader) -> None:
+    found, names = facts.values.get("calibration"), (*CALIBRATION_COUNTS, *CALIBRATION_NUMBERS)
+    if not isinstance(found, dict) or found.keys() != set(names):
+        facts.fail("calibration", f"an object with {', '.join(names)}")
+    calibration = Reader(facts.path, found, prefix="calibration.")
+    for name in CALIBRATION_COUNTS:
+        calibration.integer(name, 1, 1 << 30)
+    for name, highest in CALIBRATION_NUMBERS.items():
+        calibration.number(name, 0, highest)
 
 
 def _check_fits(facts: Reader, config: ModelConfig, fingerprint: str) -> None:
@@ -173,15 +189,21 @@ FACT_NAMES = (
     "format", "format_version", "quantiser", "group_size", "fingerprint", "sha256",
     "num_hidden_layers", "block",
 )  # fmt: skip
+CALIBRATION_COUNTS = ("texts", "tokens", "held_out_tokens")
+CALIBRATION_NUMBERS = {"agreement_before": 1, "agreement": 1, "kl_before": 1e30, "kl": 1e30}  # the highest
 
 
 def _facts(river: ExitRiver, config: ModelConfig, fingerprint: str, sha256: str) -> dict:
-    """What river.json holds; block is the shape of a decoder block, sha256 that of the tensors."""
+    """What river.json holds; block is the shape of a decoder block, sha256 that of the tensors.
+
+    A river that was refined has its `calibration` as well.
+    """
     values = (
         FORMAT, FORMAT_VERSION, river.quantiser, river.group_size, fingerprint, sha256, len(river),
         asdict(BlockShape.of(config)),
     )  # fmt: skip
-    return dict(zip(FACT_NAMES, values, strict=True))
+    facts = dict(zip(FACT_NAMES, values, strict=True))
+    return facts if river.calibration is None else facts | {"calibration": river.calibration}
 
 
 def _tensors(river: ExitRiver) -> dict[str, torch.Tensor]:

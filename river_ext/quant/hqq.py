@@ -18,17 +18,23 @@ import torch
 from torch import Tensor
 
 from ..errors import RiverError
+from . import gptq
+from .gptq import LEVELS
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 GROUP_SIZES = (64, 128)
-LEVELS = 15  # q is 0 .. 15
 LP_NORM, BETA, KAPPA = 0.7, 10.0, 1.01  # the splitting's weight and its growth
 FP16_MAX, FP16_NORMAL, FP16_TINY = 65504.0, 2.0**-14, 2.0**-24
 WEIGHTS_AT_A_TIME = {"cpu": 1 << 18, "cuda": 1 << 26}  # that are refined; on a CPU by each thread
 
 
 def quantize(
-    weight: Tensor, group_size: int = 64, *, iterations: int = 40, name: str = "weight"
+    weight: Tensor,
+    group_size: int = 64,
+    *,
+    iterations: int = 40,
+    hessian: Tensor | None = None,
+    name: str = "weight",
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Quantises a weight to 4 bits with HQQ, in groups along its input features.
 
@@ -36,6 +42,9 @@ def quantize(
         weight: [out_features, in_features], float32, bfloat16, float16 or float64, on any device.
         group_size: 64 or 128; the last group of a row covers the columns that are left.
         iterations: how many zeros to try at most; 1 is round-to-nearest.
+        hessian: [in_features, in_features], mean of x x^T over inputs x that the weight will see, float32 or
+            float64, on the weight's device; any factor will do. With it q is chosen for small errors of the
+            outputs (gptq.py); scale and zero are HQQ's all the same.
         name: what error messages call the weight.
 
     Returns:
@@ -50,11 +59,15 @@ def quantize(
         raise RiverError(f"{name} is {found}; a float matrix [out_features, in_features] can be quantised")
     if group_size not in GROUP_SIZES:
         raise RiverError(f"group size {group_size} is not supported; accepted: 64, 128")
+    if hessian is not None:
+        gptq.check_hessian(hessian, weight.shape[1], name)
     at_a_time = WEIGHTS_AT_A_TIME.get(weight.device.type, WEIGHTS_AT_A_TIME["cpu"])
     blocks = weight.detach().split(max(1, at_a_time // weight.shape[1]))
     quantized = _map(lambda rows: _quantize_rows(rows, group_size, iterations), blocks)
     q, scale, zero, step = (torch.cat(parts) for parts in zip(*quantized, strict=True))
     _check(step, scale, name)
+    if hessian is not None:
+        q = gptq.feed_back(weight.detach(), scale, zero, group_size, hessian, name)
     return q, scale, zero
 
 

@@ -28,6 +28,7 @@ from ..errors import RiverError
 from ..loading.json_object import read_json_object
 
 FACTS, LOCK = "river.json", ".lock"
+UNFINISHED = ".calibration"  # a directory: exit layers of a river that is not whole yet
 SCRATCH = ".new"  # a directory: save_file writes to a temporary file of a name of its own
 TENSORS = re.compile(r"river(-[0-9a-f]{16})?\.safetensors")  # the first format version had no hash
 WAIT_SECONDS = 60.0
@@ -83,6 +84,7 @@ def write_river(path: Path, tensors: dict[str, torch.Tensor], facts: dict) -> No
             _flush(path)
             os.replace(new_facts, path / FACTS)
             _flush(path)
+            shutil.rmtree(path / UNFINISHED, ignore_errors=True)
         finally:
             _sweep(path)
 
@@ -154,7 +156,7 @@ def _named(path: Path) -> set[str]:
 
 
 def _is_ours(name: str) -> bool:
-    return name in (FACTS, LOCK, SCRATCH) or TENSORS.fullmatch(name) is not None
+    return name in (FACTS, LOCK, SCRATCH, UNFINISHED) or TENSORS.fullmatch(name) is not None
 
 
 def _flush(path: Path) -> None:

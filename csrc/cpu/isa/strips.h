@@ -196,7 +196,7 @@ inline void for_rows(int count, F f) {
 }
 
 template <DType D>
-constexpr int kPart = 48 * Columns<D>::kCount;  // columns
+constexpr int kPart = 48 * Columns<D>::kCount;  // columns that L1 holds of a block of rows
 
 template <int R, int T>
 inline void put_sums(const Sum (&acc)[R * T], int t0, int r0, StripOut& out) {
@@ -238,10 +238,11 @@ inline void dense_vectors_by_parts(const char* weight, int count, const Operand&
 
 void dense_strip(DType dtype, const void* weight, int count, const Operand& x, int first, StripOut& out) {
   const Operand block = block_of(dtype, x, first);
+  const bool hot = x.rows > river::kMaxRows;  // the strip is in L2; else it comes from memory, best in one go
   with_dtype(dtype, [&]<DType D>() {
     for_vectors<kDenseVectors>(block.rows, [&]<int T>(int t0) {
       const auto* rows = static_cast<const char*>(weight);
-      if (T > 4 && x.cols > kPart<D>) dense_vectors_by_parts<D, T>(rows, count, block, t0, out);
+      if (T > 4 && hot && x.cols > kPart<D>) dense_vectors_by_parts<D, T>(rows, count, block, t0, out);
       else dense_vectors<D, T>(rows, count, block, t0, out);
     });
   });

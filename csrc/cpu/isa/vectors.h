@@ -1,4 +1,4 @@
-// What turns one vector into another: RMSNorm, SwiGLU, what ends a linear, conversions between the model dtype and fp32.
+// What turns one vector into another: RMSNorm, SwiGLU, what ends a linear, conversions between model dtype and fp32.
 #pragma once
 
 #include <math.h>

@@ -1,0 +1,1 @@
+"""A river that is refined with the activations of texts."""
