@@ -36,7 +36,7 @@ def run(arguments) -> None:
     elif arguments.compare:
         _generate_and_compare(arguments, model, prompts, options)
     elif arguments.json or len(prompts) > 1:
-        outputs = model.generate(prompts, **options)
+        outputs = model.generate(prompts, progress=True, **options)
         if arguments.json:
             print_json({**model_facts(model), "options": options, "outputs": _outputs(prompts, outputs)})
         else:
@@ -46,7 +46,7 @@ def run(arguments) -> None:
         if not arguments.json:
             note(_summary(model, outputs))
     else:
-        stream = model.stream(prompts[0], **options)
+        stream = model.stream(prompts[0], progress=True, **options)
         for piece in stream:
             print(printable(piece.text), end="", flush=True)
         print()
