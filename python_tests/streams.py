@@ -142,7 +142,10 @@ class Streams(TorchDispatchMode):
 
     def _do(self, op, named: dict, accesses: list) -> None:
         reads_number = op.name() == "aten::_local_scalar_dense"
-        by_host = any(place[0] in self._polled for place, _ in accesses) and self.current.name != "the steps' stream"
+        by_host = (
+            any(place[0] in self._polled for place, _ in accesses)
+            and self.current.name != "the steps' stream"
+        )
         agent = self.host if by_host else self.current
         agent.learn(self.host.knows)  # the host gives the op to its stream
         if reads_number and by_host:  # it has waited for what it finds
