@@ -1,15 +1,13 @@
-"""The order of work on a GPU, on pretended streams: prompts in the caller's, steps in a stream of their own."""
+"""The order of work on a GPU, on pretended streams: prompts in the caller's, steps in one of their own."""
 
 import random
 
 import pytest
-import torch
 from oracle import oracle, same
 from streams import Streams
 from tiny_model import random_model, random_prompt
 
 from river_ext.engine import engine as engine_module
-from river_ext.engine.graph import Memory
 
 CONTROLS = ("host", "device")
 LAYERS, POSITIONS, REQUESTS = 4, 48, 24
