@@ -76,7 +76,7 @@ class Conversation:
 
     def _stream(self, messages: list[dict]) -> GenerationOutput:
         tokens = self.engine.text.chat(messages)
-        room = self.engine.max_len + 1 - len(tokens)
+        room = min(self.engine.max_len + 1, self.engine.network.config.max_length) - len(tokens)
         wanted = self.options.get("max_new_tokens", 256)
         options = self.options | {"max_new_tokens": min(wanted, room) if room > 0 else wanted}
         request = self.engine.submit(tokens, **options)
