@@ -242,20 +242,14 @@ def measure_mixed(results: gpu.Results, ceiling: float, model: str, network: Net
     size = mixed_bytes(config, EARLY, CONTEXT, rows)
     floor = size / ceiling / 1e3
     line = {
-        "model": model,
-        "depth": EARLY,
-        "rows": rows,
-        "context": CONTEXT,
-        "bytes": size,
-        "floor_us": floor,
-    }
-    line |= {"x_floor": mixed.us / floor} | {name: time.fields() for name, time in times.items()}
-    results(
-        "mixed",
+        "model": model, "depth": EARLY, "rows": rows, "context": CONTEXT, "bytes": size, "floor_us": floor,
+        "x_floor": mixed.us / floor, **{name: time.fields() for name, time in times.items()},
+    }  # fmt: skip
+    text = (
         f"{model} T={rows}, every other row leaves at depth {EARLY}: {mixed.us:.0f} us, "
-        f"{line['x_floor']:.3f} x floor; all dense {dense.us:.0f} us, all packed {packed.us:.0f} us",
-        **line,
+        f"{line['x_floor']:.3f} x floor; all dense {dense.us:.0f} us, all packed {packed.us:.0f} us"
     )
+    results("mixed", text, **line)
 
 
 def measure_cycles(results: gpu.Results, ceiling: float, model: str, network: Network, repeats: int) -> None:

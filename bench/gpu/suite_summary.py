@@ -14,7 +14,7 @@ def summary(lines: list[dict]) -> str:
         clip(essential_lines(lines), 1600),
         clip(part_lines(lines), 1200),
         clip(kernel_lines(lines), 1300),
-        clip([*variant_lines(lines), *step_lines(lines)], 1700),
+        clip([*variant_lines(lines), *step_lines(lines)], 1550),
         clip(cycle_lines(lines), 1100),
     ]
     text = "\n\n".join("\n".join(section) for section in sections if section)
@@ -160,7 +160,7 @@ def cycle_lines(lines: list[dict]) -> list[str]:
     if cycles:
         gains = " | ".join(f"x full at {at}" for at in cycles[0]["x_full"])
         result = [
-            f"| lossless cycle: drafts x requests, us | floor | measured | x floor | full step | {gains} |",
+            f"| lossless: drafts x requests, us | floor | measured | x floor | full step | {gains} |",
             "|" + "---|" * (5 + len(cycles[0]["x_full"])),
         ]
     for line in cycles:
@@ -177,8 +177,8 @@ def cycle_lines(lines: list[dict]) -> list[str]:
     for line in of(lines, "mixed"):
         mixed, dense, packed = (line[name]["us"] for name in ("mixed", "dense", "packed"))
         result.append(
-            f"{line['model']} T={line['rows']}, half leave at depth {line['depth']}: {mixed:.0f} us, "
-            f"{line['x_floor']:.2f} x floor; all dense {dense:.0f}, all packed {packed:.0f}"
+            f"{line['model']} T={line['rows']}, half leave at {line['depth']}: {mixed:.0f} us, "
+            f"{line['x_floor']:.2f} x floor; all dense {dense:.0f}, packed {packed:.0f}"
         )
     return result
 

@@ -407,7 +407,7 @@ def test_cycles_are_told_in_the_summary():
     said = suite_summary.summary(lines)
     assert "| 8B, 4 x 1 | 10855 | 11000 | 1.013 (1.06 met) | 5300 | 1.62 | 2.09 (1.9 met) |" in said
     assert "MISSED" not in said and "more lines in the log" not in said
-    assert "8B T=8, half leave at depth 4: 3000 us, 1.10 x floor; all dense 3000, all packed 3000" in said
+    assert "8B T=8, half leave at 4: 3000 us, 1.10 x floor; all dense 3000, packed 3000" in said
     assert "failures: 1\n8B lossless cycles: no" in said
     slow = steps.cycle_fields("8B", 4, 1, 3000, gpu.Time(11700.0, 0.1, 1), full)
     said = suite_summary.summary([{"part": "steps", "record": "cycle", **slow}])
