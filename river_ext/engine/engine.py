@@ -229,14 +229,15 @@ class Engine:
 
     def _end_cancelled(self) -> None:
         with self._lock:
-            ending = list(self._ending)
+            count = len(self._ending)
+            # some may have ended by themselves
+            ending = [running for running in self._ending if self._known.get(running.id) is running]
         for running in ending:
-            if self._known.get(running.id) is running:  # it may have ended by itself
-                if not running.sequence.finish_reason:
-                    running.sequence.end("cancelled")
-                self._end(running)
+            if not running.sequence.finish_reason:
+                running.sequence.end("cancelled")
+            self._end(running)
         with self._lock:
-            del self._ending[: len(ending)]
+            del self._ending[:count]
 
     def _admit(self) -> None:
         """Queued requests into free slots, first come, first served."""
