@@ -45,7 +45,7 @@ def starts(monkeypatch):
     """(prompt length, where the prefill begins) of each answer."""
     seen, make = [], engine_module.Prefill
 
-    def counted(network, cache, slot, request, start):
+    def counted(network, cache, slot, request, start, progress):
         seen.append((len(request.prompt), start))
         return make(network, cache, slot, request, start)
 

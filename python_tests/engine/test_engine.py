@@ -294,7 +294,7 @@ def prefilled(monkeypatch):
     """Where the prefill of each request begins."""
     starts, make = [], engine_module.Prefill
 
-    def counted(network, cache, slot, request, start):
+    def counted(network, cache, slot, request, start, progress):
         starts.append(start)
         return make(network, cache, slot, request, start)
 

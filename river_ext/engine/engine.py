@@ -71,6 +71,7 @@ class Engine:
             max_len = min(DEFAULT_POSITIONS, config.max_length)
         self.max_len = integer("max_len", max_len, 1, config.max_length)
         self.reuse_prompts = flag("reuse_prompts", reuse_prompts)
+        self.progress = False  # show on standard error how far long prompts are
         self._memory = Memory(network, self.slots, self.max_len)
         self._decoders = {
             name: decoder(self._memory, together=batch_policy == "min")
@@ -204,7 +205,9 @@ class Engine:
                 running.slot, start = self._choose_slot(running.sequence.request.prompt)
                 self._free.remove(running.slot)
                 request = running.sequence.request
-                running.prefill = Prefill(self.network, self._memory.cache, running.slot, request, start)
+                running.prefill = Prefill(
+                    self.network, self._memory.cache, running.slot, request, start, self.progress
+                )
                 self._prefilling.append(running)
 
     def _work_on_prompts(self) -> list[Event]:
