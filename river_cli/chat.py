@@ -52,6 +52,7 @@ class Conversation:
 
     def __init__(self, engine, system: str | None, options: dict, as_json: bool):
         self.engine, self.options, self.as_json = engine, options, as_json
+        engine.progress = True
         self._first = [{"role": "system", "content": system}] if system else []
         self.forget()
 

@@ -81,6 +81,7 @@ class Engine:
             max_len = min(DEFAULT_POSITIONS, config.max_length)
         self.max_len = integer("max_len", max_len, 1, config.max_length)
         self.reuse_prompts = flag("reuse_prompts", reuse_prompts)
+        self.progress = False  # show on standard error how far long prompts are
         self._memory = Memory(network, self.slots, self.max_len)
         self._decoders = {
             name: decoder(self._memory, together=batch_policy == "min")
@@ -224,12 +225,12 @@ class Engine:
     def _begin_anew(self) -> None:
         """All go on from the tokens that they have: what a step computes depends on nothing else."""
         self._memory.synchronise()
-        for place in (self._steps, self._cycles, self._prefilling, self._queue, self._ending):
+        for place in (self._steps, self._cycles, self._prefilling):
             place.clear()
         with self._lock:
             everyone = list(self._known.values())
-            self._queue.extend(running for running in everyone if running.slot < 0)
-            self._ending += [
+            self._queue = deque(running for running in everyone if running.slot < 0)
+            self._ending = [
                 running for running in everyone if running.cancelled or running.sequence.finish_reason
             ]
         self._free = [slot for slot in range(self.slots) if slot not in {one.slot for one in everyone}]
@@ -242,14 +243,15 @@ class Engine:
 
     def _end_cancelled(self) -> None:
         with self._lock:
-            ending = list(self._ending)
+            count = len(self._ending)
+            # some may have ended by themselves
+            ending = [running for running in self._ending if self._known.get(running.id) is running]
         for running in ending:
-            if self._known.get(running.id) is running:  # it may have ended by itself
-                if not running.sequence.finish_reason:
-                    running.sequence.end("cancelled")
-                self._end(running)
+            if not running.sequence.finish_reason:
+                running.sequence.end("cancelled")
+            self._end(running)
         with self._lock:
-            del self._ending[: len(ending)]
+            del self._ending[:count]
 
     def _admit(self) -> None:
         """Queued requests into free slots, first come, first served."""
@@ -271,7 +273,12 @@ class Engine:
             with memory_for("the prompt"):
                 if running.prefill is None:
                     running.prefill = Prefill(
-                        self.network, self._memory.cache, running.slot, sequence.request, running.start
+                        self.network,
+                        self._memory.cache,
+                        running.slot,
+                        sequence.request,
+                        running.start,
+                        self.progress,
                     )
                 new = running.prefill.advance(self._prefill_rows if others else math.inf)
         except RiverError as error:
@@ -314,7 +321,9 @@ class Engine:
 
     def _end(self, running: Running) -> None:
         """Its last event, which is that of its last token unless it failed; and its slot is free."""
-        own = [event for event in self._events[-1:] if event.id is running.id and not running.sequence.error]
+        own = [event for event in self._events[-1:] if event.id is running.id and event.output is None]
+        if running.sequence.error:
+            own = []
         before = len(self._events) - len(own)
         last = Event(running.id, own[0].piece if own else None, running.sequence.output())
         self._steps.drop(running)
