@@ -544,6 +544,7 @@ REFUSED = {
     "too long": ([1] * 50, {"max_new_tokens": 15}, "65 positions; the model has 64"),
     "one too long": ([[1], [1] * 50], {"max_new_tokens": 15}, "65 positions; the model has 64"),
     "no new tokens": ([1], {"max_new_tokens": 0}, "max_new_tokens=0"),
+    "huge count": ([1], {"max_new_tokens": 10**5000}, "max_new_tokens=a int that cannot be shown"),
     "float count": ([1], {"max_new_tokens": 2.0}, "max_new_tokens=2.0"),
     "nan threshold": ([1], {"threshold": math.nan}, "threshold=nan"),
     "nan threshold of one": ([[1], [2]], {"threshold": [0.5, math.nan]}, "threshold=nan"),

@@ -565,6 +565,30 @@ def test_an_engine_comes_back_idle(model, monkeypatch, control):
     assert len(model._engines.idle) == 1
 
 
+def test_an_engine_waits_for_its_steps_before_it_is_freed(model, monkeypatch):
+    waited, engine = [], model.engine(slots=1, max_len=32, exit_control="device")
+    engine.submit(PROMPTS[1], max_new_tokens=9)
+    engine.step()
+    engine.step()
+    monkeypatch.setattr(Memory, "synchronise", lambda memory: waited.append(True))
+    del engine
+    assert waited == [True]
+
+
+def test_logits_are_copied_on_the_stream_of_the_caller(model, monkeypatch):
+    """Whose they are from then on; the next step waits for the copy."""
+    calls, memory = [], Memory(model.network, 1, 8)
+    monkeypatch.setattr(Memory, "lead_caller", lambda memory: calls.append("lead"))
+    monkeypatch.setattr(Memory, "follow_caller", lambda memory: calls.append("follow"))
+
+    class Logits:
+        def clone(self):
+            calls.append("clone")
+
+    HostDecoder(memory).copied(Logits())
+    assert calls == ["lead", "clone", "follow"]
+
+
 def test_an_engine_that_does_not_fit_makes_room_first(model, monkeypatch):
     model.generate(PROMPTS[0], max_new_tokens=3, exit_control="device")
     old, alive = weakref.ref(idle(model)._memory.cache), []
