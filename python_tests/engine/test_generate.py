@@ -434,7 +434,7 @@ def test_stream_is_a_stream(monkeypatch):
     """A piece arrives before the next token is computed."""
     steps, step = [], HostDecoder.step
     monkeypatch.setattr(HostDecoder, "step", lambda *a, **k: steps.append(1) or step(*a, **k))
-    stream = random_model().stream(PROMPTS[1], max_new_tokens=5)
+    stream = random_model().stream(PROMPTS[1], max_new_tokens=5, exit_control="host")
     assert (stream.output.tokens, stream.output.finish_reason) == ([], None)
     for count, piece in enumerate(stream):
         assert len(steps) == count

@@ -17,6 +17,8 @@ from river_ext.engine import decoder, graph
 from river_ext.engine.decoder import DeviceDecoder, HostDecoder
 from river_ext.engine.engine import Engine
 from river_ext.engine.graph import Memory, Runner, backbone_part, tail_part, whole_steps
+from river_ext.engine.request import request
+from river_ext.engine.step import Row
 from river_ext.errors import RiverError
 
 LAYERS, VOCAB = 4, 80
@@ -712,14 +714,20 @@ def test_an_engine_that_is_used_again_takes_the_control_of_the_call(model, repla
 
 
 def test_auto(model, monkeypatch):
+    """The host where a CPU has nothing to decide: no row can leave, or all of them do at once."""
     engine = model.engine(slots=1, max_len=8)
 
-    def chosen(device, control):
+    def chosen(device, control, **options):
+        asked = request(model.config, None, [1], {"max_new_tokens": 2, **options})
         monkeypatch.setattr(model.network, "device", torch.device(device))
-        engine.use(control)
-        return type(engine._steps.decoder)
+        engine.exit_control = control
+        return type(engine._decoder_for([Row(1, 1, 0, asked, 1)]))
 
-    assert chosen("cpu", "auto") is HostDecoder
-    assert chosen("cpu", "device") is DeviceDecoder
+    assert chosen("cpu", "auto") is DeviceDecoder
+    for nothing in ({"mode": "full"}, {"mode": "full_w4"}, {"threshold": math.inf}, {"threshold": 1.0}):
+        assert chosen("cpu", "auto", **nothing) is HostDecoder
+        assert chosen("cpu", "device", **nothing) is DeviceDecoder
+        assert chosen("cuda", "auto", **nothing) is DeviceDecoder
     assert chosen("cuda", "auto") is DeviceDecoder
-    assert chosen("cuda", "host") is HostDecoder
+    for device in ("cpu", "cuda"):
+        assert chosen(device, "host") is HostDecoder

@@ -20,7 +20,7 @@ from ..checks import choice, flag, integer, short
 from ..errors import RiverError, memory_for
 from ..loading.text import Text
 from .batch import Batch, Running
-from .decoder import DeviceDecoder, HostDecoder
+from .decoder import Decoder, DeviceDecoder, HostDecoder
 from .exit_rule import BATCH_POLICIES
 from .graph import Memory
 from .lossless import LosslessDecoder
@@ -28,7 +28,7 @@ from .network import Network
 from .prefill import Prefill
 from .request import Request, request
 from .sequence import GenerationOutput, Piece, Sequence
-from .step import RowOutput
+from .step import Row, RowOutput
 
 EXIT_CONTROLS = {"host": HostDecoder, "device": DeviceDecoder}
 DEFAULT_POSITIONS = 4096  # of a slot, where nobody says and the model has as many
@@ -87,9 +87,10 @@ class Engine:
             name: decoder(self._memory, together=batch_policy == "min")
             for name, decoder in EXIT_CONTROLS.items()
         }
-        self._steps = Batch(self._decoders["host"])
-        self._cycles = Batch(LosslessDecoder(self._memory))  # of requests in lossless mode
-        self.use(exit_control)
+        lossless = LosslessDecoder(self._memory)
+        self.exit_control = exit_control
+        self._steps = Batch(self._decoder_for)
+        self._cycles = Batch(lambda rows: lossless)  # of requests in lossless mode
         self._lock = threading.Lock()  # of what other threads see: the queue, the ids, what is cancelled
         self._stepping = threading.Lock()
         self._ids, self._closed = count(), False
@@ -207,11 +208,16 @@ class Engine:
         if hasattr(self, "_memory"):
             self._memory.synchronise()  # steps in flight still write to what is freed now
 
-    def use(self, exit_control: str) -> None:
-        """The control of exits; no request is on its way."""
-        if exit_control == "auto":
-            exit_control = "host" if self.network.device.type == "cpu" else "device"
-        self._steps.decoder = self._decoders[exit_control]
+    def _decoder_for(self, rows: list[Row]) -> Decoder:
+        """Who decides over the exits of these rows, which changes no result.
+
+        Where a CPU has nothing to decide, the host's steps have fewer and plainer calls.
+        """
+        if self.exit_control != "auto":
+            return self._decoders[self.exit_control]
+        rules = [row.request.rule for row in rows]
+        decides = any(rule.limit > 0 and not rule.never_leaves for rule in rules)
+        return self._decoders["device" if decides or self.network.device.type == "cuda" else "host"]
 
     # --- a step -------------------------------------------------------------------------------------------
 
