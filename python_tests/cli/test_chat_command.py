@@ -126,7 +126,7 @@ def test_an_answer_may_fill_the_conversation(chat, monkeypatch, room):
 def test_an_answer_may_be_as_long_as_the_model_takes(chat, directory, wanted):
     """A model of fewer positions than a conversation may have."""
     code, out, err = chat(FIRST, options=("--max-new-tokens", wanted, "--mode", "full"))
-    assert (code, err) == (0, "") and out == answers(directory, FIRST)[0] + "\n"
+    assert (code, err) == (0, "") and out.startswith(answers(directory, FIRST)[0])
 
 
 def test_what_is_refused_is_no_turn(chat, monkeypatch, directory):
