@@ -52,6 +52,7 @@ class Conversation:
 
     def __init__(self, engine, system: str | None, options: dict, as_json: bool):
         self.engine, self.options, self.as_json = engine, options, as_json
+        engine.progress = True
         self._first = [{"role": "system", "content": system}] if system else []
         self.forget()
 
@@ -75,17 +76,18 @@ class Conversation:
 
     def _stream(self, messages: list[dict]) -> GenerationOutput:
         tokens = self.engine.text.chat(messages)
+        # the last new token takes no position of the slot, but one of the model
         room = min(self.engine.max_len + 1, self.engine.network.config.max_length) - len(tokens)
         wanted = self.options.get("max_new_tokens", 256)
         options = self.options | {"max_new_tokens": min(wanted, room) if room > 0 else wanted}
         request = self.engine.submit(tokens, **options)
         while self.engine.busy:
             try:
-                for event in self.engine.step():
+                events = self.engine.step()
+                output = events[-1].output if events else None
+                for event in events:
                     if event.piece and not self.as_json:
                         print(printable(event.piece.text), end="", flush=True)
-                    if event.output:
-                        output = event.output
             except KeyboardInterrupt:  # ends the answer, not the conversation
                 with suppress(RiverError):
                     self.engine.cancel(request)

@@ -36,7 +36,7 @@ def run(arguments) -> None:
     elif arguments.compare:
         _generate_and_compare(arguments, model, prompts, options)
     elif arguments.json or len(prompts) > 1:
-        outputs = model.generate(prompts, **options)
+        outputs = model.generate(prompts, progress=True, **options)
         if arguments.json:
             print_json({**model_facts(model), "options": options, "outputs": _outputs(prompts, outputs)})
         else:
@@ -46,7 +46,7 @@ def run(arguments) -> None:
         if not arguments.json:
             note(_summary(model, outputs))
     else:
-        stream = model.stream(prompts[0], **options)
+        stream = model.stream(prompts[0], progress=True, **options)
         for piece in stream:
             print(printable(piece.text), end="", flush=True)
         print()
@@ -93,15 +93,20 @@ def _print_texts(prompts: Sequence[str], outputs: Sequence) -> None:
 
 def _summary(model, outputs: Sequence) -> str:
     depths = [depth for output in outputs for depth in output.exit_depths]
-    mean = sum(depths) / len(depths)
-    return (
-        f"{len(depths)} new tokens, mean exit depth {mean:.2f} of {model.config.num_hidden_layers} layers; "
-        "--compare shows speed and agreement with full depth"
-    )
+    drafts = sum(output.stats.drafts for output in outputs)
+    if drafts:
+        steps = sum(output.stats.steps for output in outputs)
+        decoded = sum(output.stats.new_tokens - 1 for output in outputs)
+        right = sum(output.stats.accepted_drafts for output in outputs) / drafts
+        how = f"{decoded / steps:.2f} per backbone pass, {right:.0%} of the drafts were right"
+    else:
+        mean = sum(depths) / len(depths)
+        how = f"mean exit depth {mean:.2f} of {model.config.num_hidden_layers} layers"
+    return f"{len(depths)} new tokens, {how}; --compare shows speed and agreement with full depth"
 
 
 def _generate_and_compare(arguments, model, prompts: list, options: dict) -> None:
-    settings, common = _three_settings(model, options)
+    settings, common = _settings(model, options)
     shown = []
     rows = evaluate.evaluate(
         model,
@@ -120,8 +125,8 @@ def _generate_and_compare(arguments, model, prompts: list, options: dict) -> Non
     print(f"Together, at batch {len(prompts)}, on {machine(model)}.")
 
 
-def _three_settings(model, options: dict) -> tuple[list, dict]:
-    """Full depth, full W4 and River, and the options that they have in common."""
+def _settings(model, options: dict) -> tuple[list, dict]:
+    """Full depth, lossless, full W4 and River, and the options that they have in common."""
     own = {name: options[name] for name in ("min_layers", "prefill", "river_head") if name in options}
     threshold = options.get("threshold", Options.threshold)
     common = {name: v for name, v in options.items() if name not in ("mode", "threshold", *own)}
@@ -132,7 +137,7 @@ def _show_demo(arguments, model, options: dict) -> None:
     """Held-out prompts through the river, then what that costs and gains."""
     seed = options.get("seed", 0)
     items = demo_items(DEMO_PROBLEMS, DEMO_FUNCTIONS, seed)
-    settings, common = _three_settings(model, {"max_new_tokens": evaluate.DEMO_NEW_TOKENS} | options)
+    settings, common = _settings(model, {"max_new_tokens": evaluate.DEMO_NEW_TOKENS} | options)
     river = settings[-1]
     shown = []
 
@@ -168,7 +173,7 @@ def _print_demo_item(item, text: str) -> None:
 
 
 def _print_comparison(model, rows: Sequence, outputs: Sequence) -> None:
-    """The table of the three settings, the river's exit depths, and its agreement with full depth."""
+    """The table of the settings, the river's exit depths, and its agreement with full depth."""
     river = rows[-1]
     print_table(result_table(rows))
     print(f"\nExit depths of {river.name}, {river.new_tokens} tokens:")

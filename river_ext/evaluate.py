@@ -1,9 +1,8 @@
 """Quality and speed beside each other: the rows of every table that this project prints.
 
-A table has a row for each setting of one model: full depth, which is the reference, full W4, which is the
-river's ceiling in speed, and the river. The settings take turns on every prompt, so that whatever else the
-machine does meets all of them alike. Prompts run one at a time: in a batch, "min" would let one row decide
-over the exits of another.
+A table has a row for each setting of one model: full depth, which is the reference, lossless decoding, which
+gives the same tokens, full W4, which is the river's ceiling in speed, and the river. The settings take turns
+on every prompt, so that whatever else the machine does meets all of them alike. Prompts run one at a time.
 """
 
 import math
@@ -98,10 +97,10 @@ def full_name(model: Model) -> str:
 
 
 def settings_of(model: Model, thresholds: Sequence[float], **options) -> list[Setting]:
-    """The two bounds that every table shows, and the river at some thresholds, with its other options."""
+    """Full depth, the same by lossless decoding, full W4, and the river at some thresholds and options."""
     rivers = [Setting(f"River {t:g}", {"mode": "river", "threshold": t, **options}) for t in thresholds]
-    bounds = [Setting(full_name(model), {"mode": "full"}), Setting("full W4", {"mode": "full_w4"})]
-    return bounds + rivers
+    modes = {full_name(model): "full", "lossless": "lossless", "full W4": "full_w4"}
+    return [Setting(name, {"mode": mode}) for name, mode in modes.items()] + rivers
 
 
 def demo_items(problems: int, functions: int, seed: int = 0) -> list[Item]:

@@ -127,6 +127,7 @@ class Model:
         logprobs: int | None = None,
         return_logits: bool = False,
         exit_control: str = "auto",
+        progress: bool = False,
     ) -> GenerationOutput | list[GenerationOutput]:
         """Continues one prompt, or any number: up to 8 run together, the others wait.
 
@@ -171,6 +172,7 @@ class Model:
                 back, by CUDA graphs per part of the backbone and per exit depth; or on the "device", by
                 graphs of two whole steps. "auto" is "host" on the CPU, where a graph is a call of its ops,
                 and "device" on a GPU, which is predicted to be the faster but not yet measured.
+            progress: show on standard error how far a prompt is, if it takes long.
         """
         options = dict(
             max_new_tokens=max_new_tokens, threshold=threshold, min_layers=min_layers, prefill=prefill,
@@ -178,10 +180,16 @@ class Model:
             temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p, seed=seed, stop=stop,
             stop_tokens=stop_tokens, logprobs=logprobs, return_logits=return_logits,
         )  # fmt: skip
-        return generate(self._engines, prompt, options, batch_policy, exit_control)
+        return generate(self._engines, prompt, options, batch_policy, exit_control, progress)
 
     def stream(
-        self, prompt: str | Sequence, *, batch_policy: str = "row", exit_control: str = "auto", **options
+        self,
+        prompt: str | Sequence,
+        *,
+        batch_policy: str = "row",
+        exit_control: str = "auto",
+        progress: bool = False,
+        **options,
     ) -> Stream:
         """`generate` for one prompt, with the same options, piece by piece: (text, token, exit_depth).
 
@@ -189,7 +197,7 @@ class Model:
         character that spans several tokens comes with its last one; what may be the beginning of a stop
         string is held back until it is certain. An error is raised in place of the next piece.
         """
-        return Stream(self._engines, prompt, options, batch_policy, exit_control)
+        return Stream(self._engines, prompt, options, batch_policy, exit_control, progress)
 
     @names_keywords
     @memory_for("the cache of the engine's slots")

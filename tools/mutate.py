@@ -98,6 +98,20 @@ MUTANTS = [
         "test_cuda_kernels.py -k lm_head",
     ),
     Mutant(
+        "many rows forget the columns before",
+        "csrc/cpu/isa/strips.h",
+        "if (begin > 0) RIVER_UNROLL",
+        "if (begin > end) RIVER_UNROLL",
+        "test_linear.py -k any_number_of_rows",
+    ),
+    Mutant(
+        "a place twice, rows apart",
+        "csrc/ops/layers.cpp",
+        "return place(i) < place(j);",
+        "return i < j;",
+        "test_decoder_block.py -k bad_arguments",
+    ),
+    Mutant(
         "similarity unscaled too far",
         "csrc/cpu/isa/similarity.h",
         "max >= 0x1p-40f && max <= 0x1p40f",

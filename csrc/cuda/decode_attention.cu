@@ -86,8 +86,8 @@ struct SplitMerge {
   RIVER_DEVICE const float* partial(int q, int split) const {
     return partials.at(shared.of[q].row, shared.of[q].head, split);
   }
-  RIVER_DEVICE float& largest(int q, int s) const { return reinterpret_cast<float*>(shared.score[q])[s]; }
-  RIVER_DEVICE float& weights(int q, int s) const { return reinterpret_cast<float*>(shared.score[q])[kMerged + s]; }
+  RIVER_DEVICE float& largest(int q, int s) const { return shared.score[q][s]; }
+  RIVER_DEVICE float& weights(int q, int s) const { return shared.score[q][kMerged + s]; }
   RIVER_DEVICE int count_from(int first) const { return min(kMerged, rows.splits() - first); }
 
   // Of the splits from `first` on: the largest score and the sum of weights; 0 where there is no such split

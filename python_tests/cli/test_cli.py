@@ -3,6 +3,7 @@
 import json
 import os
 import random
+import re
 import shlex
 import shutil
 import subprocess
@@ -87,10 +88,10 @@ def test_generate_compare(river, river_json):
     code, out, _ = river("generate", "--demo", PROMPT, "def f", *SHORT, "--compare")
     assert code == 0
     heads = [line.split("  ")[0] for line in out.splitlines()]
-    assert {"full bf16", "full W4", "River 0.5"} <= set(heads)
+    assert {"full bf16", "lossless", "full W4", "River 0.5"} <= set(heads)
     assert "tokens/s" in out and "Exit depths of River 0.5, 12 tokens" in out and "batch 2" in out
     document = river_json("generate", "--demo", PROMPT, *SHORT, "--compare")
-    assert [row["name"] for row in document["rows"]] == ["full bf16", "full W4", "River 0.5"]
+    assert [row["name"] for row in document["rows"]] == ["full bf16", "lossless", "full W4", "River 0.5"]
     assert document["outputs"][0]["tokens"] == demo_model().generate(PROMPT, max_new_tokens=6).tokens
 
 
@@ -108,8 +109,8 @@ def test_the_demo(river):
 def test_the_demo_json(river_json):
     document = river_json("generate", "--demo", *SHORT)
     assert len(document["outputs"]) == 6
-    assert [row["name"] for row in document["rows"]] == ["full bf16", "full W4", "River 0.5"]
-    assert document["rows"][2]["equal_tokens"]["total"] >= 36
+    assert [row["name"] for row in document["rows"]] == ["full bf16", "lossless", "full W4", "River 0.5"]
+    assert document["rows"][3]["equal_tokens"]["total"] >= 36
     assert document["rows"][0]["accuracy"].keys() == {"problems", "functions"}
 
 
@@ -378,7 +379,7 @@ def test_eval(river, short_answers):
     code, out, _ = river("eval", "--demo", "--problems", "2", "--functions", "1", "--thresholds", "0.5,0.9")
     assert code == 0
     heads = [line.split("  ")[0] for line in out.splitlines()]
-    names = ["full bf16", "full W4", "River 0.5", "River 0.9"]
+    names = ["full bf16", "lossless", "full W4", "River 0.5", "River 0.9"]
     assert [head for head in heads if head in names] == names
     for expected in ("problems", "functions", "same output", "KL, nats", "exit depth", "tokens/s"):
         assert expected in out
@@ -387,11 +388,12 @@ def test_eval(river, short_answers):
 
 def test_eval_json(river_json, short_answers):
     document = river_json("eval", "--demo", "--problems", "1", "--functions", "1")
-    assert len(document["rows"]) == 7
+    assert len(document["rows"]) == 8
     assert document["batch"] == 1 and document["problems"] == 1 and document["seconds"] > 0
-    first, second = document["rows"][:2]
-    assert first["kl"] == 0 and first["equal_sequences"]["value"] == 1
-    assert second["options"] == {"mode": "full_w4"} and second["mean_exit_depth"] == 0
+    first, second, third = document["rows"][:3]
+    for row in (first, second):
+        assert row["kl"] == 0 and row["equal_sequences"]["value"] == 1
+    assert third["options"] == {"mode": "full_w4"} and third["mean_exit_depth"] == 0
 
 
 def test_eval_of_one_kind_and_of_another_model(river_json, short_answers, tmp_path):
@@ -457,3 +459,13 @@ def test_bugs_keep_their_traceback(monkeypatch):
 def test_as_a_module(module):
     done = subprocess.run([sys.executable, "-m", module, "--version"], capture_output=True, text=True)
     assert (done.returncode, done.stdout) == (0, f"river {__version__}\n")
+
+
+def test_what_is_said_of_lossless_decoding(river):
+    code, out, err = river("generate", "--demo", PROMPT, *SHORT, "--mode", "lossless", "--draft-tokens", "3")
+    assert code == 0
+    assert re.match(
+        r"6 new tokens, \d\.\d\d per backbone pass, \d+% of the drafts were right; --compare", err
+    )
+    full = river("generate", "--demo", PROMPT, *SHORT, "--mode", "full")
+    assert full[1] == out and "mean exit depth 16.00 of 16 layers" in full[2]

@@ -3,9 +3,12 @@
 import itertools
 import math
 import random
+import sys
 import threading
 from collections import deque
+from contextlib import suppress
 from functools import partial
+from pathlib import Path
 
 import pytest
 import torch
@@ -382,6 +385,149 @@ def test_one_thread_steps_at_a_time(monkeypatch):
     assert refused == [1]
 
 
+# --- what goes wrong in a step ------------------------------------------------------------------------------
+
+
+class Cut(KeyboardInterrupt):
+    """What no code of the engine catches."""
+
+
+class Interrupts:
+    """Raises Cut once, at call `number` that code of the engine's steps makes or gets an answer of."""
+
+    def __init__(self, number: int):
+        self.left, self.where = number, None
+
+    def __enter__(self):
+        sys.setprofile(self.look)
+
+    def __exit__(self, *_):
+        sys.setprofile(None)
+
+    def look(self, frame, event, _):
+        name, code = Path(frame.f_code.co_filename).name, frame.f_code
+        if event not in ("call", "c_return") or name not in ENGINE_FILES or code.co_name == "step":
+            return
+        self.left -= 1
+        if self.left == 0:
+            self.where = f"{name}:{frame.f_lineno}"
+            raise Cut
+
+
+ENGINE_FILES = {path.name for path in Path(engine_module.__file__).parent.glob("*.py")} - {"sequence.py"}
+
+
+@pytest.mark.parametrize("control", CONTROLS)
+@pytest.mark.parametrize("modes", [("river", "full_w4"), ("lossless",), ("full", "lossless")], ids=str)
+def test_an_interrupt_anywhere_in_a_step_changes_nothing(monkeypatch, control, modes):
+    """But where a sequence takes a token: that one request ends there, see the next test."""
+    monkeypatch.setitem(engine_module.PREFILL_ROWS, "cpu", 2)
+    model, places = random_model(), set()
+    for number in range(1, 3000, 97):
+        generator = random.Random(number)
+        engine = model.engine(slots=3, max_len=POSITIONS, exit_control=control)
+        requests = [
+            (random_prompt(generator.randint(1, 9), generator.randrange(1000)),
+             {"mode": generator.choice(modes), "max_new_tokens": generator.randint(1, 6), "threshold": 0.6})
+            for _ in range(6)
+        ]  # fmt: skip
+        for request, (prompt, options) in enumerate(requests):
+            engine.submit(prompt, id=request, **options)
+        outputs, interrupts = {}, Interrupts(number)
+        for _ in range(200):
+            with suppress(Cut), interrupts:
+                for event in engine.step():
+                    if event.output:
+                        assert event.id not in outputs
+                        outputs[event.id] = event.output
+        places.add(interrupts.where)
+        assert not engine.busy and sorted(engine._free) == [0, 1, 2], interrupts.where
+        for request, (prompt, options) in enumerate(requests):
+            mode = options["mode"].replace("lossless", "full")
+            expected = oracle(model, prompt, **options | {"mode": mode})
+            assert same(outputs[request], expected), interrupts.where
+    assert len(places) > 12
+
+
+@pytest.mark.parametrize("mode", ["river", "lossless"])
+def test_a_request_whose_token_cannot_be_taken_ends_alone(monkeypatch, mode):
+    """A tokenizer that fails, say: the step raises, and the next one tells."""
+    model = demo_model()
+    options = {"max_new_tokens": 12, "mode": mode}
+    alone = model.generate("def add(x):", **options)
+    engine = model.engine(slots=2, max_len=256)
+    engine.submit(QUESTION, id="bad", **options)
+    engine.submit("def add(x):", id="good", **options)
+    bad = engine._known["bad"].sequence
+    feed, calls = bad._stream.feed, []
+
+    def failing(token):
+        calls.append(token)
+        if len(calls) == 4:
+            raise ZeroDivisionError("in the tokenizer")
+        return feed(token)
+
+    monkeypatch.setattr(bad._stream, "feed", failing)
+    with pytest.raises(ZeroDivisionError):
+        drain(engine, {})
+    outputs = drain(engine, {})
+    assert outputs["bad"].finish_reason == "error" and "in the tokenizer" in outputs["bad"].error
+    assert outputs["good"].tokens == alone.tokens and outputs["good"].text == alone.text
+
+
+def test_a_prompt_that_does_not_fit_the_memory_ends_alone(monkeypatch):
+    model = random_model()
+    advance = engine_module.Prefill.advance
+
+    def short_of_memory(prefill, *rows):
+        if len(prefill.request.prompt) == 9:
+            raise MemoryError
+        return advance(prefill, *rows)
+
+    monkeypatch.setattr(engine_module.Prefill, "advance", short_of_memory)
+    engine = model.engine(slots=2, max_len=POSITIONS)
+    for length in (3, 9, 4):
+        engine.submit(random_prompt(length), id=length, max_new_tokens=5)
+    outputs = drain(engine, {})
+    assert outputs[9].error == "not enough memory for the prompt (MemoryError)" and outputs[9].tokens == []
+    assert all(same(outputs[n], oracle(model, random_prompt(n), max_new_tokens=5)) for n in (3, 4))
+
+
+def test_short_prompts_do_not_hold_up_those_that_decode():
+    """However many are waiting: after each eighth at the latest."""
+    engine = random_model().engine(slots=2, max_len=16)
+    engine.submit([1], id="running", max_new_tokens=8)
+    while not engine.step():
+        pass
+    for number in range(80):
+        engine.submit([2], id=number, max_new_tokens=1)
+    ids = [event.id for event in engine]
+    assert [place for place, id in enumerate(ids) if id == "running"] == [9 * n + 8 for n in range(7)]
+
+
+def test_closing_waits_for_the_step_of_another_thread(monkeypatch):
+    engine = random_model().engine(slots=1, max_len=16)
+    engine.submit([1], max_new_tokens=2)
+    work, closing = engine._work_on_prompts, threading.Thread(target=engine.close)
+
+    def meanwhile():
+        closing.start()
+        closing.join(0.05)
+        assert closing.is_alive()
+        work()
+
+    monkeypatch.setattr(engine, "_work_on_prompts", meanwhile)
+    assert len(engine.step()) == 1
+    closing.join()
+    assert not engine.busy
+
+
+def test_an_id_that_is_no_key():
+    engine = random_model().engine(slots=1, max_len=16)
+    with pytest.raises(RiverError, match="id is a list; accepted: what can be a key"):
+        engine.cancel([])
+
+
 # --- prompts that begin alike -----------------------------------------------------------------------------
 
 
@@ -390,7 +536,7 @@ def prefilled(monkeypatch):
     """Where the prefill of each request begins."""
     starts, make = [], engine_module.Prefill
 
-    def counted(network, cache, slot, request, start):
+    def counted(network, cache, slot, request, start, progress):
         starts.append(start)
         return make(network, cache, slot, request, start)
 
@@ -427,11 +573,11 @@ def test_a_rotation_that_depends_on_the_length_is_not_taken_over(prefilled):
     scaling = (("rope_type", "dynamic"), ("factor", 8.0))
     model = random_model(rope_scaling=scaling, max_position_embeddings=32)
     engine = model.engine(slots=1, max_len=64, reuse_prompts=True)
-    for length in (20, 31, 40, 45):
+    for length in (20, 31, 40, 45, 30, 31):
         engine.submit(random_prompt(45, 1)[:length], id=0, max_new_tokens=2, mode="full")
         output = drain(engine, {})[0]
         assert same(output, oracle(model, random_prompt(45, 1)[:length], max_new_tokens=2, mode="full"))
-    assert prefilled == [0, 20, 0, 0]
+    assert prefilled == [0, 20, 0, 0, 0, 30]
 
 
 def test_of_a_prompt_that_was_cancelled_nothing_is_taken_over(prefilled, monkeypatch):

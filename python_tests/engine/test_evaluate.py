@@ -66,9 +66,17 @@ def test_kl_divergence():
 
 def test_settings():
     settings = settings_of(demo_model(), [0.5, 0.95], min_layers=2)
-    assert [setting.name for setting in settings] == ["full bf16", "full W4", "River 0.5", "River 0.95"]
-    assert settings[1].options == {"mode": "full_w4"}
-    assert settings[3].options == {"mode": "river", "threshold": 0.95, "min_layers": 2}
+    assert [setting.name for setting in settings] == [
+        "full bf16",
+        "lossless",
+        "full W4",
+        "River 0.5",
+        "River 0.95",
+    ]
+    assert [setting.options for setting in settings[:3]] == [
+        {"mode": mode} for mode in ("full", "lossless", "full_w4")
+    ]
+    assert settings[4].options == {"mode": "river", "threshold": 0.95, "min_layers": 2}
 
 
 def test_demo_items():
@@ -96,7 +104,13 @@ def test_the_reference_row(evaluated):
 
 def test_rows_are_the_modes(evaluated):
     items, _, outputs = evaluated
-    modes = [{"mode": "full"}, {"mode": "full_w4"}, {"threshold": -2}, {"threshold": math.inf}]
+    modes = [
+        {"mode": "full"},
+        {"mode": "lossless"},
+        {"mode": "full_w4"},
+        {"threshold": -2},
+        {"threshold": math.inf},
+    ]
     for item, of_settings in zip(items, outputs, strict=True):
         for mode, output in zip(modes, of_settings, strict=True):
             alone = demo_model().generate(item.prompt, max_new_tokens=NEW_TOKENS, **mode)
@@ -105,15 +119,17 @@ def test_rows_are_the_modes(evaluated):
 
 
 def test_a_model_does_not_diverge_from_itself(evaluated):
+    """Nor in lossless mode; and a threshold that nothing exceeds is full depth."""
     _, rows, _ = evaluated
-    assert rows[3].kl == 0.0
-    assert rows[3].equal_sequences == Share(3, 3)
+    for row in (rows[1], rows[4]):
+        assert row.kl == 0.0 and row.mean_exit_depth == 16
+        assert row.equal_sequences == Share(3, 3)
 
 
 def test_divergence_follows_the_sequence_of_the_reference(evaluated):
     """Also where a setting generates something else by itself."""
     items, rows, outputs = evaluated
-    for index, mode in ((1, {"mode": "full_w4"}), (2, {"threshold": -2})):
+    for index, mode in ((2, {"mode": "full_w4"}), (3, {"threshold": -2})):
         found = []
         for item, of_settings in zip(items, outputs, strict=True):
             tokens = demo_model().text.encode(item.prompt)
@@ -125,9 +141,9 @@ def test_divergence_follows_the_sequence_of_the_reference(evaluated):
 
 def test_depths_and_agreement(evaluated):
     _, rows, outputs = evaluated
-    full_w4, river = rows[1], rows[2]
+    full_w4, river = rows[2], rows[3]
     assert full_w4.mean_exit_depth == 0
-    depths = [depth for of_settings in outputs for depth in of_settings[2].exit_depths]
+    depths = [depth for of_settings in outputs for depth in of_settings[3].exit_depths]
     assert river.mean_exit_depth == pytest.approx(statistics.fmean(depths))
     assert set(depths) == {1, 16}, "16 for the first tokens, which the prefill gives"
     assert river.equal_exited_tokens.total == len(depths) - 3
@@ -196,7 +212,7 @@ def test_table_and_json(evaluated):
     for head in ("problems", "functions", "same output", "KL, nats", "exit depth", "tokens/s", "speed"):
         assert head in lines[0]
     assert lines[1].startswith("full bf16") and "16.00" in lines[1] and "1.00 x" in lines[1]
-    document = rows[2].as_dict()
+    document = rows[3].as_dict()
     assert json.loads(json.dumps(document)) == document
     assert document["name"] == "River -2" and document["options"]["threshold"] == -2
     assert document["accuracy"][PROBLEMS].keys() == {"count", "total", "value", "standard_error"}

@@ -466,7 +466,7 @@ def test_an_unknown_keyword_is_answered_with_the_closest_one():
         model.score(PROMPTS[1], promt_length=1)
     with pytest.raises(TypeError, match="no argument 'dtyp'; accepted: path, device, dtype, river; did you"):
         river_ext.load(dtyp="float32")
-    with pytest.raises(TypeError, match="exit_control$"):
+    with pytest.raises(TypeError, match="progress$"):
         model.generate(PROMPTS[1], wxyz=1)
 
 

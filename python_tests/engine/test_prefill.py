@@ -7,7 +7,7 @@ import torch
 from decoding import asked, one_at_a_time
 from tiny_model import demo_model, random_model, random_prompt
 
-from river_ext import ops
+from river_ext import ops, progress
 from river_ext.engine import prefill
 from river_ext.engine.cache import KVCache
 from river_ext.engine.exit_rule import PrefillPolicy
@@ -188,3 +188,16 @@ def test_positions_that_are_there_are_not_computed(monkeypatch, policy, start):
     assert new[:3] == expected[:3] and torch.equal(new.logits, expected.logits)
     for part in ("k", "v"):
         assert torch.equal(getattr(again, part)[:, 1], getattr(cache, part)[:, 1])
+
+
+def test_a_long_prompt_shows_how_far_it_is(monkeypatch, capsys):
+    """Every piece of work counts once; elsewhere than on a terminal in plain lines."""
+    monkeypatch.setattr(prefill.OpsPrompt, "rows_at_a_time", 8)
+    monkeypatch.setattr(progress, "LINE_EVERY", 0.0)
+    model = random_model()
+    model.generate(random_prompt(20), max_new_tokens=2, progress=True)
+    lines = capsys.readouterr().err.splitlines()
+    assert lines == [f"prompt: {done} of {3 * LAYERS}" for done in range(1, 3 * LAYERS + 1)]
+    model.generate(random_prompt(20), max_new_tokens=2)
+    list(model.stream(random_prompt(20), max_new_tokens=2))
+    assert capsys.readouterr().err == ""

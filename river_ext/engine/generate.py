@@ -39,7 +39,9 @@ class Engines:
         self.idle: deque[Engine] = deque(maxlen=1)
 
     @contextmanager
-    def lend(self, requests: list[Request], batch_policy: str, exit_control: str) -> Iterator[Engine]:
+    def lend(
+        self, requests: list[Request], batch_policy: str, exit_control: str, progress: bool = False
+    ) -> Iterator[Engine]:
         """The idle engine if it fits the requests, else a new one; it is idle again afterwards."""
         slots = power_of_two(min(len(requests), ops.MAX_ROWS))
         positions = max(request.positions for request in requests)
@@ -51,6 +53,7 @@ class Engines:
                 batch_policy=batch_policy, exit_control=exit_control,
             )  # fmt: skip
         engine.use(exit_control)
+        engine.progress = progress
         try:
             yield engine
         finally:
@@ -66,13 +69,13 @@ class Engines:
 
 
 def generate(
-    engines: Engines, prompt, options: Mapping, batch_policy: str, exit_control: str
+    engines: Engines, prompt, options: Mapping, batch_policy: str, exit_control: str, progress: bool = False
 ) -> GenerationOutput | list[GenerationOutput]:
     """One output for one prompt, a list for a list; an error of one prompt alone is raised."""
     Engine.check(batch_policy, exit_control)
     asked = requests(engines.network.config, engines.text, prompt, options)
     outputs = dict.fromkeys(range(len(asked)))
-    with engines.lend(asked, batch_policy, exit_control) as engine:
+    with engines.lend(asked, batch_policy, exit_control, progress) as engine:
         for number, one in enumerate(asked):
             engine.add(Sequence(one, engines.text), number)
         for event in engine:
@@ -84,13 +87,21 @@ def generate(
 class Stream:
     """Iterates over the pieces of one prompt's generation, each as soon as it is certain."""
 
-    def __init__(self, engines: Engines, prompt, options: Mapping, batch_policy: str, exit_control: str):
+    def __init__(
+        self,
+        engines: Engines,
+        prompt,
+        options: Mapping,
+        batch_policy: str,
+        exit_control: str,
+        progress: bool = False,
+    ):
         if is_batch(prompt):
             raise RiverError("stream takes one prompt, not a list of prompts; generate takes a list")
         Engine.check(batch_policy, exit_control)
         (asked,) = requests(engines.network.config, engines.text, prompt, options)
         self._sequence = Sequence(asked, engines.text)
-        self._pieces = _pieces(engines, self._sequence, batch_policy, exit_control)
+        self._pieces = _pieces(engines, self._sequence, batch_policy, exit_control, progress)
 
     def __iter__(self) -> "Stream":
         return self
@@ -104,9 +115,11 @@ class Stream:
         return self._sequence.output()
 
 
-def _pieces(engines: Engines, sequence: Sequence, batch_policy: str, exit_control: str) -> Iterator[Piece]:
+def _pieces(
+    engines: Engines, sequence: Sequence, batch_policy: str, exit_control: str, progress: bool
+) -> Iterator[Piece]:
     """A function, not a method: the engine goes back when the stream that holds this is dropped."""
-    with engines.lend([sequence.request], batch_policy, exit_control) as engine:
+    with engines.lend([sequence.request], batch_policy, exit_control, progress) as engine:
         engine.add(sequence)
         for event in engine:
             if event.piece is None:

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from .. import ops
+from ..progress import progress_bar
 from .cache import KVCache
 from .matmul import MatmulPrompt
 from .network import Network, Place
@@ -51,7 +52,8 @@ class Prefill:
     """Fills the positions of a prompt in all layers, and draws the first new token.
 
     Positions before `start` hold K and V already. The new token's exit depth is the prompt's, its
-    similarities are those of the last prompt token.
+    similarities are those of the last prompt token. With `progress`, standard error shows how far it is, if
+    it takes long.
     """
 
     def __init__(
@@ -61,8 +63,9 @@ class Prefill:
         slot: int,
         request: Request,
         start: int = 0,
+        progress: bool = False,
     ):
-        self.network, self.request, self.start = network, request, start
+        self.network, self.request, self.start, self.progress = network, request, start, progress
         kind = MatmulPrompt if network.device.type == "cuda" else OpsPrompt
         self._prompt = kind(network, cache, slot, start, len(request.prompt))
         self._pieces = self._run()
@@ -80,6 +83,14 @@ class Prefill:
 
     def _run(self) -> Iterator[int]:
         """Yields after each piece the number of its rows; the value is the new token."""
+        rows = len(self.request.prompt) - self.start
+        pieces = math.ceil(rows / self._prompt.rows_at_a_time) * self.network.config.num_hidden_layers
+        with progress_bar("prompt", pieces, self.progress) as self._done_piece:
+            hidden, similarities = yield from self._layers()
+        return self._first_token(hidden[-1:], similarities)
+
+    def _layers(self) -> Iterator[int]:
+        """The value: hidden states after all layers, and the last token's similarities of the backbone's."""
         policy, rule = self.request.prefill, self.request.rule
         tokens = torch.tensor(self.request.prompt[self.start :], device=self.network.device)
         hidden, similarities = self.network.embed(tokens), []
@@ -94,13 +105,14 @@ class Prefill:
         depth = len(similarities)
         for index in range(depth, self.network.config.num_hidden_layers):
             hidden = yield from self._layer(self._prompt.exit_layer(index), hidden)
-        return self._first_token(hidden[-1:], torch.cat(similarities).tolist() if depth else [])
+        return hidden, torch.cat(similarities).tolist() if depth else []
 
     def _layer(self, piece: Piece, hidden: Tensor) -> Iterator[int]:
         """All rows through one layer: the value is [rows, hidden_size]."""
         blocks = []
         for block in hidden.split(self._prompt.rows_at_a_time):
             blocks.append(piece(len(blocks) * self._prompt.rows_at_a_time, block))
+            self._done_piece()
             yield len(block)
         return torch.cat(blocks)
 

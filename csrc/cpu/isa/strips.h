@@ -151,8 +151,11 @@ struct Columns<DType::kBFloat16> {
 };
 #endif
 
-// Adds the products of columns `begin` to `end` - 1 of R output rows with T rows of a block: acc[r * T + t]
-template <DType D, int R, int T>
+constexpr int kRowsAhead = 8;  // output rows from those in use to those asked for, into L2
+
+// Adds the products of columns `begin` to `end` - 1 of R output rows with T rows of a block: acc[r * T + t]. A hot strip
+// is in L2 already.
+template <DType D, bool kHot, int R, int T>
 [[gnu::always_inline]] inline void add_products(const char* weight, const Operand& x, int t0, int begin, int end,
                                                 Sum (&acc)[R * T]) {
   using Columns = ::Columns<D>;
@@ -170,7 +173,7 @@ template <DType D, int R, int T>
   int k = begin;
   for (; k + Columns::kCount <= end; k += Columns::kCount)
     step([&](const char* row) {
-      __builtin_prefetch(row + R * row_bytes + k * river::size_of(D), 0, 2);  // the next output rows, into L2
+      if (!kHot) __builtin_prefetch(row + kRowsAhead * row_bytes + k * river::size_of(D), 0, 2);
       return Columns::load_weight(row, k);
     });
   if (k < end) step([&](const char* row) { return Columns::load_last(row, k, end); });
@@ -211,16 +214,16 @@ constexpr int kDenseVectors = kPieces == 1 ? river::kMaxRows : kSums / 4;
 constexpr int rows_at_once(int vectors) { return vectors <= 2 ? kSums / 2 : vectors <= 6 ? kSums / 4 : 3; }
 
 // All columns at once: out[t0 + t][r] for T rows of a block
-template <DType D, int T>
+template <DType D, bool kHot, int T>
 inline void dense_vectors(const char* weight, int count, const Operand& x, int t0, StripOut& out) {
   for_rows<rows_at_once(T)>(count, [&]<int R>(int r0) {
     Sum acc[R * T];
-    add_products<D, R, T>(weight + r0 * x.cols * river::size_of(D), x, t0, 0, x.cols, acc);
+    add_products<D, kHot, R, T>(weight + r0 * x.cols * river::size_of(D), x, t0, 0, x.cols, acc);
     put_sums<R, T>(acc, t0, r0, out);
   });
 }
 
-// The same with so many columns at once that L1 holds those of the rows while all output rows go by
+// The same of a hot strip, with so many columns at once that L1 holds those of the rows while all output rows go by
 template <DType D, int T>
 inline void dense_vectors_by_parts(const char* weight, int count, const Operand& x, int t0, StripOut& out) {
   f32x16 sums[river::kTileRows * T];  // of the columns before `begin`
@@ -229,7 +232,7 @@ inline void dense_vectors_by_parts(const char* weight, int count, const Operand&
     for_rows<rows_at_once(T)>(count, [&]<int R>(int r0) {
       Sum acc[R * T];
       if (begin > 0) RIVER_UNROLL for (int i = 0; i < R * T; i++) acc[i] = Sum{sums[r0 * T + i]};
-      add_products<D, R, T>(weight + r0 * x.cols * river::size_of(D), x, t0, begin, end, acc);
+      add_products<D, true, R, T>(weight + r0 * x.cols * river::size_of(D), x, t0, begin, end, acc);
       if (end == x.cols) return put_sums<R, T>(acc, t0, r0, out);
       RIVER_UNROLL for (int i = 0; i < R * T; i++) sums[r0 * T + i] = acc[i].all();
     });
@@ -238,12 +241,13 @@ inline void dense_vectors_by_parts(const char* weight, int count, const Operand&
 
 void dense_strip(DType dtype, const void* weight, int count, const Operand& x, int first, StripOut& out) {
   const Operand block = block_of(dtype, x, first);
-  const bool hot = x.rows > river::kMaxRows;  // the strip is in L2; else it comes from memory, best in one go
+  const bool hot = x.rows > river::kMaxRows;  // else it comes from memory, best in one go
   with_dtype(dtype, [&]<DType D>() {
     for_vectors<kDenseVectors>(block.rows, [&]<int T>(int t0) {
       const auto* rows = static_cast<const char*>(weight);
-      if (T > 4 && hot && x.cols > kPart<D>) dense_vectors_by_parts<D, T>(rows, count, block, t0, out);
-      else dense_vectors<D, T>(rows, count, block, t0, out);
+      if (!hot) dense_vectors<D, false, T>(rows, count, block, t0, out);
+      else if (x.cols <= kPart<D>) dense_vectors<D, true, T>(rows, count, block, t0, out);
+      else dense_vectors_by_parts<D, T>(rows, count, block, t0, out);
     });
   });
 }

@@ -5,9 +5,10 @@
 // The functions of SplitAttention stand in the order in which a block calls them. A warp takes 16 positions at a time.
 // - Scores: rows of a product are positions. A lane's 16 bytes of K are the operands of two products, with the dims in
 //   another order, which a sum over them does not notice.
-// - Softmax: a warp per query head, in fp32. A weight becomes the sum of two 16-bit numbers: 16 bits and more.
-// - Values: rows of a product are dims, 64 to a warp; columns of V are the positions. Warps with the same dims have
-//   different positions, and their sums are added in order.
+// - Softmax: a warp per query head, in fp32.
+// - Values: rows of a product are dims, 64 to a warp; columns of V are the positions. A weight goes in as the sum of
+//   16-bit numbers, as many as its fp32 bits need. Warps with the same dims have different positions, and their sums
+//   are added in order.
 //
 // A column takes no notice of the others, and positions lie where they lie whoever sees them, so that a row gets the
 // same bits alone. One product could still carry something over: zero times a V that is not finite. Where a row does
@@ -23,7 +24,7 @@ constexpr int kAttentionWarps = kAttentionThreads / kWarp;
 constexpr int kColumns = 8;    // query heads of a product
 constexpr int kTile = 16;      // positions of a product
 constexpr int kWarpDims = 64;  // dims of V that a warp takes
-constexpr int kScores = 260;   // words between query heads in shared memory: keeps lanes on different banks
+constexpr int kScores = 260;   // fp32 between query heads in shared memory: keeps lanes on different banks
 
 // Of a block that works for up to kTiles * kColumns query heads at a time
 template <int kDims, int kTiles>
@@ -36,9 +37,9 @@ struct AttentionMemory {
   };
 
   alignas(16) uint16_t query[kQueries][kDims + 32];  // padded: keeps lanes on different banks
-  alignas(16) uint32_t score[kQueries][kScores];  // scores, fp32; then weights, two 16-bit numbers; then values, fp32,
-                                                  // [warps with the same dims, kDims]. In the merge: factors of splits
-  float state[kQueries][2];                       // kLargest, kSum
+  alignas(16) float score[kQueries][kScores];  // scores; then weights; then values, [warps with the same dims, kDims].
+                                               // In the merge: factors of splits
+  float state[kQueries][2];                    // kLargest, kSum
   Query of[kQueries];
   Query row[kMaxRows];  // the rows of the slot; head is not used
 };
@@ -60,9 +61,10 @@ RIVER_DEVICE uint32_t word(const uint4& v, int i) { return i == 0 ? v.x : i == 1
 
 template <class T, int kDims, int kTiles>
 struct SplitAttention {
-  static constexpr int kChunks = kDims / 32;                // of K, that four lanes load together
-  static constexpr int kSides = kDims / kWarpDims;          // warps with different dims of V
-  static constexpr int kShares = kAttentionWarps / kSides;  // warps with the same dims
+  static constexpr int kChunks = kDims / 32;                      // of K, that four lanes load together
+  static constexpr int kSides = kDims / kWarpDims;                // warps with different dims of V
+  static constexpr int kShares = kAttentionWarps / kSides;        // warps with the same dims
+  static constexpr int kTerms = std::is_same_v<T, bf16> ? 3 : 2;  // of a weight: 8 bits each, or 11
   static_assert(kShares * kDims <= kScores && kMaxSplit <= kScores);
 
   struct Keys {
@@ -141,16 +143,13 @@ struct SplitAttention {
   RIVER_DEVICE void softmax() const {
     __syncthreads();
     for (int q = warp_id(); q < queries; q += kAttentionWarps) {
-      uint32_t (&weight)[kScores] = shared.score[q];
+      float (&weight)[kScores] = shared.score[q];
       float largest = -INFINITY, sum = 0;
-      for (int i = lane_id(); i < rows.size; i += kWarp) largest = fmaxf(largest, __uint_as_float(weight[i]));
+      for (int i = lane_id(); i < rows.size; i += kWarp) largest = fmaxf(largest, weight[i]);
       largest = warp_max(largest);
       for (int i = lane_id(); i < rows.size; i += kWarp) {
-        const float score = __uint_as_float(weight[i]);
-        const float w = score == -INFINITY ? 0.f : expf(score - largest);
-        const T high = from_float<T>(w);
-        weight[i] = pair<T>(from_float<T>(w - to_float(high)), high);
-        sum += w;
+        weight[i] = weight[i] == -INFINITY ? 0.f : expf(weight[i] - largest);
+        sum += weight[i];
       }
       sum = warp_sum(sum);
       if (lane_id() == 0) shared.state[q][Partials::kLargest] = largest, shared.state[q][Partials::kSum] = sum;
@@ -193,7 +192,7 @@ struct SplitAttention {
       if (split < query.first / rows.size || split > query.last / rows.size) continue;
       float total = 0;
 #pragma unroll
-      for (int n = 0; n < kShares; n++) total += __uint_as_float(shared.score[q][n * kDims + d]);
+      for (int n = 0; n < kShares; n++) total += shared.score[q][n * kDims + d];
       float* partial = partials.at(query.row, query.head, split - query.first / rows.size);
       partial[Partials::kValues + d] = total;
       if (d < 2) partial[d] = shared.state[q][d];
@@ -255,8 +254,21 @@ struct SplitAttention {
         const int q = n * kColumns + 2 * part() + j % 2, at = i + line() + 8 * (j / 2);
         const int first = shared.of[q].first, last = shared.of[q].last;
         const bool sees = keys.valid[j / 2] && begin + at >= first && begin + at <= last;
-        shared.score[q][at] = __float_as_uint(sees ? sum[j] * a.softmax_scale : -INFINITY);
+        shared.score[q][at] = sees ? sum[j] * a.softmax_scale : -INFINITY;
       }
+    }
+  }
+
+  // The weights of four positions as sums of 16-bit numbers, the largest first: the operands of a product
+  RIVER_DEVICE static void split_weights(float4 w, uint32_t (&terms)[kTerms][2]) {
+    float rest[4] = {w.x, w.y, w.z, w.w};
+#pragma unroll
+    for (int term = 0; term < kTerms; term++) {
+      T part[4];
+#pragma unroll
+      for (int k = 0; k < 4; k++) part[k] = from_float<T>(rest[k]), rest[k] -= to_float(part[k]);
+      terms[term][0] = pair<T>(part[0], part[1]);
+      terms[term][1] = pair<T>(part[2], part[3]);
     }
   }
 
@@ -266,9 +278,8 @@ struct SplitAttention {
 #pragma unroll
     for (int n = 0; n < kTiles; n++) {
       if (n >= tiles) break;
-      const auto w = *reinterpret_cast<const uint4*>(&shared.score[n * kColumns + line()][i + 4 * part()]);
-      const uint32_t high[2] = {high_halves(w.x, w.y), high_halves(w.z, w.w)};
-      const uint32_t low[2] = {low_halves(w.x, w.y), low_halves(w.z, w.w)};
+      uint32_t weights[kTerms][2];
+      split_weights(*reinterpret_cast<const float4*>(&shared.score[n * kColumns + line()][i + 4 * part()]), weights);
       const bool kept[2] = {mine(n * kColumns + 2 * part()), mine(n * kColumns + 2 * part() + 1)};
 #pragma unroll
       for (int j = 0; j < 4; j++) {
@@ -279,8 +290,8 @@ struct SplitAttention {
         float total[4];
 #pragma unroll
         for (int k = 0; k < 4; k++) total[k] = sum[n][j][k];
-        mma_m16n8k16<T>(total, dims, high);
-        mma_m16n8k16<T>(total, dims, low);
+#pragma unroll
+        for (int term = 0; term < kTerms; term++) mma_m16n8k16<T>(total, dims, weights[term]);
 #pragma unroll
         for (int k = 0; k < 4; k++)
           if (kept[k % 2]) sum[n][j][k] = total[k];
