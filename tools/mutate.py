@@ -282,29 +282,29 @@ MUTANTS = [
     Mutant(
         "a part of a prompt is taken for all of it",
         "river_ext/engine/engine.py",
-        "        if running.prefill is not None:\n            return []\n",
-        "",
+        "if not sequence.tokens or self.network.scales",
+        "if self.network.scales",
         "test_engine.py -k cancelled_nothing",
     ),
     Mutant(
         "slots keep what they held before clear",
         "river_ext/engine/engine.py",
-        "            self._contents = [[] for _ in self._free]\n",
+        "        self._contents = [[] for _ in self._free]\n",
         "",
         "test_engine.py -k after_clear",
     ),
     Mutant(
         "requests in cycles survive clear",
         "river_ext/engine/engine.py",
-        "(self._queue, self._prefilling, self._steps, self._cycles):",
-        "(self._queue, self._prefilling, self._steps):",
+        "self._steps, self._cycles, self._ending, self._events",
+        "self._steps, self._ending, self._events",
         "test_engine.py -k left_after_clear",
     ),
     Mutant(
         "prompts hold up those that draft",
         "river_ext/engine/engine.py",
-        "others = self._steps or self._cycles",
-        "others = self._steps",
+        "sequence, others = running.sequence, self._steps or self._cycles",
+        "sequence, others = running.sequence, self._steps",
         "test_engine.py -k hold_up",
     ),
     Mutant(
@@ -317,8 +317,8 @@ MUTANTS = [
     Mutant(
         "the seconds of a prompt's last piece",
         "river_ext/engine/engine.py",
-        "running.sequence.prefill_seconds += time",
-        "running.sequence.prefill_seconds = time",
+        "sequence.prefill_seconds += time",
+        "sequence.prefill_seconds = time",
         "test_engine.py -k pieces",
     ),
     Mutant(
@@ -338,7 +338,7 @@ MUTANTS = [
     Mutant(
         "a slot is free before its steps end",
         "river_ext/engine/engine.py",
-        "        self._memory.lead_caller()  # steps in flight may still write to the slots\n",
+        "        self._memory.lead_caller()  # steps in flight may still write to the slot\n",
         "",
         "test_streams.py",
     ),
@@ -352,7 +352,7 @@ MUTANTS = [
     Mutant(
         "logits copied before they are there",
         "river_ext/engine/decoder.py",
-        "        with torch.cuda.stream(self.memory.stream):\n            copied = logits.clone()\n",
+        "        self.memory.lead_caller()\n        copied = logits.clone()\n",
         "        copied = logits.clone()\n",
         "test_streams.py",
     ),
