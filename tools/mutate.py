@@ -289,8 +289,8 @@ MUTANTS = [
     Mutant(
         "slots keep what they held before clear",
         "river_ext/engine/engine.py",
-        "        self._contents = [[] for _ in self._free]\n",
-        "",
+        "        self._contents = [EMPTY] * self.slots\n\n    def __enter__",
+        "\n    def __enter__",
         "test_engine.py -k after_clear",
     ),
     Mutant(

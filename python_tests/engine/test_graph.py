@@ -53,7 +53,7 @@ def idle(model) -> Engine:
 
 def runners(model, control):
     """By their number of rows."""
-    return idle(model)._decoders[control].runners
+    return idle(model)._decoders.by_control[control].runners
 
 
 def graphs(model, control):
@@ -713,15 +713,15 @@ def test_an_engine_that_is_used_again_takes_the_control_of_the_call(model, repla
         assert (whole_steps in replays) == (control == "device")
 
 
-def test_auto(model, monkeypatch):
+def test_auto(model):
     """The host where a CPU has nothing to decide: no row can leave, or all of them do at once."""
     engine = model.engine(slots=1, max_len=8)
 
     def chosen(device, control, **options):
         asked = request(model.config, None, [1], {"max_new_tokens": 2, **options})
-        monkeypatch.setattr(model.network, "device", torch.device(device))
-        engine.exit_control = control
-        return type(engine._decoder_for([Row(1, 1, 0, asked, 1)]))
+        engine._decoders.on_gpu = device == "cuda"
+        engine.use(control)
+        return type(engine._decoders.choose([Row(1, 1, 0, asked, 1)]))
 
     assert chosen("cpu", "auto") is DeviceDecoder
     for nothing in ({"mode": "full"}, {"mode": "full_w4"}, {"threshold": math.inf}, {"threshold": 1.0}):

@@ -20,7 +20,7 @@ from ..checks import choice, flag, integer, short
 from ..errors import RiverError, memory_for
 from ..loading.text import Text
 from .batch import Batch, Running
-from .decoder import Decoder, DeviceDecoder, HostDecoder
+from .decoder import EXIT_CONTROLS, StepDecoders
 from .exit_rule import BATCH_POLICIES
 from .graph import Memory
 from .lossless import LosslessDecoder
@@ -28,9 +28,8 @@ from .network import Network
 from .prefill import Prefill
 from .request import Request, request
 from .sequence import GenerationOutput, Piece, Sequence
-from .step import Row, RowOutput
+from .step import RowOutput
 
-EXIT_CONTROLS = {"host": HostDecoder, "device": DeviceDecoder}
 DEFAULT_POSITIONS = 4096  # of a slot, where nobody says and the model has as many
 # of a prompt, between two steps of those that decode: on a CPU a row costs a good part of a step
 PREFILL_ROWS = {"cpu": 32, "cuda": 512}
@@ -83,13 +82,12 @@ class Engine:
         self.reuse_prompts = flag("reuse_prompts", reuse_prompts)
         self.progress = False  # show on standard error how far long prompts are
         self._memory = Memory(network, self.slots, self.max_len)
-        self._decoders = {
-            name: decoder(self._memory, together=batch_policy == "min")
-            for name, decoder in EXIT_CONTROLS.items()
-        }
-        lossless = LosslessDecoder(self._memory)
-        self.exit_control = exit_control
-        self._steps = Batch(self._decoder_for)
+        self._decoders, lossless = (
+            StepDecoders(self._memory, batch_policy == "min"),
+            LosslessDecoder(self._memory),
+        )
+        self.use(exit_control)
+        self._steps = Batch(self._decoders.choose)
         self._cycles = Batch(lambda rows: lossless)  # of requests in lossless mode
         self._lock = threading.Lock()  # of what other threads see: the queue, the ids, what is cancelled
         self._stepping = threading.Lock()
@@ -186,8 +184,7 @@ class Engine:
                 return
             self._forget()
             self._closed = True
-            self._decoders.clear()
-            del self._memory, self._steps, self._cycles
+            del self._memory, self._decoders, self._steps, self._cycles
 
     def _forget(self) -> None:
         self._memory.synchronise()
@@ -208,16 +205,9 @@ class Engine:
         if hasattr(self, "_memory"):
             self._memory.synchronise()  # steps in flight still write to what is freed now
 
-    def _decoder_for(self, rows: list[Row]) -> Decoder:
-        """Who decides over the exits of these rows, which changes no result.
-
-        Where a CPU has nothing to decide, the host's steps have fewer and plainer calls.
-        """
-        if self.exit_control != "auto":
-            return self._decoders[self.exit_control]
-        rules = [row.request.rule for row in rows]
-        decides = any(rule.limit > 0 and not rule.never_leaves for rule in rules)
-        return self._decoders["device" if decides or self.network.device.type == "cuda" else "host"]
+    def use(self, exit_control: str) -> None:
+        """The control of exits from the next start of steps on."""
+        self._decoders.control = exit_control
 
     # --- a step -------------------------------------------------------------------------------------------
 

@@ -52,7 +52,7 @@ class Engines:
                 self.network, self.text, slots=slots, max_len=max_len,
                 batch_policy=batch_policy, exit_control=exit_control,
             )  # fmt: skip
-        engine.exit_control = exit_control
+        engine.use(exit_control)
         engine.progress = progress
         try:
             yield engine
