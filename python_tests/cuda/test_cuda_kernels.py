@@ -329,7 +329,7 @@ def test_attention_lengths(kernels, length):
 
 @pytest.mark.parametrize("dtype, share", [(torch.bfloat16, 1 / 1000), (torch.float16, 1 / 125)], ids=str)
 def test_attention_is_as_exact_as_fp32(kernels, dtype, share):
-    """Few outputs are rounded otherwise than those of fp64; fewer bits in the softmax give several times more."""
+    """Few outputs are rounded otherwise than those of fp64; fewer bits in the softmax give many more."""
     g = torch.Generator().manual_seed(0)
     query = torch.randn(8, 32, 128, generator=g).to(dtype)
     caches = [torch.randn(1, 8, 300, 128, generator=g).to(dtype) for _ in range(2)]
