@@ -76,17 +76,18 @@ class Conversation:
 
     def _stream(self, messages: list[dict]) -> GenerationOutput:
         tokens = self.engine.text.chat(messages)
-        room = self.engine.max_len + 1 - len(tokens)
+        # the last new token takes no position of the slot, but one of the model
+        room = min(self.engine.max_len + 1, self.engine.network.config.max_length) - len(tokens)
         wanted = self.options.get("max_new_tokens", 256)
         options = self.options | {"max_new_tokens": min(wanted, room) if room > 0 else wanted}
         request = self.engine.submit(tokens, **options)
         while self.engine.busy:
             try:
-                for event in self.engine.step():
+                events = self.engine.step()
+                output = events[-1].output if events else None
+                for event in events:
                     if event.piece and not self.as_json:
                         print(printable(event.piece.text), end="", flush=True)
-                    if event.output:
-                        output = event.output
             except KeyboardInterrupt:  # ends the answer, not the conversation
                 with suppress(RiverError):
                     self.engine.cancel(request)

@@ -1,6 +1,6 @@
 """What must be known of a GPU before anything else is measured on it. The suite gives each check a process.
 
-edges       kernels of a captured step may start before the kernels ahead of them have ended
+edges       kernels of captured steps and cycles may start before the kernels ahead of them have ended
 runtime     the static CUDA runtime of the extension works beside torch's
 stream      an op runs on torch's current stream, and in a capture on the captured one
 magic       the fp32 sums of W4 products are as exact as the format promises, the magic constant included
@@ -20,6 +20,7 @@ from bench.lib.models import TINY
 from bench.lib.weights import dense_weight, random_network
 from river_ext import ops
 from river_ext.engine.graph import Memory, Runner, whole_steps
+from river_ext.engine.lossless import CycleRunner, cycle
 
 # Relative errors of the sums; the output's own rounding is apart. Exact fp32 products would leave a tenth;
 # tensor cores cut off what they add up instead of rounding it, which about doubles that.
@@ -80,25 +81,34 @@ def check_stream() -> dict:
 
 
 def check_edges() -> dict:
-    """Of a step as `generate` captures it, with device control."""
+    """Of a step as `generate` captures it, with device control, and of a lossless cycle."""
     memory = Memory(random_network(TINY), slots=1, max_len=64)
-    runner = Runner(memory, rows=1, stop_tokens=4, together=False)
-    run = torch.inference_mode()(lambda: whole_steps(runner, count=1, filters=False))
-    with gpu.overlap("prefetch"):
-        graph = gpu.capture(run, keep_graph=True)
-    return edges_found(programmatic_edges(graph), torch.cuda.get_device_capability())
+    steps = Runner(memory, rows=1, stop_tokens=4, together=False)
+    cycles = CycleRunner(memory, requests=1, stop_tokens=4)
+    captured = {
+        "step": lambda: whole_steps(steps, count=1, filters=False),
+        "cycle": lambda: cycle(cycles, drafts=2, filters=False),
+    }
+    found = {}
+    for name, run in captured.items():
+        with gpu.overlap("prefetch"):
+            graph = gpu.capture(torch.inference_mode()(run), keep_graph=True)
+        found[name] = programmatic_edges(graph)
+    return edges_found(found, torch.cuda.get_device_capability())
 
 
-def edges_found(found: dict, capability: tuple[int, int]) -> dict:
-    if "not_run" in found:
-        return found | {"ok": True, "text": f"not counted: {found['not_run']}"}
-    early, count = found["programmatic"], found["edges"]
-    if early:
-        return found | {"ok": True, "text": f"{early} of {count} edges of a captured step are programmatic"}
-    text = (
-        f"0 of {count} edges of a captured step are programmatic: every kernel waits for the one ahead to end"
-    )
-    return found | {"ok": capability < (9, 0), "text": text}  # older chips have no such launch
+def edges_found(found: dict[str, dict], capability: tuple[int, int]) -> dict:
+    """Of programmatic_edges by what was captured."""
+    waits = [name for name, edges in found.items() if edges.get("programmatic") == 0]
+    said = [
+        f"{name}: not counted: {edges['not_run']}"
+        if "not_run" in edges
+        else f"{edges['programmatic']} of {edges['edges']} edges of a captured {name} are programmatic"
+        + (": every kernel waits for the one ahead to end" if name in waits else "")
+        for name, edges in found.items()
+    ]
+    # older chips have no such launch
+    return {"ok": not waits or capability < (9, 0), "text": "; ".join(said), "graphs": found}
 
 
 class EdgeData(ctypes.Structure):

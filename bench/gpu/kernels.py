@@ -19,6 +19,7 @@ from river_ext import ops
 from river_ext.engine.network import Layer, Network, Place
 
 INNER_K_TILES = 8  # of torch's int4 format
+VERIFIED = 5  # rows of one slot that share its cache: a verification of four drafts
 SMALL = 64  # pairs of vectors of the similarity
 
 
@@ -217,31 +218,39 @@ def measure_head(report: Report, model: str, args) -> None:
 def measure_attention(report: Report, model: str, args) -> None:
     for context in args.contexts:
         for rows in args.rows:
-            measure_attention_at(report, model, context, rows, args.repeats)
+            measure_attention_at(report, model, context, rows, 1, args.repeats)
+        measure_attention_at(report, model, context, 1, VERIFIED, args.repeats)
 
 
-def measure_attention_at(report: Report, model: str, context: int, rows: int, repeats: int) -> None:
-    """Launches rotate over the slots of a large cache."""
-    config = CONFIGS[model]
+def measure_attention_at(
+    report: Report, model: str, context: int, slots: int, per_slot: int, repeats: int
+) -> None:
+    """Rows at the last positions of each slot. Launches rotate over the slots of a large cache."""
+    config, rows = CONFIGS[model], slots * per_slot
     kv_heads, head_dim = config.num_key_value_heads, config.head_dim
-    size = rows * context * 4 * kv_heads * head_dim
+    size = slots * context * 4 * kv_heads * head_dim
     groups = gpu.copies(size)
-    k, v = (torch.randn(groups * rows, kv_heads, context, head_dim, dtype=torch.bfloat16) for _ in range(2))
+    k, v = (torch.randn(groups * slots, kv_heads, context, head_dim, dtype=torch.bfloat16) for _ in range(2))
     query = torch.randn(rows, config.num_attention_heads, head_dim, dtype=torch.bfloat16)
-    slots = torch.arange(groups * rows, dtype=torch.int32).split(rows)
-    positions = torch.full((rows,), context - 1, dtype=torch.int32)
+    places = torch.arange(groups * slots, dtype=torch.int32).repeat_interleave(per_slot).split(rows)
+    ends = torch.arange(context - per_slot, context, dtype=torch.int32)
+    positions = ends.repeat(slots)
+    mask = torch.arange(context) <= ends[:, None] if per_slot > 1 else None
 
-    def plain(pair):
-        return torch.nn.functional.scaled_dot_product_attention(query[:, :, None], *pair, enable_gqa=True)
+    def plain(pair, query=query):
+        by_slot = query.view(slots, per_slot, -1, head_dim).transpose(1, 2)
+        attention = torch.nn.functional.scaled_dot_product_attention
+        return attention(by_slot, *pair, attn_mask=mask, enable_gqa=True)
 
     def ours(some):
         return ops.decode_attention(query, k, v, some, positions)
 
-    pairs = list(zip(k.split(rows), v.split(rows), strict=True))
-    same("decode_attention", ours(slots[1]), plain(pairs[1])[:, :, 0])
-    time = report.time(ours, slots, size, repeats)
+    pairs = list(zip(k.split(slots), v.split(slots), strict=True))
+    expected = plain([part.float() for part in pairs[1]], query.float())
+    same("decode_attention", ours(places[1]), expected.transpose(1, 2).flatten(0, 1))
+    time = report.time(ours, places, size, repeats)
     peer = report.attempt("torch attention", lambda: gpu.time_rotated(plain, pairs, size, repeats))
-    more = {"context": context, "working_set_bytes": groups * size}
+    more = {"context": context, "rows_of_a_slot": per_slot, "working_set_bytes": groups * size}
     report("decode_attention", f"{model} {context}", rows, size, time, {"torch": peer}, **more)
 
 

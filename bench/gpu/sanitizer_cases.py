@@ -14,6 +14,9 @@ from bench.lib.models import TINY
 from bench.lib.weights import random_network
 from river_ext import ops
 from river_ext.engine.graph import Memory, Runner, whole_steps
+from river_ext.engine.lossless import CycleRunner, cycle
+from river_ext.engine.request import request
+from river_ext.engine.step import Row
 
 DONE = "all cases ran"
 
@@ -51,6 +54,7 @@ def attention() -> None:
     k, v = (random(2, 2, 300, 32) for _ in range(2))
     ops.decode_attention(random(3, 6, 32), k, v, int32(0, 1, -1), int32(299, 64, 0))
     ops.decode_attention(random(1, 6, 32), k, v, int32(1), int32(0), sliding_window=5)
+    ops.decode_attention(random(5, 6, 32), k, v, int32(1, 0, 1, 1, 1), int32(62, 9, 63, 64, 65))
 
 
 def heads() -> None:
@@ -74,12 +78,17 @@ def read_ring() -> None:
             ring.verify((1024, 256, 3, 2), mode)
 
 
-@torch.inference_mode()
-def layers_and_steps() -> None:
-    """Layers alone, and device-controlled steps: rows that leave after one layer, at once, and never."""
+def random_memory() -> Memory:
     memory = Memory(random_network(TINY), slots=2, max_len=64)
     memory.cache.k.normal_()
     memory.cache.v.normal_()
+    return memory
+
+
+@torch.inference_mode()
+def layers_and_steps() -> None:
+    """Layers alone, and device-controlled steps: rows that leave after one layer, at once, and never."""
+    memory = random_memory()
     hidden, one_row, both, layer = random(2, 192), int32(0, -1), int32(1, 0), memory.network.layers[0]
     for together in (True, False):
         runner = Runner(memory, rows=2, stop_tokens=4, together=together)
@@ -104,7 +113,19 @@ def start(runner: Runner, hidden, slots, thresholds: tuple[float, float], limit:
     runner.decision.limit.fill_(limit)
 
 
-def cycle() -> None:
+@torch.inference_mode()
+def whole_cycle() -> None:
+    """Of two requests, one of which wants a draft less."""
+    memory = random_memory()
+    asked = request(TINY, None, [0], {"mode": "lossless", "max_new_tokens": 20, "stop_tokens": ()})
+    runner = CycleRunner(memory, requests=2, stop_tokens=4)
+    runner.start([Row(5, 40, slot, asked, remaining=20) for slot in (1, 0)])
+    runner.want([2, 1])
+    memory.lead_caller()
+    cycle(runner, drafts=2, filters=True)
+
+
+def ends_of_a_cycle() -> None:
     """The ends of two drafts and of their verification, of a request that goes on and one that ends."""
     embed_tokens, (length, requests) = random(40, 200), (3, 2)
     drafts = torch.full((length, requests), -1).cuda()
@@ -126,7 +147,10 @@ def main() -> None:
     gpu.parser(__doc__.splitlines()[0]).parse_args()
     gpu.require_cuda(warm=False)
     os.environ["PYTORCH_NO_CUDA_MEMORY_CACHING"] = "1"  # torch looks at its first allocation
-    cases = similarity, w4_format, linears, heads, attention, read_ring, layers_and_steps, cycle
+    cases = [
+        similarity, w4_format, linears, heads, attention, read_ring, layers_and_steps, whole_cycle,
+        ends_of_a_cycle,
+    ]  # fmt: skip
     for mode in ("prefetch", "none"):
         with gpu.overlap(mode):
             for case in cases:

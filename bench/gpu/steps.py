@@ -7,29 +7,51 @@ Three times per exit depth, context and batch:
 What device control costs is `device` - `kernels`. Floors count the weights and the cache once, at the ring's
 read-only ceiling of this very run. A fixed depth d is threshold -2 with min_layers d; full bf16 is threshold
 inf; full W4 is limit 0. What the budgets ask comes first, there with every variant beside the default.
+
+Lossless cycles are timed in turns with full bf16 steps of the same requests. Random weights accept hardly a
+draft, which changes nothing in a cycle's time; the speed-up follows from that and from an assumed acceptance.
 """
 
 import math
 import statistics
+from collections.abc import Callable
+from functools import partial
 
 import torch
 
 from bench.gpu import ring
-from bench.gpu.suite_summary import step_lines, variant_lines
+from bench.gpu.suite_summary import cycle_lines, step_lines, variant_lines
 from bench.lib import clocks, gpu, variants
 from bench.lib.gpu import Time
-from bench.lib.models import BUDGETS, CONFIGS, Budget, exit_depths, step_bytes
+from bench.lib.models import (
+    BUDGETS,
+    CONFIGS,
+    CYCLE_BUDGET,
+    Budget,
+    cycle_bytes,
+    exit_depths,
+    mixed_bytes,
+    step_bytes,
+    tokens_of_cycle,
+)
 from bench.lib.peers import fill_cache
 from bench.lib.weights import random_network
 from river_ext import ops
 from river_ext.engine.generate import Engines, generate
 from river_ext.engine.graph import Memory, Runner, whole_steps
+from river_ext.engine.lossless import CycleRunner, cycle
 from river_ext.engine.network import Network
+from river_ext.engine.request import request
+from river_ext.engine.step import Row
 
 CONTEXT = 1024  # of the budgets, at batch 1
 STEPS = 2  # of one replay: device control captures two together, unless the variant paired_steps is off
 MARGIN = 128  # positions of the cache past the context; every step takes one
 TOKENS = (33, 97)  # generate's new tokens, short and long: the difference is decoding alone
+EARLY = 4  # the exit depth of every other row, where rows take both paths
+CYCLES = {1: (1, 2, 3, 4, 7), 2: (3,)}  # drafts of the lossless cycles, by requests
+ACCEPTANCES = (0.8, 0.93)  # of drafts, that are assumed
+COPIED_THROUGH = 0.9999  # no similarity of a row that is inactive is below, in any layer
 
 
 class Replays:
@@ -54,18 +76,20 @@ class Step:
         fill_cache(memory.cache)
         self.tokens = torch.randint(0, network.config.vocab_size, (rows,), device=network.device)
         self.layers = network.config.num_hidden_layers
-        self.set_depth(self.layers)
+        self.set_depths([self.layers] * rows)
         with variants.using(design):
             count = STEPS if ops._C.variants()["paired_steps"] else 1
             run = torch.inference_mode()(lambda: whole_steps(self.runner, count, filters=False))
             self.graph = Replays(gpu.capture(run), STEPS // count)
 
-    def set_depth(self, depth: int) -> None:
-        """By the rule itself, as a caller would."""
+    def set_depths(self, depths: list[int]) -> None:
+        """By the rule itself, as a caller would; one depth per row."""
         decision = self.runner.decision
-        decision.limit.fill_(self.layers if depth else 0)
-        decision.thresholds.fill_(-2.0 if depth < self.layers else math.inf)
-        decision.min_layers.fill_(max(depth, 1))
+        decision.limit.copy_(torch.tensor([self.layers if depth else 0 for depth in depths]))
+        decision.thresholds.copy_(
+            torch.tensor([-2.0 if depth < self.layers else math.inf for depth in depths])
+        )
+        decision.min_layers.copy_(torch.tensor([max(depth, 1) for depth in depths]))
         self.reset()
 
     @torch.inference_mode()
@@ -81,13 +105,13 @@ class Step:
         for state in (runner.decision.exited, runner.steps_taken):
             state.zero_()
 
-    def check(self, depth: int) -> None:
+    def check(self, depths: list[int]) -> None:
         """What the last replay did must be what was asked."""
         taken = int(self.runner.steps_taken.item())
         record = self.runner.records[(taken - 1) % len(self.runner.records)]
-        step, *depths = record[: 1 + self.rows].tolist()
-        if step != taken or set(depths) != {depth}:
-            raise SystemExit(f"steps: the device took step {step} at depths {depths}, not {taken} at {depth}")
+        step, *found = record[: 1 + self.rows].tolist()
+        if step != taken or found != depths:
+            raise SystemExit(f"steps: the device took step {step} at depths {found}, not {taken} at {depths}")
 
     @torch.inference_mode()
     def kernels_time(self, depth: int, repeats: int) -> Time:
@@ -103,15 +127,46 @@ class Step:
         return gpu.time_graph(gpu.capture(run), 1, repeats)
 
 
-def device_times(steps: dict[str, Step], depth: int, repeats: int) -> dict[str, Time]:
+class Cycle:
+    """The state of lossless cycles of some requests at one context, and the graph of one cycle."""
+
+    def __init__(self, network: Network, requests: int, context: int, drafts: int, repeats: int):
+        self.drafts, self.repeats = drafts, repeats  # cycles from one reset to the next
+        config, most = network.config, repeats * (drafts + 1) + 1  # more tokens than those cycles draw
+        memory = Memory(network, requests, context + most)
+        fill_cache(memory.cache)
+        self.runner = CycleRunner(memory, requests, stop_tokens=16)
+        asked = request(config, None, [0], {"mode": "lossless", "stop_tokens": (), "max_new_tokens": most})
+        tokens = torch.randint(0, config.vocab_size, (requests,)).tolist()
+        self.rows = [Row(token, context, slot, asked, remaining=most) for slot, token in enumerate(tokens)]
+        self.reset()
+        self.graph = gpu.capture(torch.inference_mode()(lambda: cycle(self.runner, drafts, filters=False)))
+
+    def reset(self) -> None:
+        self.runner.start(self.rows)
+        self.runner.want([self.drafts] * len(self.rows))
+        self.runner.memory.lead_caller()  # whose stream the replays are on
+
+    def check(self) -> None:
+        """The last cycle must have verified every draft, and no request may have ended before it."""
+        done = int(self.runner.cycles_done.item())
+        counts, _, similarities = self.runner.record(done, self.drafts)
+        idle = sum(min(row) > COPIED_THROUGH for row in zip(*similarities, strict=True))
+        if done != self.repeats or min(counts) < 1 or idle:
+            raise SystemExit(
+                f"steps: {done} of {self.repeats} cycles; the last gave {counts} tokens, {idle} rows inactive"
+            )
+
+
+def device_times(steps: dict[str, Step], depths: list[int], repeats: int) -> dict[str, Time]:
     """Of every design, in turns."""
     for step in steps.values():
-        step.set_depth(depth)
+        step.set_depths(depths)
     times = gpu.time_together(
         {design: (step.graph, STEPS, step.reset) for design, step in steps.items()}, repeats
     )
     for step in steps.values():
-        step.check(depth)
+        step.check(depths)
     return times
 
 
@@ -150,7 +205,7 @@ def measure(
     step = Step(network, rows, context)
     for depth in depths:
         kernels = step.kernels_time(depth, repeats)
-        device = device_times({variants.DEFAULT: step}, depth, repeats)[variants.DEFAULT]
+        device = device_times({variants.DEFAULT: step}, [depth] * rows, repeats)[variants.DEFAULT]
         line = step_fields(model, depth, context, rows, ceiling, device)
         line |= {
             "variant": variants.DEFAULT,
@@ -169,10 +224,69 @@ def compare(
     """A design in turns with the default, on the steps of the budgets."""
     steps = {name: Step(network, 1, CONTEXT, name) for name in (variants.DEFAULT, design)}
     for depth in depths:
-        times = device_times(steps, depth, repeats)
+        times = device_times(steps, [depth], repeats)
         line = step_fields(model, depth, CONTEXT, 1, ceiling, times[design])
         line |= {"variant": design, "beside_us": times[variants.DEFAULT].us}
         results("step", f"{text_of(line)}, default {line['beside_us']:.0f} us", **line)
+
+
+def measure_mixed(results: gpu.Results, ceiling: float, model: str, network: Network, repeats: int) -> None:
+    """Eight rows of which four leave early, each on its own, beside eight on the same path."""
+    config, rows = CONFIGS[model], ops.MAX_ROWS
+    step, layers = Step(network, rows, CONTEXT), config.num_hidden_layers
+    times = {
+        name: device_times({"": step}, depths * (rows // len(depths)), repeats)[""]
+        for name, depths in (("mixed", [EARLY, layers]), ("dense", [layers]), ("packed", [0]))
+    }
+    mixed, dense, packed = times.values()
+    size = mixed_bytes(config, EARLY, CONTEXT, rows)
+    floor = size / ceiling / 1e3
+    line = {
+        "model": model, "depth": EARLY, "rows": rows, "context": CONTEXT, "bytes": size, "floor_us": floor,
+        "x_floor": mixed.us / floor, **{name: time.fields() for name, time in times.items()},
+    }  # fmt: skip
+    text = (
+        f"{model} T={rows}, every other row leaves at depth {EARLY}: {mixed.us:.0f} us, "
+        f"{line['x_floor']:.3f} x floor; all dense {dense.us:.0f} us, all packed {packed.us:.0f} us"
+    )
+    results("mixed", text, **line)
+
+
+def measure_cycles(results: gpu.Results, ceiling: float, model: str, network: Network, repeats: int) -> None:
+    """In turns with full bf16 steps of as many rows as there are requests."""
+    for requests, choices in CYCLES.items():
+        full = Step(network, requests, CONTEXT)
+        cycles = {drafts: Cycle(network, requests, CONTEXT, drafts, repeats) for drafts in choices}
+        graphs = {drafts: (one.graph, 1, one.reset) for drafts, one in cycles.items()}
+        times = gpu.time_together(graphs | {"full": (full.graph, STEPS, full.reset)}, repeats)
+        full.check([full.layers] * requests)
+        for drafts, one in cycles.items():
+            one.check()
+            line = cycle_fields(model, drafts, requests, ceiling, times[drafts], times["full"])
+            results("cycle", cycle_text(line), **line)
+
+
+def cycle_fields(model: str, drafts: int, requests: int, ceiling: float, time: Time, full: Time) -> dict:
+    size = cycle_bytes(CONFIGS[model], drafts, CONTEXT, requests)
+    floor, asked = size / ceiling / 1e3, CYCLE_BUDGET
+    budget = asked if (asked.model, asked.drafts, 1) == (model, drafts, requests) else None
+    return {
+        "model": model, "drafts": drafts, "requests": requests, "context": CONTEXT, "bytes": size,
+        "ceiling_gb_s": ceiling, "floor_us": floor, "cycle": time.fields(), "full": full.fields(),
+        "x_floor": time.us / floor, "goal": budget and budget.goal,
+        # by the acceptance that is assumed, as the name of a field
+        "x_full": {str(a): tokens_of_cycle(drafts, a) * full.us / time.us for a in ACCEPTANCES},
+        "goal_x_full": budget and {str(budget.acceptance): budget.speed_up},
+    }  # fmt: skip
+
+
+def cycle_text(line: dict) -> str:
+    gains = ", ".join(f"{gain:.2f} at acceptance {at}" for at, gain in line["x_full"].items())
+    return (
+        f"{line['model']} cycle of {line['drafts']} drafts, {line['requests']} requests: "
+        f"{line['cycle']['us']:.0f} us (spread {line['cycle']['spread_percent']:.1f} %), "
+        f"{line['x_floor']:.3f} x floor; full step {line['full']['us']:.0f} us, x full: {gains}"
+    )
 
 
 def step_fields(model: str, depth: int, context: int, rows: int, ceiling: float, device: Time) -> dict:
@@ -210,6 +324,15 @@ def rest(args, asked: dict[str, list[Budget]]) -> list[tuple[str, int, int, list
     return cases
 
 
+def attempt(results: gpu.Results, model: str, what: str, measure: Callable[[], None]) -> None:
+    """What fails is recorded as not run: the numbers that follow are worth more."""
+    try:
+        measure()
+    except (Exception, SystemExit) as error:
+        reason = (str(error).splitlines() or [repr(error)])[0]
+        results("not run", f"{model} {what}: {reason}", model=model, what=what, reason=reason)
+
+
 def main() -> None:
     p = gpu.parser(__doc__.splitlines()[0])
     p.add_argument("--models", nargs="+", choices=CONFIGS, default=list(CONFIGS))
@@ -235,12 +358,11 @@ def main() -> None:
         networks[model] = random_network(CONFIGS[model])
         depths = [budget.depth for budget in asked[model]]
         measure(results, ceiling, model, networks[model], 1, CONTEXT, depths, args.repeats)
+        common = results, ceiling, model, networks[model]
+        attempt(results, model, "lossless cycles", partial(measure_cycles, *common, args.repeats))
+        attempt(results, model, "rows on both paths", partial(measure_mixed, *common, args.repeats))
         for design in variants.designs(args)[1:]:
-            try:
-                compare(results, ceiling, model, networks[model], design, depths, args.repeats)
-            except (Exception, SystemExit) as error:  # the default's numbers are worth more
-                reason = (str(error).splitlines() or [repr(error)])[0]
-                results("not run", f"{model} {design}: {reason}", model=model, variant=design, reason=reason)
+            attempt(results, model, design, partial(compare, *common, design, depths, args.repeats))
     for model, network in networks.items():
         for budget in () if args.no_generate else asked[model]:
             for control in ("host", "device"):
@@ -251,7 +373,8 @@ def main() -> None:
         measure(results, ceiling, model, networks[model], rows, context, depths, args.repeats)
     for model, network in networks.items():
         results("clocks", model=model, **clocks.under_load(Step(network, 1, 32).graph))
-    print("\n".join([*variant_lines(results.lines), *step_lines(results.lines)]))
+    for tables in (variant_lines, step_lines, cycle_lines):
+        print("\n".join(tables(results.lines)))
 
 
 if __name__ == "__main__":

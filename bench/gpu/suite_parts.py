@@ -10,7 +10,12 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
 CHECKS = ("edges", "runtime", "stream", "magic", "ring")  # of check.py
-TEST_FILES = ("test_gpu.py", "test_cuda_kernels.py")
+TESTS = {  # the files of each run
+    "engine": ("test_gpu.py",),
+    "kernels": (
+        "test_cuda_kernels.py", "test_sample_kernel.py", "test_lossless_kernels.py", "test_slot_rows.py"
+    ),
+}  # fmt: skip
 SANITIZER = "compute-sanitizer"
 
 
@@ -30,10 +35,12 @@ def script(name: str, *arguments: str) -> tuple[str, ...]:
     return ("-m", f"bench.gpu.{name}", *arguments)
 
 
-def tests(file: str) -> tuple[str, ...]:
+def tests(files: tuple[str, ...]) -> tuple[str, ...]:
     workers = ("-n", "6") if importlib.util.find_spec("xdist") else ()
-    wanted = ("-k", "not emulated", "-p", "bench.lib.record_tests", "-p", "no:cacheprovider")
-    return ("-m", "pytest", f"python_tests/cuda/{file}", "-q", "--tb=short", *wanted, *workers)
+    wanted = ("-k", "test_gpu.py or [cuda")  # the others are of the emulated GPU
+    plugins = ("-p", "bench.lib.record_tests", "-p", "no:cacheprovider")
+    paths = [f"python_tests/cuda/{file}" for file in files]
+    return ("-m", "pytest", *paths, "-q", "--tb=short", *wanted, *plugins, *workers)
 
 
 def measuring(name: str, limit: int, does: str, script_name: str = "", *arguments: str) -> Part:
@@ -56,7 +63,7 @@ PARTS = {
             "check", 40, "launch edges, static runtime, streams, W4 sums, the ring's ceiling",
             {name: script("check", name) for name in CHECKS},
         ),
-        Part("tests", 75, "the GPU tests", {file: tests(file) for file in TEST_FILES}, "pytest"),
+        Part("tests", 75, "the GPU tests", {name: tests(files) for name, files in TESTS.items()}, "pytest"),
         measuring("chain", 40, "boundaries between dependent kernels", "chain", "--quick"),
         measuring("quick", 50, "1B steps, each variant against the other", "steps", "--quick"),
         measuring("steps", 110, "steps against their floors, each variant against the other", "steps",

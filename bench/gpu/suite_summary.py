@@ -14,7 +14,8 @@ def summary(lines: list[dict]) -> str:
         clip(essential_lines(lines), 1600),
         clip(part_lines(lines), 1200),
         clip(kernel_lines(lines), 1300),
-        clip([*variant_lines(lines), *step_lines(lines)], 2600),
+        clip([*variant_lines(lines), *step_lines(lines)], 1550),
+        clip(cycle_lines(lines), 1100),
     ]
     text = "\n\n".join("\n".join(section) for section in sections if section)
     left = CHARACTERS - len(text) - 100
@@ -153,15 +154,46 @@ def variant_lines(lines: list[dict]) -> list[str]:
     return result
 
 
+def cycle_lines(lines: list[dict]) -> list[str]:
+    """Lossless cycles in a table, then steps whose rows take both paths."""
+    cycles, result = of(lines, "cycle"), []
+    if cycles:
+        gains = " | ".join(f"x full at {at}" for at in cycles[0]["x_full"])
+        result = [
+            f"| lossless: drafts x requests, us | floor | measured | x floor | full step | {gains} |",
+            "|" + "---|" * (5 + len(cycles[0]["x_full"])),
+        ]
+    for line in cycles:
+        goal, goals, x_floor = line["goal"], line["goal_x_full"] or {}, line["x_floor"]
+        gains = " | ".join(
+            f"{gain:.2f}{verdict(goals.get(at), gain >= goals.get(at, 0))}"
+            for at, gain in line["x_full"].items()
+        )
+        result.append(
+            f"| {line['model']}, {line['drafts']} x {line['requests']} | {line['floor_us']:.0f} | "
+            f"{line['cycle']['us']:.0f} | {x_floor:.3f}{verdict(goal, x_floor <= (goal or 0))} | "
+            f"{line['full']['us']:.0f} | {gains} |"
+        )
+    for line in of(lines, "mixed"):
+        mixed, dense, packed = (line[name]["us"] for name in ("mixed", "dense", "packed"))
+        result.append(
+            f"{line['model']} T={line['rows']}, half leave at {line['depth']}: {mixed:.0f} us, "
+            f"{line['x_floor']:.2f} x floor; all dense {dense:.0f}, packed {packed:.0f}"
+        )
+    return result
+
+
+def verdict(goal: float | None, met: bool) -> str:
+    return "" if goal is None else f" ({goal} {'met' if met else 'MISSED'})"
+
+
 def failure_lines(lines: list[dict]) -> list[str]:
     """Runs, then tests; tests that failed alike share a line."""
     result = [
         f"{run['part']} {run['run']}: failed: {run['reason']}" for run in of(lines, "run", status="failed")
     ]
     result += [
-        f"{line['model']} {line['variant']}: {line['reason']}"
-        for line in of(lines, "not run")
-        if "variant" in line
+        f"{line['model']} {line['what']}: {line['reason']}" for line in of(lines, "not run", part="steps")
     ]
     alike, seen = {}, set()
     for line in of(lines, "test", outcome="failed"):

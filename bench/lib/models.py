@@ -5,6 +5,7 @@ from dataclasses import dataclass, replace
 
 import torch
 
+from river_ext import ops
 from river_ext.loading.config import ModelConfig
 from river_ext.loading.weights import BlockShape
 
@@ -56,6 +57,20 @@ BUDGETS = [
 ]
 
 
+@dataclass(frozen=True)
+class CycleBudget:
+    """The same of a lossless cycle, whose floor is the bytes of its drafts and of their verification."""
+
+    model: str
+    drafts: int
+    goal: float  # times the floor
+    acceptance: float  # of drafts, at which
+    speed_up: float  # is so many times the speed of full bf16 steps
+
+
+CYCLE_BUDGET = CycleBudget("8B", drafts=4, goal=1.06, acceptance=0.93, speed_up=1.9)
+
+
 def layer_bytes(config: ModelConfig) -> tuple[int, int]:
     """(bf16 decoder block, W4 exit layer), norms not counted."""
     shape, itemsize = BlockShape.of(config), config.dtype.itemsize
@@ -71,6 +86,28 @@ def step_bytes(config: ModelConfig, depth: int, context: int, rows: int = 1) -> 
     head = config.vocab_size * config.hidden_size
     cache = layers * rows * context * 2 * config.num_key_value_heads * config.head_dim  # K and V
     return depth * block + (layers - depth) * exit_layer + (head + cache) * config.dtype.itemsize
+
+
+def mixed_bytes(config: ModelConfig, depth: int, context: int, rows: int) -> int:
+    """The same where some rows leave at a depth and others do not: what follows reads both layers."""
+    layers = config.num_hidden_layers
+    return step_bytes(config, layers, context, rows) + (layers - depth) * layer_bytes(config)[1]
+
+
+def cycle_bytes(config: ModelConfig, drafts: int, context: int, requests: int = 1) -> int:
+    """What a lossless cycle must read: the river and its 4-bit head for each draft, then the backbone once.
+
+    The rows of a request share its cache.
+    """
+    head = config.vocab_size, config.hidden_size
+    river_head = math.prod(ops.packed_shape(*head)) - math.prod(head) * config.dtype.itemsize
+    draft = step_bytes(config, 0, context, requests) + river_head
+    return step_bytes(config, config.num_hidden_layers, context, requests) + drafts * draft
+
+
+def tokens_of_cycle(drafts: int, acceptance: float) -> float:
+    """New tokens of a request on average, where a draft behind right ones is right that often."""
+    return sum(acceptance**right for right in range(drafts + 1))
 
 
 def exit_depths(config: ModelConfig) -> list[int]:

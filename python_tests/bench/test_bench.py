@@ -48,6 +48,30 @@ def test_bytes_of_layers_are_those_of_the_design():
     assert models.exit_depths(models.CONFIGS["1B"]) == [16, 8, 4, 3, 2, 1, 0]
 
 
+def test_cycles_are_those_of_the_design():
+    """8B with four drafts: 2.15 backbone passes for 4.35 tokens, of which one is the backbone's own."""
+    config, budget = models.CONFIGS["8B"], models.CYCLE_BUDGET
+    full = models.step_bytes(config, 32, 1024)
+    assert models.cycle_bytes(config, 4, 1024) / full == pytest.approx(2.15, rel=5e-3)
+    assert models.cycle_bytes(config, 0, 1024, 2) == models.step_bytes(config, 32, 1024, 2)
+    assert models.tokens_of_cycle(4, 0.93) == pytest.approx(4.347, rel=1e-3)
+    assert models.tokens_of_cycle(7, 1.0) == 8 and models.tokens_of_cycle(7, 0.0) == 1
+    cycle, step = (gpu.Time(passes * full / 3e6, 0.1, 1) for passes in (2.15, 1))
+    line = steps.cycle_fields("8B", 4, 1, 3000, cycle, step)
+    assert line["x_floor"] == pytest.approx(1.0, rel=5e-3) and line["goal"] == 1.06
+    assert line["x_full"] == {"0.8": pytest.approx(1.563, rel=1e-3), "0.93": pytest.approx(2.022, rel=1e-3)}
+    assert line["goal_x_full"] == {"0.93": budget.speed_up} and budget.acceptance in steps.ACCEPTANCES
+    assert steps.cycle_fields("8B", 4, 2, 3000, cycle, step)["goal"] is None
+
+
+def test_rows_on_both_paths_read_both_layers():
+    config = models.CONFIGS["1B"]
+    dense, packed = (models.step_bytes(config, depth, 1024, 8) for depth in (16, 0))
+    assert models.mixed_bytes(config, 16, 1024, 8) == dense
+    twice = models.mixed_bytes(config, 0, 1024, 8) - dense - packed
+    assert twice == -models.step_bytes(config, 0, 1024, 8) + 16 * models.layer_bytes(config)[1]
+
+
 def test_time_is_the_median_of_both_series():
     time = gpu.time_of([10.0, 11.0, 30.0], [12.0, 12.0, 13.0], launches=2)
     assert time.us == 6.0 and time.spread_percent == pytest.approx(100 / 11)
@@ -158,16 +182,25 @@ def test_a_peer_that_fails_is_not_run():
     assert lines[2][1]["variant"] == "late_trigger=0" and lines[2][1]["percent_of_ceiling"] == 50
 
 
+MOST = "61 of 62 edges of a captured step are programmatic"
+
+
 @pytest.mark.parametrize(
-    "found, capability, ok, text",
+    "step, cycle, capability, ok, text",
     [
-        ({"edges": 62, "programmatic": 61}, (9, 0), True, "61 of 62 edges of a captured step are "),
-        ({"edges": 62, "programmatic": 0}, (9, 0), False, "0 of 62 edges of a captured step are "),
-        ({"edges": 62, "programmatic": 0}, (8, 0), True, "0 of 62 edges"),
-        ({"not_run": "no libcuda"}, (9, 0), True, "not counted: no libcuda"),
+        (61, 40, (9, 0), True, f"{MOST}; 40 of 62 edges of a captured cycle are programmatic"),
+        (0, 61, (9, 0), False, "0 of 62 edges of a captured step are programmatic: every kernel waits for "),
+        (61, 0, (9, 0), False, f"{MOST}; 0 of 62 edges of a captured cycle are programmatic: every kernel"),
+        (0, 0, (8, 0), True, "0 of 62 edges"),
+        (61, None, (9, 0), True, f"{MOST}; cycle: not counted: no libcuda"),
+        (None, 0, (9, 0), False, "step: not counted: no libcuda; 0 of 62 edges of a captured cycle are"),
     ],
-)  # fmt: skip
-def test_a_step_without_programmatic_edges(found, capability, ok, text):
+)
+def test_graphs_without_programmatic_edges(step, cycle, capability, ok, text):
+    found = {
+        name: {"not_run": "no libcuda"} if early is None else {"edges": 62, "programmatic": early}
+        for name, early in (("step", step), ("cycle", cycle))
+    }
     got = check.edges_found(found, capability)
     assert got["ok"] is ok and got["text"].startswith(text)
 
@@ -269,7 +302,8 @@ def pretended_gpu(monkeypatch, tmp_path, switches, pretended_device):
         return PretendedGraph(run, switches)
 
     def replay_us(graph, repeats):
-        graph.replay()
+        for _ in range(repeats):
+            graph.replay()
         design = getattr(
             graph, "graph", graph
         ).captured_with  # steps.py replays a graph several times for once
@@ -285,6 +319,7 @@ def pretended_gpu(monkeypatch, tmp_path, switches, pretended_device):
     monkeypatch.setattr(models, "CONFIGS", {"1B": SMALL, "8B": SMALL})
     for module in (steps, kernels_script, peers):
         monkeypatch.setattr(module, "CONFIGS", models.CONFIGS)
+    monkeypatch.setattr(steps, "EARLY", 1)
     network = random_network
     for module in (steps, kernels_script, peers, check):
         monkeypatch.setattr(module, "random_network", lambda config: network(config, "cpu"))
@@ -318,6 +353,65 @@ def test_steps_run(pretended_gpu, monkeypatch, capsys):
     assert sum(line["record"] == "generate" for line in lines) == 4
     assert "late_trigger=0, % time: 1B depth 3 +10.0, 8B depth 0 +10.0" in capsys.readouterr().out
     assert "late_trigger=0: +10.0 % time" in suite_summary.summary(lines).splitlines()[1]
+    assert [line for line in lines if line["record"] == "not run"] == []
+    cycles = [line for line in lines if line["record"] == "cycle"]
+    cases = [(1, 1), (1, 2), (1, 3), (1, 4), (1, 7), (2, 3)]
+    found = [(line["model"], line["requests"], line["drafts"]) for line in cycles]
+    assert found == [(model, *case) for model in ("1B", "8B") for case in cases]
+    assert {line["cycle"]["us"] for line in cycles} == {900} and {line["full"]["us"] for line in cycles} == {
+        450
+    }
+    mixed = [
+        (line["model"], line["depth"], line["mixed"]["us"]) for line in lines if line["record"] == "mixed"
+    ]
+    assert mixed == [("1B", 1, 450), ("8B", 1, 450)]
+
+
+def test_a_cycle_that_ends_early_is_no_result(pretended_gpu):
+    """By a draft, or a request, that is none."""
+    network = random_network(SMALL, "cpu")
+    for drafts, wanted, slots, told in (
+        (2, 1, [0, 1], "2 rows inactive"),
+        (2, 2, [0, -1], "gave \\[1, -1\\]"),
+    ):
+        one = steps.Cycle(network, 2, 40, drafts, repeats=2)
+        for _ in range(2):
+            one.runner.want([wanted] * 2)
+            one.runner.slots.copy_(int32(slots))
+            one.runner.verify_slots[:2] = int32(slots)
+            one.graph.replay()
+        with pytest.raises(SystemExit, match=told):
+            one.check()
+        one.reset()
+        one.graph.replay()
+        with pytest.raises(SystemExit, match="1 of 2 cycles"):
+            one.check()
+        one.graph.replay()
+        one.check()
+
+
+def test_cycles_are_told_in_the_summary():
+    time, full = gpu.Time(11000.0, 0.1, 1), gpu.Time(5300.0, 0.1, 2)
+    lines = [
+        {"part": "steps", "record": "cycle", **steps.cycle_fields(model, drafts, requests, 3000, time, full)}
+        for model in ("1B", "8B")
+        for requests, choices in steps.CYCLES.items()
+        for drafts in choices
+    ]
+    mixed = {"us": 3000.0}
+    lines.append({"part": "steps", "record": "mixed", "model": "8B", "depth": 4, "rows": 8, "x_floor": 1.1}
+                 | dict.fromkeys(("mixed", "dense", "packed"), mixed))  # fmt: skip
+    lines.append(
+        {"part": "steps", "record": "not run", "model": "8B", "what": "lossless cycles", "reason": "no"}
+    )
+    said = suite_summary.summary(lines)
+    assert "| 8B, 4 x 1 | 10855 | 11000 | 1.013 (1.06 met) | 5300 | 1.62 | 2.09 (1.9 met) |" in said
+    assert "MISSED" not in said and "more lines in the log" not in said
+    assert "8B T=8, half leave at 4: 3000 us, 1.10 x floor; all dense 3000, packed 3000" in said
+    assert "failures: 1\n8B lossless cycles: no" in said
+    slow = steps.cycle_fields("8B", 4, 1, 3000, gpu.Time(11700.0, 0.1, 1), full)
+    said = suite_summary.summary([{"part": "steps", "record": "cycle", **slow}])
+    assert "1.078 (1.06 MISSED)" in said and "(1.9 met)" in said
 
 
 def test_a_quick_run_of_steps(pretended_gpu, monkeypatch):
@@ -389,7 +483,7 @@ def test_kernels_run(pretended_gpu, monkeypatch, capsys):
         "decode_attention",
         "state_similarity",
     ]
-    assert kinds == {(name, rows) for name in names for rows in (1, 2)}
+    assert kinds == {(name, rows) for name in names for rows in (1, 2)} | {("decode_attention", 5)}
     assert {line["variant"] for line in found} == {"", "late_trigger=0", "early_attention=1"}
     assert any(line["record"] == "not run" and line["what"] == "torch int4" for line in lines)
     assert sum("% of the ring" in line for line in suite_summary.summary(lines).splitlines()) == len(kinds)
@@ -397,7 +491,8 @@ def test_kernels_run(pretended_gpu, monkeypatch, capsys):
 
 def test_checks_run(pretended_gpu, monkeypatch):
     """One by name, as the suite asks; what fails is said, and the rest goes on."""
-    monkeypatch.setattr(check, "programmatic_edges", lambda graph: {"edges": 9, "programmatic": 0})
+    early = iter([8, 0])  # a step's, a cycle's
+    monkeypatch.setattr(check, "programmatic_edges", lambda graph: {"edges": 9, "programmatic": next(early)})
     monkeypatch.setattr(check, "magic_error", lambda k, dtype: 4e-6)
     monkeypatch.setattr(ring, "copy_gb_s", lambda repeats: 2900.0)
     with pytest.raises(SystemExit, match="check: failed: edges$"):

@@ -49,7 +49,10 @@ FAKES = {
     "bench/gpu/sanitizer_cases.py": "print('all cases ran')",
     "bench/gpu/ring.py": "", "bench/gpu/peers.py": "",
     "python_tests/cuda/test_gpu.py": "def test_a(): pass\ndef test_b(): pass\n",
-    "python_tests/cuda/test_cuda_kernels.py": "def test_c(): pass\n",
+} | {
+    f"python_tests/cuda/{file}": "import pytest\n@pytest.mark.parametrize('kernels', ['emulated', 'cuda'])\n"
+    "def test_c(kernels): assert kernels == 'cuda'\n"
+    for file in suite_parts.TESTS["kernels"]
 }  # fmt: skip
 
 
@@ -126,7 +129,7 @@ def test_the_first_command(tmp_path):
     order = [line.split(":")[0] for line in lines[3:9]]
     assert order == ["ring", "edges", "runtime", "stream", "magic", "tests"]
     assert (
-        lines[4] == "edges: ok: edges as it should be" and lines[8] == "tests: 3 passed, 0 failed, 0 skipped"
+        lines[4] == "edges: ok: edges as it should be" and lines[8] == "tests: 6 passed, 0 failed, 0 skipped"
     )
     parts = [line.split()[0] for line in lines[10:15]]
     assert parts == list(suite_parts.GROUPS["first"].parts)
@@ -135,7 +138,8 @@ def test_the_first_command(tmp_path):
     start = checkout.lines("start")[0]
     assert (start["name"], start["commit"], start["names"]) == (DEVICE, "abc1234", ["first"])
     assert {line["test"] for line in checkout.lines("test")} == {
-        "cuda/test_gpu.py::test_a", "cuda/test_gpu.py::test_b", "cuda/test_cuda_kernels.py::test_c"
+        "cuda/test_gpu.py::test_a", "cuda/test_gpu.py::test_b",
+        *(f"cuda/{file}::test_c[cuda]" for file in suite_parts.TESTS["kernels"]),
     }  # fmt: skip
 
 
@@ -216,9 +220,9 @@ def test_it(number):
 def test_an_illegal_access_in_a_test_file_leaves_the_other_alone(tmp_path):
     checkout = Checkout(tmp_path, python_tests__cuda__test_gpu=POISON)
     done = checkout("tests")
-    assert checkout.status() == {"tests test_gpu.py": "failed", "tests test_cuda_kernels.py": "passed"}
+    assert checkout.status() == {"tests engine": "failed", "tests kernels": "passed"}
     tests = {line["test"]: line["outcome"] for line in checkout.lines("test", outcome="passed")}
-    assert "cuda/test_cuda_kernels.py::test_c" in tests
+    assert "cuda/test_cuda_kernels.py::test_c[cuda]" in tests
     assert any(
         line.startswith("cuda/test_gpu.py::test_it[2]: ") and ILLEGAL in line for line in summary_of(done)
     )
@@ -305,7 +309,11 @@ def test_groups_name_real_parts_and_fit_their_commands():
              if word.startswith("bench.")}  # fmt: skip
     assert len(files) > 5 and all(path.exists() for path in files)
     root = BENCH.parent
-    assert all((root / "python_tests" / "cuda" / name).exists() for name in suite_parts.TEST_FILES)
+    assert all(
+        (root / "python_tests" / "cuda" / name).exists()
+        for files in suite_parts.TESTS.values()
+        for name in files
+    )
     assert suite_parts.CHECKS[0] == "edges" and all(
         hasattr(check, f"check_{name}") for name in suite_parts.CHECKS
     )

@@ -53,13 +53,13 @@ def starts(monkeypatch):
     return seen
 
 
-def answers(directory, *said, system=None):
+def answers(directory, *said, system=None, new_tokens=24):
     """What `generate` says to a conversation, turn by turn, from its beginning each time."""
     model = river_ext.load(directory)
     messages, texts = [{"role": "system", "content": system}] if system else [], []
     for content in said:
         messages.append({"role": "user", "content": content})
-        texts.append(model.generate(messages, max_new_tokens=24, mode="full").text)
+        texts.append(model.generate(messages, max_new_tokens=new_tokens, mode="full").text)
         messages.append({"role": "assistant", "content": texts[-1]})
     return texts
 
@@ -81,6 +81,12 @@ def test_a_system_message(chat, directory):
 def test_a_new_conversation(chat, directory):
     _, out, _ = chat(FIRST, "/new", SECOND, "/exit", "never read")
     assert out == "".join(f"{answers(directory, text)[0]}\n" for text in (FIRST, SECOND))
+
+
+def test_a_new_conversation_begins_with_the_system_message_again(chat, directory):
+    _, out, _ = chat(FIRST, "/new", SECOND, "/new", FIRST, options=(*SHORT, "--system", "Be brief."))
+    said = (FIRST, SECOND, FIRST)
+    assert out == "".join(f"{answers(directory, text, system='Be brief.')[0]}\n" for text in said)
 
 
 def test_as_json(chat, directory):
@@ -105,6 +111,38 @@ def test_a_conversation_that_grows_too_long(chat, monkeypatch):
     assert err.startswith("river: error: a prompt of ") and "this engine has 1 slots of 60" in err
 
 
+@pytest.mark.parametrize("room", [1, 2, 9])
+def test_an_answer_may_fill_the_conversation(chat, monkeypatch, room):
+    """To its last position; the last token of all needs none."""
+    options = (*SHORT, "--json")
+    whole = json.loads(chat(FIRST, options=options)[1])
+    length = whole["stats"]["prompt_tokens"]
+    monkeypatch.setattr(chat_module, "MOST_POSITIONS", length + room - 1)
+    code, out, _ = chat(FIRST, options=options)
+    assert code == 0 and json.loads(out)["tokens"] == whole["tokens"][:room]
+
+
+@pytest.mark.parametrize("wanted", ["300", "511"])
+def test_an_answer_may_be_as_long_as_the_model_takes(chat, directory, wanted):
+    """A model of fewer positions than a conversation may have."""
+    code, out, err = chat(FIRST, options=("--max-new-tokens", wanted, "--mode", "full"))
+    assert (code, err) == (0, "") and out == answers(directory, FIRST, new_tokens=100)[0] + "\n"
+
+
+def test_what_is_refused_is_no_turn(chat, monkeypatch, directory):
+    """At a terminal the conversation goes on as if it had not been said."""
+    monkeypatch.setattr(chat_module, "MOST_POSITIONS", 160)
+
+    class Terminal(io.StringIO):
+        def isatty(self):
+            return True
+
+    monkeypatch.setattr(io, "StringIO", Terminal)
+    code, out, err = chat(FIRST, "many words " * 40, SECOND)
+    assert code == 0 and err.count("this engine has 1 slots of 160; /new begins a new conversation") == 1
+    assert out == "".join(f"{text}\n" for text in answers(directory, FIRST, SECOND))
+
+
 def test_an_interrupt_ends_the_answer_alone(chat, monkeypatch, directory):
     step, interrupted = engine_module.Engine.step, []
 
@@ -119,6 +157,25 @@ def test_an_interrupt_ends_the_answer_alone(chat, monkeypatch, directory):
     assert code == 0 and interrupted
     first, second = out.splitlines()[0], answers(directory, SECOND)[0]
     assert out.endswith(f"{second}\n") and answers(directory, FIRST)[0].startswith(first)
+
+
+def test_an_interrupted_answer_is_a_turn(chat, monkeypatch, directory):
+    """What there is of it has been said."""
+    step, steps = engine_module.Engine.step, []
+
+    def interrupting(self):
+        steps.append(1)
+        if len(steps) == 5:
+            raise KeyboardInterrupt
+        return step(self)
+
+    monkeypatch.setattr(engine_module.Engine, "step", interrupting)
+    _, out, _ = chat(FIRST, SECOND)
+    said = out.splitlines()[0]
+    messages = [{"role": "user", "content": FIRST}, {"role": "assistant", "content": said}]
+    messages.append({"role": "user", "content": SECOND})
+    expected = river_ext.load(directory).generate(messages, max_new_tokens=24, mode="full").text
+    assert said and out == f"{said}\n{expected}\n"
 
 
 @pytest.mark.parametrize(

@@ -1,11 +1,14 @@
 """What only a GPU can show: streams, captured graphs, memory that the host polls, the engine as a whole."""
 
+import itertools
+
 import gpu_ops
 import pytest
 import torch
 from blocks import SHAPES, Block, assert_close, int32
 from conftest import on_gpu_if
-from cycles import Requests
+from cycles import Requests, differing
+from drawing import MIXED, assert_same, drawing, make_logits
 from tiny_model import demo_model, random_prompt
 
 import river_ext
@@ -18,6 +21,8 @@ TEXTS = [
     "def add(x):",
     "Question: Tom",
 ]
+SAMPLED = {"temperature": 0.8, "seed": 7}
+FILTERED = {"temperature": 0.9, "top_k": 50, "top_p": 0.95, "min_p": 0.01, "seed": 4}
 PROMPTS = [random_prompt(n, n, vocab_size=300) for n in (5, 40, 1, 12)]
 
 
@@ -46,6 +51,19 @@ def big_linear():
     return x, weight, reference.linear(x, weight)
 
 
+def captured(run):
+    """The graph of a call, on a stream of its own, and what the call gave."""
+    graph, stream = torch.cuda.CUDAGraph(), torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        run()
+        graph.capture_begin()
+        out = run()
+        graph.capture_end()
+    torch.cuda.synchronize()
+    return graph, out
+
+
 def test_ops_run_on_the_current_stream():
     """On any other stream they would not wait for what delays this one."""
     x, weight, expected = big_linear()
@@ -59,6 +77,29 @@ def test_ops_run_on_the_current_stream():
     assert_close(out, expected, torch.bfloat16, "out")
 
 
+def test_the_ends_of_a_cycle_run_on_the_current_stream():
+    """There, what they read and write comes late."""
+    ours, cpu = (Requests(2, 4, torch.bfloat16, seed=3) for _ in range(2))
+    drawn = cpu.tokens(2), cpu.tokens(8)
+    tensors = [name for name, value in vars(ours).items() if isinstance(value, torch.Tensor)]
+    for name in tensors:
+        here = getattr(ours, name)
+        setattr(ours, name, here.pin_memory() if name == "records" else here.cuda())
+    there = [tokens.cuda() for tokens in drawn]
+    late, side = [torch.zeros_like(tokens) for tokens in there], torch.cuda.Stream()
+    torch.cuda.synchronize()
+    with torch.cuda.stream(side):
+        torch.cuda._sleep(50_000_000)
+        for tokens, values in zip(late, there, strict=True):
+            tokens.copy_(values)
+        ours.draft_advance(ops, late[0], 0).accept(ops, late[1])
+        side.synchronize()
+    for name in tensors:
+        setattr(ours, name, getattr(ours, name).cpu())
+    cpu.draft_advance(ops, drawn[0], 0).accept(ops, drawn[1])
+    assert differing(ours, cpu) == []
+
+
 def test_an_op_is_deterministic():
     block = Block(SHAPES["gqa"], torch.bfloat16)
     weights = [value.cuda() for value in block.dense.values()]
@@ -68,15 +109,8 @@ def test_an_op_is_deterministic():
 
 
 def test_an_op_in_a_graph():
-    x, weight, expected = big_linear()
-    graph, stream = torch.cuda.CUDAGraph(), torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        ops.linear(x, weight)
-        graph.capture_begin()
-        out = ops.linear(x, weight)
-        graph.capture_end()
-    torch.cuda.synchronize()
+    x, weight, _ = big_linear()
+    graph, out = captured(lambda: ops.linear(x, weight))
     for sign in (1, -1, 1):
         x.copy_(x.abs() * sign)
         expected = reference.linear(x, weight)
@@ -84,6 +118,41 @@ def test_an_op_in_a_graph():
         graph.replay()
         torch.cuda.synchronize()
         assert_close(out, expected, torch.bfloat16, "out")
+
+
+def test_filters_in_a_graph():
+    """They are values: one graph serves rows with any."""
+    vocab, rows = 3001, 4
+    there = {name: value.cuda() for name, value in drawing(make_logits("random", vocab, rows)).items()}
+    graph, out = captured(lambda: ops.sample(**there))
+    mixed = {name: values[2 : 2 + rows] for name, values in MIXED.items()}
+    for kind, options in (
+        ("random", mixed),
+        ("flat", {"top_k": 300, "top_p": 0.9}),
+        ("tied", {"min_p": 0.3}),
+    ):
+        arguments = drawing(make_logits(kind, vocab, rows), **options)
+        for name, value in arguments.items():
+            there[name].copy_(value)
+        for part in out:
+            part.fill_(-7)
+        graph.replay()
+        torch.cuda.synchronize()
+        assert_same(out, ops.sample(**there))
+        assert torch.equal(out[0].cpu(), reference.sample(**arguments)[0])
+
+
+def test_a_large_head_in_4_bits():
+    """More strips than a GPU has blocks; the last one is padded."""
+    vocab, size, g = 20_001, 1024, torch.Generator().manual_seed(0)
+    q = torch.randint(0, 16, (vocab, size), generator=g, dtype=torch.uint8)
+    scale, zero = (torch.rand(vocab, size // ops.TILE_COLS, generator=g).half() + part for part in (0.5, 7))
+    head = ops.pack_w4(q, scale, zero), vocab, 1e-5
+    hidden, norm = (torch.randn(n, size, generator=g).bfloat16() for n in (5, 1))
+    tokens, logits = gpu_ops.lm_head_w4(hidden, norm[0], *head)
+    _, expected = reference.lm_head_w4(hidden, norm[0], *head)
+    assert_close(logits.bfloat16(), expected.bfloat16(), torch.bfloat16, "logits")
+    assert torch.equal(tokens, logits.argmax(1))
 
 
 def test_capture_without_a_workspace_is_refused():
@@ -138,7 +207,7 @@ def test_memory_that_the_host_polls_must_be_pinned():
     [
         {"threshold": 0.5}, {"threshold": 0.98}, {"mode": "full"}, {"mode": "full_w4"},
         {"threshold": 0.9, "temperature": 0.7, "seed": 3}, {"threshold": 0.9, "min_layers": 3, "stop": "2"},
-        {"threshold": 0.9, "temperature": 0.9, "top_k": 50, "top_p": 0.95, "min_p": 0.01, "seed": 4},
+        {"threshold": 0.9, **FILTERED},
     ],
     ids=str,
 )  # fmt: skip
@@ -194,3 +263,49 @@ def test_rows_do_not_see_each_other(model, threshold, control):
         for prompt, own in zip(PROMPTS, thresholds, strict=True)
     ]
     assert together == facts(alone)
+
+
+@pytest.mark.parametrize("options", [{}, SAMPLED, FILTERED], ids=["greedy", "sampled", "filtered"])
+@pytest.mark.parametrize(
+    "requests, drafts", [(1, (1, 2, 3, 4, 5, 6, 7, "auto")), (2, (1, 3, "auto")), (4, (1, "auto"))]
+)
+def test_lossless_is_full(model, requests, drafts, options):
+    """Tokens, similarities and logits are the same bits, whatever is drafted, and some drafts are right."""
+    prompts = [*TEXTS, PROMPTS[1]][:requests]
+    options = {"max_new_tokens": 40, "return_logits": True, **options}
+    expected = model.generate(prompts, mode="full", **options)
+    for draft_tokens in drafts:
+        outputs = model.generate(prompts, mode="lossless", draft_tokens=draft_tokens, **options)
+        assert facts(outputs) == facts(expected), draft_tokens
+        assert all(torch.equal(a.logits, b.logits) for a, b in zip(outputs, expected, strict=True))
+        assert sum(output.stats.accepted_drafts for output in outputs) > 0, draft_tokens
+    plain = model.generate(prompts, mode="lossless", **(options | {"return_logits": False}))
+    assert facts(plain) == facts(expected), "without logits, heads and filters are others"
+
+
+MODES = [
+    {"threshold": 0.9}, {"mode": "lossless", "draft_tokens": 1}, {"mode": "full_w4"},
+    {"mode": "full", **FILTERED}, {"mode": "lossless", **SAMPLED},
+    {"threshold": -2, "min_layers": 3, "river_head": "w4"},
+    {"threshold": 0.98, **FILTERED}, {"mode": "lossless", "max_new_tokens": 5, **FILTERED},
+    {"threshold": 0.95, "prefill": "last", "logprobs": 2},
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("control", ["host", "device"])
+def test_requests_among_others(model, control):
+    """They come and go, in modes of their own: each gets what it gets alone."""
+    modes = itertools.islice(itertools.cycle(MODES), 4 * len(PROMPTS))
+    prompts = [*TEXTS, *PROMPTS] * 3
+    requests = [
+        (prompt, {"max_new_tokens": 24, **mode}) for prompt, mode in zip(prompts, modes, strict=False)
+    ]
+    engine = model.engine(slots=5, max_len=128, exit_control=control)
+    for number, (prompt, options) in enumerate(requests):
+        engine.submit(prompt, id=number, **options)
+    outputs = {event.id: event.output for event in engine if event.output}
+    alone = [model.generate(prompt, exit_control="host", **options) for prompt, options in requests]
+    together = [outputs[number] for number in range(len(requests))]
+    assert facts(together) == facts(alone)
+    assert [output.logprobs for output in together] == [output.logprobs for output in alone]
+    assert sum(output.stats.accepted_drafts for output in together) > 0

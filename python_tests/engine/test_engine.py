@@ -1,9 +1,14 @@
 """The engine: requests come and go, each with what it gets alone, and nothing that one does harms another."""
 
+import itertools
 import math
 import random
+import sys
 import threading
+from collections import deque
+from contextlib import suppress
 from functools import partial
+from pathlib import Path
 
 import pytest
 import torch
@@ -11,7 +16,8 @@ from oracle import oracle, same
 from tiny_model import demo_model, random_model, random_prompt
 
 from river_ext.engine import engine as engine_module
-from river_ext.engine.prefill import OpsPrompt
+from river_ext.engine.decoder import RUN_AHEAD
+from river_ext.engine.prefill import OpsPrompt, Prefill
 from river_ext.errors import RiverError
 
 LAYERS, VOCAB, POSITIONS = 4, 80, 64
@@ -134,20 +140,50 @@ def test_more_requests_than_slots_wait_in_their_order():
     assert ends == ids
 
 
-def test_long_prompts_do_not_hold_up_those_that_decode(monkeypatch):
-    """Between two tokens of a running request, no more than a few rows of another's prompt."""
+@pytest.mark.parametrize("mode", ["full", "lossless"])
+def test_long_prompts_do_not_hold_up_those_that_decode(monkeypatch, mode):
+    """Between two steps of a running request, no more than a few rows of another's prompt."""
     monkeypatch.setitem(engine_module.PREFILL_ROWS, "cpu", 8)
     monkeypatch.setattr(OpsPrompt, "rows_at_a_time", 8)
     model = random_model(max_position_embeddings=512)
     engine = model.engine(slots=2, max_len=512)
-    engine.submit([1], id="running", max_new_tokens=100)
+    engine.submit([1], id="running", max_new_tokens=300, mode=mode)
     while not engine.step():
         pass
     engine.submit(random_prompt(200), id="long", max_new_tokens=2)
-    tokens = 0
+    steps = 0
     while "long" not in (ids := [event.id for event in engine.step()]):
-        tokens += ids.count("running")
-    assert 20 <= tokens <= 26, "200 rows, eight at a time"
+        steps += "running" in ids
+    assert 20 <= steps <= 26, "200 rows, eight at a time"
+
+
+def test_seconds_of_a_prompt_are_those_of_all_its_pieces(monkeypatch):
+    monkeypatch.setitem(engine_module.PREFILL_ROWS, "cpu", 8)
+    monkeypatch.setattr(OpsPrompt, "rows_at_a_time", 8)
+    engine = random_model().engine(slots=2, max_len=POSITIONS)
+    engine.submit([1], max_new_tokens=20)
+    engine.step()
+    engine.submit(random_prompt(32), id="long", max_new_tokens=1)
+    clock = itertools.count()  # a second passes between two looks
+    monkeypatch.setattr(engine_module.time, "perf_counter", lambda: next(clock))
+    pieces, advance = [], Prefill.advance
+    monkeypatch.setattr(Prefill, "advance", lambda *a: pieces.append(1) or advance(*a))
+    output = drain(engine, {})["long"]
+    assert output.stats.prefill_seconds == len(pieces) > 1
+
+
+def test_who_joins_waits_for_the_steps_in_flight_alone():
+    """Those that the device has begun before; no others are begun meanwhile."""
+    engine = random_model().engine(slots=2, max_len=POSITIONS, exit_control="device")
+    engine.submit([1], id="running", max_new_tokens=60)
+    for _ in range(3):
+        engine.step()
+    engine.submit([2], id="joins", max_new_tokens=9)
+    counts = []
+    while engine.busy:
+        counts += [event.id for event in engine.step()]
+    first, second = (n for n, id in enumerate(counts) if id == "joins" and counts[:n].count("joins") < 2)
+    assert counts[first:second].count("running") <= RUN_AHEAD + 2
 
 
 def test_events_and_pieces_of_text():
@@ -186,6 +222,17 @@ def test_what_is_refused_when_submitted():
     assert engine.submit([1], id=kept, max_new_tokens=1) == kept, "it has ended: its id is free"
 
 
+@pytest.mark.parametrize("mode", ["full", "lossless"])
+def test_a_request_may_fill_its_slot(mode):
+    """To the last position: the last new token needs none."""
+    model, prompt = random_model(), random_prompt(9)
+    engine = model.engine(slots=1, max_len=16)
+    engine.submit(prompt, id=0, max_new_tokens=8, mode=mode)
+    assert same(drain(engine, {})[0], oracle(model, prompt, max_new_tokens=8, mode="full"))
+    with pytest.raises(RiverError, match="need 17 positions"):
+        engine.submit(prompt, max_new_tokens=9, mode=mode)
+
+
 def test_cancelling():
     engine = random_model().engine(slots=1, max_len=16)
     running, waiting = (engine.submit([1, 2], max_new_tokens=8) for _ in range(2))
@@ -218,6 +265,29 @@ def test_a_slot_is_free_again_after_a_cancelled_request(control):
         assert outputs["first"].finish_reason == "cancelled" and len(outputs["first"].tokens) == length
         expected = oracle(model, random_prompt(3, 2), max_new_tokens=12, threshold=0.6)
         assert same(outputs["second"], expected)
+
+
+@pytest.mark.parametrize("steps", range(6))
+@pytest.mark.parametrize("mode", ["river", "lossless"])
+@pytest.mark.parametrize("control", CONTROLS)
+def test_nothing_is_left_after_clear(monkeypatch, control, mode, steps):
+    """Wherever requests were: in the queue, at their prompts, about to decode, decoding."""
+    monkeypatch.setitem(engine_module.PREFILL_ROWS, "cpu", 2)
+    model = random_model()
+    engine = model.engine(slots=3, max_len=POSITIONS, exit_control=control)
+    for seed in range(4):
+        engine.submit(random_prompt(9, seed), mode=mode, max_new_tokens=30)
+    for _ in range(steps):
+        engine.step()
+    engine.clear()
+    assert not engine.busy and engine.step() == []
+    expected = {
+        seed: oracle(model, random_prompt(5, seed), max_new_tokens=9, mode="full") for seed in range(2)
+    }
+    for seed in expected:
+        engine.submit(random_prompt(5, seed), id=seed, mode="full", max_new_tokens=9)
+    outputs = drain(engine, {})
+    assert outputs.keys() == expected.keys() and all(same(outputs[n], expected[n]) for n in expected)
 
 
 def test_a_closed_engine():
@@ -270,6 +340,35 @@ def test_threads_submit_while_one_steps():
     assert all(same(outputs[n], oracle(model, *requests[n][:1], **requests[n][1])) for n in range(40))
 
 
+def only_under(lock, kind, *names):
+    """A container whose methods of these names need the lock."""
+
+    def checked(name):
+        def method(self, *arguments):
+            assert lock.locked(), f"{kind.__name__}.{name} without the lock"
+            return getattr(kind, name)(self, *arguments)
+
+        return method
+
+    return type(kind.__name__, (kind,), {name: checked(name) for name in names})()
+
+
+def test_what_threads_share_changes_under_the_lock_alone():
+    """The queue and the ids, in all that a request may live through."""
+    engine = random_model().engine(slots=2, max_len=POSITIONS)
+    engine._queue = only_under(engine._lock, deque, "append", "popleft", "remove", "clear")
+    engine._known = only_under(
+        engine._lock, dict, "__setitem__", "__delitem__", "__iter__", "values", "get", "clear"
+    )
+    ids = [engine.submit([1, 2], max_new_tokens=n) for n in (9, 1, 9, 9)]
+    engine.step()
+    engine.cancel(ids[0])
+    engine.cancel(ids[3])
+    assert drain(engine, {}).keys() == set(ids)
+    engine.submit([1], max_new_tokens=2)
+    engine.clear()
+
+
 def test_one_thread_steps_at_a_time(monkeypatch):
     engine, refused = random_model().engine(slots=1, max_len=16), []
     engine.submit([1], max_new_tokens=2)
@@ -284,6 +383,149 @@ def test_one_thread_steps_at_a_time(monkeypatch):
     monkeypatch.setattr(engine, "_work_on_prompts", meanwhile)
     engine.step()
     assert refused == [1]
+
+
+# --- what goes wrong in a step ------------------------------------------------------------------------------
+
+
+class Cut(KeyboardInterrupt):
+    """What no code of the engine catches."""
+
+
+class Interrupts:
+    """Raises Cut once, at call `number` that code of the engine's steps makes or gets an answer of."""
+
+    def __init__(self, number: int):
+        self.left, self.where = number, None
+
+    def __enter__(self):
+        sys.setprofile(self.look)
+
+    def __exit__(self, *_):
+        sys.setprofile(None)
+
+    def look(self, frame, event, _):
+        name, code = Path(frame.f_code.co_filename).name, frame.f_code
+        if event not in ("call", "c_return") or name not in ENGINE_FILES or code.co_name == "step":
+            return
+        self.left -= 1
+        if self.left == 0:
+            self.where = f"{name}:{frame.f_lineno}"
+            raise Cut
+
+
+ENGINE_FILES = {path.name for path in Path(engine_module.__file__).parent.glob("*.py")} - {"sequence.py"}
+
+
+@pytest.mark.parametrize("control", CONTROLS)
+@pytest.mark.parametrize("modes", [("river", "full_w4"), ("lossless",), ("full", "lossless")], ids=str)
+def test_an_interrupt_anywhere_in_a_step_changes_nothing(monkeypatch, control, modes):
+    """But where a sequence takes a token: that one request ends there, see the next test."""
+    monkeypatch.setitem(engine_module.PREFILL_ROWS, "cpu", 2)
+    model, places = random_model(), set()
+    for number in range(1, 3000, 97):
+        generator = random.Random(number)
+        engine = model.engine(slots=3, max_len=POSITIONS, exit_control=control)
+        requests = [
+            (random_prompt(generator.randint(1, 9), generator.randrange(1000)),
+             {"mode": generator.choice(modes), "max_new_tokens": generator.randint(1, 6), "threshold": 0.6})
+            for _ in range(6)
+        ]  # fmt: skip
+        for request, (prompt, options) in enumerate(requests):
+            engine.submit(prompt, id=request, **options)
+        outputs, interrupts = {}, Interrupts(number)
+        for _ in range(200):
+            with suppress(Cut), interrupts:
+                for event in engine.step():
+                    if event.output:
+                        assert event.id not in outputs
+                        outputs[event.id] = event.output
+        places.add(interrupts.where)
+        assert not engine.busy and sorted(engine._free) == [0, 1, 2], interrupts.where
+        for request, (prompt, options) in enumerate(requests):
+            mode = options["mode"].replace("lossless", "full")
+            expected = oracle(model, prompt, **options | {"mode": mode})
+            assert same(outputs[request], expected), interrupts.where
+    assert len(places) > 12
+
+
+@pytest.mark.parametrize("mode", ["river", "lossless"])
+def test_a_request_whose_token_cannot_be_taken_ends_alone(monkeypatch, mode):
+    """A tokenizer that fails, say: the step raises, and the next one tells."""
+    model = demo_model()
+    options = {"max_new_tokens": 12, "mode": mode}
+    alone = model.generate("def add(x):", **options)
+    engine = model.engine(slots=2, max_len=256)
+    engine.submit(QUESTION, id="bad", **options)
+    engine.submit("def add(x):", id="good", **options)
+    bad = engine._known["bad"].sequence
+    feed, calls = bad._stream.feed, []
+
+    def failing(token):
+        calls.append(token)
+        if len(calls) == 4:
+            raise ZeroDivisionError("in the tokenizer")
+        return feed(token)
+
+    monkeypatch.setattr(bad._stream, "feed", failing)
+    with pytest.raises(ZeroDivisionError):
+        drain(engine, {})
+    outputs = drain(engine, {})
+    assert outputs["bad"].finish_reason == "error" and "in the tokenizer" in outputs["bad"].error
+    assert outputs["good"].tokens == alone.tokens and outputs["good"].text == alone.text
+
+
+def test_a_prompt_that_does_not_fit_the_memory_ends_alone(monkeypatch):
+    model = random_model()
+    advance = engine_module.Prefill.advance
+
+    def short_of_memory(prefill, *rows):
+        if len(prefill.request.prompt) == 9:
+            raise MemoryError
+        return advance(prefill, *rows)
+
+    monkeypatch.setattr(engine_module.Prefill, "advance", short_of_memory)
+    engine = model.engine(slots=2, max_len=POSITIONS)
+    for length in (3, 9, 4):
+        engine.submit(random_prompt(length), id=length, max_new_tokens=5)
+    outputs = drain(engine, {})
+    assert outputs[9].error == "not enough memory for the prompt (MemoryError)" and outputs[9].tokens == []
+    assert all(same(outputs[n], oracle(model, random_prompt(n), max_new_tokens=5)) for n in (3, 4))
+
+
+def test_short_prompts_do_not_hold_up_those_that_decode():
+    """However many are waiting: after each eighth at the latest."""
+    engine = random_model().engine(slots=2, max_len=16)
+    engine.submit([1], id="running", max_new_tokens=8)
+    while not engine.step():
+        pass
+    for number in range(80):
+        engine.submit([2], id=number, max_new_tokens=1)
+    ids = [event.id for event in engine]
+    assert [place for place, id in enumerate(ids) if id == "running"] == [9 * n + 8 for n in range(7)]
+
+
+def test_closing_waits_for_the_step_of_another_thread(monkeypatch):
+    engine = random_model().engine(slots=1, max_len=16)
+    engine.submit([1], max_new_tokens=2)
+    work, closing = engine._work_on_prompts, threading.Thread(target=engine.close)
+
+    def meanwhile():
+        closing.start()
+        closing.join(0.05)
+        assert closing.is_alive()
+        work()
+
+    monkeypatch.setattr(engine, "_work_on_prompts", meanwhile)
+    assert len(engine.step()) == 1
+    closing.join()
+    assert not engine.busy
+
+
+def test_an_id_that_is_no_key():
+    engine = random_model().engine(slots=1, max_len=16)
+    with pytest.raises(RiverError, match="id is a list; accepted: what can be a key"):
+        engine.cancel([])
 
 
 # --- prompts that begin alike -----------------------------------------------------------------------------
@@ -331,8 +573,36 @@ def test_a_rotation_that_depends_on_the_length_is_not_taken_over(prefilled):
     scaling = (("rope_type", "dynamic"), ("factor", 8.0))
     model = random_model(rope_scaling=scaling, max_position_embeddings=32)
     engine = model.engine(slots=1, max_len=64, reuse_prompts=True)
-    for length in (20, 31, 40, 45):
+    for length in (20, 31, 40, 45, 30, 31):
         engine.submit(random_prompt(45, 1)[:length], id=0, max_new_tokens=2, mode="full")
         output = drain(engine, {})[0]
         assert same(output, oracle(model, random_prompt(45, 1)[:length], max_new_tokens=2, mode="full"))
-    assert prefilled == [0, 20, 0, 0]
+    assert prefilled == [0, 20, 0, 0, 0, 30]
+
+
+def test_of_a_prompt_that_was_cancelled_nothing_is_taken_over(prefilled, monkeypatch):
+    """Its slot holds a part of it, in some of the layers."""
+    monkeypatch.setitem(engine_module.PREFILL_ROWS, "cpu", 2)
+    model, options = random_model(), {"max_new_tokens": 20, "mode": "full"}
+    engine = model.engine(slots=2, max_len=POSITIONS, reuse_prompts=True)
+    engine.submit([1], id="running", **options)
+    engine.step()
+    engine.submit(random_prompt(20), id="cancelled", **options)
+    engine.step()
+    engine.cancel("cancelled")
+    engine.submit(random_prompt(20), id="again", **options)
+    assert same(drain(engine, {})["again"], oracle(model, random_prompt(20), **options))
+    assert prefilled == [0, 0, 0]
+
+
+def test_after_clear_nothing_is_taken_over(prefilled):
+    model, options = random_model(), {"max_new_tokens": 6, "mode": "full"}
+    engine = model.engine(slots=1, max_len=POSITIONS, reuse_prompts=True)
+    for prompt, steps in ((random_prompt(9, 1), 9), (random_prompt(9, 2), 2)):
+        engine.submit(prompt, **options)
+        for _ in range(steps):
+            engine.step()
+    engine.clear()
+    engine.submit(random_prompt(9, 1), id=0, **options)
+    assert same(drain(engine, {})[0], oracle(model, random_prompt(9, 1), **options))
+    assert prefilled == [0, 0, 0]

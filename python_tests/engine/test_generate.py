@@ -232,6 +232,24 @@ def test_the_head_of_the_river(options, control):
     assert out.tokens != by_models.tokens, "else this test could not fail"
 
 
+def test_a_prompt_at_full_depth_draws_by_the_models_head():
+    """Whatever its steps draw by: the two heads are not always of one mind."""
+    model, options = random_model(), {"max_new_tokens": 1, "river_head": "w4"}
+    differ = 0
+    for seed in range(20):
+        prompt = random_prompt(4, seed)
+        first = model.generate(prompt, mode="river", return_logits=True, **options)
+        assert torch.equal(
+            first.logits, model.generate(prompt, mode="full", return_logits=True, max_new_tokens=1).logits
+        )
+        by_river, by_model = (
+            model.generate(prompt, mode="full_w4", return_logits=True, **options | {"river_head": head})
+            for head in ("w4", "model")
+        )
+        differ += not torch.equal(by_river.logits, by_model.logits)
+    assert differ == 20
+
+
 @pytest.mark.parametrize("control", ["host", "device"])
 @pytest.mark.parametrize("wants", [False, True], ids=["tokens alone", "logits"])
 @pytest.mark.parametrize("sampled", [{}, {"temperature": 1.0, "top_k": 9}], ids=["greedy", "filters"])

@@ -680,6 +680,13 @@ def test_patience(model, monkeypatch):
 # --- which decoder --------------------------------------------------------------------------------------
 
 
+def test_an_engine_that_is_used_again_takes_the_control_of_the_call(model, replays):
+    for control in ("host", "device", "host"):
+        replays.clear()
+        model.generate(PROMPTS[1], max_new_tokens=4, exit_control=control)
+        assert (whole_steps in replays) == (control == "device")
+
+
 def test_auto(model, monkeypatch):
     engine = model.engine(slots=1, max_len=8)
 

@@ -192,11 +192,40 @@ def test_a_request_that_fails_ends_alone():
         model.network.embed_tokens[token] = kept
 
 
+def test_nothing_of_a_cycle_that_failed_reaches_the_next_run(monkeypatch):
+    """Drafts that were never verified, stop tokens of others, rows of more requests."""
+    model, options = random_model(), {"mode": "lossless", "draft_tokens": 3, "max_new_tokens": 12}
+    prompts = [random_prompt(4, seed) for seed in range(2)]
+    expected = [facts(out) for out in model.generate(prompts, **options)]
+    first = [tokens[0] for _, tokens, *_ in expected]
+    stop_tokens, accept, cycles = set(expected[0][1]) - set(first), ops.accept, []
+
+    def failing(**arguments):
+        raise KeyboardInterrupt
+
+    def checking(**arguments):
+        rows, drafts = arguments["verify_slots"].view(arguments["drafts"].shape), arguments["drafts"]
+        assert (rows[1:] == -1).all() and (drafts == -1).all() and (arguments["stop_tokens"] == -1).all()
+        cycles.append(1)
+        accept(**arguments)
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(ops, "accept", failing)
+        model.generate(prompts, stop_tokens=stop_tokens, **options)
+    monkeypatch.setattr(ops, "accept", checking)
+    monkeypatch.setattr(ops, "draft_advance", lambda **arguments: None)  # nothing is drafted
+    engine = model._engines.idle[0]
+    again = model.generate(prompts, **options)
+    assert model._engines.idle[0] is engine and len(cycles) == 11
+    assert [facts(out) for out in again] == expected
+
+
 # --- how many drafts --------------------------------------------------------------------------------------
 
 
-def test_fewer_drafts_where_more_requests_share_the_rows(monkeypatch):
-    """Requests x (drafts + 1) <= 8, and only as many as may still be drawn."""
+@pytest.fixture
+def drafts_of_cycles(monkeypatch):
+    """(requests, drafts) of each cycle."""
     drafts, cycle = [], lossless.cycle
 
     def counted(runner, count, *arguments):
@@ -204,6 +233,12 @@ def test_fewer_drafts_where_more_requests_share_the_rows(monkeypatch):
         return cycle(runner, count, *arguments)
 
     monkeypatch.setattr(lossless, "cycle", counted)
+    return drafts
+
+
+def test_fewer_drafts_where_more_requests_share_the_rows(drafts_of_cycles):
+    """Requests x (drafts + 1) <= 8, and only as many as may still be drawn."""
+    drafts = drafts_of_cycles
     for requests in range(1, 9):
         engine = demo_model().engine(slots=requests, max_len=64)
         for number in range(requests):
@@ -224,6 +259,41 @@ def test_each_request_has_its_own_number():
     assert outputs[0].stats.steps > outputs[1].stats.steps
     assert max(out.stats.drafts / out.stats.steps for out in outputs.values()) <= 3
     assert outputs[0].stats.drafts <= outputs[0].stats.steps
+
+
+def test_what_is_learned_of_each_request(monkeypatch):
+    """Its own drafts, and how many of them became tokens."""
+    learned, learn = {}, Drafting.learn
+
+    def noted(drafting, drafts, accepted):
+        learned.setdefault(drafting.draft_tokens, []).append((drafts, accepted))
+        learn(drafting, drafts, accepted)
+
+    monkeypatch.setattr(Drafting, "learn", noted)
+    engine = demo_model().engine(slots=2, max_len=128)
+    for draft_tokens in (1, 3):
+        options = {"draft_tokens": draft_tokens, "max_new_tokens": 40, "temperature": 1.0, "stop_tokens": ()}
+        engine.submit(TEXTS[1], id=draft_tokens, mode="lossless", **options)
+    outputs = {event.id: event.output for event in engine if event.output}
+    for draft_tokens, out in outputs.items():
+        cycles = learned[draft_tokens]
+        assert len(cycles) == out.stats.steps
+        assert max(drafts for drafts, _ in cycles) == draft_tokens
+        assert sum(drafts for drafts, _ in cycles) == out.stats.drafts
+        assert sum(accepted for _, accepted in cycles) == out.stats.accepted_drafts > 0
+        assert out.stats.accepted_drafts < out.stats.drafts, "else a wrong draft could count as right"
+
+
+def test_no_more_drafts_than_can_become_tokens(drafts_of_cycles):
+    """The backbone adds one of its own to each cycle."""
+    for new_tokens in range(2, 9):
+        drafts_of_cycles.clear()
+        out = demo_model().generate(
+            TEXTS[0], mode="lossless", draft_tokens=7, max_new_tokens=new_tokens, stop_tokens=()
+        )
+        left = new_tokens - 1
+        assert drafts_of_cycles[0] == (1, left - 1) and len(out.tokens) == new_tokens
+        assert drafts_of_cycles[-1][1] < left
 
 
 def test_auto_follows_what_was_right():

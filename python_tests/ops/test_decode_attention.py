@@ -120,13 +120,15 @@ def test_what_a_row_does_not_see_may_be_nan(dtype, isa):
 @pytest.mark.parametrize("kv_heads", [2, 16], ids=["splits are the pieces", "blocks are the pieces"])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_the_rows_of_prompts(dtype, kv_heads, isa):
-    """More rows than a step has, of two slots, shuffled."""
+    """More rows than a step has, of two slots, shuffled; also where no row sees anything of a whole split."""
     rows, g = 600, torch.Generator().manual_seed(2)
     query, caches = inputs(dtype, rows, kv_heads, kv_heads, 32, max_len=560)
     order = torch.randperm(rows, generator=g)
     slots = int32([3] * 550 + [1] * 50)[order]
     positions = int32(list(range(550)) + list(range(500, 550)))[order]
-    for options in ({}, {"sliding_window": 100}):
+    valid = torch.rand(8, 560, generator=g) < 0.7
+    valid[:, 250:520] = False
+    for options in ({}, {"sliding_window": 100}, {"kv_valid": valid}):
         out = check_each_row_alone(range(0, rows, 29), query, caches, slots, positions, **options)
         expected = reference.decode_attention(query, *caches, slots, positions, **options)
         assert_close(out, expected, dtype, "out")

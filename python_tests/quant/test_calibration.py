@@ -15,7 +15,7 @@ from river_ext.engine.network import Network
 from river_ext.errors import RiverError
 from river_ext.loading.checkpoint import load_checkpoint
 from river_ext.loading.weights import BlockShape
-from river_ext.model import DEMO
+from river_ext.model import DEMO, Model
 from river_ext.quant.exit_river import build_river, load_river, read_facts, save_river
 from river_ext.quant.hqq import quantize
 from river_ext.quant.quality import dense_projections
@@ -69,6 +69,23 @@ def test_the_demo_model_agrees_more_often(tmp_path):
     ):
         said = compare(Network(checkpoint.config, checkpoint.weights, one), texts.held_out)
         assert (said.agreement, said.kl) == (found[agreement], found[kl])
+
+
+def test_agreement_by_its_definition(checkpoint):
+    """Every position of every text, from the logits of teacher forcing; texts of more rows than one block."""
+    model = Model(checkpoint.config, checkpoint.weights, build_river(checkpoint.config, checkpoint.weights))
+    texts = tokens(2, 150, seed=3) + tokens(1, 1, seed=4)
+    same, divergence = 0, 0.0
+    for text in texts:
+        p, q = (  # a token more, before which the last position is seen
+            model.score([*text, 3], prompt_length=1, mode=mode).logits.double().log_softmax(-1)
+            for mode in ("full", "full_w4")
+        )
+        same += int((p.argmax(-1) == q.argmax(-1)).sum())
+        divergence += float((p.exp() * (p - q)).sum())
+    found, count = compare(model.network, texts), 301
+    assert (found.tokens, found.agreement) == (count, same / count)
+    assert found.kl == pytest.approx(divergence / count, rel=1e-4)
 
 
 UNEVEN = {"intermediate_size": 100, "head_dim": 6, "num_attention_heads": 5, "num_key_value_heads": 1}
@@ -210,6 +227,17 @@ def test_what_was_made_from_something_else_is_not_taken(checkpoint, tmp_path, mo
     found = calibrate(checkpoint, path)
     assert len(calls) == LAYERS
     assert_equal(found, calibrate(checkpoint, tmp_path / "new"))
+
+
+def test_what_was_made_of_another_model_is_not_taken(tiny_checkpoint, tmp_path, monkeypatch):
+    """Of other weights, or of the same ones in another dtype."""
+    path, calls = tmp_path / "river", []
+    one, other = tiny_checkpoint("one"), tiny_checkpoint("other", seed=1)
+    interrupt_at(monkeypatch, LAYERS, calls)
+    for directory, dtype in ((one, "float32"), (other, "float32"), (one, "bfloat16")):
+        calls.clear()
+        calibrate(load_checkpoint(directory, dtype), path)
+        assert len(calls) == LAYERS, (directory, dtype)
 
 
 @pytest.mark.parametrize("content", [b"", b"\xff" * 64])

@@ -1,7 +1,7 @@
 """Sequences that decode together: the rows of a decoder's steps are theirs, in their order."""
 
 import time
-from collections.abc import Collection, Hashable, Iterator
+from collections.abc import Hashable, Iterator
 from itertools import chain
 
 from .decoder import Decoder
@@ -16,6 +16,7 @@ class Running:
     def __init__(self, id: Hashable, sequence: Sequence):
         self.id, self.sequence = id, sequence
         self.slot = -1
+        self.start = 0  # of the prompt, whose positions before it the slot holds already
         self.prefill: Prefill | None = None
         self.cancelled = False
 
@@ -53,13 +54,13 @@ class Batch:
             running.sequence.decode_seconds += seconds
         return list(zip(self.members, outputs, strict=True))
 
-    def drop(self, ended: Collection[Running]) -> None:
-        """Goes on without them."""
-        stay = [row for row, running in enumerate(self.members) if running not in ended]
-        if len(stay) < len(self.members):
-            self.decoder.keep(stay)
-            self.members = [self.members[row] for row in stay]
-        self._joining = [running for running in self._joining if running not in ended]
+    def drop(self, ended: Running) -> None:
+        """Goes on without it."""
+        if ended in self.members:
+            self.decoder.keep([row for row, running in enumerate(self.members) if running is not ended])
+            self.members.remove(ended)
+        if ended in self._joining:
+            self._joining.remove(ended)
 
     def clear(self) -> None:
         self.members, self._joining = [], []

@@ -100,10 +100,10 @@ class Decoder:
 
     @torch.inference_mode()
     def copied(self, logits: Tensor) -> Tensor:
-        """The next replay writes to the same place."""
-        with torch.cuda.stream(self.memory.stream):
-            copied = logits.clone()
+        """A copy that is the caller's, on its stream; the next replay writes to the same place."""
         self.memory.lead_caller()
+        copied = logits.clone()
+        self.memory.follow_caller()
         return copied
 
 

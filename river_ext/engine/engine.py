@@ -11,14 +11,13 @@ import threading
 import time
 from collections import deque
 from collections.abc import Hashable, Iterator
-from contextlib import contextmanager
 from itertools import count
 from os.path import commonprefix
 from typing import NamedTuple
 
 from .. import ops
 from ..checks import choice, flag, integer, short
-from ..errors import RiverError
+from ..errors import RiverError, memory_for
 from ..loading.text import Text
 from .batch import Batch, Running
 from .decoder import DeviceDecoder, HostDecoder
@@ -49,7 +48,8 @@ class Engine:
     """Generates for up to `slots` requests at once; the others wait. `Model.engine` makes one.
 
     `submit` and `cancel` may be called from any thread, also while another one is in `step`; one thread at a
-    time steps.
+    time steps. After an exception in a step, a KeyboardInterrupt say, the next one takes up the work: all
+    requests get what they would have got, but for one that the exception left in the middle of a token.
     """
 
     def __init__(
@@ -88,6 +88,11 @@ class Engine:
         self._free = list(range(self.slots))
         self._contents: list[list[int]] = [[] for _ in range(self.slots)]  # tokens whose K and V a slot holds
         self._prefilling: deque[Running] = deque()
+        self._ending: list[Running] = []  # cancelled, or left in the middle of a token
+        self._events: list[Event] = []  # of this step
+        self._prefill_rows = PREFILL_ROWS[network.device.type]
+        self._held_up = 0  # rows of prompts that those that decode have waited for
+        self._cut_off = False  # an exception has ended the last step
 
     @staticmethod
     def check(batch_policy: str = "row", exit_control: str = "auto") -> None:
@@ -114,13 +119,7 @@ class Engine:
         with self._lock:
             self._check_open()
             id = next(i for i in self._ids if i not in self._known) if id is None else id
-            try:
-                used = id in self._known
-            except TypeError:
-                raise RiverError(
-                    f"id is a {type(id).__name__}; accepted: what can be a key, a str say"
-                ) from None
-            if used:
+            if self._find(id):
                 raise RiverError(f"the request {short(id)} was submitted before, and has not ended")
             self._known[id] = running = Running(id, sequence)
             self._queue.append(running)
@@ -130,20 +129,28 @@ class Engine:
         """Ends a request at the next step, with finish_reason "cancelled" and what it has until then."""
         with self._lock:
             self._check_open()
-            running = self._known.get(id)
+            running = self._find(id)
             if running is None or running.cancelled:
                 raise RiverError(f"there is no request {short(id)} to cancel: it has ended, or never was")
             running.cancelled = True
+            self._ending.append(running)
 
     def step(self) -> list[Event]:
         """Works until there is something new: a first token, or one for every sequence that decodes.
 
         Returns [] after a part of a long prompt, and when no request is left.
         """
-        with self._one_at_a_time():
-            events = self._cancel()
-            self._admit()
-            return events + self._work_on_prompts() or self._decode()
+        if self._stepping.locked():
+            raise RiverError("another thread is in a step of this engine; accepted: one at a time")
+        with self._stepping:
+            self._check_open()
+            if self._cut_off:
+                self._begin_anew()
+            self._cut_off = True
+            self._work()
+            self._cut_off = False
+            events, self._events = self._events, []
+            return events
 
     def __iter__(self) -> Iterator[Event]:
         """Steps until every request has ended."""
@@ -159,21 +166,26 @@ class Engine:
         """Forgets all requests, wherever they are, without another event."""
         with self._stepping, self._lock:
             self._check_open()
-            self._memory.synchronise()
-            self._known.clear()
-            for place in (self._queue, self._prefilling, self._steps, self._cycles):
-                place.clear()
-            self._free = list(range(self.slots))
-            self._contents = [[] for _ in self._free]
+            self._forget()
 
     def close(self) -> None:
         """Forgets all requests and gives the memory back; whatever is called afterwards says so."""
-        if self._closed:
-            return
-        self.clear()
-        self._closed = True
-        self._decoders.clear()
-        del self._memory, self._steps, self._cycles
+        with self._stepping, self._lock:
+            if self._closed:
+                return
+            self._forget()
+            self._closed = True
+            self._decoders.clear()
+            del self._memory, self._steps, self._cycles
+
+    def _forget(self) -> None:
+        self._memory.synchronise()
+        for place in (
+            self._known, self._queue, self._prefilling, self._steps, self._cycles, self._ending, self._events
+        ):  # fmt: skip
+            place.clear()
+        self._free = list(range(self.slots))
+        self._contents = [[] for _ in self._free]
 
     def __enter__(self) -> "Engine":
         return self
@@ -189,83 +201,128 @@ class Engine:
 
     # --- a step -------------------------------------------------------------------------------------------
 
-    def _cancel(self) -> list[Event]:
+    def _work(self) -> None:
+        self._end_cancelled()
+        self._admit()
+        self._work_on_prompts()
+        if not self._events or self._held_up >= self._prefill_rows:
+            self._decode()
+
+    def _begin_anew(self) -> None:
+        """All go on from the tokens that they have: what a step computes depends on nothing else."""
+        self._memory.synchronise()
+        for place in (self._steps, self._cycles, self._prefilling, self._queue, self._ending):
+            place.clear()
         with self._lock:
-            cancelled = [running for running in self._known.values() if running.cancelled]
-        for running in cancelled:
-            running.sequence.end("cancelled")
-        self._retire(cancelled)
-        return [Event(running.id, None, running.sequence.output()) for running in cancelled]
+            everyone = list(self._known.values())
+            self._queue.extend(running for running in everyone if running.slot < 0)
+            self._ending += [
+                running for running in everyone if running.cancelled or running.sequence.finish_reason
+            ]
+        self._free = [slot for slot in range(self.slots) if slot not in {one.slot for one in everyone}]
+        for running in everyone:
+            running.prefill = None
+            if running.slot >= 0 and running.sequence.tokens:
+                self._batch(running).join(running)
+            elif running.slot >= 0:
+                self._prefilling.append(running)
+
+    def _end_cancelled(self) -> None:
+        with self._lock:
+            count = len(self._ending)
+            # some may have ended by themselves
+            ending = [running for running in self._ending if self._known.get(running.id) is running]
+        for running in ending:
+            if not running.sequence.finish_reason:
+                running.sequence.end("cancelled")
+            self._end(running)
+        with self._lock:
+            del self._ending[:count]
 
     def _admit(self) -> None:
         """Queued requests into free slots, first come, first served."""
         with self._lock:
             while self._queue and self._free:
-                running = self._queue.popleft()
-                running.slot, start = self._choose_slot(running.sequence.request.prompt)
-                self._free.remove(running.slot)
-                request = running.sequence.request
-                running.prefill = Prefill(
-                    self.network, self._memory.cache, running.slot, request, start, self.progress
-                )
-                self._prefilling.append(running)
+                running = self._queue[0]
+                slot, running.start = self._choose_slot(running.sequence.request.prompt)
+                running.slot = slot
+                self._free.remove(slot)
+                self._prefilling.append(self._queue.popleft())
 
-    def _work_on_prompts(self) -> list[Event]:
+    def _work_on_prompts(self) -> None:
         """On the first one, for as long as those that decode are to wait; alone, until it is done."""
         if not self._prefilling:
-            return []
+            return
         running, start = self._prefilling[0], time.perf_counter()
-        others = self._steps or self._cycles
-        new = running.prefill.advance(PREFILL_ROWS[self.network.device.type] if others else math.inf)
-        running.sequence.prefill_seconds += time.perf_counter() - start
+        sequence, others = running.sequence, self._steps or self._cycles
+        try:
+            with memory_for("the prompt"):
+                if running.prefill is None:
+                    running.prefill = Prefill(
+                        self.network,
+                        self._memory.cache,
+                        running.slot,
+                        sequence.request,
+                        running.start,
+                        self.progress,
+                    )
+                new = running.prefill.advance(self._prefill_rows if others else math.inf)
+        except RiverError as error:
+            sequence.fail(str(error))
+            self._end(running)
+            return
+        sequence.prefill_seconds += time.perf_counter() - start
         if new is None:
-            return []
+            return
+        if others:  # the shortest prompt takes its time, too
+            rows = len(sequence.request.prompt) - running.start
+            self._held_up += max(rows, self._prefill_rows // ops.MAX_ROWS)
         self._prefilling.popleft()
         running.prefill = None
-        batch = self._steps if running.sequence.request.draft_tokens is None else self._cycles
-        batch.join(running)
-        return self._take([(running, RowOutput([new]))])
+        self._batch(running).join(running)
+        self._take([(running, RowOutput([new]))])
 
-    def _decode(self) -> list[Event]:
+    def _batch(self, running: Running) -> Batch:
+        """Where it decodes."""
+        return self._steps if running.sequence.request.draft_tokens is None else self._cycles
+
+    def _decode(self) -> None:
         """The next tokens of every sequence."""
+        self._held_up = 0
         together, waiting = self.batch_policy == "min", bool(self._prefilling or (self._queue and self._free))
         if together and waiting:
-            return []  # rows that leave the backbone together begin together
+            return  # rows that leave the backbone together begin together
         stops = any(running.sequence.request.stop for running in self._steps)
         # A row that ends by a stop string, of which only the host knows, lets the others leave earlier then.
         surprises = together and stops and len(self._steps) > 1
-        outputs = self._steps.step(run_ahead=not (waiting or surprises))
-        return self._take(outputs + self._cycles.step(run_ahead=False))
+        self._take(self._steps.step(run_ahead=not (waiting or surprises)))
+        self._take(self._cycles.step(run_ahead=False))
 
-    def _take(self, outputs: list[tuple[Running, RowOutput]]) -> list[Event]:
+    def _take(self, outputs: list[tuple[Running, RowOutput]]) -> None:
         """Each sequence takes its new tokens; those that end leave."""
-        events, ended = [], []
         for running, output in outputs:
-            sequence = running.sequence
-            events += [Event(running.id, piece, None) for piece in sequence.take(output)]
-            if sequence.finish_reason:
-                ended.append(running)
-                last = Event(running.id, None, None) if sequence.error else events.pop()
-                events.append(last._replace(output=sequence.output()))
-        self._retire(ended)
-        return events
+            self._events += [Event(running.id, piece, None) for piece in running.sequence.take(output)]
+            if running.sequence.finish_reason:
+                self._end(running)
 
-    def _retire(self, ended: list[Running]) -> None:
-        """Gives their slots back."""
-        if not ended:
-            return
-        self._steps.drop(ended)
-        self._cycles.drop(ended)
-        self._memory.lead_caller()  # steps in flight may still write to the slots
+    def _end(self, running: Running) -> None:
+        """Its last event, which is that of its last token unless it failed; and its slot is free."""
+        own = [event for event in self._events[-1:] if event.id is running.id and not running.sequence.error]
+        before = len(self._events) - len(own)
+        last = Event(running.id, own[0].piece if own else None, running.sequence.output())
+        self._steps.drop(running)
+        self._cycles.drop(running)
+        self._memory.lead_caller()  # steps in flight may still write to the slot
         with self._lock:
-            for running in ended:
-                del self._known[running.id]
-                for waiting in (self._queue, self._prefilling):
-                    if running in waiting:
-                        waiting.remove(running)
-                if running.slot >= 0:
-                    self._free.append(running.slot)
-                    self._contents[running.slot] = self._written(running)
+            if running.slot < 0:
+                self._queue.remove(running)
+            else:
+                if running in self._prefilling:
+                    self._prefilling.remove(running)
+                self._free.append(running.slot)
+                self._contents[running.slot] = self._written(running)
+            del self._known[running.id]
+            self._events[before:] = [last]  # no interrupt comes between these two
 
     # --- slots --------------------------------------------------------------------------------------------
 
@@ -277,23 +334,19 @@ class Engine:
         slot = max(shared, key=shared.get)
         return slot, shared[slot]
 
-    @staticmethod
-    def _written(running: Running) -> list[int]:
-        """The tokens whose K and V its slot holds in all layers."""
-        if running.prefill is not None:
+    def _written(self, running: Running) -> list[int]:
+        """The tokens whose K and V its slot holds in all layers, for those who may take them over."""
+        sequence = running.sequence
+        if not sequence.tokens or self.network.scales_by_length(len(sequence.request.prompt)):
             return []
-        return running.sequence.request.prompt + running.sequence.tokens[:-1]
+        return sequence.request.prompt + sequence.tokens[:-1]
+
+    def _find(self, id: Hashable) -> Running | None:
+        try:
+            return self._known.get(id)
+        except TypeError:
+            raise RiverError(f"id is a {type(id).__name__}; accepted: what can be a key, a str say") from None
 
     def _check_open(self) -> None:
         if self._closed:
             raise RiverError("the engine is closed")
-
-    @contextmanager
-    def _one_at_a_time(self) -> Iterator[None]:
-        if not self._stepping.acquire(blocking=False):
-            raise RiverError("another thread is in a step of this engine; accepted: one at a time")
-        try:
-            self._check_open()
-            yield
-        finally:
-            self._stepping.release()

@@ -144,9 +144,11 @@ class Network:
 
         Their rows never change, and longer tables are new tensors: a graph keeps those it was captured with.
         """
-        if max_len > len(self._rope[0]):
-            self._rope = rope_tables(self.config, 1 << (max_len - 1).bit_length(), device=self.device)
-        return self._rope
+        rope = self._rope  # which another thread may change meanwhile
+        if max_len > len(rope[0]):
+            rope = rope_tables(self.config, 1 << (max_len - 1).bit_length(), device=self.device)
+            self._rope = rope
+        return rope
 
     def prompt_rope(self, length: int, max_len: int) -> Rope:
         """The same for a prompt: under dynamic scaling all its tokens see the whole prompt's length."""

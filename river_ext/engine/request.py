@@ -103,8 +103,8 @@ def prompt_list(prompt) -> tuple[list, bool]:
     prompt = one_row("prompt", prompt)
     if not isinstance(prompt, (list, tuple)) or not prompt:
         return [prompt], False
-    if isinstance(listed("prompt", prompt[0]), Real):  # a token id, which may be an array of one itself
-        return [[listed("prompt", token) for token in prompt]], False
+    if isinstance(listed("prompt", prompt[0]), Real):  # a token id
+        return [prompt], False
     return ([prompt], False) if is_chat(prompt) else (list(prompt), True)
 
 
@@ -152,7 +152,7 @@ def request(config: ModelConfig, text: Text | None, prompt, options: Mapping) ->
     """Checks a prompt and its options against the model."""
     options = names_keywords(Options)(**options)
     prompt = prompt_tokens(config, text, prompt)
-    max_new_tokens = integer("max_new_tokens", options.max_new_tokens, 1)
+    max_new_tokens = integer("max_new_tokens", options.max_new_tokens, 1, 2**63 - 1)
     if (length := len(prompt) + max_new_tokens) > config.max_length:
         raise RiverError(
             f"a prompt of {len(prompt)} tokens and max_new_tokens={max_new_tokens} need {length} positions; "
@@ -196,7 +196,10 @@ def prompt_tokens(config: ModelConfig, text: Text | None, prompt) -> list[int]:
         prompt = text.chat(prompt) if is_chat(prompt) else text.encode(prompt) if prompt else []
     elif isinstance(prompt, Mapping):
         prompt = encoded(prompt)
-    tokens = token_ids("prompt", one_row("prompt", prompt), config.vocab_size)
+    prompt = one_row("prompt", prompt)
+    if isinstance(prompt, (list, tuple)):
+        prompt = [listed("prompt", token) for token in prompt]  # each may be an array of one itself
+    tokens = token_ids("prompt", prompt, config.vocab_size)
     if not tokens:
         raise RiverError("the prompt is empty; accepted: at least one token")
     return tokens

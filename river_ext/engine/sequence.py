@@ -107,7 +107,14 @@ class Sequence:
         )
 
     def take(self, output: RowOutput) -> list[Piece]:
-        """Takes new tokens up to the last one that it needs."""
+        """Takes new tokens up to the last one that it needs. An exception ends it with an error."""
+        try:
+            return self._take(output)
+        except BaseException as error:  # half of a token is there
+            self.fail(f"token {len(self.tokens)} was cut off ({type(error).__name__}: {error})")
+            raise
+
+    def _take(self, output: RowOutput) -> list[Piece]:
         self._steps += bool(self.tokens)  # the first token is the prefill's
         self._drafts += output.drafts
         if output.draft_seconds is None or self._draft_seconds is None:
@@ -119,7 +126,8 @@ class Sequence:
             if self.finish_reason:
                 break
             if new.token < 0:
-                self._fail(new.similarities)
+                position = len(self.request.prompt) + len(self.tokens)
+                self.fail(not_finite(self.request.dtype, position, new.similarities))
             else:
                 pieces.append(self._append(new))
         return pieces
@@ -161,10 +169,9 @@ class Sequence:
             values, ids = logprobs.sort(descending=True, stable=True)  # ties to the lowest id
             self._top_logprobs.append(list(zip(ids[:count].tolist(), values[:count].tolist(), strict=True)))
 
-    def _fail(self, similarities: list[float]) -> None:
-        """Ends without a token, for want of finite logits."""
-        position = len(self.request.prompt) + len(self.tokens)
-        self.error = not_finite(self.request.dtype, position, similarities)
+    def fail(self, error: str) -> None:
+        """No token follows, for this reason."""
+        self.error = error
         self.end("error")
 
     def end(self, reason: str) -> None:
