@@ -23,8 +23,8 @@ namespace {
 
 using namespace device;
 
-// Enough loads under way for the memory; a block of several tiles of query heads needs more registers.
-constexpr int blocks_per_sm(int tiles) { return tiles == 1 ? 3 : 2; }
+// Enough loads under way for the memory; long heads and several tiles of query heads need more registers.
+constexpr int blocks_per_sm(int dims, int tiles) { return dims < 256 && tiles == 1 ? 3 : 2; }
 
 // The splits of a slot's rows that a block works on: first, first + step, ... below count
 struct BlockSplits {
@@ -35,16 +35,15 @@ struct BlockSplits {
 };
 
 // The K and V of this block's first split, to L2. The places may still be those of the step before: then this asks for
-// what may not be needed, inside of the cache.
+// what may not be needed, inside of the cache. By one warp
 RIVER_DEVICE void prefetch_context(const AttentionArgs& a, int row, int kv_head) {
-  if (threadIdx.x >= 2) return;  // one for K, one for V
   const auto hint = [&](int t) { return checked_place(a, load_hint(a.slots + t), load_hint(a.positions + t)); };
-  const SlotRows rows = slot_rows(a, row, hint, [](int, int, const RowContext&) {});
-  if (rows.count == 0) return;
+  const SlotRows rows = slot_rows(a, row, hint, [](int, const RowContext&) {});
+  if (rows.count == 0 || lane_id() >= 2) return;  // a lane for K, one for V
   const int split = rows.first_split() + BlockSplits(rows).first;
   const int first = split * rows.size, end = min(first + rows.size, rows.last + 1);
   if (first >= end) return;
-  const auto* cache = static_cast<const unsigned char*>(threadIdx.x == 0 ? a.k_cache : a.v_cache);
+  const auto* cache = static_cast<const unsigned char*>(lane_id() == 0 ? a.k_cache : a.v_cache);
   const int64_t place = (int64_t(rows.slot) * a.num_kv_heads + kv_head) * a.max_len + first, bytes = 2 * a.head_dim;
   bulk_prefetch_to_l2(cache + place * bytes, (end - first) * bytes);
 }
@@ -82,7 +81,9 @@ struct SplitMerge {
   }
 
  private:
-  RIVER_DEVICE int splits_of(int q) const { return shared.of[q].last / rows.size - shared.of[q].first / rows.size + 1; }
+  RIVER_DEVICE int splits_of(int q) const {
+    return split_of(shared.of[q].last, rows.size) - split_of(shared.of[q].first, rows.size) + 1;
+  }
   RIVER_DEVICE const float* partial(int q, int split) const {
     return partials.at(shared.of[q].row, shared.of[q].head, split);
   }
@@ -173,7 +174,7 @@ struct SplitMerge {
 
 // Budget: 128 threads, 255 registers
 template <class T, int kDims, int kTiles>
-__global__ void __launch_bounds__(kAttentionThreads, blocks_per_sm(kTiles))
+__global__ void __launch_bounds__(kAttentionThreads, blocks_per_sm(kDims, kTiles))
     decode_attention_kernel(AttentionArgs a,     // shapes: river.h
                             Partials partials,   // [T, heads, splits, 4 + head_dim]
                             uint32_t* counters,  // [T, kv_heads]
@@ -188,8 +189,9 @@ __global__ void __launch_bounds__(kAttentionThreads, blocks_per_sm(kTiles))
   }
   dependency_wait();
   const auto place = [&](int t) { return place_in_cache(a, t); };
-  const SlotRows rows = slot_rows(a, own, place, [&](int i, int t, const RowContext& context) {
-    if (threadIdx.x == 0) shared.row[i] = {.row = t, .head = 0, .first = context.first, .last = context.last};
+  const SlotRows rows = slot_rows(a, own, place, [&](int i, const RowContext& context) {
+    if (const int t = threadIdx.x; t < kMaxRows)
+      shared.row[i] = {.row = t, .head = 0, .first = context.first, .last = context.last};
   });
   if (rows.count == 0) {
     T* out = static_cast<T*>(a.out) + (int64_t(own) * a.num_heads + kv_head * group) * a.head_dim;
@@ -205,8 +207,10 @@ __global__ void __launch_bounds__(kAttentionThreads, blocks_per_sm(kTiles))
       .a = a, .partials = partials, .rows = rows, .shared = shared, .kv_head = kv_head};
   for (int first = 0; first < rows.count * group; first += Memory::kQueries) {
     attention.take_queries(first);
+    auto keys = attention.first_keys(rows.first_split() + splits.first);  // under way together with the queries
     attention.load_queries();
-    for (int i = splits.first; i < splits.count; i += splits.step) attention.run(rows.first_split() + i);
+    for (int i = splits.first; i < splits.count; i += splits.step)
+      attention.run(rows.first_split() + i, rows.first_split() + i + splits.step, keys);
   }
   const int leader = shared.row[0].row;
   if (!block_arrives_last(counters + leader * a.num_kv_heads + kv_head, blocks)) return;
@@ -243,7 +247,7 @@ void launch_decode_attention(const AttentionArgs& a, const Workspace& workspace,
   const bool early = workspace.variants.early_attention && workspace.overlap == Overlap::kPrefetch;
   const LaunchOptions options{.name = "decode_attention", .pdl = workspace.overlap != Overlap::kNone};
   const auto run = [&]<class T, int kDims, int kTiles>() {
-    const int width = std::max(1, blocks_per_sm(kTiles) * workspace.blocks / (a.num_kv_heads * a.rows));
+    const int width = std::max(1, blocks_per_sm(kDims, kTiles) * workspace.blocks / (a.num_kv_heads * a.rows));
     const dim3 grid(std::min(partials.splits, width), a.num_kv_heads, a.rows);
     launch(decode_attention_kernel<T, kDims, kTiles>, grid, kAttentionThreads, sizeof(AttentionMemory<kDims, kTiles>),
            stream, options, a, partials, workspace.counters, early);

@@ -331,6 +331,22 @@ def test_attention_lengths(kernels, length):
     assert_close(out, reference.decode_attention(query, *caches, *place), torch.bfloat16, "out")
 
 
+@pytest.mark.parametrize("dtype, share", [(torch.bfloat16, 1 / 1000), (torch.float16, 1 / 125)], ids=str)
+def test_attention_is_as_exact_as_fp32(kernels, dtype, share):
+    """Few outputs are rounded otherwise than those of fp64; fewer bits in the softmax give many more."""
+    g = torch.Generator().manual_seed(0)
+    query = torch.randn(8, 32, 128, generator=g).to(dtype)
+    caches = [torch.randn(1, 8, 300, 128, generator=g).to(dtype) for _ in range(2)]
+    positions = torch.arange(292, 300, dtype=torch.int32)
+    out = kernels.decode_attention(query, *caches, int32([0] * 8), positions)
+    k, v = (cache[0].repeat_interleave(4, dim=0).double() for cache in caches)  # [heads, positions, head_dim]
+    scores = torch.einsum("thd,hpd->thp", query.double(), k) * 128**-0.5
+    unseen = torch.arange(300) > positions[:, None, None]
+    exact = torch.einsum("thp,hpd->thd", scores.masked_fill(unseen, float("-inf")).softmax(-1), v).to(dtype)
+    assert (out != exact).float().mean() < share
+    assert_close(out, exact, dtype, "out")
+
+
 @pytest.mark.parametrize("place", [0, 70, 1500, 2999])
 def test_attention_shows_a_nan_that_a_row_sees(kernels, place):
     """Whichever split it is in. The other rows and KV heads are what they are without it."""

@@ -98,6 +98,13 @@ struct SplitAttention {
     __syncthreads();
   }
 
+  // The keys of this warp's first positions of a split; nothing is loaded past the last split.
+  RIVER_DEVICE Keys first_keys(int split) const {
+    Keys keys;
+    load_keys(split * rows.size + warp_id() * kTile, keys);
+    return keys;
+  }
+
   RIVER_DEVICE void load_queries() const {
 #pragma unroll 2
     for (int i = threadIdx.x; i < tiles * kColumns * (kDims / 8); i += kAttentionThreads) {
@@ -109,26 +116,27 @@ struct SplitAttention {
     __syncthreads();
   }
 
-  RIVER_DEVICE void run(int split) const {
-    score(split);
+  // keys: the first ones of the split; then those of the split that is next
+  RIVER_DEVICE void run(int split, int next, Keys& keys) const {
+    score(split, keys);
     const Values values = first_values(split);
     softmax();
     weigh_values(split, values);
+    keys = first_keys(next);  // the registers of the sums are free again
     write_partials(split);
   }
 
  private:
   // score = query . K * softmax_scale; -inf where the row does not see the position
-  RIVER_DEVICE void score(int split) const {
+  RIVER_DEVICE void score(int split, Keys next) const {
     constexpr bool kAhead = kDims < 256;  // the next keys are under way: else there are as many loads without
+    constexpr int kStep = kAttentionWarps * kTile;
     const int begin = split * rows.size;
-    Keys next;
-    if (kAhead) load_keys(begin + warp_id() * kTile, next);
-    for (int i = warp_id() * kTile; i < rows.size; i += kAttentionWarps * kTile) {
-      if (!kAhead) load_keys(begin + i, next);
+    for (int i = warp_id() * kTile; i < rows.size; i += kStep) {
       const Keys keys = next;
-      if (kAhead && i + kAttentionWarps * kTile < rows.size) load_keys(begin + i + kAttentionWarps * kTile, next);
+      if (kAhead && i + kStep < rows.size) load_keys(begin + i + kStep, next);
       score_tile(begin, i, keys);
+      if (!kAhead && i + kStep < rows.size) load_keys(begin + i + kStep, next);
     }
   }
 
@@ -189,11 +197,12 @@ struct SplitAttention {
     for (int i = threadIdx.x; i < queries * a.head_dim; i += kAttentionThreads) {
       const int q = i / a.head_dim, d = i % a.head_dim;
       const auto query = shared.of[q];
-      if (split < query.first / rows.size || split > query.last / rows.size) continue;
+      const int first = split_of(query.first, rows.size);
+      if (split < first || split > split_of(query.last, rows.size)) continue;
       float total = 0;
 #pragma unroll
       for (int n = 0; n < kShares; n++) total += shared.score[q][n * kDims + d];
-      float* partial = partials.at(query.row, query.head, split - query.first / rows.size);
+      float* partial = partials.at(query.row, query.head, split - first);
       partial[Partials::kValues + d] = total;
       if (d < 2) partial[d] = shared.state[q][d];
     }

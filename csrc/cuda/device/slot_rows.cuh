@@ -15,6 +15,12 @@ __host__ __device__ inline int split_size(int seen) {
   return seen <= 16 * 64 ? 64 : seen <= 16 * 128 ? 128 : kMaxSplit;
 }
 
+// The split that a position is in: sizes are powers of two, so a shift and no division
+RIVER_DEVICE int split_of(int position, int size) {
+  const unsigned p = position;
+  return size == 64 ? p / 64 : size == 128 ? p / 128 : p / kMaxSplit;
+}
+
 // What one row sees. Its splits begin at multiples of their size and depend on nothing but the row's own position.
 struct RowContext {
   int first, last;  // positions, both included
@@ -23,9 +29,6 @@ struct RowContext {
   RIVER_DEVICE RowContext(const AttentionArgs& a, int position)
       : first(a.sliding_window > 0 ? max(int64_t(0), position - a.sliding_window + 1) : 0), last(position),
         size(split_size(last - first + 1)) {}
-
-  RIVER_DEVICE int first_split() const { return first / size; }
-  RIVER_DEVICE int splits() const { return last / size - first / size + 1; }
 };
 
 // The rows of a step that are in one slot and cut their contexts alike: what one of them sees is read for all of them.
@@ -35,37 +38,29 @@ struct SlotRows {
   int first = 0, last = -1;          // positions that any of them sees lie in between
   int all_first = 0, all_last = -1;  // what all of them see
 
-  RIVER_DEVICE int first_split() const { return first / size; }
-  RIVER_DEVICE int splits() const { return last / size - first / size + 1; }
+  RIVER_DEVICE int first_split() const { return split_of(first, size); }
+  RIVER_DEVICE int splits() const { return split_of(last, size) - split_of(first, size) + 1; }
 };
 
-// Those that row `own` belongs to. place_of(t) gives the place of row t; visit(i, t, context) is told of the i-th of
-// the rows, which is row t.
+// Those that row `own` belongs to. By a whole warp, a lane per row: place_of(t) gives the place of row t, and
+// visit(i, context) is told by the row's lane that it is the i-th of them.
 template <class PlaceOf, class Visit>
 RIVER_DEVICE SlotRows slot_rows(const AttentionArgs& a, int own, PlaceOf place_of, Visit visit) {
-  Place places[kMaxRows], mine;
-#pragma unroll
-  for (int t = 0; t < kMaxRows; t++)
-    if (t < a.rows) places[t] = place_of(t);
-#pragma unroll
-  for (int t = 0; t < kMaxRows; t++)
-    if (t == own) mine = places[t];
-  SlotRows rows;
-  if (!mine.active()) return rows;
-  rows.slot = mine.slot, rows.size = RowContext(a, mine.position).size;
-#pragma unroll
-  for (int t = 0; t < kMaxRows; t++) {
-    const RowContext context(a, places[t].position);
-    if (places[t].slot != rows.slot || context.size != rows.size) continue;
-    const bool one = rows.count == 0;
-    rows.first = one ? context.first : min(rows.first, context.first);
-    rows.last = max(rows.last, context.last);
-    rows.all_first = max(rows.all_first, context.first);
-    rows.all_last = one ? context.last : min(rows.all_last, context.last);
-    visit(rows.count, t, context);
-    rows.count++;
-    rows.rank += t < own;
-  }
+  const int t = lane_id() % kMaxRows;  // more lanes than rows: they repeat
+  const Place place = t < a.rows ? place_of(t) : Place{};
+  const RowContext context(a, place.active() ? place.position : 0);
+  SlotRows rows{.slot = shuffle(place.slot, own), .size = shuffle(context.size, own)};
+  const bool shares = place.active() && place.slot == rows.slot && context.size == rows.size;
+  const uint32_t lanes = ballot(shares) & ((1u << kMaxRows) - 1);
+  if (lanes == 0) return rows;
+  const auto before = [&](int row) { return __popc(lanes & ((1u << row) - 1)); };
+  rows.count = __popc(lanes), rows.rank = before(own);
+  if (shares) visit(before(t), context);
+  int lowest = shares ? place.position : a.max_len, highest = shares ? place.position : -1;
+  for (int n = kMaxRows / 2; n > 0; n /= 2)
+    lowest = min(lowest, shuffle_xor(lowest, n)), highest = max(highest, shuffle_xor(highest, n));
+  rows.first = RowContext(a, lowest).first, rows.all_last = lowest;
+  rows.last = highest, rows.all_first = RowContext(a, highest).first;
   return rows;
 }
 

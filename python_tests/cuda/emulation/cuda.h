@@ -47,6 +47,7 @@ inline float __fadd_rn(float a, float b) { return a + b; }  // the emulation is 
 inline float __fmul_rn(float a, float b) { return a * b; }
 inline uint32_t __float_as_uint(float x) { return std::bit_cast<uint32_t>(x); }
 inline float __uint_as_float(uint32_t x) { return std::bit_cast<float>(x); }
+inline int __popc(unsigned x) { return std::popcount(x); }
 
 // ---- atomics: one thread runs at a time -----------------------------------------------------------
 
