@@ -82,10 +82,8 @@ class Engine:
         self.reuse_prompts = flag("reuse_prompts", reuse_prompts)
         self.progress = False  # show on standard error how far long prompts are
         self._memory = Memory(network, self.slots, self.max_len)
-        self._decoders, lossless = (
-            StepDecoders(self._memory, batch_policy == "min"),
-            LosslessDecoder(self._memory),
-        )
+        self._decoders = StepDecoders(self._memory, together=batch_policy == "min")
+        lossless = LosslessDecoder(self._memory)
         self.use(exit_control)
         self._steps = Batch(self._decoders.choose)
         self._cycles = Batch(lambda rows: lossless)  # of requests in lossless mode
