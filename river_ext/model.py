@@ -170,8 +170,9 @@ class Model:
             return_logits: keep the fp32 logits of every new token.
             exit_control: where exits are decided, which changes no result: "host", after reading similarities
                 back, by CUDA graphs per part of the backbone and per exit depth; or on the "device", by
-                graphs of two whole steps. "auto" is "host" on the CPU, where a graph is a call of its ops,
-                and "device" on a GPU, which is predicted to be the faster but not yet measured.
+                graphs of two whole steps. On the CPU a graph is a call of its ops. "auto" is "device", which
+                on a GPU is predicted to be the faster but not yet measured; on the CPU it is "host" where no
+                token can exit, or all do at once.
             progress: show on standard error how far a prompt is, if it takes long.
         """
         options = dict(

@@ -51,7 +51,6 @@ TOKENS = (33, 97)  # generate's new tokens, short and long: the difference is de
 EARLY = 4  # the exit depth of every other row, where rows take both paths
 CYCLES = {1: (1, 2, 3, 4, 7), 2: (3,)}  # drafts of the lossless cycles, by requests
 ACCEPTANCES = (0.8, 0.93)  # of drafts, that are assumed
-COPIED_THROUGH = 0.9999  # no similarity of a row that is inactive is below, in any layer
 
 
 class Replays:
@@ -151,7 +150,8 @@ class Cycle:
         """The last cycle must have verified every draft, and no request may have ended before it."""
         done = int(self.runner.cycles_done.item())
         counts, _, similarities = self.runner.record(done, self.drafts)
-        idle = sum(min(row) > COPIED_THROUGH for row in zip(*similarities, strict=True))
+        # an inactive row keeps its hidden state, so that every layer finds the same similarity
+        idle = sum(len(set(by_layer)) == 1 for by_layer in zip(*similarities, strict=True))
         if done != self.repeats or min(counts) < 1 or idle:
             raise SystemExit(
                 f"steps: {done} of {self.repeats} cycles; the last gave {counts} tokens, {idle} rows inactive"

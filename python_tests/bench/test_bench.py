@@ -367,12 +367,21 @@ def test_steps_run(pretended_gpu, monkeypatch, capsys):
     assert mixed == [("1B", 1, 450), ("8B", 1, 450)]
 
 
+def test_a_step_at_other_depths_is_no_result(pretended_gpu):
+    step = steps.Step(random_network(SMALL, "cpu"), 4, 40)
+    step.set_depths([1, 3, 0, 2])
+    step.graph.replay()
+    step.check([1, 3, 0, 2])
+    with pytest.raises(SystemExit, match="at depths \\[1, 3, 0, 2\\], not 2 at \\[1, 3, 2, 0\\]"):
+        step.check([1, 3, 2, 0])
+
+
 def test_a_cycle_that_ends_early_is_no_result(pretended_gpu):
     """By a draft, or a request, that is none."""
     network = random_network(SMALL, "cpu")
     for drafts, wanted, slots, told in (
         (2, 1, [0, 1], "2 rows inactive"),
-        (2, 2, [0, -1], "gave \\[1, -1\\]"),
+        (2, 2, [0, -1], "gave \\[[1-3], -1\\]"),
     ):
         one = steps.Cycle(network, 2, 40, drafts, repeats=2)
         for _ in range(2):

@@ -159,6 +159,30 @@ def test_an_interrupt_ends_the_answer_alone(chat, monkeypatch, directory):
     assert out.endswith(f"{second}\n") and answers(directory, FIRST)[0].startswith(first)
 
 
+def test_an_interrupt_at_the_last_word(chat, monkeypatch, directory):
+    """The answer has ended when it comes, in the middle of printing."""
+    words, printable = [], chat_module.printable
+
+    def interrupting(text):
+        words.append(text)
+        if len(words) == 24:
+            raise KeyboardInterrupt
+        return printable(text)
+
+    monkeypatch.setattr(chat_module, "printable", interrupting)
+    code, out, _ = chat(FIRST, "/new", SECOND)
+    assert code == 0 and len(words) > 24 and out.endswith(f"{answers(directory, SECOND)[0]}\n")
+
+
+def test_an_answer_that_fills_the_model(chat, directory):
+    """It is as long as the conversation leaves it room."""
+    model = river_ext.load(directory)
+    room = model.config.max_length - len(model.text.chat([{"role": "user", "content": FIRST}]))
+    code, out, err = chat(FIRST, options=("--json", "--max-new-tokens", "511", "--mode", "full_w4"))
+    assert code == 0 and err == ""
+    assert json.loads(out)["stats"]["new_tokens"] <= room
+
+
 def test_an_interrupted_answer_is_a_turn(chat, monkeypatch, directory):
     """What there is of it has been said."""
     step, steps = engine_module.Engine.step, []

@@ -286,7 +286,7 @@ def test_lossless_is_full(model, requests, drafts, options):
 MODES = [
     {"threshold": 0.9}, {"mode": "lossless", "draft_tokens": 1}, {"mode": "full_w4"},
     {"mode": "full", **FILTERED}, {"mode": "lossless", **SAMPLED},
-    {"threshold": -2, "min_layers": 3, "river_head": "w4"},
+    {"threshold": -2, "min_layers": 3, "river_head": "w4", "logprobs": 0},
     {"threshold": 0.98, **FILTERED}, {"mode": "lossless", "max_new_tokens": 5, **FILTERED},
     {"threshold": 0.95, "prefill": "last", "logprobs": 2},
 ]  # fmt: skip

@@ -522,6 +522,13 @@ def test_closing_waits_for_the_step_of_another_thread(monkeypatch):
     assert not engine.busy
 
 
+def test_a_prompt_of_arrays_of_one_token():
+    """As `generate` takes them."""
+    engine = random_model().engine(slots=1, max_len=16)
+    engine.submit([torch.tensor(3), torch.tensor([5])[0]], id=0, max_new_tokens=4)
+    assert same(drain(engine, {})[0], oracle(random_model(), [3, 5], max_new_tokens=4))
+
+
 def test_an_id_that_is_no_key():
     engine = random_model().engine(slots=1, max_len=16)
     with pytest.raises(RiverError, match="id is a list; accepted: what can be a key"):
@@ -559,6 +566,37 @@ def test_earlier_turns_are_not_computed_again(prefilled, dtype):
         assert same(drain(engine, {})[number], oracle(model, prompt, **options))
     written = len(first) + len(answer) - 1
     assert prefilled == [0, written, len(second) - 1, 4]
+
+
+@pytest.mark.parametrize("mode", ["full", "lossless"])
+def test_full_depth_takes_over_what_the_backbone_wrote(prefilled, mode):
+    """And nothing that an exit layer wrote, however many requests ago."""
+    model, prompt = random_model(), random_prompt(20, 1)
+    engine = model.engine(slots=1, max_len=POSITIONS, reuse_prompts=True)
+    river, true = {"threshold": -2}, {"mode": mode}
+    for length, options, start in (
+        (10, river | {"prefill": "depth:0"}, 0),
+        (12, river, 10),  # the backbone's from there on, on top of the exit layers'
+        (14, true, 0),
+        (14, river, 13),
+        (16, true, 14),
+        (18, river | {"prefill": "last"}, 16),
+        (19, true, 16),
+        (20, {"threshold": 1.0}, 19),
+    ):
+        engine.submit(prompt[:length], id=0, max_new_tokens=1, **options)
+        output = drain(engine, {})[0]
+        if options is true:
+            assert same(output, oracle(model, prompt[:length], max_new_tokens=1, mode="full"))
+        assert prefilled.pop() == start
+    new = {"max_new_tokens": 20, "threshold": 0.6}
+    engine.submit(prompt[:8], id=0, **new)
+    output = drain(engine, {})[0]
+    depth = next(n for n, depth in enumerate(output.exit_depths) if depth < LAYERS)
+    engine.submit(prompt[:8] + output.tokens, id=0, max_new_tokens=5, **true)
+    expected = oracle(model, prompt[:8] + output.tokens, max_new_tokens=5, mode="full")
+    assert same(drain(engine, {})[0], expected)
+    assert prefilled == [7, 8 + depth - 1]
 
 
 def test_nothing_is_taken_over_unless_asked_for(prefilled):

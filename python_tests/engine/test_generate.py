@@ -434,7 +434,7 @@ def test_stream_is_a_stream(monkeypatch):
     """A piece arrives before the next token is computed."""
     steps, step = [], HostDecoder.step
     monkeypatch.setattr(HostDecoder, "step", lambda *a, **k: steps.append(1) or step(*a, **k))
-    stream = random_model().stream(PROMPTS[1], max_new_tokens=5)
+    stream = random_model().stream(PROMPTS[1], max_new_tokens=5, exit_control="host")
     assert (stream.output.tokens, stream.output.finish_reason) == ([], None)
     for count, piece in enumerate(stream):
         assert len(steps) == count
@@ -544,6 +544,7 @@ REFUSED = {
     "too long": ([1] * 50, {"max_new_tokens": 15}, "65 positions; the model has 64"),
     "one too long": ([[1], [1] * 50], {"max_new_tokens": 15}, "65 positions; the model has 64"),
     "no new tokens": ([1], {"max_new_tokens": 0}, "max_new_tokens=0"),
+    "huge count": ([1], {"max_new_tokens": 10**5000}, "max_new_tokens=a int that cannot be shown"),
     "float count": ([1], {"max_new_tokens": 2.0}, "max_new_tokens=2.0"),
     "nan threshold": ([1], {"threshold": math.nan}, "threshold=nan"),
     "nan threshold of one": ([[1], [2]], {"threshold": [0.5, math.nan]}, "threshold=nan"),

@@ -17,6 +17,8 @@ from river_ext.engine import decoder, graph
 from river_ext.engine.decoder import DeviceDecoder, HostDecoder
 from river_ext.engine.engine import Engine
 from river_ext.engine.graph import Memory, Runner, backbone_part, tail_part, whole_steps
+from river_ext.engine.request import request
+from river_ext.engine.step import Row
 from river_ext.errors import RiverError
 
 LAYERS, VOCAB = 4, 80
@@ -51,7 +53,7 @@ def idle(model) -> Engine:
 
 def runners(model, control):
     """By their number of rows."""
-    return idle(model)._decoders[control].runners
+    return idle(model)._decoders.by_control[control].runners
 
 
 def graphs(model, control):
@@ -565,6 +567,30 @@ def test_an_engine_comes_back_idle(model, monkeypatch, control):
     assert len(model._engines.idle) == 1
 
 
+def test_an_engine_waits_for_its_steps_before_it_is_freed(model, monkeypatch):
+    waited, engine = [], model.engine(slots=1, max_len=32, exit_control="device")
+    engine.submit(PROMPTS[1], max_new_tokens=9)
+    engine.step()
+    engine.step()
+    monkeypatch.setattr(Memory, "synchronise", lambda memory: waited.append(True))
+    del engine
+    assert waited == [True]
+
+
+def test_logits_are_copied_on_the_stream_of_the_caller(model, monkeypatch):
+    """Whose they are from then on; the next step waits for the copy."""
+    calls, memory = [], Memory(model.network, 1, 8)
+    monkeypatch.setattr(Memory, "lead_caller", lambda memory: calls.append("lead"))
+    monkeypatch.setattr(Memory, "follow_caller", lambda memory: calls.append("follow"))
+
+    class Logits:
+        def clone(self):
+            calls.append("clone")
+
+    HostDecoder(memory).copied(Logits())
+    assert calls == ["lead", "clone", "follow"]
+
+
 def test_an_engine_that_does_not_fit_makes_room_first(model, monkeypatch):
     model.generate(PROMPTS[0], max_new_tokens=3, exit_control="device")
     old, alive = weakref.ref(idle(model)._memory.cache), []
@@ -687,15 +713,21 @@ def test_an_engine_that_is_used_again_takes_the_control_of_the_call(model, repla
         assert (whole_steps in replays) == (control == "device")
 
 
-def test_auto(model, monkeypatch):
+def test_auto(model):
+    """The host where a CPU has nothing to decide: no row can leave, or all of them do at once."""
     engine = model.engine(slots=1, max_len=8)
 
-    def chosen(device, control):
-        monkeypatch.setattr(model.network, "device", torch.device(device))
+    def chosen(device, control, **options):
+        asked = request(model.config, None, [1], {"max_new_tokens": 2, **options})
+        engine._decoders.on_gpu = device == "cuda"
         engine.use(control)
-        return type(engine._steps.decoder)
+        return type(engine._decoders.choose([Row(1, 1, 0, asked, 1)]))
 
-    assert chosen("cpu", "auto") is HostDecoder
-    assert chosen("cpu", "device") is DeviceDecoder
+    assert chosen("cpu", "auto") is DeviceDecoder
+    for nothing in ({"mode": "full"}, {"mode": "full_w4"}, {"threshold": math.inf}, {"threshold": 1.0}):
+        assert chosen("cpu", "auto", **nothing) is HostDecoder
+        assert chosen("cpu", "device", **nothing) is DeviceDecoder
+        assert chosen("cuda", "auto", **nothing) is DeviceDecoder
     assert chosen("cuda", "auto") is DeviceDecoder
-    assert chosen("cuda", "host") is HostDecoder
+    for device in ("cpu", "cuda"):
+        assert chosen(device, "host") is HostDecoder

@@ -63,3 +63,43 @@ def test_everything_is_in_order(streams, control):
     for number, (prompt, mode, options) in enumerate(some_requests()):
         options["mode"] = "full" if mode == "lossless" else mode
         assert same(outputs[number], oracle(model, prompt, **options)), number
+
+
+def test_a_slot_of_which_steps_are_in_flight(streams):
+    """Its request is cancelled while the device runs ahead; another one takes the slot at once."""
+    model = random_model()
+    engine = model.engine(slots=1, max_len=POSITIONS, exit_control="device")
+    for seed in range(3):
+        engine.submit(random_prompt(4, seed), id="cancelled", max_new_tokens=40)
+        for _ in range(3):
+            engine.step()
+        assert engine._steps.decoder.in_flight
+        engine.cancel("cancelled")
+        engine.submit(random_prompt(6, seed), id="next", max_new_tokens=5)
+        outputs = {event.id: event.output for event in engine if event.output}
+        assert streams.races == []
+        assert same(outputs["next"], oracle(model, random_prompt(6, seed), max_new_tokens=5))
+
+
+@pytest.mark.parametrize("mode", ["river", "lossless"])
+@pytest.mark.parametrize("control", CONTROLS)
+def test_requests_that_leave_in_the_middle(streams, control, mode):
+    """One of four cancelled; then all of them, for fewer requests than the runner has rows."""
+    model, options = random_model(), {"mode": mode, "max_new_tokens": 30}
+    engine = model.engine(slots=4, max_len=POSITIONS, exit_control=control)
+    for number in range(4):
+        engine.submit(random_prompt(4, number), id=number, **options)
+    for _ in range(6):
+        engine.step()
+    engine.cancel(1)
+    for _ in range(3):
+        engine.step()
+    engine.clear()
+    for number in range(3):
+        engine.submit(random_prompt(5, number), id=number, **options | {"max_new_tokens": 9})
+    outputs = {event.id: event.output for event in engine if event.output}
+    assert streams.races == []
+    options = {"mode": "full"} if mode == "lossless" else {}
+    for number in range(3):
+        expected = oracle(model, random_prompt(5, number), max_new_tokens=9, **options)
+        assert same(outputs[number], expected), number

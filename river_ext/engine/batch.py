@@ -1,13 +1,13 @@
 """Sequences that decode together: the rows of a decoder's steps are theirs, in their order."""
 
 import time
-from collections.abc import Hashable, Iterator
+from collections.abc import Callable, Hashable, Iterator
 from itertools import chain
 
 from .decoder import Decoder
 from .prefill import Prefill
 from .sequence import Sequence
-from .step import RowOutput
+from .step import Row, RowOutput
 
 
 class Running:
@@ -22,10 +22,11 @@ class Running:
 
 
 class Batch:
-    """Members join and leave between steps."""
+    """Members join and leave between steps; who takes these is chosen when they do."""
 
-    def __init__(self, decoder: Decoder):
-        self.decoder = decoder
+    def __init__(self, choose: Callable[[list[Row]], Decoder]):
+        self.choose = choose
+        self.decoder: Decoder | None = None
         self.members: list[Running] = []
         self._joining: list[Running] = []
 
@@ -42,10 +43,12 @@ class Batch:
     def step(self, run_ahead: bool) -> list[tuple[Running, RowOutput]]:
         """The next tokens of every member."""
         start = time.perf_counter()
-        changes = bool(self._joining) or self.decoder.has_room(len(self.members))
+        changes = self._joining or (self.members and self.decoder.has_room(len(self.members)))
         if changes and not (self.members and self.decoder.in_flight):
             self.members, self._joining, changes = self.members + self._joining, [], False
-            self.decoder.start([running.sequence.row(running.slot) for running in self.members])
+            rows = [running.sequence.row(running.slot) for running in self.members]
+            self.decoder = self.choose(rows)
+            self.decoder.start(rows)
         if not self.members:
             return []
         outputs = self.decoder.step(run_ahead and not changes)

@@ -167,6 +167,26 @@ class DeviceDecoder(Decoder):
         return self._outputs(*self.runner.record(self.taken), self._graph)
 
 
+EXIT_CONTROLS = {"host": HostDecoder, "device": DeviceDecoder}
+
+
+class StepDecoders:
+    """Both decoders of an engine, and the choice between them, which changes no result."""
+
+    def __init__(self, memory: Memory, together: bool):
+        self.control = "auto"
+        self.on_gpu = memory.network.device.type == "cuda"
+        self.by_control = {name: kind(memory, together) for name, kind in EXIT_CONTROLS.items()}
+
+    def choose(self, rows: Sequence[Row]) -> Decoder:
+        """Where a CPU has nothing to decide, the host's steps have fewer and plainer calls."""
+        if self.control != "auto":
+            return self.by_control[self.control]
+        rules = [row.request.rule for row in rows]
+        decides = any(rule.limit > 0 and not rule.never_leaves for rule in rules)
+        return self.by_control["device" if decides or self.on_gpu else "host"]
+
+
 def power_of_two(n: int) -> int:
     """The lowest one that is not below n."""
     return 1 << max(0, n - 1).bit_length()

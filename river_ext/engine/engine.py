@@ -11,7 +11,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Hashable, Iterator
-from itertools import count
+from itertools import count, takewhile
 from os.path import commonprefix
 from typing import NamedTuple
 
@@ -20,17 +20,16 @@ from ..checks import choice, flag, integer, short
 from ..errors import RiverError, memory_for
 from ..loading.text import Text
 from .batch import Batch, Running
-from .decoder import DeviceDecoder, HostDecoder
+from .decoder import EXIT_CONTROLS, StepDecoders
 from .exit_rule import BATCH_POLICIES
 from .graph import Memory
 from .lossless import LosslessDecoder
 from .network import Network
 from .prefill import Prefill
-from .request import request
+from .request import Request, request
 from .sequence import GenerationOutput, Piece, Sequence
 from .step import RowOutput
 
-EXIT_CONTROLS = {"host": HostDecoder, "device": DeviceDecoder}
 DEFAULT_POSITIONS = 4096  # of a slot, where nobody says and the model has as many
 # of a prompt, between two steps of those that decode: on a CPU a row costs a good part of a step
 PREFILL_ROWS = {"cpu": 32, "cuda": 512}
@@ -42,6 +41,16 @@ class Event(NamedTuple):
     id: Hashable
     piece: Piece | None  # a new token; None where it ends without one
     output: GenerationOutput | None  # once it has ended: then no other event of it follows
+
+
+class Contents(NamedTuple):
+    """What a slot holds that no request works on."""
+
+    tokens: list[int]  # whose K and V are there, from position 0 on
+    by_backbone: int  # at so many positions from 0 on, the backbone alone wrote them
+
+
+EMPTY = Contents([], 0)
 
 
 class Engine:
@@ -73,20 +82,20 @@ class Engine:
         self.reuse_prompts = flag("reuse_prompts", reuse_prompts)
         self.progress = False  # show on standard error how far long prompts are
         self._memory = Memory(network, self.slots, self.max_len)
-        self._decoders = {
-            name: decoder(self._memory, together=batch_policy == "min")
-            for name, decoder in EXIT_CONTROLS.items()
-        }
-        self._steps = Batch(self._decoders["host"])
-        self._cycles = Batch(LosslessDecoder(self._memory))  # of requests in lossless mode
+        self._decoders, lossless = (
+            StepDecoders(self._memory, batch_policy == "min"),
+            LosslessDecoder(self._memory),
+        )
         self.use(exit_control)
+        self._steps = Batch(self._decoders.choose)
+        self._cycles = Batch(lambda rows: lossless)  # of requests in lossless mode
         self._lock = threading.Lock()  # of what other threads see: the queue, the ids, what is cancelled
         self._stepping = threading.Lock()
         self._ids, self._closed = count(), False
         self._queue: deque[Running] = deque()
         self._known: dict[Hashable, Running] = {}  # all that have not ended
         self._free = list(range(self.slots))
-        self._contents: list[list[int]] = [[] for _ in range(self.slots)]  # tokens whose K and V a slot holds
+        self._contents = [EMPTY] * self.slots  # of one in use, what it held before
         self._prefilling: deque[Running] = deque()
         self._ending: list[Running] = []  # cancelled, or left in the middle of a token
         self._events: list[Event] = []  # of this step
@@ -159,8 +168,8 @@ class Engine:
 
     @property
     def busy(self) -> bool:
-        """Whether a request has not ended."""
-        return bool(self._known)
+        """Whether a request has not ended, or nobody has been told that it has."""
+        return bool(self._known or self._events)
 
     def clear(self) -> None:
         """Forgets all requests, wherever they are, without another event."""
@@ -175,8 +184,7 @@ class Engine:
                 return
             self._forget()
             self._closed = True
-            self._decoders.clear()
-            del self._memory, self._steps, self._cycles
+            del self._memory, self._decoders, self._steps, self._cycles
 
     def _forget(self) -> None:
         self._memory.synchronise()
@@ -185,7 +193,7 @@ class Engine:
         ):  # fmt: skip
             place.clear()
         self._free = list(range(self.slots))
-        self._contents = [[] for _ in self._free]
+        self._contents = [EMPTY] * self.slots
 
     def __enter__(self) -> "Engine":
         return self
@@ -193,11 +201,13 @@ class Engine:
     def __exit__(self, *_) -> None:
         self.close()
 
+    def __del__(self) -> None:
+        if hasattr(self, "_memory"):
+            self._memory.synchronise()  # steps in flight still write to what is freed now
+
     def use(self, exit_control: str) -> None:
-        """The control of exits; no request is on its way."""
-        if exit_control == "auto":
-            exit_control = "host" if self.network.device.type == "cpu" else "device"
-        self._steps.decoder = self._decoders[exit_control]
+        """The control of exits from the next start of steps on."""
+        self._decoders.control = exit_control
 
     # --- a step -------------------------------------------------------------------------------------------
 
@@ -211,12 +221,12 @@ class Engine:
     def _begin_anew(self) -> None:
         """All go on from the tokens that they have: what a step computes depends on nothing else."""
         self._memory.synchronise()
-        for place in (self._steps, self._cycles, self._prefilling, self._queue, self._ending):
+        for place in (self._steps, self._cycles, self._prefilling):
             place.clear()
         with self._lock:
             everyone = list(self._known.values())
-            self._queue.extend(running for running in everyone if running.slot < 0)
-            self._ending += [
+            self._queue = deque(running for running in everyone if running.slot < 0)
+            self._ending = [
                 running for running in everyone if running.cancelled or running.sequence.finish_reason
             ]
         self._free = [slot for slot in range(self.slots) if slot not in {one.slot for one in everyone}]
@@ -244,7 +254,7 @@ class Engine:
         with self._lock:
             while self._queue and self._free:
                 running = self._queue[0]
-                slot, running.start = self._choose_slot(running.sequence.request.prompt)
+                slot, running.start = self._choose_slot(running.sequence.request)
                 running.slot = slot
                 self._free.remove(slot)
                 self._prefilling.append(self._queue.popleft())
@@ -307,7 +317,9 @@ class Engine:
 
     def _end(self, running: Running) -> None:
         """Its last event, which is that of its last token unless it failed; and its slot is free."""
-        own = [event for event in self._events[-1:] if event.id is running.id and not running.sequence.error]
+        own = [event for event in self._events[-1:] if event.id is running.id and event.output is None]
+        if running.sequence.error:
+            own = []
         before = len(self._events) - len(own)
         last = Event(running.id, own[0].piece if own else None, running.sequence.output())
         self._steps.drop(running)
@@ -326,20 +338,29 @@ class Engine:
 
     # --- slots --------------------------------------------------------------------------------------------
 
-    def _choose_slot(self, prompt: list[int]) -> tuple[int, int]:
+    def _choose_slot(self, request: Request) -> tuple[int, int]:
         """A free slot, and how many positions of the prompt it holds already: all but one at most."""
+        prompt = request.prompt
         if not self.reuse_prompts or self.network.scales_by_length(len(prompt)):
             return self._free[0], 0
-        shared = {slot: len(commonprefix([self._contents[slot], prompt[:-1]])) for slot in self._free}
+        shared = {}
+        for slot in self._free:
+            tokens, by_backbone = self._contents[slot]
+            usable = tokens[:by_backbone] if request.full_depth else tokens
+            shared[slot] = len(commonprefix([usable, prompt[:-1]]))
         slot = max(shared, key=shared.get)
         return slot, shared[slot]
 
-    def _written(self, running: Running) -> list[int]:
-        """The tokens whose K and V its slot holds in all layers, for those who may take them over."""
-        sequence = running.sequence
-        if not sequence.tokens or self.network.scales_by_length(len(sequence.request.prompt)):
-            return []
-        return sequence.request.prompt + sequence.tokens[:-1]
+    def _written(self, running: Running) -> Contents:
+        """What its slot holds in all layers, for those who may take it over."""
+        sequence, request, before = running.sequence, running.sequence.request, self._contents[running.slot]
+        if not sequence.tokens or self.network.scales_by_length(len(request.prompt)):
+            return EMPTY
+        by_backbone = min(before.by_backbone, running.start)
+        depths, layers = sequence.exit_depths, self.network.config.num_hidden_layers
+        if by_backbone == running.start and depths[0] == layers:
+            by_backbone = len(request.prompt) + sum(1 for _ in takewhile(layers.__eq__, depths[1:]))
+        return Contents(request.prompt + sequence.tokens[:-1], by_backbone)
 
     def _find(self, id: Hashable) -> Running | None:
         try:

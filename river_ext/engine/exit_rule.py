@@ -35,6 +35,11 @@ class ExitRule:
             raise RiverError("threshold is NaN; accepted: any number, inf (never exit) included")
         object.__setattr__(self, "threshold", rounded)
 
+    @property
+    def never_leaves(self) -> bool:
+        """Before the limit; no similarity exceeds 1."""
+        return self.limit > 0 and self.threshold >= 1
+
     def may_leave(self, depth: int) -> bool:
         """Whether any similarity lets the row leave after `depth` layers; none exceeds 1."""
         return depth >= self.limit or (depth >= self.min_layers and self.threshold < 1)

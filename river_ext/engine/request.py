@@ -87,6 +87,13 @@ class Request:
         return len(self.prompt) + self.max_new_tokens - 1
 
     @property
+    def full_depth(self) -> bool:
+        """Whether the backbone alone computes it."""
+        return (
+            self.prefill.judged is None and self.prefill.limit == self.rule.limit and self.rule.never_leaves
+        )
+
+    @property
     def wants_logits(self) -> bool:
         return self.return_logits or self.logprobs is not None
 

@@ -138,6 +138,11 @@ void finish_thread(Grid& grid, Thread& thread) {
 Thread* next_runnable(Grid& grid) {
   constexpr size_t kForgotten = 4096;  // entries ahead of the head, before their memory is taken back
   auto& runnable = grid.runnable;
+  if (schedule().order == Choice::kLast) {  // who was woken last: a warp runs as far ahead of the others as it can
+    Thread* thread = runnable.back();
+    runnable.pop_back();
+    return thread;
+  }
   if (schedule().order == Choice::kRandom)
     std::swap(runnable[grid.head], runnable[grid.head + draw(grid, runnable.size() - grid.head)]);
   Thread* thread = runnable[grid.head++];
