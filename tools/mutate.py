@@ -72,8 +72,8 @@ MUTANTS = [
     Mutant(
         "each row reads the cache for itself",
         "csrc/cuda/device/slot_rows.cuh",
-        "places[t].slot != rows.slot ||",
-        "t != own ||",
+        "place.slot == rows.slot &&",
+        "t == own &&",
         "test_slot_rows.py -k once",
     ),
     Mutant(
