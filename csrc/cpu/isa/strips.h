@@ -153,8 +153,8 @@ struct Columns<DType::kBFloat16> {
 
 constexpr int kRowsAhead = 8;  // output rows from those in use to those asked for, into L2
 
-// Adds the products of columns `begin` to `end` - 1 of R output rows with T rows of a block: acc[r * T + t]. A hot strip
-// is in L2 already.
+// Adds the products of columns `begin` to `end` - 1 of R output rows with T rows of a block: acc[r * T + t]. A hot
+// strip is in L2 already.
 template <DType D, bool kHot, int R, int T>
 [[gnu::always_inline]] inline void add_products(const char* weight, const Operand& x, int t0, int begin, int end,
                                                 Sum (&acc)[R * T]) {
