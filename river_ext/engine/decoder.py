@@ -7,6 +7,7 @@ Both replay what graph.py captures.
 """
 
 import math
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 
 import torch
@@ -21,7 +22,7 @@ from .step import NewToken, Row, RowOutput
 RUN_AHEAD = 4
 
 
-class Decoder:
+class Decoder(ABC):
     """Takes steps of up to eight rows; every step gives each of its rows a token."""
 
     def __init__(self, memory: Memory, together: bool = False):
@@ -59,9 +60,9 @@ class Decoder:
     def new_runner(self, rows: int, stop_tokens: int) -> Graphs:
         return Runner(self.memory, rows, stop_tokens, self.together)
 
+    @abstractmethod
     def step(self, run_ahead: bool = True) -> list[RowOutput]:
         """A token for every row, which goes in at the next step. May begin steps beyond, if wanted."""
-        raise NotImplementedError
 
     @property
     def in_flight(self) -> int:
