@@ -33,6 +33,7 @@ THRESHOLDS = (0.3, 0.5, 0.8, 0.9, 0.95, 0.96, 0.97, 0.98, 0.99, 0.995)
 POLICY_THRESHOLDS = (0.5, 0.9, 0.98)  # at which the prompt's policies are compared
 FREE_THRESHOLDS = (0.5, 0.9, 0.95, 0.98)
 PERCENTILES = (5, 25, 50, 75, 95)
+BLUE, ORANGE = "#2f6db5", "#b35900"
 MODES = {"full depth": {"mode": "full"}, "full W4": {"mode": "full_w4"}}
 
 
@@ -43,6 +44,7 @@ def main() -> None:
     p.add_argument("--prompts", type=Path, nargs="+", default=[], help="JSON lines")
     p.add_argument("--chat", action="store_true", help="prompts go through the chat template")
     p.add_argument("--count", type=int, default=10, help="prompts of each file")
+    p.add_argument("--free-count", type=int, default=4, help="of these, that are generated freely")
     p.add_argument("--new-tokens", type=int, default=48)
     p.add_argument("--plot", type=Path, nargs=2, metavar=("RESULTS", "FIGURE"), help="only draw a figure")
     args = p.parse_args()
@@ -54,18 +56,19 @@ def main() -> None:
     path = results_path("thresholds", args)
     model = river_ext.load(args.model, river=args.river)
     files = {file.name: read_prompts(file, args.count, args.chat) for file in args.prompts}
-    prompts = list(chain.from_iterable(files.values()))
-    texts = full_depth(model, prompts, args.new_tokens)
+    texts = full_depth(model, list(chain.from_iterable(files.values())), args.new_tokens)
+    timed = list(chain.from_iterable(prompts[: args.free_count] for prompts in files.values()))
     result = {
         "machine": machine(),
         "model": args.model.name,
         "layers": model.config.num_hidden_layers,
         "files": {name: len(prompts) for name, prompts in files.items()},
         "chat": args.chat,
+        "free_count": args.free_count,
         "new_tokens": args.new_tokens,
         "similarity": similarity_percentiles(texts),
         "forced": forced(model, texts),
-        "free": free(model, prompts, args.new_tokens),
+        "free": free(model, timed, args.new_tokens),
     }
     print(save(path, result))
 
@@ -174,7 +177,7 @@ def free(model: Model, prompts: list, new_tokens: int) -> list[dict]:
 
 
 def plot(results: Path, figure: Path) -> None:
-    """Three panels: similarity by layer, exit depth by threshold, agreement by exit depth."""
+    """Three panels: similarity by layer, exit depth by threshold, agreement by threshold and policy."""
     try:
         import matplotlib
     except ImportError:
@@ -185,7 +188,7 @@ def plot(results: Path, figure: Path) -> None:
     from matplotlib import pyplot
 
     result = json.loads(results.read_text())
-    _, panels = pyplot.subplots(1, 3, figsize=(11, 3.4), layout="constrained")
+    _, panels = pyplot.subplots(1, 3, figsize=(11, 3.6), layout="constrained")
     similarity_panel(panels[0], result)
     depth_panel(panels[1], result)
     agreement_panel(panels[2], result)
@@ -196,44 +199,42 @@ def plot(results: Path, figure: Path) -> None:
 def similarity_panel(axes, result: dict) -> None:
     layers = range(1, result["layers"] + 1)
     low, lower, middle, upper, high = (result["similarity"][str(p)] for p in PERCENTILES)
-    axes.fill_between(layers, low, high, color="#2f6db5", alpha=0.2, linewidth=0, label="90 % of tokens")
-    axes.fill_between(layers, lower, upper, color="#2f6db5", alpha=0.4, linewidth=0, label="50 %")
-    axes.plot(layers, middle, color="#2f6db5", label="median")
-    axes.set(xlabel="layer", title="similarity at full depth")
+    axes.fill_between(layers, low, high, color=BLUE, alpha=0.2, linewidth=0, label="90 % of tokens")
+    axes.fill_between(layers, lower, upper, color=BLUE, alpha=0.4, linewidth=0, label="50 %")
+    axes.plot(layers, middle, color=BLUE, label="median")
+    axes.set(xlabel="layer", title="similarity at full depth", ylim=(0.5, 1.0))
     axes.legend(loc="lower center", frameon=False)
 
 
 def depth_panel(axes, result: dict) -> None:
-    lines = by_threshold(result)
-    axes.plot(
-        [line["threshold"] for line in lines], [line["exit_depth"] for line in lines], "o-", color="#2f6db5"
-    )
-    axes.set(xlabel="threshold", title="mean exit depth", ylim=(0, None))
+    lines = by_policy(result)["full"]
+    axes.plot(thresholds_of(lines), [line["exit_depth"] for line in lines], "o-", color=BLUE)
+    axes.set(xlabel="threshold", title=f"mean exit depth, of {result['layers']}", ylim=(0, result["layers"]))
 
 
 def agreement_panel(axes, result: dict) -> None:
-    lines = by_threshold(result)
-    axes.plot(
-        [line["exit_depth"] for line in lines], [100 * line["same"] for line in lines], "o-", color="#2f6db5"
-    )
-    for line in lines:
-        axes.annotate(
-            f"{line['threshold']:g}",
-            (line["exit_depth"], 100 * line["same"]),
-            xytext=(4, -9),
-            textcoords="offset points",
-        )
+    for (policy, lines), marker in zip(by_policy(result).items(), "osD^v", strict=True):
+        style = {"linestyle": "-" if policy == "full" else "", "color": BLUE if policy == "full" else ORANGE}
+        same = [100 * line["same"] for line in lines]
+        axes.plot(thresholds_of(lines), same, marker, label=f"prefill {policy}", **style)
     (w4,) = (line for line in result["forced"] if line["setting"] == "full W4")
-    axes.axhline(100 * w4["same"], color="#57606a", linestyle=":")
-    axes.annotate(
-        "full W4", (1, 100 * w4["same"]), xycoords=("axes fraction", "data"), ha="right", va="bottom"
-    )
-    axes.set(xlabel="mean exit depth", title="same token as full depth, %")
+    axes.axhline(100 * w4["same"], color="#57606a", linestyle=":", label="full W4")
+    axes.set(xlabel="threshold", title="same token as full depth, %")
+    axes.legend(frameon=False)
 
 
-def by_threshold(result: dict) -> list[dict]:
-    """The lines of a full prompt."""
-    return [line for line in result["forced"] if line.get("prefill") == "full"]
+def thresholds_of(lines: list[dict]) -> list[str]:
+    """As names, which stand at equal distances: most of what happens is close to 1."""
+    return [f"{line['threshold']:g}" for line in lines]
+
+
+def by_policy(result: dict) -> dict[str, list[dict]]:
+    """The lines of the river, by the prompt's policy; `full`, which has all thresholds, comes first."""
+    lines: dict[str, list[dict]] = {}
+    for line in result["forced"]:
+        if "prefill" in line:
+            lines.setdefault(line["prefill"], []).append(line)
+    return lines
 
 
 if __name__ == "__main__":

@@ -211,6 +211,27 @@ def test_a_file_is_replaced_as_a_whole_or_not_at_all(generated, tmp_path, monkey
     assert sorted(path.name for path in tmp_path.iterdir()) == ["a.html", "link.html"]
 
 
+def luminance(colour: str) -> float:
+    """WCAG's relative luminance of #rrggbb."""
+    values = [int(colour[i : i + 2], 16) / 255 for i in (1, 3, 5)]
+    linear = [v / 12.92 if v <= 0.04045 else ((v + 0.055) / 1.055) ** 2.4 for v in values]
+    return sum(weight * v for weight, v in zip((0.2126, 0.7152, 0.0722), linear, strict=True))
+
+
+@pytest.mark.parametrize("mode", [0, 1], ids=["light", "dark"])
+@pytest.mark.parametrize(
+    "front, back, least",
+    [("ink", "page", 7), ("ink", "shallow", 7), ("ink", "deep", 4.5), ("quiet", "page", 4.5),
+     ("quiet", "shallow", 4.5), ("bar", "page", 3), ("bar", "deep", 3), ("draft", "page", 3)],
+)  # fmt: skip
+def test_colours_can_be_told_apart(mode, front, back, least):
+    """By WCAG's ratios for text (4.5) and for signs (3)."""
+    source = trace.TEMPLATE.read_text()
+    colours = {name: pair for name, *pair in re.findall(r"--(\w+): light-dark\((#\w+), (#\w+)\)", source)}
+    light, dark = sorted(map(luminance, (colours[front][mode], colours[back][mode])), reverse=True)
+    assert (light + 0.05) / (dark + 0.05) >= least
+
+
 # --- the command ----------------------------------------------------------------------------------------
 
 
