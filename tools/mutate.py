@@ -204,9 +204,9 @@ MUTANTS = [
     ),
     Mutant(
         "stop tokens of the first row",
-        "csrc/cpu/step.cpp",
-        "a.stop_tokens + int64_t(t) * a.num_stop_tokens",
-        "a.stop_tokens",
+        "csrc/step_rules.h",
+        "stop_tokens + int64_t(row) * count",
+        "stop_tokens",
         "test_advance.py",
     ),
     Mutant(
@@ -281,7 +281,7 @@ MUTANTS = [
     ),
     Mutant(
         "a part of a prompt is taken for all of it",
-        "river_ext/engine/engine.py",
+        "river_ext/engine/slots.py",
         "if not sequence.tokens or self.network.scales",
         "if self.network.scales",
         "test_engine.py -k cancelled_nothing",
@@ -289,8 +289,8 @@ MUTANTS = [
     Mutant(
         "slots keep what they held before clear",
         "river_ext/engine/engine.py",
-        "        self._contents = [EMPTY] * self.slots\n\n    def __enter__",
-        "\n    def __enter__",
+        "        self._slots.clear()\n",
+        "        self._slots.free = list(range(self.slots))\n",
         "test_engine.py -k after_clear",
     ),
     Mutant(
@@ -331,8 +331,8 @@ MUTANTS = [
     Mutant(
         "the queue without its lock",
         "river_ext/engine/engine.py",
-        "        with self._lock:\n            while self._queue and self._free:",
-        "        with threading.Lock():\n            while self._queue and self._free:",
+        "        with self._lock:\n            while self._queue and self._slots.free:",
+        "        with threading.Lock():\n            while self._queue and self._slots.free:",
         "test_engine.py -k under_the_lock",
     ),
     Mutant(
