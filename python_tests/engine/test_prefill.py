@@ -73,7 +73,7 @@ def test_dynamic_scaling_gives_a_long_prompt_the_angles_of_its_length():
     network = random_model(rope_scaling=scaling, max_position_embeddings=16).network
     assert network.config.max_length == 64
     for length in (16, 17, 40):
-        cos, _ = network.prompt_rope(length, 64)
+        cos = network.prompt_rope(length, 64).cos
         assert torch.equal(cos[:length], network.rope(64)[0][:length]) == (length <= 16)
     assert_same_bits(network, random_prompt(16), LAYERS)
     long, _ = prefilled(network, random_prompt(40))

@@ -136,9 +136,11 @@ def test_sliding_window(tmp_path):
     assert read(tmp_path, **qwen).sliding_window is None
     assert read(tmp_path, **qwen, use_sliding_window=True).sliding_window == 32
     assert read(tmp_path, **qwen | {"max_window_layers": 3}, use_sliding_window=True).sliding_window is None
-    refusal(tmp_path, "use_sliding_window", **qwen | {"max_window_layers": 1}, use_sliding_window=True)
+    config = read(tmp_path, **qwen | {"max_window_layers": 1}, use_sliding_window=True)
+    assert (config.sliding_window, config.full_attention_layers) == (32, (0,))
     layer_types = ["full_attention", "sliding_attention", "full_attention"]
-    refusal(tmp_path, "use_sliding_window", **qwen, use_sliding_window=True, layer_types=layer_types)
+    config = read(tmp_path, **qwen, use_sliding_window=True, layer_types=layer_types)
+    assert (config.sliding_window, config.full_attention_layers) == (32, (0, 2))
 
 
 @pytest.mark.parametrize(
@@ -174,7 +176,7 @@ def test_sliding_window(tmp_path):
         ({"rms_norm_eps": "1e-5"}, ("rms_norm_eps", "number")),
         ({"rms_norm_eps": float("nan")}, ("rms_norm_eps", "NaN")),
         ({"rope_theta": 0}, ("rope_theta", "0")),
-        ({"rope_scaling": {"type": "yarn", "factor": 4.0}}, ("rope_scaling.type", "yarn", "linear")),
+        ({"rope_scaling": {"type": "longrope", "factor": 4.0}}, ("rope_scaling.type", "longrope", "yarn")),
         ({"rope_scaling": {"type": "linear"}}, ("rope_scaling.factor", "missing")),
         ({"rope_scaling": {"type": "dynamic", "factor": 0.5}}, ("rope_scaling.factor", "0.5")),
         ({"rope_scaling": {"type": "dynamic", "factor": float("inf")}}, ("rope_scaling.factor", "Infinity")),

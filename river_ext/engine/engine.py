@@ -25,7 +25,6 @@ from .exit_rule import BATCH_POLICIES
 from .graph import Memory
 from .lossless import LosslessDecoder
 from .network import Network
-from .prefill import Prefill
 from .request import Request, request
 from .sequence import GenerationOutput, Piece, Sequence
 from .step import RowOutput
@@ -230,10 +229,10 @@ class Engine:
         self._free = [slot for slot in range(self.slots) if slot not in {one.slot for one in everyone}]
         for running in everyone:
             running.prefill = None
-            if running.slot >= 0 and running.sequence.tokens:
-                self._batch(running).join(running)
-            elif running.slot >= 0:
+            if running.slot >= 0 and running.sequence.needs_prefill:
                 self._prefilling.append(running)
+            elif running.slot >= 0:
+                self._batch(running).join(running)
 
     def _end_cancelled(self) -> None:
         with self._lock:
@@ -266,14 +265,7 @@ class Engine:
         try:
             with memory_for("the prompt"):
                 if running.prefill is None:
-                    running.prefill = Prefill(
-                        self.network,
-                        self._memory.cache,
-                        running.slot,
-                        sequence.request,
-                        running.start,
-                        self.progress,
-                    )
+                    running.begin_prefill(self.network, self._memory.cache, self.progress)
                 new = running.prefill.advance(self._prefill_rows if others else math.inf)
         except RiverError as error:
             sequence.fail(str(error))
@@ -283,7 +275,7 @@ class Engine:
         if new is None:
             return
         if others:  # the shortest prompt takes its time, too
-            rows = len(sequence.request.prompt) - running.start
+            rows = running.prefilled - running.start
             self._held_up += max(rows, self._prefill_rows // ops.MAX_ROWS)
         self._prefilling.popleft()
         running.prefill = None
@@ -312,6 +304,14 @@ class Engine:
             self._events += [Event(running.id, piece, None) for piece in running.sequence.take(output)]
             if running.sequence.finish_reason:
                 self._end(running)
+            elif running.sequence.needs_prefill:
+                self._prefill_anew(running)
+
+    def _prefill_anew(self, running: Running) -> None:
+        """All its positions rotate otherwise from its next token on, so what the slot holds is void."""
+        self._batch(running).drop(running)
+        self._memory.lead_caller()  # steps in flight may still write to the slot
+        self._prefilling.append(running)
 
     def _end(self, running: Running) -> None:
         """Its last event, which is that of its last token unless it failed; and its slot is free."""
@@ -352,7 +352,7 @@ class Engine:
     def _written(self, running: Running) -> Contents:
         """What its slot holds in all layers, for those who may take it over."""
         sequence, request, before = running.sequence, running.sequence.request, self._contents[running.slot]
-        if not sequence.tokens or self.network.scales_by_length(len(request.prompt)):
+        if not sequence.tokens or self.network.scales_by_length(running.prefilled):
             return EMPTY
         by_backbone = min(before.by_backbone, running.start)
         depths, layers = sequence.exit_depths, self.network.config.num_hidden_layers
