@@ -33,6 +33,8 @@ SHAPES = {
     "q and k norms": {"qk_norm": True},
     "partial rotary": {"rotary_dim": 8},
     "sliding window": {"sliding_window": 5},
+    "layers of their own": {"sliding_window": 5, "full_attention_layers": (0, 2), "nope_layers": (1, 2)},
+    "query scale": {"query_scaling": (0.5, 4)},
     "odd sizes": {"intermediate_size": 77, "vocab_size": 81, "head_dim": 20, "rotary_dim": 20},
     "linear scaling": {"rope_scaling": (("rope_type", "linear"), ("factor", 4.0))},
 }

@@ -185,7 +185,7 @@ def test_other_keys_are_free(tmp_path, key):
         "cohere", "deepseek_v3", "exaone4", "falcon", "gemma2", "gpt_neox", "gpt_oss", "granite",
         "llama4_text",
         "mamba2", "minicpm3", "mixtral", "nanochat", "olmo3", "olmoe", "persimmon", "qwen3_moe", "qwen3_next",
-        "smollm3", "phi3", "ministral3",
+        "smollm3",
     ],
 )  # fmt: skip
 def test_other_architectures_that_go_by_the_name_of_llama(tmp_path, model_type):

@@ -271,7 +271,7 @@ class Engine:
             sequence.fail(str(error))
             self._end(running)
             return
-        sequence.prefill_seconds += time.perf_counter() - start
+        sequence.prefill_took(time.perf_counter() - start)
         if new is None:
             return
         if others:  # the shortest prompt takes its time, too

@@ -112,6 +112,13 @@ class Sequence:
         last, known = self.request.rotates_anew_after, len(self.request.prompt) + len(self.tokens)
         return left if last is None or known > last + 1 else min(left, last + 1 - known)
 
+    def prefill_took(self, seconds: float) -> None:
+        """One that gives a later token than the first is a step like others."""
+        if self.tokens:
+            self.decode_seconds += seconds
+        else:
+            self.prefill_seconds += seconds
+
     def row(self, slot: int) -> Row:
         """Its next step: the last token is fed back."""
         return Row(
