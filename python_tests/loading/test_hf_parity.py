@@ -248,6 +248,25 @@ def test_the_text_model_of_a_multimodal_checkpoint_equals_transformers(tied, tmp
         river_ext.load(tmp_path, device="cpu")
 
 
+@pytest.mark.parametrize(
+    "case", ["longrope, on the way", "ministral, some windows", "ministral3", "smollm3, some windows"]
+)
+def test_every_mode_and_a_saved_river(case, hf_checkpoint, tmp_path):
+    model_type, _, changes = CASES[case]
+    directory = hf_checkpoint(model_type, **changes)
+    model, prompt = river_ext.load(directory, device="cpu"), list(range(3, 27))
+    options = {"max_new_tokens": 60, "stop_tokens": ()}
+    full, w4, lossless = (model.generate(prompt, mode=m, **options) for m in ("full", "full_w4", "lossless"))
+    assert lossless.tokens == full.tokens and w4.exit_depths == [0] * 60
+    similarities = sorted(s for token in full.similarities for s in token)
+    options["threshold"] = similarities[len(similarities) * 2 // 3]
+    mid = model.generate(prompt, **options)
+    assert {1, 3} <= set(mid.exit_depths[1:])
+    model.save_river(tmp_path / "river")
+    again = river_ext.load(directory, device="cpu", river=tmp_path / "river").generate(prompt, **options)
+    assert (again.tokens, again.exit_depths) == (mid.tokens, mid.exit_depths)
+
+
 def edit(directory, change) -> None:
     tensors = load_file(directory / "model.safetensors")
     change(tensors)

@@ -22,7 +22,7 @@ from ..errors import RiverError
 from ..progress import progress_bar
 from .config import ModelConfig, checkpoint_directory, parse_dtype, read_config
 from .families import FAMILIES
-from .files import is_regular
+from .files import is_regular, path_of
 from .json_object import read_json_object
 from .tokenizer import load_tokenizer
 from .weights import BlockShape, DecoderBlockWeights, ModelWeights
@@ -38,6 +38,7 @@ FUSED = dict.fromkeys(("q_proj", "k_proj", "v_proj"), "qkv_proj") | dict.fromkey
 )
 STORED_DTYPES = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}
 PICKLE_SUFFIXES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
+WEIGHT_SUFFIXES = (".safetensors", ".safetensors.index.json", ".gguf", *PICKLE_SUFFIXES)
 FINGERPRINT_BLOCK = 4096  # bytes
 
 
@@ -106,6 +107,17 @@ def load_checkpoint(
     weights = ModelWeights(embed_tokens, layers, norm, embed_tokens if tied else lm_head)
     used = {name: stored[name] for name in tensor_shapes(config)}
     return Checkpoint(directory, config, weights, tokenizer, _fingerprint(used))
+
+
+def lone_config(path: str | Path) -> Path | None:
+    """The config.json that a path names, or that a directory without weights holds; None: there are some."""
+    path = path_of(path, "checkpoint")
+    if path.suffix == ".json" and is_regular(path):
+        return path
+    if not is_regular(path / "config.json"):
+        return None
+    weights = any(name.endswith(WEIGHT_SUFFIXES) for name in os.listdir(path))
+    return None if weights else path / "config.json"
 
 
 def check_gpu_kernels(config: ModelConfig) -> None:

@@ -46,8 +46,6 @@ class Family:
 FAMILIES = {
     "llama": Family(),
     "mistral": Family(qkv_bias=False, sliding_window="key", layer_types=True),
-    "ministral": Family(qkv_bias=False, sliding_window="key", layer_types=True),
-    "ministral3": Family(qkv_bias=False, sliding_window="optional", default_head_dim=128, query_scale=True),
     "qwen2": Family(qkv_bias=True, o_bias=False, sliding_window="switch", layer_types=True),
     "qwen3": Family(qk_norm=True, sliding_window="switch", layer_types=True, default_head_dim=128),
     "phi3": Family(
@@ -58,6 +56,8 @@ FAMILIES = {
         partial_rotary=True,
         original_positions=4096,
     ),
+    "ministral": Family(qkv_bias=False, sliding_window="key", layer_types=True),
+    "ministral3": Family(qkv_bias=False, sliding_window="optional", default_head_dim=128, query_scale=True),
     "smollm3": Family(sliding_window="switch", layer_types=True, nope=True, tied=True, rope_theta=2000000.0),
 }
 

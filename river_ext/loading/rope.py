@@ -144,5 +144,6 @@ def _yarn(frequencies: Tensor, config: ModelConfig) -> Tensor:
     low, high = max(low, 0), min(high, dim - 1)
     if low == high:
         high += 0.001
-    stretched = ((torch.arange(dim // 2, dtype=torch.float32) - low) / (high - low)).clamp(0, 1)
-    return frequencies / scaling["factor"] * stretched + frequencies * (1 - stretched)
+    kept = 1 - ((torch.arange(dim // 2, dtype=torch.float32) - low) / (high - low)).clamp(0, 1)
+    stretched = 1.0 / (scaling["factor"] * config.rope_theta ** _exponents(dim))
+    return stretched * (1 - kept) + frequencies * kept
