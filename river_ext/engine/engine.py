@@ -310,7 +310,7 @@ class Engine:
     def _prefill_anew(self, running: Running) -> None:
         """All its positions rotate otherwise from its next token on, so what the slot holds is void."""
         self._batch(running).drop(running)
-        self._memory.lead_caller()  # steps in flight may still write to the slot
+        self._memory.lead_caller()  # a step in flight may still write there
         self._prefilling.append(running)
 
     def _end(self, running: Running) -> None:
