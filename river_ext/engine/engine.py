@@ -24,7 +24,6 @@ from .exit_rule import BATCH_POLICIES
 from .graph import Memory
 from .lossless import LosslessDecoder
 from .network import Network
-from .prefill import Prefill
 from .request import request
 from .sequence import GenerationOutput, Piece, Sequence
 from .slots import Slots
@@ -217,10 +216,10 @@ class Engine:
         self._slots.keep({running.slot for running in everyone})
         for running in everyone:
             running.prefill = None
-            if running.slot >= 0 and running.sequence.tokens:
-                self._batch(running).join(running)
-            elif running.slot >= 0:
+            if running.slot >= 0 and running.sequence.needs_prefill:
                 self._prefilling.append(running)
+            elif running.slot >= 0:
+                self._batch(running).join(running)
 
     def _end_cancelled(self) -> None:
         with self._lock:
@@ -252,24 +251,17 @@ class Engine:
         try:
             with memory_for("the prompt"):
                 if running.prefill is None:
-                    running.prefill = Prefill(
-                        self.network,
-                        self._memory.cache,
-                        running.slot,
-                        sequence.request,
-                        running.start,
-                        self.progress,
-                    )
+                    running.begin_prefill(self.network, self._memory.cache, self.progress)
                 new = running.prefill.advance(self._prefill_rows if others else math.inf)
         except RiverError as error:
             sequence.fail(str(error))
             self._end(running)
             return
-        sequence.prefill_seconds += time.perf_counter() - start
+        sequence.prefill_took(time.perf_counter() - start)
         if new is None:
             return
         if others:  # the shortest prompt takes its time, too
-            rows = len(sequence.request.prompt) - running.start
+            rows = running.prefilled - running.start
             self._held_up += max(rows, self._prefill_rows // ops.MAX_ROWS)
         self._prefilling.popleft()
         running.prefill = None
@@ -299,6 +291,14 @@ class Engine:
             self._events += [Event(running.id, piece, None) for piece in running.sequence.take(output)]
             if running.sequence.finish_reason:
                 self._end(running)
+            elif running.sequence.needs_prefill:
+                self._prefill_anew(running)
+
+    def _prefill_anew(self, running: Running) -> None:
+        """All its positions rotate otherwise from its next token on, so what the slot holds is void."""
+        self._batch(running).drop(running)
+        self._memory.lead_caller()  # a step in flight may still write there
+        self._prefilling.append(running)
 
     def _end(self, running: Running) -> None:
         """Its last event, which is that of its last token unless it failed; and its slot is free."""

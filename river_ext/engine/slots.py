@@ -61,7 +61,7 @@ class Slots:
     def _written(self, running: Running) -> Contents:
         """What its slot holds in all layers, for those who may take it over."""
         sequence, request, before = running.sequence, running.sequence.request, self._contents[running.slot]
-        if not sequence.tokens or self.network.scales_by_length(len(request.prompt)):
+        if not sequence.tokens or self.network.scales_by_length(running.prefilled):
             return EMPTY
         by_backbone = min(before.by_backbone, running.start)
         depths, layers = sequence.exit_depths, self.network.config.num_hidden_layers
