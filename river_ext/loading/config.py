@@ -70,7 +70,7 @@ def read_config(directory: str | Path) -> ModelConfig:
         raise RiverError(f"{path}: missing; a checkpoint directory holds config.json and *.safetensors")
     generation_path = directory / "generation_config.json"
     generation = read_json_object(generation_path) if is_regular(generation_path) else {}
-    return _model_config(Reader(path, read_json_object(path)), Reader(generation_path, generation))
+    return model_config(Reader(path, read_json_object(path)), Reader(generation_path, generation))
 
 
 def checkpoint_directory(directory: str | Path) -> Path:
@@ -82,6 +82,8 @@ def checkpoint_directory(directory: str | Path) -> Path:
                 f"{name}: no such directory. If it is a model's name on a hub, download it first: "
                 f"hf download {name} --local-dir {name.split('/')[1]}, and give that directory"
             )
+        if name.lower().endswith(".gguf") and os.path.isfile(directory):
+            raise RiverError(f"{name}: make a checkpoint of it first: river convert {name} --output DIR")
         raise RiverError(f"{name}: no such directory; a Hugging Face checkpoint directory is needed")
     return path
 
@@ -94,7 +96,8 @@ def parse_dtype(value, where: str) -> torch.dtype:
     return DTYPES[name]
 
 
-def _model_config(top: Reader, generation: Reader) -> ModelConfig:
+def model_config(top: Reader, generation: Reader) -> ModelConfig:
+    """What the keys of a config.json say, and those of a generation_config.json of bos and eos ids."""
     family = FAMILIES[top.choice("model_type", FAMILIES)]
     _refuse_unsupported(top)
     vocab_size = top.integer("vocab_size", 1, 1 << 24)
