@@ -10,7 +10,7 @@ import os
 import tempfile
 from collections import Counter
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -219,7 +219,7 @@ def convert_gguf(
     except (OSError, SafetensorError) as error:
         raise RiverError(f"{directory}: cannot be written ({error})") from None
     kinds = Counter(tensor.kind for tensor in model.file.tensors.values())
-    return Converted(model.config, dict(kinds), tokenizer)
+    return Converted(replace(model.config, dtype=dtype), dict(kinds.most_common()), tokenizer)
 
 
 def refuse_taken(directory: Path) -> None:
