@@ -20,7 +20,7 @@ from ...progress import progress_bar
 from .. import hqq
 from ..exit_river import HEAD, IMPORT_COUNTS, IMPORT_ERROR, ExitRiver
 from ..w4 import Quantised, pack_exit_layer
-from .moved_scales import ImportedWeight, difference, undo_moved_scales
+from .moved_scales import ImportedWeight, undo_moved_scales
 from .open import open_source
 from .source import Source
 
@@ -77,20 +77,21 @@ class _Importer:
         return pack_exit_layer(quantised, self.shape)
 
     def _import(self, weight: ImportedWeight, own: Tensor, name: str) -> Quantised:
-        found = difference(weight.dense, own)
+        found = weight.difference(own)
         if not found <= MAX_DIFFERENCE:  # NaN is no match either
             raise RiverError(
                 f"{self.source.path}: of another model: the mean square of the difference between {name} and "
                 f"the model's is {found:.3g} of the model's mean square; accepted: up to {MAX_DIFFERENCE}"
             )
-        kept = None if weight.grid is None else weight.grid.in_tiles()
+        kept = weight.grid.in_tiles() if weight.grid is not None and weight.columns is None else None
+        dense = weight.as_the_backbones()
         self.projections[REQUANTISED if kept is None else KEPT] += 1
-        q, scale, zero = hqq.quantize(weight.dense, name=name) if kept is None else kept
+        q, scale, zero = hqq.quantize(dense, name=name) if kept is None else kept
         if not scale.isfinite().all():
             most = f"{hqq.FP16_MAX:g}, the largest in fp16"
             raise RiverError(f"{self.source.path}: {name} needs a scale above {most}")
-        self.errors += (_dense(q, scale, zero) - weight.dense).square().sum().item()
-        self.squares += weight.dense.square().sum().item()
+        self.errors += (_dense(q, scale, zero) - dense).square().sum().item()
+        self.squares += dense.square().sum().item()
         return q, scale, zero
 
     def facts(self) -> dict:

@@ -6,7 +6,7 @@ function. But an exit layer has the norms and the KV cache of its backbone layer
 the backbone's own scale.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -22,14 +22,15 @@ NORM_BEFORE = {
     "gate_proj": "post_attention_layernorm", "up_proj": "post_attention_layernorm",
 }  # fmt: skip
 SAME_NORM = 2.0**-7  # how far two norms of one model are apart, one of them rounded to bf16
-CLEARLY = 0.5  # undoing must leave so much of the difference to the backbone, else there was nothing to undo
+CLEARLY = 0.5  # undoing must leave less of the difference to the backbone, else there was nothing to undo
 
 
 @dataclass
 class ImportedWeight:
-    dense: Tensor  # fp32 [out_features, in_features]
+    dense: Tensor  # fp32 [out_features, in_features], its columns in the source's scale
     grid: Grid | None  # the same on a 4-bit grid, if it is on one
     quantised: bool  # whether the source has it quantised; else it only tells what was moved
+    columns: Tensor | None = None  # [in_features]: what brings its columns to the backbone's scale
 
     @classmethod
     def read(
@@ -46,9 +47,31 @@ class ImportedWeight:
         self.dense = self.dense * factors[:, None]
         self.grid = None if self.grid is None else self.grid.times(factors)
 
-    def scale_columns(self, factors: Tensor) -> None:
-        """After this the weight is on no grid: its groups had one scale for all of their columns."""
-        self.dense, self.grid = self.dense * factors, None
+    def as_the_backbones(self) -> Tensor:
+        return self.dense if self.columns is None else self.dense * self.columns
+
+    def difference(self, own: Tensor) -> float:
+        """Mean square of the difference to the backbone's weight, in parts of its mean square.
+
+        Both are taken in the source's scale, in which it has rounded: what it made small it rounded coarsely.
+        """
+        own = self._in_the_sources_scale(own)
+        square = own.square().sum().item()
+        error = (self.dense - own).square().sum().item()
+        return error / square if square else error
+
+    def row_factors(self, own: Tensor) -> Tensor:
+        """What each row is to be multiplied by for the backbone's scale: [out_features].
+
+        A row is the backbone's over its factor, and the error of rounding, which hardly depends on it.
+        """
+        own = self._in_the_sources_scale(own)
+        factors = own.square().sum(1) / (self.dense * own).sum(1)
+        sensible = (factors > 0) & factors.isfinite()  # not so for a row without weights
+        return torch.where(sensible, factors, 1.0)
+
+    def _in_the_sources_scale(self, own: Tensor) -> Tensor:
+        return own.float() if self.columns is None else own.float() / self.columns
 
 
 def undo_moved_scales(
@@ -61,18 +84,9 @@ def undo_moved_scales(
     """Brings the weights of a layer, by their projections, to the scale of the backbone's block."""
     for projection, norm in NORM_BEFORE.items():
         if projection in weights:
-            ratio = _norm_ratio(source, layer, norm, getattr(block, norm))
-            if ratio is not None:
-                weights[projection].scale_columns(ratio)
+            weights[projection].columns = _norm_ratio(source, layer, norm, getattr(block, norm))
     _undo_between(weights, block, "v_proj", "o_proj", _rows_of_v(shape))
     _undo_between(weights, block, "up_proj", "down_proj", torch.arange(shape.intermediate_size))
-
-
-def difference(weight: Tensor, own: Tensor) -> float:
-    """Mean square of the difference to the backbone's weight, in parts of its mean square."""
-    square = own.float().square().sum().item()
-    error = (weight - own.float()).square().sum().item()
-    return error / square if square else error
 
 
 def _norm_ratio(source: Source, layer: int, norm: str, own: Tensor) -> Tensor | None:
@@ -101,15 +115,9 @@ def _undo_between(
     """
     if first not in weights or second not in weights:
         return
-    factors = _row_factors(weights[first].dense, getattr(block, first).float())
-    columns = 1 / factors[rows.to(factors.device)]
-    before, own = weights[second].dense, getattr(block, second)
-    if difference(before * columns, own) < CLEARLY * difference(before, own):
+    factors = weights[first].row_factors(getattr(block, first))
+    as_it_is, own = weights[second], getattr(block, second)
+    moved_back = replace(as_it_is, columns=1 / factors[rows.to(factors.device)])
+    if moved_back.difference(own) < CLEARLY * as_it_is.difference(own):
         weights[first].scale_rows(factors)
-        weights[second].scale_columns(columns)
-
-
-def _row_factors(weight: Tensor, own: Tensor) -> Tensor:
-    """What each row is to be multiplied by, to come closest to the backbone's: [out_features]."""
-    factors = (weight * own).sum(1) / weight.square().sum(1)
-    return torch.where(factors > 0, factors, 1.0)  # not for NaN either: a row without weights
+        weights[second] = moved_back
