@@ -174,9 +174,7 @@ def _parser() -> tuple[argparse.ArgumentParser, Mapping[str, argparse.ArgumentPa
     convert.add_argument(
         "-o", "--output", type=_given, required=True, metavar="DIR", help="the new directory"
     )
-    convert.add_argument(
-        "--group-size", type=int, choices=(64, 128), help="columns that share a scale (64)"
-    )
+    convert.add_argument("--group-size", type=int, choices=(64, 128), help="columns that share a scale (64)")
     convert.add_argument(
         "--river-from",
         type=_given,

