@@ -17,6 +17,8 @@ from .loading.config import ModelConfig
 from .loading.text import Text
 from .loading.weights import ModelWeights
 from .quant import exit_river
+from .quant.imported.build import import_river
+from .quant.imported.open import is_foreign
 from .threads import in_own_thread
 
 DEMO = Path(__file__).parent / "demo"
@@ -36,7 +38,9 @@ def load(
         path: None loads the bundled demo model.
         device: "cpu", "cuda", or "auto": a GPU if there is one and this build has kernels for it.
         dtype: "bfloat16", "float16", on the CPU also "float32"; "auto" takes the checkpoint's.
-        river: a directory that `Model.save_river` wrote for this checkpoint; None quantises the model now.
+        river: a directory that `Model.save_river` wrote for this checkpoint; None quantises the model now. Or
+            the same model in 4 bits by others, whose weights become the river: a directory in the format AWQ,
+            GPTQ or compressed-tensors, or a GGUF file.
 
     On the CPU a process may be forked after it has loaded a model, and its children generate. After it has
     generated itself, OpenMP's threads are missing in its children: there, call `torch.set_num_threads(1)`
@@ -52,6 +56,8 @@ def _load(path, device: torch.device, dtype, river) -> "Model":
     config, weights = checkpoint.config, checkpoint.weights
     if river is None:
         exit_layers = exit_river.build_river(config, weights)
+    elif is_foreign(river):
+        exit_layers = import_river(river, config, weights)
     else:
         exit_layers = exit_river.load_river(river, config, checkpoint.fingerprint, device)
     return Model(

@@ -21,6 +21,7 @@ ORDER = (
     ("river_ext",),
     ("river_ext.loading",),
     ("river_ext.quant",),
+    ("river_ext.quant.imported",),
     ("river_ext.engine",),
     ("river_ext.calibration",),
     ("river_ext.model",),

@@ -69,7 +69,7 @@ def load_checkpoint(
     """
     directory = checkpoint_directory(directory)
     config = read_config(directory)
-    stored = _stored_tensors(directory)
+    stored = stored_tensors(directory)
     if config.multimodal:
         stored = _text_tensors(stored)
     _check_tensors(stored, tensor_shapes(config), directory)
@@ -179,7 +179,7 @@ def tensor_name(layer: int, field: str, fused: bool = False) -> str:
 
 
 @dataclass(frozen=True)
-class _StoredTensor:
+class StoredTensor:
     """A tensor in an open safetensors file; `read` gives a view of the mapped file."""
 
     path: Path
@@ -198,8 +198,8 @@ class _StoredTensor:
         return tensor.clone() if tensor.data_ptr() % tensor.itemsize else tensor
 
 
-def _stored_tensors(directory: Path) -> dict[str, _StoredTensor]:
-    """Every tensor of the checkpoint, from model.safetensors or from the shards that its index names."""
+def stored_tensors(directory: Path) -> dict[str, StoredTensor]:
+    """Every tensor of a directory, from model.safetensors or from the shards that its index names."""
     single, index = directory / "model.safetensors", directory / "model.safetensors.index.json"
     if is_regular(single):
         return _open_safetensors(single)
@@ -210,7 +210,7 @@ def _stored_tensors(directory: Path) -> dict[str, _StoredTensor]:
         raise RiverError(
             f"{index}: weight_map is missing or no object; accepted: tensor names to shard names"
         )
-    stored: dict[str, _StoredTensor] = {}
+    stored: dict[str, StoredTensor] = {}
     for shard in dict.fromkeys(_shard_name(index, name, shard) for name, shard in weight_map.items()):
         if not is_regular(directory / shard):
             raise RiverError(f"{directory / shard}: missing; {index.name} names it")
@@ -262,12 +262,12 @@ def _what_else(directory: Path) -> str:
     return f"{needed}, {other[0]} is not read" if other else needed
 
 
-def _open_safetensors(path: Path) -> dict[str, _StoredTensor]:
+def _open_safetensors(path: Path) -> dict[str, StoredTensor]:
     try:
         file = safe_open(path, framework="pt", device="cpu")
         slices = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118 (safe_open is no dict)
         return {
-            name: _StoredTensor(path, file, name, tuple(s.get_shape()), s.get_dtype())
+            name: StoredTensor(path, file, name, tuple(s.get_shape()), s.get_dtype())
             for name, s in slices.items()
         }
     except (SafetensorError, OSError, ValueError, RuntimeError, OverflowError) as error:
@@ -313,7 +313,7 @@ def _all_finite(tensor: Tensor) -> bool:
     return all(extreme.isfinite().item() for extreme in torch.aminmax(tensor))
 
 
-def _fingerprint(tensors: dict[str, _StoredTensor]) -> str:
+def _fingerprint(tensors: dict[str, StoredTensor]) -> str:
     """sha256 over name, dtype, shape and three 4-KB blocks (start, middle, end) of every tensor, by name.
 
     It tells checkpoints apart and does not depend on their sharding. As it samples, it is no proof against
