@@ -267,7 +267,7 @@ class Engine:
             with memory_for("the prompt"):
                 if running.prefill is None:
                     running.prefill = Prefill(
-                        self.network,
+                        self._memory.network,
                         self._memory.cache,
                         running.slot,
                         sequence.request,

@@ -52,6 +52,7 @@ class ModelConfig:
     bos_token_id: int | None
     eos_token_ids: tuple[int, ...]
     sliding_window: int | None = None
+    resident_layers: int | None = None  # `load` says it: backbone layers from this one on are offloaded
 
     @property
     def max_length(self) -> int:
