@@ -468,6 +468,34 @@ MUTANTS = [
         "(self.engine.max_len + 1)",
         "test_chat_command.py -k answer_may",
     ),
+    Mutant(
+        "a buffer overwritten while its layer computes",
+        "river_ext/engine/offload.py",
+        "        for user in self.users:\n            stream.wait_stream(user)\n",
+        "",
+        "test_offload.py -k among_others",
+    ),
+    Mutant(
+        "one buffer for all streamed layers",
+        "river_ext/engine/offload.py",
+        "self._buffers[(index - self.first_fetched) % len(self._buffers)]",
+        "self._buffers[0]",
+        "test_emulated_engine.py -k streamed",
+    ),
+    Mutant(
+        "a layer that computes before its copy has landed",
+        "river_ext/engine/offload.py",
+        "                stream.wait_stream(self._copies)\n",
+        "",
+        "test_emulated_engine.py -k late",
+    ),
+    Mutant(
+        "pages that are of no file are given back",
+        "river_ext/loading/offloaded.py",
+        "if size > 0 and any(low <= start and end <= high for low, high in files):",
+        "if size > 0:",
+        "test_offload.py -k no_file",
+    ),
 ]
 
 

@@ -10,12 +10,13 @@ import pytest
 import torch
 from conftest import write_tiny_checkpoint
 from oracle import oracle, same
-from streams import Streams
+from streams import Stream, Streams
 from tiny_model import random_model, random_prompt
 
 import river_ext
 from river_ext.engine import engine as engine_module
 from river_ext.engine import offload, prefill
+from river_ext.engine.matmul import MatmulPrompt
 from river_ext.errors import RiverError
 from river_ext.loading.offloaded import give_back_pages
 from river_ext.model import Model
@@ -104,10 +105,34 @@ def test_requests_among_others(streams, copied, control, resident):
         assert same(outputs[number], oracle(model, prompt, **options)), number
 
 
-def test_a_prompt_streams_each_layer_once(streams, copied):
-    """However many blocks of rows it has; the next layer's copy is given out before a layer's work."""
+def test_a_prompt_streams_each_layer_once(streams, copied, monkeypatch):
+    """However many blocks of rows it has; and those after the first do not wait for the next layer."""
+    waits, wait_stream = [], Stream.wait_stream
+
+    def noted(stream, other):
+        waits.append((stream.name, other.name))
+        wait_stream(stream, other)
+
+    monkeypatch.setattr(Stream, "wait_stream", noted)
     offloading_model().generate(random_prompt(13), max_new_tokens=1)
     assert copied == list(range(RESIDENT, LAYERS))
+    assert waits.count(("the caller's stream", "a stream for copies")) == LAYERS - RESIDENT
+    assert streams.races == []
+
+
+def test_prompts_by_matrix_products(streams, monkeypatch):
+    """As a GPU runs them; pieces of a prompt come between steps that fetch other layers."""
+    monkeypatch.setattr(MatmulPrompt, "rows_at_a_time", 4)
+    monkeypatch.setattr(prefill, "OpsPrompt", MatmulPrompt)
+    prompts = [random_prompt(length, length) for length in (3, 14, 11)]
+    whole, streamed = (
+        model.generate(prompts, threshold=0.7, max_new_tokens=12)
+        for model in (whole_model(), offloading_model())
+    )
+    assert [(out.tokens, out.similarities) for out in streamed] == [
+        (out.tokens, out.similarities) for out in whole
+    ]
+    assert streams.races == []
 
 
 @pytest.mark.parametrize("policy, reaches", [("depth:4", 4), ("depth:1", 0), ("depth:0", 0)])
