@@ -1,4 +1,4 @@
-"""The tables of memory: those of the document are the script's, and its arithmetic is that of real tensors."""
+"""The tables of memory: the document has those of the script, and they are the sizes of real tensors."""
 
 import json
 import re
@@ -20,10 +20,10 @@ RESULTS = json.loads((ROOT / "bench" / "results" / "memory_smollm2_cpu_amd_epyc_
 
 
 def test_the_document_has_the_tables_of_the_script():
-    blocks = re.findall(r"^```\n(.*?)\n```$", DOCUMENT, re.M | re.S)
     tables = [memory.table(config, memory.RESIDENT) for config in memory.SHAPES.values()]
     counted = memory.text_of(memory.as_the_paper_counts(memory.SHAPES["Llama-3.1-8B"]))
-    assert blocks == [*tables, counted]
+    for text in [*tables, counted]:
+        assert f"\n```\n{text}\n```\n" in DOCUMENT
 
 
 def test_the_document_has_what_was_measured():
