@@ -21,7 +21,8 @@ def run(arguments) -> None:
     if problems + functions == 0:
         raise RiverError("--problems 0 --functions 0; accepted: at least one of them above 0")
     thresholds = _thresholds(arguments.thresholds)
-    config, own = shared.config(arguments), {"deep_tokens": arguments.deep_tokens or "stream"}
+    config = shared.config(arguments)
+    own = {} if arguments.deep_tokens is None else {"deep_tokens": arguments.deep_tokens}
     for threshold in thresholds:
         request(config, None, [0], own | {"threshold": threshold, "max_new_tokens": 1})
     model = shared.load(arguments)

@@ -43,6 +43,7 @@ def model_facts(model) -> dict:
         "model": str(model.directory),
         "fingerprint": model.fingerprint,
         "num_hidden_layers": model.config.num_hidden_layers,
+        "resident_layers": model.config.resident_layers,
         "dtype": dtype_name(model.config),
         "device": _device_name(model),
         "cpu_isa": build["cpu_isa"],

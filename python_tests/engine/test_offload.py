@@ -368,3 +368,31 @@ def test_a_copy_in_memory_is_refused(checkpoint, tmp_path):
     with pytest.raises(RiverError, match="odd place"):
         river_ext.load(odd, resident_layers=2)
     river_ext.load(odd, resident_layers=3)  # all layers: none is offloaded
+
+
+# --- the command --------------------------------------------------------------------------------------------
+
+
+def test_the_command_offloads(river_json):
+    """With the same tokens, or with none that decodes deeper; the rows beside it take no harm."""
+    common = ("generate", "--demo", "def f", "--max-new-tokens", "8", "--threshold", "0.98")
+    whole, streamed = river_json(*common), river_json(*common, "--resident-layers", "4")
+    assert whole["resident_layers"] is None and streamed["resident_layers"] == 4
+    for name in ("tokens", "exit_depths", "similarities"):
+        assert streamed["outputs"][0][name] == whole["outputs"][0][name]
+    exits = river_json(*common, "--resident-layers", "4", "--deep-tokens", "exit", "--compare")
+    assert max(exits["outputs"][0]["exit_depths"][1:]) == 4
+    assert exits["rows"][0]["mean_exit_depth"] == 16, "of full depth"
+
+
+def test_what_the_command_refuses(refused):
+    demo = ("--demo", "--resident-layers")
+    assert refused("generate", *demo, "0", "a").startswith("resident_layers=0; accepted")
+    assert refused("eval", *demo, "17").startswith("resident_layers=17; accepted")
+    assert "--resident-layers" in refused("generate", *demo, "few", "a")
+    assert refused("generate", *demo, "4", "--deep-tokens", "wait", "a").startswith("deep_tokens='wait'")
+    assert "resident_layers" in refused("generate", "--demo", "--deep-tokens", "exit", "a")
+    assert "resident_layers" in refused("eval", "--demo", "--deep-tokens", "exit")
+    exits = (*demo, "4", "--deep-tokens", "exit")
+    assert "mode='lossless'" in refused("generate", *exits, "--mode", "lossless", "a")
+    assert "threshold=inf" in refused("eval", *exits, "--thresholds", "0.5,inf")

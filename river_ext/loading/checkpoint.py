@@ -88,7 +88,7 @@ def load_checkpoint(
         if check_finite and not _all_finite(tensor):
             raise RiverError(f"{stored[name].path}: tensor {name} holds NaN or Inf in {config.dtype}")
         advance()
-        return tensor.pin_memory(device) if pinned else tensor
+        return tensor.pin_memory() if pinned else tensor
 
     with progress_bar("loading", len(tensor_shapes(config)), wanted=check_finite) as advance:
         embed_tokens = load("model.embed_tokens.weight")
