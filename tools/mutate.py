@@ -484,7 +484,7 @@ MUTANTS = [
     ),
     Mutant(
         "what rotates otherwise is taken over",
-        "river_ext/engine/engine.py",
+        "river_ext/engine/slots.py",
         "scales_by_length(running.prefilled)",
         "scales_by_length(len(request.prompt))",
         "test_longrope.py -k taken_over",
@@ -537,6 +537,34 @@ MUTANTS = [
         "return zip(fields, tensor",
         "return zip(reversed(fields), tensor",
         "test_hf_parity.py -k phi3",
+    ),
+    Mutant(
+        "a buffer overwritten while its layer computes",
+        "river_ext/engine/offload.py",
+        "        for user in self.users:\n            stream.wait_stream(user)\n",
+        "",
+        "test_offload.py -k among_others",
+    ),
+    Mutant(
+        "one buffer for all streamed layers",
+        "river_ext/engine/offload.py",
+        "self._buffers[(index - self.first_fetched) % len(self._buffers)]",
+        "self._buffers[0]",
+        "test_emulated_engine.py -k streamed",
+    ),
+    Mutant(
+        "a layer that computes before its copy has landed",
+        "river_ext/engine/offload.py",
+        "                stream.wait_stream(self._copies)\n",
+        "",
+        "test_emulated_engine.py -k late",
+    ),
+    Mutant(
+        "pages that are of no file are given back",
+        "river_ext/loading/offloaded.py",
+        "if size > 0 and any(low <= start and end <= high for low, high in files):",
+        "if size > 0:",
+        "test_offload.py -k no_file",
     ),
 ]
 

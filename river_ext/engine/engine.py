@@ -251,7 +251,7 @@ class Engine:
         try:
             with memory_for("the prompt"):
                 if running.prefill is None:
-                    running.begin_prefill(self.network, self._memory.cache, self.progress)
+                    running.begin_prefill(self._memory.network, self._memory.cache, self.progress)
                 new = running.prefill.advance(self._prefill_rows if others else math.inf)
         except RiverError as error:
             sequence.fail(str(error))

@@ -141,7 +141,7 @@ def score(network: Network, tokens, prompt_length: int, options: Mapping) -> Sco
     if asked.river_head:
         network.check_river_head()
     memory = Memory(network, slots=1, max_len=asked.positions)
-    news = [Prefill(network, memory.cache, 0, asked).advance()]
+    news = [Prefill(memory.network, memory.cache, 0, asked).advance()]
     decoder = HostDecoder(memory, together=False)
     for position in range(prompt_length, len(tokens) - 1):
         decoder.start([Row(tokens[position], position, 0, asked, remaining=1)])

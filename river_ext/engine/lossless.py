@@ -14,7 +14,7 @@ the drafts are; these decide over the speed only.
 """
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -60,7 +60,11 @@ class CycleRunner(Graphs):
         self.records = torch.zeros(RECORDS, 1 + requests + rows, dtype=torch.int32, **host)
         self.seen = torch.zeros(self.layers * rows, dtype=torch.float32, **host)  # similarities
         self.place = Place(memory.cache, self.slots, self.positions, memory.rope)
-        self.warm_up((cycle, 1 if self.tokens > 1 else 0, False), (cycle, 0, True))
+        if not self.fetches(cycle):
+            self.warm_up((cycle, 1 if self.tokens > 1 else 0, False), (cycle, 0, True))
+
+    def fetches(self, part: Callable, *arguments) -> bool:
+        return self.network.first_fetched < self.layers
 
     @torch.inference_mode()
     def start(self, rows: Sequence[Row]) -> None:
@@ -213,6 +217,7 @@ def verification(runner: CycleRunner, drafts: int, filters: bool, logits: bool) 
     hidden = runner.verify_hidden[:rows]
     place = runner.place._replace(slots=runner.verify_slots[:rows], positions=runner.verify_positions[:rows])
     for layer in network.layers:
+        network.fetch(layer.index, runner.layers)
         hidden, similarity = layer.block(hidden, place)
         similarities.append(similarity)
     runner.seen[: runner.layers * rows].copy_(torch.cat(similarities), non_blocking=True)

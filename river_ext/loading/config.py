@@ -50,6 +50,7 @@ class ModelConfig:
     # (beta, n): the query at position p is scaled by 1 + beta * log(1 + p // n)
     query_scaling: tuple[float, int] | None = None
     multimodal: bool = False  # the checkpoint holds more than this model, which is read alone
+    resident_layers: int | None = None  # `load` says it: backbone layers from this one on are offloaded
 
     @property
     def max_length(self) -> int:
