@@ -154,6 +154,12 @@ def _parser() -> tuple[argparse.ArgumentParser, Mapping[str, argparse.ArgumentPa
     generate.add_argument(
         "--compare", action="store_true", help="also run full depth and full W4, and print a table"
     )
+    generate.add_argument(
+        "--trace",
+        type=_given,
+        metavar="FILE",
+        help="write each token's exit depth: .html to look at, or .json",
+    )
     _add_options(generate)
 
     chat = command("chat", "chat", "talk with a model; the turns before stay in the cache")
