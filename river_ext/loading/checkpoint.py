@@ -257,9 +257,9 @@ def stored_tensors(directory: Path) -> dict[str, StoredTensor]:
     return stored
 
 
-def _text_tensors(stored: dict[str, _StoredTensor]) -> dict[str, _StoredTensor]:
+def _text_tensors(stored: dict[str, StoredTensor]) -> dict[str, StoredTensor]:
     """Those of the text model in a multimodal checkpoint, by the names that they would have alone."""
-    text: dict[str, _StoredTensor] = {}
+    text: dict[str, StoredTensor] = {}
     for name, tensor in stored.items():
         if NOT_TEXT.match(name):
             continue
