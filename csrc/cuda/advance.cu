@@ -38,8 +38,7 @@ RIVER_DEVICE int exit_depth(const AdvanceArgs& a, int row) {
   int depth = a.layers;
   for (int i = a.layers - 1 - lane_id(); i >= 0; i -= kWarp)
     if (has_left(a, i, row)) depth = i;
-  for (int lanes = kWarp / 2; lanes > 0; lanes /= 2) depth = min(depth, shuffle_xor(depth, lanes));
-  return depth;
+  return over_warp(depth, [](int a, int b) { return min(a, b); });
 }
 
 // All but the stamp

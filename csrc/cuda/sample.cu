@@ -74,7 +74,7 @@ RIVER_DEVICE void for_each_logit(const Row& row, F f) {
 template <class Combine>
 RIVER_DEVICE uint64_t over_block(uint64_t value, Combine combine) {
   RIVER_SHARED(uint64_t, of_warp, [kWarps]);
-  for (int lanes = kWarp / 2; lanes > 0; lanes /= 2) value = combine(value, shuffle_xor(value, lanes));
+  value = over_warp(value, combine);
   __syncthreads();  // nobody reads an earlier result any more
   if (lane_id() == 0) of_warp[warp_id()] = value;
   __syncthreads();
