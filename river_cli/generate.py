@@ -14,7 +14,6 @@ from river_ext.engine.request import Options, integer, request, strings
 from river_ext.errors import RiverError
 from river_ext.evaluate import Item, demo_items, result_table, settings_of
 from river_ext.loading.chat import read_template
-from river_ext.loading.config import read_config
 
 from . import shared
 from .shared import machine, model_facts, model_line
@@ -75,7 +74,7 @@ def _check_request(arguments, options: dict) -> None:
 def check_options(arguments, options: dict) -> None:
     """Against the model's config."""
     strings("--stop", options.get("stop", ()))
-    config = read_config(shared.directory(arguments))
+    config = shared.config(arguments)
     integer("max_new_tokens", options.get("max_new_tokens", 1), 1, config.max_length - 1)
     Engine.check(**{name: options[name] for name in ENGINE_OPTIONS if name in options})
     own = {name: value for name, value in options.items() if name not in ENGINE_OPTIONS}
@@ -138,7 +137,8 @@ def _generate_and_compare(arguments, model, prompts: list, options: dict) -> Non
 
 def _settings(model, options: dict) -> tuple[list, dict]:
     """Full depth, lossless, full W4 and River, and the options that they have in common."""
-    own = {name: options[name] for name in ("min_layers", "prefill", "river_head") if name in options}
+    names = ("min_layers", "prefill", "river_head", "deep_tokens")
+    own = {name: options[name] for name in names if name in options}
     threshold = options.get("threshold", Options.threshold)
     common = {name: v for name, v in options.items() if name not in ("mode", "threshold", *own)}
     return settings_of(model, [threshold], **own), common
