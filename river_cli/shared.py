@@ -51,6 +51,16 @@ def model_facts(model) -> dict:
     }
 
 
+def import_line(imported: dict) -> str:
+    """Where an imported river comes from, and what the import did to its weights."""
+    counts = (
+        f"{imported['kept']} projections as they are, {imported['requantised']} quantised again"
+        f" (relative squared error of all {imported['relative_squared_error']:.5f}),"
+        f" {imported['from_backbone']} from the model"
+    )
+    return f"from {imported['source']}: {counts}"
+
+
 def model_line(model) -> str:
     name = "the bundled demo model" if model.directory == DEMO else printable(str(model.directory))
     config = model.config

@@ -19,6 +19,8 @@ from .loading.offloaded import give_back_pages
 from .loading.text import Text
 from .loading.weights import ModelWeights
 from .quant import exit_river
+from .quant.imported.build import import_river
+from .quant.imported.open import is_foreign
 from .threads import in_own_thread
 
 DEMO = Path(__file__).parent / "demo"
@@ -39,7 +41,9 @@ def load(
         path: None loads the bundled demo model.
         device: "cpu", "cuda", or "auto": a GPU if there is one and this build has kernels for it.
         dtype: "bfloat16", "float16", on the CPU also "float32"; "auto" takes the checkpoint's.
-        river: a directory that `Model.save_river` wrote for this checkpoint; None quantises the model now.
+        river: a directory that `Model.save_river` wrote for this checkpoint; None quantises the model now. Or
+            the same model in 4 bits by others, whose weights become the river: a directory in the format AWQ,
+            GPTQ or compressed-tensors, or a GGUF file.
         resident_layers: backbone layers that stay in the device's memory, 1 or more; those after them are
             offloaded. On a GPU their matrices lie in pinned memory of the host, and stream in where a token
             runs them; on the CPU they are pages of the mapped file, which the kernel may drop, and so need
@@ -62,6 +66,8 @@ def _load(path, device: torch.device, dtype, river, resident_layers) -> "Model":
     config, weights = checkpoint.config, checkpoint.weights
     if river is None:
         exit_layers = exit_river.build_river(config, weights_on_device(weights))
+    elif is_foreign(river):
+        exit_layers = import_river(river, config, weights_on_device(weights))
     else:
         exit_layers = exit_river.load_river(river, config, checkpoint.fingerprint, device)
     if config.resident_layers is not None and device.type == "cpu":

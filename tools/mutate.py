@@ -204,9 +204,9 @@ MUTANTS = [
     ),
     Mutant(
         "stop tokens of the first row",
-        "csrc/cpu/step.cpp",
-        "a.stop_tokens + int64_t(t) * a.num_stop_tokens",
-        "a.stop_tokens",
+        "csrc/step_rules.h",
+        "stop_tokens + int64_t(row) * count",
+        "stop_tokens",
         "test_advance.py",
     ),
     Mutant(
@@ -281,7 +281,7 @@ MUTANTS = [
     ),
     Mutant(
         "a part of a prompt is taken for all of it",
-        "river_ext/engine/engine.py",
+        "river_ext/engine/slots.py",
         "if not sequence.tokens or self.network.scales",
         "if self.network.scales",
         "test_engine.py -k cancelled_nothing",
@@ -289,8 +289,8 @@ MUTANTS = [
     Mutant(
         "slots keep what they held before clear",
         "river_ext/engine/engine.py",
-        "        self._contents = [EMPTY] * self.slots\n\n    def __enter__",
-        "\n    def __enter__",
+        "        self._slots.clear()\n",
+        "        self._slots.free = list(range(self.slots))\n",
         "test_engine.py -k after_clear",
     ),
     Mutant(
@@ -316,9 +316,9 @@ MUTANTS = [
     ),
     Mutant(
         "the seconds of a prompt's last piece",
-        "river_ext/engine/engine.py",
-        "sequence.prefill_seconds += time",
-        "sequence.prefill_seconds = time",
+        "river_ext/engine/sequence.py",
+        "self.prefill_seconds += seconds",
+        "self.prefill_seconds = seconds",
         "test_engine.py -k pieces",
     ),
     Mutant(
@@ -331,8 +331,8 @@ MUTANTS = [
     Mutant(
         "the queue without its lock",
         "river_ext/engine/engine.py",
-        "        with self._lock:\n            while self._queue and self._free:",
-        "        with threading.Lock():\n            while self._queue and self._free:",
+        "        with self._lock:\n            while self._queue and self._slots.free:",
+        "        with threading.Lock():\n            while self._queue and self._slots.free:",
         "test_engine.py -k under_the_lock",
     ),
     Mutant(
@@ -467,6 +467,76 @@ MUTANTS = [
         "min(self.engine.max_len + 1, self.engine.network.config.max_length)",
         "(self.engine.max_len + 1)",
         "test_chat_command.py -k answer_may",
+    ),
+    Mutant(
+        "nothing rotates anew",
+        "river_ext/engine/request.py",
+        "rotates_anew_after=config.rotates_anew_after,",
+        "rotates_anew_after=None,",
+        "test_longrope.py -k among",
+    ),
+    Mutant(
+        "steps pass the switch of longrope",
+        "river_ext/engine/sequence.py",
+        "min(left, last + 1 - known)",
+        "left",
+        "test_longrope.py -k among",
+    ),
+    Mutant(
+        "what rotates otherwise is taken over",
+        "river_ext/engine/slots.py",
+        "scales_by_length(running.prefilled)",
+        "scales_by_length(len(request.prompt))",
+        "test_longrope.py -k taken_over",
+    ),
+    Mutant(
+        "a part of it rotates anew",
+        "river_ext/engine/batch.py",
+        "            self.start = 0\n",
+        "            pass\n",
+        "test_longrope.py -k taken_over",
+    ),
+    Mutant(
+        "a window in every layer",
+        "river_ext/engine/network.py",
+        " and index not in config.full_attention_layers",
+        "",
+        "test_hf_parity.py -k windows",
+    ),
+    Mutant(
+        "all layers rotate",
+        "river_ext/engine/network.py",
+        "self._rotates = index not in config.nope_layers",
+        "self._rotates = True",
+        "test_hf_parity.py -k smollm3",
+    ),
+    Mutant(
+        "yarn without its attention factor",
+        "river_ext/loading/rope.py",
+        "(angles.cos() * factor)",
+        "angles.cos()",
+        "test_rope.py -k yarn",
+    ),
+    Mutant(
+        "queries of a long prompt are not scaled",
+        "river_ext/engine/matmul.py",
+        "            q = q * scale[start:stop, None, None]\n",
+        "            pass\n",
+        "test_matmul.py -k query",
+    ),
+    Mutant(
+        "query scales grow at every position",
+        "river_ext/loading/rope.py",
+        "torch.arange(max_len) // interval",
+        "torch.arange(max_len) / interval",
+        "test_rope.py -k query",
+    ),
+    Mutant(
+        "k and v of a fused tensor swapped",
+        "river_ext/loading/checkpoint.py",
+        "return zip(fields, tensor",
+        "return zip(reversed(fields), tensor",
+        "test_hf_parity.py -k phi3",
     ),
     Mutant(
         "a buffer overwritten while its layer computes",

@@ -5,6 +5,7 @@ import math
 import random
 from dataclasses import replace
 from functools import cache, partial
+from os.path import commonprefix
 
 import emulated
 import emulated_ops
@@ -95,6 +96,41 @@ def test_requests_among_others(on_emulated_gpu, control):
     assert got == alone(modes)
     depths = [depth for _, depths, *_ in got for depth in depths]
     assert set(depths) == set(range(LAYERS + 1)), "every depth occurs"
+
+
+LONGROPE = {
+    "rope_type": "longrope",
+    "short_factor": (1.0, 1.5, 2.0, 3.0),
+    "long_factor": (2.0, 4.0, 6.0, 8.0),
+    "attention_factor": 1.3,
+    "original_max_position_embeddings": 6,
+}
+OWN_ARITHMETIC = {
+    "partial rotary": {"rotary_dim": 8},
+    "query scale": {"query_scaling": (2.0, 2)},
+    "windows of some layers": {"sliding_window": 2, "full_attention_layers": (1,)},
+    "layers without RoPE": {"nope_layers": (0, 2)},
+    "longrope": {"rope_scaling": tuple(LONGROPE.items()), "rotary_dim": 8},
+}
+
+
+@pytest.mark.skipif(VARIANT == "sanitized", reason="too slow there, where other tests run each kernel")
+@pytest.mark.parametrize("changes", OWN_ARITHMETIC.values(), ids=OWN_ARITHMETIC)
+def test_the_arithmetic_of_a_family(request, changes):
+    """The logits of the CPU kernels, from which those of a plain model are far."""
+
+    def outputs(changes):
+        model = random_model(dtype=torch.bfloat16, num_hidden_layers=LAYERS, **changes)
+        options = {"max_new_tokens": 4, "return_logits": True, "exit_control": "device"}
+        return [model.generate(random_prompt(5), mode=mode, **options) for mode in ("full", "full_w4")]
+
+    expected, plain = outputs(changes), outputs({})
+    request.getfixturevalue("on_emulated_gpu")
+    for got, right, other in zip(outputs(changes), expected, plain, strict=True):
+        agreed = len(commonprefix([got.tokens, right.tokens]))  # a tie may go either way
+        size, until = right.logits.abs().max(), slice(agreed + 1)
+        assert (got.logits - right.logits)[until].abs().max() / size < 0.05
+        assert (other.logits - right.logits)[until].abs().max() / size > 0.15
 
 
 @pytest.mark.skipif(VARIANT == "sanitized", reason="too slow there, where other tests run each kernel")

@@ -94,6 +94,20 @@ class CycleRunner(Graphs):
         self.verify_drawing.positions.copy_(self.verify_positions + 1)
         self.memory.follow_caller()
 
+    @property
+    def shared(self) -> dict[str, Tensor]:
+        """What the end of a draft step and that of a verification both work on, by the names of the ops."""
+        return dict(
+            embed_tokens=self.network.embed_tokens,
+            drafts=self.drafts,
+            hidden=self.hidden,
+            slots=self.slots,
+            positions=self.positions,
+            draw_positions=self.drawing.positions,
+            verify_hidden=self.verify_hidden,
+            verify_slots=self.verify_slots,
+        )
+
     @torch.inference_mode()
     def want(self, wanted: Sequence[int]) -> None:
         """Drafts of the next cycle, by request."""
@@ -194,19 +208,7 @@ def draft_step(runner: CycleRunner, index: int, filters: bool) -> None:
     for layer in network.layers:
         hidden, _ = layer.exit(hidden, runner.place)
     tokens, _ = draw(network, hidden, runner.drawing, filters, river_head=True)
-    ops.draft_advance(
-        tokens=tokens,
-        index=index,
-        wanted=runner.wanted,
-        embed_tokens=network.embed_tokens,
-        drafts=runner.drafts,
-        hidden=runner.hidden,
-        slots=runner.slots,
-        positions=runner.positions,
-        draw_positions=runner.drawing.positions,
-        verify_hidden=runner.verify_hidden,
-        verify_slots=runner.verify_slots,
-    )
+    ops.draft_advance(tokens=tokens, index=index, wanted=runner.wanted, **runner.shared)
 
 
 def verification(runner: CycleRunner, drafts: int, filters: bool, logits: bool) -> tuple[Tensor]:
@@ -222,19 +224,12 @@ def verification(runner: CycleRunner, drafts: int, filters: bool, logits: bool) 
     tokens, all_logits = draw(network, hidden, runner.verify_drawing.head(rows), filters, logits)
     ops.accept(
         tokens=tokens,
-        drafts=runner.drafts,
-        embed_tokens=network.embed_tokens,
         stop_tokens=runner.stop_tokens,
         remaining=runner.remaining,
-        hidden=runner.hidden,
-        slots=runner.slots,
-        positions=runner.positions,
-        draw_positions=runner.drawing.positions,
-        verify_hidden=runner.verify_hidden,
-        verify_slots=runner.verify_slots,
         verify_positions=runner.verify_positions,
         verify_draw_positions=runner.verify_drawing.positions,
         step=runner.cycles_done,
         records=runner.records,
+        **runner.shared,
     )
     return (all_logits,)

@@ -8,12 +8,19 @@ from torch import Tensor
 from .. import ops
 from ..errors import RiverError
 from ..loading.config import ModelConfig
-from ..loading.rope import rope_tables
+from ..loading.rope import query_scales, rope_tables, unrotated_tables
 from ..loading.weights import DecoderBlockWeights, ExitLayerWeights, ModelWeights
 from ..quant.exit_river import ExitRiver
 from .cache import KVCache
 
-Rope = tuple[Tensor, Tensor]  # cos and sin, fp32 [positions, rotary_dim / 2]
+
+class Rope(NamedTuple):
+    """What depends on a row's position: fp32 tables of as many positions as the cache has, or more."""
+
+    cos: Tensor  # [positions, rotary_dim / 2]
+    sin: Tensor
+    unrotated: tuple[Tensor, Tensor] | None  # cos and sin of layers without RoPE, if there are any
+    query_scale: Tensor | None  # [positions]
 
 
 class Place(NamedTuple):
@@ -52,8 +59,9 @@ class Layer:
             for name in ("q_bias", "k_bias", "v_bias", "o_bias", "q_norm", "k_norm")
             if (value := getattr(weights, name)) is not None
         }
-        if config.sliding_window is not None:
+        if config.sliding_window is not None and index not in config.full_attention_layers:
             self.options["sliding_window"] = config.sliding_window
+        self._rotates = index not in config.nope_layers
         self._common = {
             "input_layernorm": weights.input_layernorm,
             "post_attention_layernorm": weights.post_attention_layernorm,
@@ -82,15 +90,19 @@ class Layer:
             **self._both, **self._common, **self._at(place),
         )  # fmt: skip
 
+    def tables(self, rope: Rope) -> dict[str, Tensor | None]:
+        """Those that this layer takes, as arguments of the ops."""
+        cos, sin = (rope.cos, rope.sin) if self._rotates else rope.unrotated
+        return {"cos": cos, "sin": sin, "query_scale": rope.query_scale}
+
     def _at(self, place: Place) -> dict:
-        (k_cache, v_cache), (cos, sin) = place.cache.layer(self.index), place.rope
+        k_cache, v_cache = place.cache.layer(self.index)
         return {
             "k_cache": k_cache,
             "v_cache": v_cache,
             "slots": place.slots,
             "positions": place.positions,
-            "cos": cos,
-            "sin": sin,
+            **self.tables(place.rope),
         }
 
 
@@ -111,7 +123,7 @@ class Network:
         self.lm_head_w4 = river.lm_head
         self.river_head_bytes = (self.lm_head if self.lm_head_w4 is None else self.lm_head_w4).nbytes
         self.dtype, self.device = weights.embed_tokens.dtype, weights.embed_tokens.device
-        self._rope = rope_tables(config, 0, device=self.device)
+        self._rope = self._tables(0)
 
     def embed(self, tokens: Tensor) -> Tensor:
         return torch.nn.functional.embedding(tokens, self.embed_tokens)
@@ -151,23 +163,28 @@ class Network:
             )
 
     def rope(self, max_len: int) -> Rope:
-        """cos and sin for decoding: tables of at least max_len positions.
+        """The tables for decoding, of at least max_len positions.
 
         Their rows never change, and longer tables are new tensors: a graph keeps those it was captured with.
         """
         rope = self._rope  # which another thread may change meanwhile
-        if max_len > len(rope[0]):
-            rope = rope_tables(self.config, 1 << (max_len - 1).bit_length(), device=self.device)
-            self._rope = rope
+        if max_len > len(rope.cos):
+            rope = self._rope = self._tables(1 << (max_len - 1).bit_length())
         return rope
 
     def prompt_rope(self, length: int, max_len: int) -> Rope:
-        """The same for a prompt: under dynamic scaling all its tokens see the whole prompt's length."""
-        if self.scales_by_length(length):
-            return rope_tables(self.config, max_len, seq_len=length, device=self.device)
-        return self.rope(max_len)
+        """The same for a prompt, whose tokens may all see the whole prompt's length."""
+        return self._tables(max_len, length) if self.scales_by_length(length) else self.rope(max_len)
 
     def scales_by_length(self, length: int) -> bool:
         """Whether the rotation of a prompt's tokens depends on how long the prompt is."""
-        scaling = self.config.rope_scaling or {}
-        return scaling.get("rope_type") == "dynamic" and length > self.config.max_position_embeddings
+        longest = self.config.longest_unscaled
+        return longest is not None and length > longest
+
+    def _tables(self, max_len: int, seq_len: int | None = None) -> Rope:
+        rotated = rope_tables(self.config, max_len, seq_len, self.device)
+        return Rope(
+            *rotated,
+            unrotated=unrotated_tables(rotated) if self.config.nope_layers else None,
+            query_scale=query_scales(self.config, max_len, self.device),
+        )

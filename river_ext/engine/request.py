@@ -82,6 +82,7 @@ class Request:
     logprobs: int | None  # of so many of the likeliest tokens, and of the drawn one
     return_logits: bool
     dtype: torch.dtype  # of the model
+    rotates_anew_after: int | None = None  # see ModelConfig
 
     @property
     def positions(self) -> int:
@@ -186,6 +187,7 @@ def request(config: ModelConfig, text: Text | None, prompt, options: Mapping) ->
         logprobs=logprobs,
         return_logits=flag("return_logits", options.return_logits),
         dtype=config.dtype,
+        rotates_anew_after=config.rotates_anew_after,
     )
 
 
