@@ -348,6 +348,15 @@ def test_a_loaded_model_gives_the_same(checkpoint, resident):
     assert [output.tokens for output in full] == [expected.tokens for expected, _ in pairs], "lossless"
 
 
+def test_projections_that_are_stored_as_one(tmp_path):
+    directory = write_tiny_checkpoint(tmp_path, model_type="phi3", torch_dtype="float32")
+    whole, offloaded = river_ext.load(directory), river_ext.load(directory, resident_layers=1)
+    outputs = [model.generate([5, 7], threshold=0.9, max_new_tokens=9) for model in (whole, offloaded)]
+    assert outputs[0].tokens == outputs[1].tokens
+    with pytest.raises(RiverError, match=r"layers\.2\..*_proj\.weight is stored as F32"):
+        river_ext.load(directory, dtype="bfloat16", resident_layers=2)
+
+
 def in_memory(tensor: torch.Tensor) -> int:
     """Bytes of the tensor's mapping that are in memory for this process."""
     address, inside = tensor.data_ptr(), False
