@@ -156,7 +156,13 @@ class Model:
             river_head: the head that tokens are drawn by in the modes "river" and "full_w4": the "model"'s,
                 or the river's, "w4", which reads 0.28 of the bytes and is less exact. In mode "river" the
                 first token is by the model's in any case. Lossless mode drafts by the river's.
-            kv_strategy: "share": exit layers write to the cache places of the layers that they replace.
+            kv_strategy: what a token that exits leaves in the cache for the remaining layers. "share", the
+                river's: exit layers write to the places of the layers that they replace. The others are
+                there to be compared with; with them a token goes from where it exits straight to the head.
+                "mask": nothing, later tokens do not look there; "recompute": nothing, until a later token
+                gets as deep; "propagate": K and V of the hidden state with which it exited; "monotone":
+                nothing, and no later token of the sequence runs deeper. They need mode "river", prefill
+                "full" and river_head "model"; exits are decided by the host.
             temperature: 0 is greedy.
             top_k: draw among the k likeliest tokens; 0 is all.
             top_p: draw among the likeliest tokens that together have this probability; 1 is all.
@@ -244,6 +250,7 @@ class Model:
         prefill: str = "full",
         mode: str = "river",
         river_head: str = "model",
+        kv_strategy: str = "share",
     ) -> Score:
         """Logits and exit depths for given tokens, by the same prefill and decoding steps as `generate`.
 
@@ -251,8 +258,9 @@ class Model:
         first prompt_length tokens are prefilled.
         """
         options = dict(
-            threshold=threshold, min_layers=min_layers, prefill=prefill, mode=mode, river_head=river_head
-        )
+            threshold=threshold, min_layers=min_layers, prefill=prefill, mode=mode, river_head=river_head,
+            kv_strategy=kv_strategy,
+        )  # fmt: skip
         return score(self.network, tokens, prompt_length, options)
 
     def save_river(self, path: str | Path) -> None:

@@ -15,6 +15,7 @@ from ..loading.text import Text
 from .decoder import HostDecoder, power_of_two
 from .engine import Engine
 from .graph import Memory
+from .kv_strategies import KV_DECODERS
 from .network import Network
 from .prefill import Prefill
 from .request import Request, is_batch, prompt_tokens, request, requests
@@ -140,9 +141,14 @@ def score(network: Network, tokens, prompt_length: int, options: Mapping) -> Sco
         network.check_river_head()
     memory = Memory(network, slots=1, max_len=asked.positions)
     news = [Prefill(network, memory.cache, 0, asked).advance()]
-    decoder = HostDecoder(memory, together=False)
+    decoder = KV_DECODERS.get(asked.kv_strategy, HostDecoder)(memory, together=False)
+    unfinished = {}
     for position in range(prompt_length, len(tokens) - 1):
-        decoder.start([Row(tokens[position], position, 0, asked, remaining=1)])
+        depths = [new.exit_depth for new in news]
+        row = Row(
+            tokens[position], position, 0, asked, remaining=1, exit_depths=depths, unfinished=unfinished
+        )
+        decoder.start([row])
         news += decoder.step()[0].tokens
     for position, new in enumerate(news, start=prompt_length):
         if new.token < 0:

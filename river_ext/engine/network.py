@@ -23,6 +23,7 @@ class Place(NamedTuple):
     slots: Tensor  # int32 [T]; -1: the row is inactive, and its hidden state is copied through
     positions: Tensor  # int32 [T]
     rope: Rope
+    kv_valid: Tensor | None = None  # bool [slots, max_len]; None: K and V are there at all positions
 
 
 class Decision(NamedTuple):
@@ -90,6 +91,7 @@ class Layer:
             "positions": place.positions,
             "cos": cos,
             "sin": sin,
+            "kv_valid": place.kv_valid,
         }
 
 

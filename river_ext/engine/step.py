@@ -19,6 +19,9 @@ class Row(NamedTuple):
     request: Request
     remaining: int  # tokens that may still be drawn
     drafting: Drafting | None = None  # in lossless mode
+    exit_depths: Sequence[int] = ()  # of its new tokens; grows while the row is in use
+    # by position, of tokens that left early: backbone layers run until now, and the hidden state after them
+    unfinished: dict[int, tuple[int, Tensor]] | None = None  # with kv_strategy="recompute"
 
 
 class NewToken(NamedTuple):
@@ -31,12 +34,22 @@ class NewToken(NamedTuple):
     drafted: bool = False  # the river had proposed it
 
 
+class Work(NamedTuple):
+    """What a step computed for one request: a token that goes through a layer counts 1."""
+
+    backbone_rows: int = 0
+    recomputed_rows: int = 0  # of these, tokens of earlier steps that had left before that layer
+    exit_rows: int = 0
+    projected_rows: int = 0  # through no more of a backbone layer than the projections of K and V
+
+
 class RowOutput(NamedTuple):
     """What a step gives one row."""
 
     tokens: list[NewToken]
     drafts: int = 0  # tokens that the river proposed
     draft_seconds: float | None = 0.0  # that this took, where it can be told
+    work: Work = Work()  # but that of a prefill
 
 
 WIDER = {
