@@ -4,8 +4,8 @@ import time
 from collections.abc import Sequence
 
 from river_ext import evaluate
-from river_ext.checks import short
-from river_ext.engine.request import integer, number
+from river_ext.checks import choice, short
+from river_ext.engine.request import KV_STRATEGIES, integer, number
 from river_ext.errors import RiverError
 from river_ext.evaluate import DEMO_THRESHOLDS, demo_items, result_table, settings_of
 from river_ext.loading.config import read_config
@@ -22,10 +22,11 @@ def run(arguments) -> None:
     if problems + functions == 0:
         raise RiverError("--problems 0 --functions 0; accepted: at least one of them above 0")
     thresholds = _thresholds(arguments.thresholds)
+    choice("--kv-strategy", arguments.kv_strategy, KV_STRATEGIES)
     read_config(shared.directory(arguments))
     model = shared.load(arguments)
     items = demo_items(problems, functions, arguments.seed)
-    settings = settings_of(model, thresholds)
+    settings = settings_of(model, thresholds, kv_strategy=arguments.kv_strategy)
     start = time.perf_counter()
     with progress_bar("evaluating", len(items)) as advance:
         rows = evaluate.evaluate(

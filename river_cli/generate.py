@@ -127,7 +127,8 @@ def _generate_and_compare(arguments, model, prompts: list, options: dict) -> Non
 
 def _settings(model, options: dict) -> tuple[list, dict]:
     """Full depth, lossless, full W4 and River, and the options that they have in common."""
-    own = {name: options[name] for name in ("min_layers", "prefill", "river_head") if name in options}
+    of_river = ("min_layers", "prefill", "river_head", "kv_strategy")
+    own = {name: options[name] for name in of_river if name in options}
     threshold = options.get("threshold", Options.threshold)
     common = {name: v for name, v in options.items() if name not in ("mode", "threshold", *own)}
     return settings_of(model, [threshold], **own), common
