@@ -74,10 +74,7 @@ def main() -> None:
 
 
 def on_texts(model, file: Path, args) -> dict:
-    with (gzip.open if file.suffix == ".gz" else open)(file, "rt", encoding="utf-8") as lines:
-        prompts = [text_of(json.loads(line)) for line in islice(lines, args.count)]
-    if args.chat:
-        prompts = [[{"role": "user", "content": prompt}] for prompt in prompts]
+    prompts = prompts_of(file, args.count, args.chat)
     outputs = {name: [] for name in SETTINGS}
     for prompt in prompts:
         for name, options in SETTINGS.items():  # in turns, so that a slow minute hits all alike
@@ -86,6 +83,13 @@ def on_texts(model, file: Path, args) -> dict:
     print(f"{'':<16}{'tok/s':>8}{'x':>7}{'per pass':>10}{'right':>7}{'drafting':>10}{'same':>6}")
     full = outputs["full bf16"]
     return {"file": file.name, "settings": [report(name, outputs[name], full) for name in SETTINGS]}
+
+
+def prompts_of(file: Path, count: int, chat: bool) -> list:
+    """Of a file's first lines."""
+    with (gzip.open if file.suffix == ".gz" else open)(file, "rt", encoding="utf-8") as lines:
+        prompts = [text_of(json.loads(line)) for line in islice(lines, count)]
+    return [[{"role": "user", "content": prompt}] for prompt in prompts] if chat else prompts
 
 
 def text_of(item: dict) -> str:
