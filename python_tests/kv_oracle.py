@@ -22,17 +22,29 @@ class Sequence:
     def __init__(self, model, prompt, options):
         self.network, self.asked = model.network, request(model.config, None, prompt, options)
         self.strategy, self.layers = self.asked.kv_strategy, model.config.num_hidden_layers
-        self.rope = self.network.rope(self.asked.positions)
+        self.rotates_anew_after = model.config.rotates_anew_after
         self.cache = KVCache(model.config, 1, self.asked.positions, self.network.dtype)
+        self.tokens, self.depths, self.similarities, self.logits, self.reason = [], [], [], [], None
+        self.prefill()
+
+    def prefill(self):
+        """All its tokens through all layers, and the next one from that."""
         self.cache.k.fill_(math.nan)
         self.cache.v.fill_(math.nan)
         self.present = [[] for _ in range(self.layers)]  # positions in a layer's cache, in its order
-        self.tokens, self.depths, self.similarities, self.logits, self.reason = [], [], [], [], None
-        for position, token in enumerate(prompt):
+        tokens = self.asked.prompt + self.tokens
+        self.deep = [self.layers] * len(tokens)  # how deep each position ran
+        self.rope = self.network.prompt_rope(len(tokens), self.cache.max_len)
+        for position, token in enumerate(tokens):
             self.begin(token, position)
             while self.depth < self.layers:
                 self.step()
         self.end()
+        self.rope = self.network.rope(self.cache.max_len)
+
+    @property
+    def rotates_anew(self):
+        return len(self.asked.prompt) + len(self.tokens) - 1 == self.rotates_anew_after
 
     def begin(self, token, position):
         self.position, self.depth, self.own_similarities = position, 0, []
@@ -44,16 +56,21 @@ class Sequence:
             self.chain = chain[1:]
 
     def begin_next(self):
+        self.deep.append(0)
         self.begin(self.tokens[-1], len(self.asked.prompt) + len(self.tokens) - 1)
 
     def block(self, layer, hidden):
         """The token through a backbone layer, whose cache has no gaps."""
         self.present[layer].append(self.position)
-        cos, sin = (table.clone() for table in self.rope)
-        for table, own in zip((cos, sin), self.rope, strict=True):
-            table[: len(self.present[layer])] = own[self.present[layer]]
-        place = torch.tensor([len(self.present[layer]) - 1], dtype=torch.int32)
-        place = Place(self.cache, torch.zeros(1, dtype=torch.int32), place, (cos, sin))
+        present = self.present[layer]
+        cos, sin = self.rope.cos.clone(), self.rope.sin.clone()
+        cos[: len(present)], sin[: len(present)] = self.rope.cos[present], self.rope.sin[present]
+        place = Place(
+            self.cache,
+            slots=torch.zeros(1, dtype=torch.int32),
+            positions=torch.tensor([len(present) - 1], dtype=torch.int32),
+            rope=self.rope._replace(cos=cos, sin=sin),
+        )
         return self.network.layers[layer].block(hidden, place)
 
     def step(self):
@@ -67,7 +84,8 @@ class Sequence:
 
     @property
     def must_leave(self):
-        return self.depth == (self.depths[-1] if self.strategy == "monotone" else self.layers)
+        limit = self.depths[-1] if self.strategy == "monotone" else self.layers
+        return self.depth == min(limit, self.asked.rule.limit)
 
     @property
     def may_leave(self):
@@ -90,6 +108,7 @@ class Sequence:
             torch.tensor([sampling.seed]),
             torch.tensor([drawn_at], dtype=torch.int32),
         )
+        self.deep[-1] = self.depth
         self.tokens.append(token.item())
         self.depths.append(self.depth)
         self.similarities.append(self.own_similarities)
@@ -101,15 +120,13 @@ class Sequence:
 
     def written(self):
         """K and V [layers, kv_heads, positions, head_dim] that the engine has: NaN where nothing was."""
-        prompt = len(self.asked.prompt)
-        deep = [self.layers] * prompt + self.depths[1:]  # by position
         found = []
         for cache in (self.cache.k, self.cache.v):
             whole = torch.full_like(cache[:, 0], math.nan)
             for layer, positions in enumerate(self.present):
                 whole[layer][:, positions] = cache[layer, 0][:, : len(positions)]
                 if self.strategy == "recompute":  # nobody has been there since
-                    last = max(position for position, depth in enumerate(deep) if depth > layer)
+                    last = max(position for position, depth in enumerate(self.deep) if depth > layer)
                     whole[layer][:, last + 1 :] = math.nan
             found.append(whole)
         return found
@@ -130,6 +147,8 @@ def sequences(model, requests, together=False):
 
 def token_of(group):
     """The next token of sequences that leave together."""
+    if len(group) == 1 and group[0].rotates_anew:
+        return group[0].prefill()
     for one in group:
         one.begin_next()
     while True:

@@ -20,8 +20,8 @@ from statistics import fmean
 import torch
 
 import river_ext
-from bench.cpu.lossless import prompts_of
 from bench.lib.common import machine, parser, results_path, save
+from bench.lib.prompts import read_prompts
 from river_ext.engine.request import KV_STRATEGIES
 from river_ext.evaluate import DEMO_NEW_TOKENS, Item, demo_items, kl_divergence
 
@@ -37,7 +37,7 @@ def main() -> None:
     p.add_argument("--chat", action="store_true", help="prompts go through the chat template")
     p.add_argument("--count", type=int, default=3, help="prompts of the file")
     p.add_argument("--new-tokens", type=int, default=32, help="of each of them")
-    p.add_argument("--thresholds", type=float, nargs=2, default=(0.9, 0.97), help="relaxed and strict, there")
+    p.add_argument("--thresholds", type=float, nargs=2, default=(0.9, 0.98), help="relaxed and strict, there")
     p.add_argument("--repeats", type=int, default=4)
     args = p.parse_args()
     if (args.model is None) != (args.prompts is None):
@@ -48,7 +48,7 @@ def main() -> None:
     problems = demo_items(args.problems, 0)
     models = [measure(river_ext.load(), "bundled", problems, DEMO_NEW_TOKENS, DEMO_THRESHOLDS, args.repeats)]
     if args.model is not None:
-        items = [Item(prompt) for prompt in prompts_of(args.prompts, args.count, args.chat)]
+        items = [Item(prompt) for prompt in read_prompts(args.prompts, args.count, args.chat)]
         model = river_ext.load(args.model)
         name = args.model.name
         models.append(measure(model, name, items, args.new_tokens, args.thresholds, args.repeats))

@@ -50,6 +50,7 @@ class BackboneDecoder(Decoder):
         hidden, similarities, depths, staying = runner.hidden, [], {}, list(self.rows)
         runner.route(staying, leaving=[])
         for layer in runner.network.layers:
+            runner.network.fetch(layer.index, layer.index + 1)
             hidden, similarity = self.run(layer, hidden, staying)  # other rows are copied through
             similarities.append(similarity.tolist())
             depth = layer.index + 1
@@ -103,7 +104,7 @@ class MaskDecoder(BackboneDecoder):
             self.kv_valid = torch.ones(layers, slots, max_len, dtype=torch.bool, device=device)
             index = torch.arange(layers, device=device)[:, None]
             for row in rows:
-                depths = torch.tensor(row.exit_depths[1:], device=device)  # the first is the prompt's
+                depths = torch.tensor(row.exits.depths[1:], device=device)
                 decoded = slice(row.position - len(depths), row.position)
                 self.kv_valid[:, row.slot, decoded] = index < depths
 
@@ -126,7 +127,7 @@ class RecomputeDecoder(BackboneDecoder):
         late = self._missing(layer, staying)
         if not late:
             return super().run(layer, hidden, staying)
-        states = [self.rows[row].unfinished[position][1] for position, row in late]
+        states = [self.rows[row].exits.unfinished[position][1] for position, row in late]
         hidden = torch.cat([torch.stack(states), hidden])
         place = self.runner.on_backbone
         slots = place.slots.new_tensor([self.rows[row].slot for _, row in late])
@@ -145,13 +146,13 @@ class RecomputeDecoder(BackboneDecoder):
         return sorted(
             (position, row)
             for row in staying
-            for position, (depth, _) in self.rows[row].unfinished.items()
+            for position, (depth, _) in self.rows[row].exits.unfinished.items()
             if depth == layer.index and position < self.position(row)
         )
 
     def _keep(self, row: int, position: int, depth: int, hidden: Tensor) -> None:
         """A token has run `depth` layers."""
-        unfinished = self.rows[row].unfinished
+        unfinished = self.rows[row].exits.unfinished
         if depth < self.runner.layers:
             unfinished[position] = depth, hidden
         else:
@@ -170,25 +171,36 @@ class PropagateDecoder(BackboneDecoder):
     """Each layer that is left out gets its K and V by its own norm and projections."""
 
     def exit(self, rows: Sequence[int], depth: int, hidden: Tensor) -> None:
+        network, cache = self.memory.network, self.memory.cache
         slots = torch.tensor([self.rows[row].slot for row in rows], device=hidden.device)
         positions = torch.tensor([self.position(row) for row in rows], device=hidden.device)
-        hidden = hidden[rows]
-        for layer in self.runner.network.layers[depth:]:
-            self._project(layer, hidden, slots, positions)
+        layers = network.layers[depth:]
+        k, v = self._projected(layers, hidden[rows])
+        tables = [layer.tables(self.memory.rope) for layer in layers]
+        cos, sin = (torch.cat([table[name][positions] for table in tables]) for name in ("cos", "sin"))
+        k = rotate(k.flatten(0, 1), cos, sin).view_as(k)
+        for written, values in ((cache.k, k), (cache.v, v)):
+            written[depth:, slots, :, positions] = values.transpose(0, 1).to(written.dtype)
 
-    def _project(self, layer: Layer, hidden: Tensor, slots: Tensor, positions: Tensor) -> None:
-        """Beside the roundings of a decoder block, K is rounded before its norm and rotation, too."""
-        config, weights = self.memory.network.config, layer.weights
-        heads = (config.num_key_value_heads, config.head_dim)
-        x = rms_norm(hidden, weights.input_layernorm, config.rms_norm_eps)
-        k = ops.linear(x, weights.k_proj, weights.k_bias).unflatten(1, heads).float()
-        v = ops.linear(x, weights.v_proj, weights.v_bias).unflatten(1, heads)
-        if weights.k_norm is not None:
-            k = rms_norm(k, weights.k_norm, config.rms_norm_eps)
-        cos, sin = (table[positions] for table in self.memory.rope)
-        k_cache, v_cache = self.memory.cache.layer(layer.index)
-        k_cache[slots, :, positions] = rotate(k, cos, sin).to(k_cache.dtype)
-        v_cache[slots, :, positions] = v
+    def _projected(self, layers: Sequence[Layer], hidden: Tensor) -> tuple[Tensor, Tensor]:
+        """K, before its rotation, and V: [layers, rows, num_key_value_heads, head_dim].
+
+        Beside the roundings of a decoder block, K is rounded before its norm and rotation, too.
+        """
+        network = self.memory.network
+        config, weights = network.config, [layer.weights for layer in layers]
+        norms = torch.stack([one.input_layernorm for one in weights])
+        inputs, k, v = rms_norm(hidden, norms[:, None], config.rms_norm_eps), [], []
+        for layer, x in zip(layers, inputs, strict=True):
+            network.fetch(layer.index, config.num_hidden_layers)
+            k.append(ops.linear(x, layer.weights.k_proj, layer.weights.k_bias))
+            v.append(ops.linear(x, layer.weights.v_proj, layer.weights.v_bias))
+        heads = config.num_key_value_heads, config.head_dim
+        k, v = (torch.stack(outputs).float().unflatten(-1, heads) for outputs in (k, v))
+        if weights[0].k_norm is not None:
+            norms = torch.stack([one.k_norm for one in weights])
+            k = rms_norm(k, norms[:, None, None], config.rms_norm_eps)
+        return k, v
 
     def work(self, row: int, depth: int) -> Work:
         return Work(backbone_rows=depth, projected_rows=self.runner.layers - depth)
@@ -198,7 +210,9 @@ class MonotoneDecoder(BackboneDecoder):
     """A row must exit where the token before it did; of rows that exit together, where one of them must."""
 
     def rules(self) -> Mapping[int, ExitRule]:
-        limits = {index: row.exit_depths[-1] for index, row in self.rows.items()}
+        limits = {
+            index: min(row.request.rule.limit, row.exits.depths[-1]) for index, row in self.rows.items()
+        }
         if self.together:
             limits = dict.fromkeys(limits, min(limits.values()))
         return {index: replace(rule, limit=limits[index]) for index, rule in super().rules().items()}

@@ -1,6 +1,7 @@
 """What goes into a step, and what comes out: one row per sequence that decodes."""
 
 from collections.abc import Sequence
+from dataclasses import dataclass, field
 from typing import NamedTuple
 
 import torch
@@ -19,9 +20,16 @@ class Row(NamedTuple):
     request: Request
     remaining: int  # tokens that may still be drawn
     drafting: Drafting | None = None  # in lossless mode
-    exit_depths: Sequence[int] = ()  # of its new tokens; grows while the row is in use
-    # by position, of tokens that left early: backbone layers run until now, and the hidden state after them
-    unfinished: dict[int, tuple[int, Tensor]] | None = None  # with kv_strategy="recompute"
+    exits: "Exits | None" = None  # for KV strategies that leave layers out
+
+
+@dataclass(frozen=True)
+class Exits:
+    """Where the tokens of a sequence left the backbone, from its last prefill on."""
+
+    depths: list[int] = field(default_factory=list)  # that of the prefill first
+    # by position, of tokens that may go on: layers that they have run, and the hidden state after them
+    unfinished: dict[int, tuple[int, Tensor]] = field(default_factory=dict)
 
 
 class NewToken(NamedTuple):
