@@ -214,4 +214,4 @@ def refused(river):
 
 @pytest.fixture
 def short_answers(monkeypatch):
-    monkeypatch.setattr("river_ext.evaluate.DEMO_NEW_TOKENS", 6)
+    monkeypatch.setattr("river_ext.evaluation.measure.DEMO_NEW_TOKENS", 6)

@@ -38,10 +38,8 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
         raise UsageError("--river needs a model's directory or --demo, the model that it belongs to")
     elif arguments.module == "convert":
         _check_convert(arguments)
-    elif arguments.module == "evaluate" and not arguments.demo:
-        raise UsageError(
-            "what to evaluate on; accepted: --demo (with a model's directory: that model on its tasks)"
-        )
+    elif arguments.module == "evaluate":
+        _check_eval(arguments)
     return arguments
 
 
@@ -104,6 +102,21 @@ def _check_convert(arguments) -> None:
         raise UsageError(f"{given[0]} with a GGUF file, of which a checkpoint is made; accepted: --dtype")
     if given[:1] == ["--river-from"] and given[1:]:
         raise UsageError(f"{given[1]} with --river-from, whose weights are quantised; accepted: one of them")
+
+
+def _check_eval(arguments) -> None:
+    if not arguments.tasks:
+        options = ("data", "limit", "max_gen_toks", "chat", "run_code", "score_by_steps")
+        given = next((name for name in options if getattr(arguments, name) not in (None, False)), None)
+        if given:
+            raise UsageError(f"--{given.replace('_', '-')} needs --tasks, which it belongs to")
+        if not arguments.demo:
+            raise UsageError(
+                "what to evaluate on; accepted: --demo (with a model's directory: that model on its tasks), "
+                "or --tasks with a model's directory"
+            )
+    elif not _names_a_model(arguments):
+        raise UsageError("no model; accepted: its directory, or --demo for the bundled one")
 
 
 def _names_a_model(arguments) -> bool:
@@ -209,7 +222,33 @@ def _parser() -> tuple[argparse.ArgumentParser, Mapping[str, argparse.ArgumentPa
     evaluate.add_argument("--thresholds", metavar="S,S,...", help="of the River rows")
     evaluate.add_argument("--kv-strategy", help=f"of these rows: {KV_STRATEGIES}")
     evaluate.add_argument("--seed", type=int, default=0, help="which held-out items (0)")
+    _add_tasks(evaluate)
     return parser, commands.choices
+
+
+def _add_tasks(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("published tasks")
+    group.add_argument(
+        "--tasks",
+        type=_given,
+        metavar="NAME,NAME,...",
+        help="gsm8k and humaneval with --data; others, and without it, by lm-evaluation-harness "
+        "(pip install 'river_ext[eval]'), which loads their datasets from the network",
+    )
+    group.add_argument(
+        "--data", type=_given, metavar="DIR", help="documents, <task>/<split>.jsonl; nothing is downloaded"
+    )
+    group.add_argument("--limit", type=int, metavar="N", help="only the first documents of each task")
+    group.add_argument("--max-gen-toks", type=int, metavar="N", help="new tokens (the task's, or 256)")
+    group.add_argument("--chat", action="store_true", help="prompts go through the model's chat template")
+    group.add_argument(
+        "--run-code", action="store_true", help="of humaneval: run what the model writes, in a sandbox"
+    )
+    group.add_argument(
+        "--score-by-steps",
+        action="store_true",
+        help="log-likelihoods token by token through the decoding path, so that tokens exit",
+    )
 
 
 def _add_prompts(parser: argparse.ArgumentParser) -> None:

@@ -8,11 +8,12 @@ from dataclasses import fields
 
 from rich.text import Text
 
-from river_ext import evaluate, trace
+from river_ext import trace
 from river_ext.engine.engine import Engine
 from river_ext.engine.request import Options, integer, request, strings
 from river_ext.errors import RiverError
-from river_ext.evaluate import Item, demo_items, result_table, settings_of
+from river_ext.evaluation import measure
+from river_ext.evaluation.measure import Item, demo_items, result_table, settings_of
 from river_ext.loading.chat import read_template
 
 from . import shared
@@ -117,7 +118,7 @@ def _summary(model, outputs: Sequence) -> str:
 def _generate_and_compare(arguments, model, prompts: list, options: dict) -> None:
     settings, common = _settings(model, options)
     shown = []
-    rows = evaluate.evaluate(
+    rows = measure.evaluate(
         model,
         [[Item(prompt) for prompt in prompts]],
         settings,
@@ -148,7 +149,7 @@ def _show_demo(arguments, model, options: dict) -> None:
     """Held-out prompts through the river, then what that costs and gains."""
     seed = options.get("seed", 0)
     items = demo_items(DEMO_PROBLEMS, DEMO_FUNCTIONS, seed)
-    settings, common = _settings(model, {"max_new_tokens": evaluate.DEMO_NEW_TOKENS} | options)
+    settings, common = _settings(model, {"max_new_tokens": measure.DEMO_NEW_TOKENS} | options)
     river = settings[-1]
     shown = []
 
@@ -160,7 +161,7 @@ def _show_demo(arguments, model, options: dict) -> None:
 
     if not arguments.json:
         print(f"{model_line(model)}\n{river.name}, on prompts that are not in its training data:\n")
-    rows = evaluate.evaluate(
+    rows = measure.evaluate(
         model, [[item] for item in items], settings, divergence=False, on_batch=show, **common
     )
     _write_trace(arguments, model, [item.prompt for item in items], shown, options)

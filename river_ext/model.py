@@ -269,6 +269,7 @@ class Model:
         tokens: Sequence[int],
         *,
         prompt_length: int,
+        by: str = "steps",
         threshold: float = 0.5,
         min_layers: int = 1,
         prefill: str = "full",
@@ -279,15 +280,19 @@ class Model:
     ) -> Score:
         """Logits and exit depths for given tokens, by the same prefill and decoding steps as `generate`.
 
-        Row i of the logits is the prediction of tokens[prompt_length + i] from all tokens before it; the
-        first prompt_length tokens are prefilled.
+        Row i of the logits is the prediction of tokens[prompt_length + i] from all tokens before it.
+
+        Args:
+            by: "steps": the first prompt_length tokens are prefilled, and each one after them is a decoding
+                step, which may exit on its own. "prefill": all of them are prefilled together, so that only
+                what `prefill` says may exit, and the mode "full_w4".
         """
         options = dict(
             threshold=threshold, min_layers=min_layers, prefill=prefill, mode=mode, river_head=river_head,
             kv_strategy=kv_strategy,
             deep_tokens=deep_tokens,
         )  # fmt: skip
-        return score(self.network, tokens, prompt_length, options)
+        return score(self.network, tokens, prompt_length, by, options)
 
     def save_river(self, path: str | Path) -> None:
         """Writes the river, to be loaded with `load(..., river=path)`."""

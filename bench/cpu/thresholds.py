@@ -26,7 +26,7 @@ import torch
 import river_ext
 from bench.lib.common import machine, parser, results_path, save
 from bench.lib.prompts import read_prompts
-from river_ext.evaluate import kl_divergence
+from river_ext.evaluation.measure import kl_divergence
 from river_ext.model import Model
 
 THRESHOLDS = (0.3, 0.5, 0.8, 0.9, 0.95, 0.96, 0.97, 0.98, 0.99, 0.995)

@@ -11,7 +11,7 @@ from tiny_model import demo_model
 
 from bench.cpu import thresholds
 from bench.lib.prompts import read_prompts
-from river_ext.evaluate import kl_divergence
+from river_ext.evaluation.measure import kl_divergence
 
 PROMPTS = ["Question: Ana has 21 coins and buys 12 more. How many coins does Ana have?\nAnswer:", "def f"]
 LAYERS, NEW_TOKENS = 16, 6

@@ -8,7 +8,7 @@ from commands import SHORT, limited, subprocess_river
 from conftest import write_tiny_checkpoint
 
 from river_cli import shared
-from river_ext.evaluate import demo_items
+from river_ext.evaluation.measure import demo_items
 
 
 def test_models_that_are_refused(refused, tmp_path):
@@ -201,7 +201,7 @@ def test_hostile_values_of_every_option(command, river, short_answers, monkeypat
     before = torch.get_num_threads()
     monkeypatch.chdir(tmp_path)
     # nothing that the values leave to be done may take long
-    monkeypatch.setattr("river_ext.evaluate.demo_items", lambda *a: demo_items(1, 0))
+    monkeypatch.setattr("river_ext.evaluation.measure.demo_items", lambda *a: demo_items(1, 0))
     monkeypatch.setattr("river_cli.evaluate.demo_items", lambda *a: demo_items(1, 0))
     monkeypatch.setattr("river_cli.convert.build_river", accepted)
     required = ["--output", "new"] if command[0] == "convert" else []
