@@ -6,6 +6,7 @@ is the harness's own command with this model registered, as its model guide has 
 datasets of its tasks from the network; with documents of this machine nothing is loaded from anywhere.
 """
 
+import json
 import math
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
@@ -19,6 +20,7 @@ from lm_eval import simple_evaluate, utils
 from lm_eval.api.model import TemplateLM
 from lm_eval.api.registry import register_model
 from lm_eval.models.utils import normalize_gen_kwargs
+from lm_eval.tasks import TaskManager
 from tqdm import tqdm
 
 from ..checks import choice, integer
@@ -30,9 +32,7 @@ from ..model import Model, load
 from .measure import Row, Setting, depth_row
 from .tasks import MAX_GEN_TOKS, fitted
 
-SPLITS = ("train", "validation", "test")
-# the seven subjects of minerva_math are one task on different documents: with documents of one's own, one
-LOCAL_NAMES = {"minerva_math": "minerva_math_algebra"}
+MATH = "minerva_math_algebra"  # with documents of one's own all seven subjects of minerva_math are one task
 SCORE_OPTIONS = signature(Model.score).parameters.keys()
 
 
@@ -44,8 +44,8 @@ class RiverLM(TemplateLM):
         path, device, dtype, river, resident_layers: as in `river_ext.load`.
         model: one that is loaded already, in place of these.
         score_by: how log-likelihoods are computed. "prefill", as other models of the harness do it: context
-            and continuation in one pass, where decoding's exits have no say. "steps": the continuation goes token
-            by token through the decoding path, and every token may exit.
+            and continuation in one pass, where decoding's exits have no say. "steps": the continuation goes
+            token by token through the decoding path, and every token may exit.
         batch_size: prompts that generate together, 1 to 8.
         max_gen_toks: new tokens where a task names no number.
         options: keyword arguments of `Model.generate`: mode, threshold, ...
@@ -207,19 +207,20 @@ def evaluate(
 
     Args:
         task: the name of one of the harness's tasks, groups or tags.
-        data: a folder with <task>/<split>.jsonl in place of the task's dataset.
+        data: a folder with <task>/<split>.jsonl in place of the task's dataset, for each split that it names.
         limit: documents, the first ones.
         chat: prompts go through the model's chat template.
         max_gen_toks: new tokens, in place of the task's own limit.
     """
-    rows = []
-    with _specification(task, data) as specification:
+    rows, manager = [], TaskManager()
+    with with_documents(manager, task, data) as specification:
         for setting in settings:
             lm = RiverLM(model=model, score_by=score_by, **setting.options)
             try:
                 results = simple_evaluate(
                     lm,
                     tasks=[specification],
+                    task_manager=manager,
                     limit=limit,
                     apply_chat_template=chat,
                     gen_kwargs={"max_gen_toks": max_gen_toks} if max_gen_toks else None,
@@ -227,33 +228,39 @@ def evaluate(
                 )
             except (ValueError, KeyError, OSError, ImportError) as error:
                 raise RiverError(f"task {task[:80]!r}: lm-evaluation-harness says: {error}") from error
-            accuracy = _estimates(LOCAL_NAMES.get(task, task) if data else task, results)
+            accuracy = _estimates(task, results)
             rows.append(depth_row(setting, accuracy, lm.depths, lm.speeds, model.config.num_hidden_layers))
     return rows
 
 
 @contextmanager
-def _specification(task: str, data: Path | None) -> Iterator[str | dict]:
-    """A task as the harness takes it: its name, or that with other documents."""
+def with_documents(manager: TaskManager, task: str, data: Path | None) -> Iterator[str]:
+    """A task as the harness takes it: its name, or a file that has it with other documents."""
     if data is None:
         yield task
         return
-    files = {split: str(path) for split in SPLITS if (path := data / task / f"{split}.jsonl").exists()}
+    entry = manager.task_index.get(MATH if task == "minerva_math" else task)
+    if entry is None or entry.name not in manager.all_subtasks:
+        raise RiverError(
+            f"task {task[:80]!r} with documents; accepted: a task of lm-evaluation-harness, no group"
+        )
+    files = {path.stem: str(path) for path in sorted((data / task).glob("*.jsonl"))}
     if not files:
         raise RiverError(
-            f"{data}: has no documents of {task}; accepted: a folder with {task}/test.jsonl, and train.jsonl "
-            "or validation.jsonl where the task wants them"
+            f"{data}: has no documents of {task}; accepted: a folder with {task}/<split>.jsonl for each "
+            "split that the task names"
         )
-    with tempfile.TemporaryDirectory() as cache:
-        yield {
-            "task": LOCAL_NAMES.get(task, task),
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder, "task.yaml")
+        changes = {
+            "include": str(entry.yaml_path),
+            "task": task,
             "dataset_path": "json",
             "dataset_name": None,
-            "dataset_kwargs": {
-                "data_files": files,
-                "cache_dir": cache,
-            },
+            "dataset_kwargs": {"data_files": files, "cache_dir": folder},
         }
+        path.write_text(json.dumps(changes))
+        yield str(path)
 
 
 def _estimates(task: str, results: Mapping) -> dict[str, Estimate]:
