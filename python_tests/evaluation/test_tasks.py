@@ -106,11 +106,9 @@ def test_long_prompts_lose_their_beginning():
 def harness_gsm8k(tmp_path_factory):
     """The harness's task on the small documents, built as its evaluator does, and their folder."""
     pytest.importorskip("lm_eval", reason="lm-evaluation-harness is not installed")
-    from lm_eval.tasks import TaskManager
+    from river_ext.evaluation.harness import task_manager, with_documents
 
-    from river_ext.evaluation.harness import with_documents
-
-    data, manager = write_gsm8k(tmp_path_factory.mktemp("data")), TaskManager()
+    data, manager = write_gsm8k(tmp_path_factory.mktemp("data")), task_manager()
     with with_documents(manager, "gsm8k", data) as path:
         (task,) = manager.load([path])["tasks"].values()
     task.set_fewshot_seed(1234)

@@ -12,6 +12,7 @@ import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
+from functools import cache
 from inspect import signature
 from itertools import groupby
 from pathlib import Path
@@ -44,8 +45,8 @@ class RiverLM(TemplateLM):
         path, device, dtype, river, resident_layers: as in `river_ext.load`.
         model: one that is loaded already, in place of these.
         score_by: how log-likelihoods are computed. "prefill", as other models of the harness do it: context
-            and continuation in one pass, where decoding's exits have no say. "steps": the continuation goes
-            token by token through the decoding path, and every token may exit.
+            and continuation in one pass, where decoding's exits have no say. "steps": every token of the
+            continuation is predicted by a decoding step, and may exit.
         batch_size: prompts that generate together, 1 to 8.
         max_gen_toks: new tokens where a task names no number.
         options: keyword arguments of `Model.generate`: mode, threshold, ...
@@ -155,14 +156,18 @@ class RiverLM(TemplateLM):
                 f"a continuation of {len(continuation)} tokens; accepted: 1 to {self.max_length - 1}"
             )
         tokens = (context + continuation)[-self.max_length :]
+        length = len(tokens) - len(continuation)
+        if self.score_by == "steps":
+            length = max(
+                1, length - 1
+            )  # the last token of the context is a step: one-token answers exit, too
         options = {name: value for name, value in self.options.items() if name in SCORE_OPTIONS}
-        score = self.model.score(
-            tokens, prompt_length=len(tokens) - len(continuation), by=self.score_by, **options
-        )
-        self.depths += score.exit_depths
-        wanted = score.logits.new_tensor(continuation, dtype=int)
-        logprobs = score.logits.log_softmax(-1).gather(1, wanted[:, None])
-        return logprobs.sum().item(), bool((score.logits.argmax(-1) == wanted).all())
+        score = self.model.score(tokens, prompt_length=length, by=self.score_by, **options)
+        logits, depths = score.logits[-len(continuation) :], score.exit_depths[-len(continuation) :]
+        self.depths += depths
+        wanted = logits.new_tensor(continuation, dtype=int)
+        logprobs = logits.log_softmax(-1).gather(1, wanted[:, None])
+        return logprobs.sum().item(), bool((logits.argmax(-1) == wanted).all())
 
     def loglikelihood_rolling(self, requests, disable_tqdm: bool = False) -> list[float]:
         answers = []
@@ -212,7 +217,7 @@ def evaluate(
         chat: prompts go through the model's chat template.
         max_gen_toks: new tokens, in place of the task's own limit.
     """
-    rows, manager = [], TaskManager()
+    rows, manager = [], task_manager()
     with with_documents(manager, task, data) as specification:
         for setting in settings:
             lm = RiverLM(model=model, score_by=score_by, **setting.options)
@@ -231,6 +236,12 @@ def evaluate(
             accuracy = _estimates(task, results)
             rows.append(depth_row(setting, accuracy, lm.depths, lm.speeds, model.config.num_hidden_layers))
     return rows
+
+
+@cache
+def task_manager() -> TaskManager:
+    """Reading the index of all tasks takes seconds."""
+    return TaskManager()
 
 
 @contextmanager
