@@ -10,6 +10,8 @@ from .prompts import read_prompts, refuse_surrogates
 
 KV_STRATEGIES = "share (default, the river's), mask, recompute, propagate or monotone"
 
+TASK_OPTIONS = ("data", "limit", "max_gen_toks", "chat", "run_code", "score_by_steps")  # of `eval --tasks`
+
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     """`module` of the result runs the command; prompts and files have become `prompts`."""
@@ -106,10 +108,10 @@ def _check_convert(arguments) -> None:
 
 def _check_eval(arguments) -> None:
     if not arguments.tasks:
-        options = ("data", "limit", "max_gen_toks", "chat", "run_code", "score_by_steps")
-        given = next((name for name in options if getattr(arguments, name) not in (None, False)), None)
+        values = {name: getattr(arguments, name) for name in TASK_OPTIONS}
+        given = [name for name, value in values.items() if value is not None and value is not False]
         if given:
-            raise UsageError(f"--{given.replace('_', '-')} needs --tasks, which it belongs to")
+            raise UsageError(f"--{given[0].replace('_', '-')} needs --tasks, which it belongs to")
         if not arguments.demo:
             raise UsageError(
                 "what to evaluate on; accepted: --demo (with a model's directory: that model on its tasks), "

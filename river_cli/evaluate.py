@@ -96,6 +96,8 @@ def _demo(arguments) -> None:
 
 def _tasks(arguments) -> None:
     names = list(dict.fromkeys(name for name in arguments.tasks.split(",") if name))
+    if not names:
+        raise RiverError(f"--tasks {short(arguments.tasks)}; accepted: names with commas between")
     data = None if arguments.data is None else Path(arguments.data)
     limit = None if arguments.limit is None else integer("--limit", arguments.limit, 1)
     if arguments.max_gen_toks is not None:

@@ -17,10 +17,10 @@ DEMO_TEXT = (
     "Question: Uma has 100 cakes and Gus has 32 more than Uma. How many cakes do they have together?\n"
     "Answer: 100 + 32 = 132. 100 + 132 = 232. #### 232"
 )
-REAL_TEXT = """The lighthouse stood at the end of a long spit of sand, and for sixty years nobody had lived in it.
-When the storms came in autumn, the waves reached the door, and in the morning the steps were green with weed.
-Children from the village said that a light still burned at the top on certain nights. Their grandparents, who
-had once lit it themselves, said nothing at all.
+REAL_TEXT = """The lighthouse stood at the end of a long spit of sand, and for sixty years nobody had lived in
+it. When the storms came in autumn, the waves reached the door, and in the morning the steps were green with
+weed. Children from the village said that a light still burned at the top on certain nights. Their
+grandparents, who had once lit it themselves, said nothing at all.
 
 Question: A farmer has 17 sheep and buys 8 more. Then 5 run away. How many are left?
 Answer: 17 + 8 = 25, and 25 - 5 = 20.
