@@ -10,7 +10,7 @@ import emulated_ops
 import pytest
 import torch
 from emulated import VARIANT
-from tiny_model import random_model, random_prompt
+from tiny_model import MULTIPLIERS, random_model, random_prompt
 
 from river_ext import ops
 
@@ -37,7 +37,7 @@ def on_emulated_gpu(monkeypatch):
 
 
 def model():
-    return random_model(dtype=torch.bfloat16, num_hidden_layers=LAYERS)
+    return random_model(dtype=torch.bfloat16, num_hidden_layers=LAYERS, **MULTIPLIERS)
 
 
 def some_requests(modes):

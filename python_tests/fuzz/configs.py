@@ -17,6 +17,7 @@ CHANGES = [
     {"model_type": "mistral", "sliding_window": 64},
     {"model_type": "qwen2", "use_sliding_window": True, "sliding_window": 64},
     {"model_type": "qwen3", "layer_types": ["full_attention"] * 3, "max_window_layers": 1},
+    {"model_type": "granite", "embedding_multiplier": 12.0, "logits_scaling": 8},
 ]
 
 

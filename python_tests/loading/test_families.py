@@ -120,6 +120,9 @@ def test_keys_that_change_the_arithmetic_are_refused_by_name(tmp_path, key):
 def test_what_is_neutral_depends_on_the_family(tmp_path):
     qwen3 = {"model_type": "qwen3", "head_dim": 16}
     assert read(tmp_path, **qwen3, use_qk_norm=True).model_type == "qwen3"
+    granite = {"model_type": "granite", "residual_multiplier": 0.22}
+    assert read(tmp_path, **granite).residual_multiplier == 0.22
+    refusal(tmp_path, "attn_scale", **granite, attn_scale=0.5)
     refusal(tmp_path, "use_qk_norm", "false", **qwen3, use_qk_norm=False)
     mistral = {"model_type": "mistral", "sliding_window": 32}
     assert read(tmp_path, **mistral, layer_types=["sliding_attention"] * 3).sliding_window == 32
@@ -196,7 +199,7 @@ def test_other_architectures_that_go_by_the_name_of_llama(tmp_path, model_type):
         read_config(tmp_path)
 
 
-@pytest.mark.parametrize("model_type", ["llama", "mistral", "qwen2", "qwen3"])
+@pytest.mark.parametrize("model_type", ["llama", "mistral", "qwen2", "qwen3", "granite"])
 def test_what_transformers_writes_for_a_family_is_read(tmp_path, model_type):
     """Its config class knows no key that is refused at its default."""
     transformers = pytest.importorskip("transformers")

@@ -25,6 +25,11 @@ LLAMA3 = {
 LINEAR = {"rope_type": "linear", "rope_theta": 10000.0, "factor": 4.0}
 DYNAMIC = {"rope_type": "dynamic", "rope_theta": 10000.0, "factor": 4.0}
 
+GRANITE = {
+    "embedding_multiplier": 12.0, "attention_multiplier": 0.15, "residual_multiplier": 0.7,
+    "logits_scaling": 6.0,
+}  # fmt: skip
+
 # name: (model type, prompt length, config changes); all sequences cross position 64
 CASES = {
     "gqa 4/2": ("llama", 24, {}),
@@ -51,6 +56,10 @@ CASES = {
     ),
     "qwen3": ("qwen3", 24, {"head_dim": 32}),
     "qwen3, bias": ("qwen3", 24, {"head_dim": 16, "attention_bias": True}),
+    "granite": ("granite", 24, GRANITE),
+    "granite, bias": ("granite", 24, GRANITE | {"attention_bias": True}),
+    "granite, tied": ("granite", 24, GRANITE | {"tie_word_embeddings": True, "embedding_multiplier": 1.3}),
+    "granite, no multipliers": ("granite", 24, {}),
 }
 
 
@@ -96,8 +105,12 @@ def reference_greedy(directory, prompt: list[int]) -> tuple[list[int], torch.Ten
                 hidden=hidden, **vars(block), k_cache=k_cache[layer], v_cache=v_cache[layer], slots=slots,
                 positions=positions, cos=tables[0], sin=tables[1], sliding_window=config.sliding_window,
                 num_attention_heads=config.num_attention_heads, rms_norm_eps=config.rms_norm_eps,
+                softmax_scale=config.softmax_scale, residual_multiplier=config.residual_multiplier,
             )  # fmt: skip
-        return reference.lm_head(hidden[-1:], weights.norm, weights.lm_head, config.rms_norm_eps)
+        return reference.lm_head(
+            hidden[-1:], weights.norm, weights.lm_head, config.rms_norm_eps,
+            logits_scaling=config.logits_scaling,
+        )  # fmt: skip
 
     token, logits = forward(prompt, 0, rope_tables(config, total, seq_len=len(prompt)))
     tables = rope_tables(config, total)

@@ -52,13 +52,15 @@ class Layer:
             for name in ("q_bias", "k_bias", "v_bias", "o_bias", "q_norm", "k_norm")
             if (value := getattr(weights, name)) is not None
         }
-        if config.sliding_window is not None:
-            self.options["sliding_window"] = config.sliding_window
+        for name in ("sliding_window", "softmax_scale"):
+            if (value := getattr(config, name)) is not None:
+                self.options[name] = value
         self._common = {
             "input_layernorm": weights.input_layernorm,
             "post_attention_layernorm": weights.post_attention_layernorm,
             "num_attention_heads": config.num_attention_heads,
             "rms_norm_eps": config.rms_norm_eps,
+            "residual_multiplier": config.residual_multiplier,
             **self.options,
         }
         names = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
@@ -125,7 +127,7 @@ class Network:
             of_logits = river_head[: len(logits), None]  # of none, where they are not wanted
             logits = torch.where(of_logits, river_logits, logits)
             return torch.where(river_head, river_tokens, tokens), logits
-        eps = self.config.rms_norm_eps
+        eps, options["logits_scaling"] = self.config.rms_norm_eps, self.config.logits_scaling
         if river_head and self.lm_head_w4 is not None:
             size = self.config.vocab_size
             return ops.lm_head_w4(hidden, self.norm, self.lm_head_w4, size, eps, **options)

@@ -24,6 +24,7 @@ from .families import (
 )
 from .files import is_regular, path_of
 from .json_object import Reader, read_json_object
+from .multipliers import read_multipliers
 
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 ROPE_TYPES = ("default", "linear", "dynamic", "llama3")
@@ -42,7 +43,7 @@ class ModelConfig:
     num_key_value_heads: int
     head_dim: int
     rotary_dim: int  # dims of a head that rotate; the rest passes through
-    rms_norm_eps: float
+    rms_norm_eps: float  # of hidden vectors as they are kept, see multipliers.py
     max_position_embeddings: int
     rope_theta: float
     rope_scaling: dict | None  # None, or {"rope_type": "linear" | "dynamic" | "llama3", "factor": ...}
@@ -52,6 +53,9 @@ class ModelConfig:
     bos_token_id: int | None
     eos_token_ids: tuple[int, ...]
     sliding_window: int | None = None
+    softmax_scale: float | None = None  # None: head_dim ** -0.5
+    residual_multiplier: float = 1.0  # of hidden vectors as they are kept, see multipliers.py
+    logits_scaling: float = 1.0  # logits are divided by it
 
     @property
     def max_length(self) -> int:
@@ -132,7 +136,6 @@ def _model_config(top: Reader, generation: Reader) -> ModelConfig:
         num_key_value_heads=kv_heads,
         head_dim=head_dim,
         rotary_dim=head_dim,
-        rms_norm_eps=top.number("rms_norm_eps", 1e-12, 1.0),
         max_position_embeddings=max_position_embeddings,
         rope_theta=rope_theta,
         rope_scaling=rope_scaling,
@@ -142,6 +145,7 @@ def _model_config(top: Reader, generation: Reader) -> ModelConfig:
         bos_token_id=ids["bos_token_id"][0] if ids["bos_token_id"] else None,
         eos_token_ids=ids["eos_token_id"],
         sliding_window=_sliding_window(top, family, num_hidden_layers, max_position_embeddings),
+        **read_multipliers(top, top.number("rms_norm_eps", 1e-12, 1.0), family.multipliers),
     )
     refuse_foreign_architectures(top)
     refuse_foreign_keys(top, config)

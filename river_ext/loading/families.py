@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from .json_object import Reader
+from .multipliers import MULTIPLIERS
 
 if TYPE_CHECKING:
     from .config import ModelConfig
@@ -28,6 +29,7 @@ class Family:
     qk_norm: bool = False
     sliding_window: str | None = None  # "key": sliding_window itself; "switch": only if use_sliding_window
     default_head_dim: int | None = None  # None: hidden_size / num_attention_heads
+    multipliers: bool = False  # the keys of multipliers.py count
 
 
 # A family belongs here once test_hf_parity.py compares it with transformers.
@@ -36,6 +38,7 @@ FAMILIES = {
     "mistral": Family(qkv_bias=False, sliding_window="key"),
     "qwen2": Family(qkv_bias=True, o_bias=False, sliding_window="switch"),
     "qwen3": Family(qk_norm=True, sliding_window="switch", default_head_dim=128),
+    "granite": Family(multipliers=True),
 }
 
 # Read by config.py, which checks them itself
@@ -146,8 +149,9 @@ _PATTERNS = [(re.compile(words), neutral) for words, neutral in ARITHMETIC]
 
 def refuse_foreign_keys(top: Reader, config: "ModelConfig") -> None:
     """Refuses a key that changes the arithmetic of the family's models, unless its value changes nothing."""
+    read = READ_KEYS.union(MULTIPLIERS if FAMILIES[config.model_type].multipliers else ())
     for key, value in top.values.items():
-        if key in READ_KEYS:
+        if key in read:
             continue
         neutral = neutral_values(key, config)
         if neutral is not None and not any(_equal(value, other) for other in neutral):
