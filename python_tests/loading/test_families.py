@@ -8,6 +8,7 @@ from test_config import read, refusal
 
 from river_ext.errors import RiverError
 from river_ext.loading.config import read_config
+from river_ext.loading.families import NOT_SUPPORTED
 
 # key: (values that change nothing, values that change the arithmetic)
 FOREIGN_KEYS = {
@@ -129,6 +130,19 @@ def test_what_is_neutral_depends_on_the_family(tmp_path):
     refusal(tmp_path, "layer_types", **mistral, layer_types=["full_attention"] * 3)
     refusal(tmp_path, "layer_types", **mistral, layer_types=["sliding_attention"] * 2)
     refusal(tmp_path, "layer_types", model_type="qwen2", layer_types=["sliding_attention"] * 3)
+
+
+@pytest.mark.parametrize("model_type", NOT_SUPPORTED)
+def test_what_is_not_supported_is_refused_with_the_reason(tmp_path, model_type):
+    """By the name that transformers has for it."""
+    transformers = pytest.importorskip("transformers")
+    assert model_type in transformers.CONFIG_MAPPING
+    transformers.AutoConfig.for_model(model_type).save_pretrained(tmp_path)
+    with pytest.raises(RiverError) as caught:
+        read_config(tmp_path)
+    message = str(caught.value)
+    assert f'model_type is "{model_type}"; accepted: llama, ' in message
+    assert message.endswith(NOT_SUPPORTED[model_type]) and "\n" not in message
 
 
 def test_an_architecture_of_another_family(tmp_path):

@@ -21,6 +21,7 @@ from .families import (
     refuse_foreign_architectures,
     refuse_foreign_keys,
     refuse_foreign_rope_keys,
+    refuse_known_architectures,
 )
 from .files import is_regular, path_of
 from .json_object import Reader, read_json_object
@@ -99,6 +100,7 @@ def parse_dtype(value, where: str) -> torch.dtype:
 
 
 def _model_config(top: Reader, generation: Reader) -> ModelConfig:
+    refuse_known_architectures(top)
     family = FAMILIES[top.choice("model_type", FAMILIES)]
     _refuse_unsupported(top)
     vocab_size = top.integer("vocab_size", 1, 1 << 24)

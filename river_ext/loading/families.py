@@ -41,6 +41,19 @@ FAMILIES = {
     "granite": Family(multipliers=True),
 }
 
+_GEMMA = "its activation is GELU, and its norms multiply by 1 + weight"
+_POST_NORMS = f"{_GEMMA}; what a part makes is normalised, too, before it is added to the hidden vector"
+# Architectures that people will try, and what they have that decoder blocks have not
+NOT_SUPPORTED = {
+    "gemma": _GEMMA,
+    "gemma2": _POST_NORMS,
+    "gemma3": _POST_NORMS,
+    "gemma3_text": _POST_NORMS,
+    "granitemoe": "it has layers of experts",
+    "granitemoeshared": "it has layers of experts",
+    "granitemoehybrid": "it has layers of experts, or of Mamba",
+}
+
 # Read by config.py, which checks them itself
 READ_KEYS = {
     "rope_theta", "rope_scaling", "rope_parameters", "partial_rotary_factor", "mlp_bias", "hidden_act",
@@ -145,6 +158,13 @@ ARITHMETIC: tuple[tuple[str, Neutral], ...] = (
     (r"^(w|a|weight|input|activation)?_?bits$", _always(None, False, 16, 32)),
 )
 _PATTERNS = [(re.compile(words), neutral) for words, neutral in ARITHMETIC]
+
+
+def refuse_known_architectures(top: Reader) -> None:
+    """Refuses those of `NOT_SUPPORTED` with the reason."""
+    name = top.values.get("model_type")
+    if isinstance(name, str) and name in NOT_SUPPORTED:
+        top.fail("model_type", f"{', '.join(FAMILIES)}. Not this one: {NOT_SUPPORTED[name]}")
 
 
 def refuse_foreign_keys(top: Reader, config: "ModelConfig") -> None:
