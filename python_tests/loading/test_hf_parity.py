@@ -160,6 +160,18 @@ def test_a_stored_head_counts_in_a_tied_model(hf_checkpoint):
     assert_equals_transformers(directory)
 
 
+def test_granite_in_every_mode(hf_checkpoint):
+    """Through the river's exit layers too: drafts that are right come from the same arithmetic."""
+    directory = hf_checkpoint("granite", **GRANITE)
+    assert_equals_transformers(directory)
+    model, prompt = river_ext.load(directory, device="cpu"), list(range(3, 20))
+    for options in ({}, {"temperature": 0.8, "seed": 5}, {"temperature": 1.2, "top_p": 0.9}):
+        options |= {"max_new_tokens": 40, "stop_tokens": ()}
+        full = model.generate(prompt, mode="full", **options)
+        lossless = model.generate(prompt, mode="lossless", draft_tokens=3, **options)
+        assert lossless.tokens == full.tokens and any(lossless.drafted)
+
+
 @pytest.mark.parametrize("size", [0.0, 1e-30, 1e-9, 1e-6])
 def test_layers_that_do_almost_nothing(hf_checkpoint, size):
     directory = hf_checkpoint()
