@@ -120,8 +120,9 @@ class ManyRows:
         self.k[:, start:stop] = rotate(k, cos, sin).transpose(0, 1)  # rounds to the model dtype
         self.v[:, start:stop] = v.transpose(0, 1)
         q = rotate(q, cos, sin).to(hidden.dtype)
-        scores = {name: options.get(name) for name in ("softmax_scale", "sliding_window")}
-        attended = causal_attention(q, self.k, self.v, start, **scores)
+        attended = causal_attention(
+            q, self.k, self.v, start, options.get("softmax_scale"), options.get("sliding_window")
+        )
         return attended.to(hidden.dtype).flatten(1)
 
     def mlp_half(self, hidden: Tensor) -> Tensor:

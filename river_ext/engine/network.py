@@ -127,11 +127,11 @@ class Network:
             of_logits = river_head[: len(logits), None]  # of none, where they are not wanted
             logits = torch.where(of_logits, river_logits, logits)
             return torch.where(river_head, river_tokens, tokens), logits
-        eps, options["logits_scaling"] = self.config.rms_norm_eps, self.config.logits_scaling
+        config = self.config
+        options |= {"rms_norm_eps": config.rms_norm_eps, "logits_scaling": config.logits_scaling}
         if river_head and self.lm_head_w4 is not None:
-            size = self.config.vocab_size
-            return ops.lm_head_w4(hidden, self.norm, self.lm_head_w4, size, eps, **options)
-        return ops.lm_head(hidden, self.norm, self.lm_head, eps, **options)
+            return ops.lm_head_w4(hidden, self.norm, self.lm_head_w4, config.vocab_size, **options)
+        return ops.lm_head(hidden, self.norm, self.lm_head, **options)
 
     def check_river_head(self) -> None:
         """Refuses a river that was saved without a head, where that is wanted."""
