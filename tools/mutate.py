@@ -121,8 +121,8 @@ MUTANTS = [
     Mutant(
         "padding is drawn",
         "csrc/cpu/lm_head.cpp",
-        "offer_strip(a, t, s * kTileRows, head.strip_rows(s), logits[t], local[t]);",
-        "offer_strip(a, t, s * kTileRows, kTileRows, logits[t], local[t]);",
+        "offer_strip(a, t, s * kTileRows, head.strip_rows(s), sums[t], local[t]);",
+        "offer_strip(a, t, s * kTileRows, kTileRows, sums[t], local[t]);",
         "test_lm_head.py -k reference",
     ),
     Mutant(
