@@ -72,8 +72,8 @@ MUTANTS = [
     Mutant(
         "the epsilon of hidden as the checkpoint means it",
         "river_ext/loading/multipliers.py",
-        "rms_norm_eps / embedding**2",
-        "rms_norm_eps",
+        "config.rms_norm_eps / embedding**2",
+        "config.rms_norm_eps",
         "test_hf_parity.py -k granite",
     ),
     Mutant(

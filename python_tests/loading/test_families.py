@@ -141,7 +141,7 @@ def test_what_is_not_supported_is_refused_with_the_reason(tmp_path, model_type):
     with pytest.raises(RiverError) as caught:
         read_config(tmp_path)
     message = str(caught.value)
-    assert f'model_type is "{model_type}"; accepted: llama, ' in message
+    assert f'model_type is "{model_type}"; accepted: granite, llama, ' in message
     assert message.endswith(NOT_SUPPORTED[model_type]) and "\n" not in message
 
 

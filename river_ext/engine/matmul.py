@@ -121,7 +121,7 @@ class ManyRows:
         self.v[:, start:stop] = v.transpose(0, 1)
         q = rotate(q, cos, sin).to(hidden.dtype)
         attended = causal_attention(
-            q, self.k, self.v, start, options.get("softmax_scale"), options.get("sliding_window")
+            q, self.k, self.v, start, config.softmax_scale, options.get("sliding_window")
         )
         return attended.to(hidden.dtype).flatten(1)
 

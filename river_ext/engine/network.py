@@ -52,14 +52,14 @@ class Layer:
             for name in ("q_bias", "k_bias", "v_bias", "o_bias", "q_norm", "k_norm")
             if (value := getattr(weights, name)) is not None
         }
-        for name in ("sliding_window", "softmax_scale"):
-            if (value := getattr(config, name)) is not None:
-                self.options[name] = value
+        if config.sliding_window is not None:
+            self.options["sliding_window"] = config.sliding_window
         self._common = {
             "input_layernorm": weights.input_layernorm,
             "post_attention_layernorm": weights.post_attention_layernorm,
             "num_attention_heads": config.num_attention_heads,
             "rms_norm_eps": config.rms_norm_eps,
+            "softmax_scale": config.softmax_scale,
             "residual_multiplier": config.residual_multiplier,
             **self.options,
         }

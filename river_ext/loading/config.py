@@ -25,7 +25,7 @@ from .families import (
 )
 from .files import is_regular, path_of
 from .json_object import Reader, read_json_object
-from .multipliers import read_multipliers
+from .multipliers import with_multipliers
 
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 ROPE_TYPES = ("default", "linear", "dynamic", "llama3")
@@ -138,6 +138,7 @@ def _model_config(top: Reader, generation: Reader) -> ModelConfig:
         num_key_value_heads=kv_heads,
         head_dim=head_dim,
         rotary_dim=head_dim,
+        rms_norm_eps=top.number("rms_norm_eps", 1e-12, 1.0),
         max_position_embeddings=max_position_embeddings,
         rope_theta=rope_theta,
         rope_scaling=rope_scaling,
@@ -147,8 +148,9 @@ def _model_config(top: Reader, generation: Reader) -> ModelConfig:
         bos_token_id=ids["bos_token_id"][0] if ids["bos_token_id"] else None,
         eos_token_ids=ids["eos_token_id"],
         sliding_window=_sliding_window(top, family, num_hidden_layers, max_position_embeddings),
-        **read_multipliers(top, top.number("rms_norm_eps", 1e-12, 1.0), family.multipliers),
     )
+    if family.multipliers:
+        config = with_multipliers(config, top)
     refuse_foreign_architectures(top)
     refuse_foreign_keys(top, config)
     return config

@@ -27,31 +27,18 @@ class Family:
     qkv_bias: bool | None = None  # None: the key attention_bias decides
     o_bias: bool = True  # o has a bias where q, k and v have one
     qk_norm: bool = False
+    multipliers: bool = False  # the keys of multipliers.py count
     sliding_window: str | None = None  # "key": sliding_window itself; "switch": only if use_sliding_window
     default_head_dim: int | None = None  # None: hidden_size / num_attention_heads
-    multipliers: bool = False  # the keys of multipliers.py count
 
 
 # A family belongs here once test_hf_parity.py compares it with transformers.
 FAMILIES = {
+    "granite": Family(multipliers=True),
     "llama": Family(),
     "mistral": Family(qkv_bias=False, sliding_window="key"),
     "qwen2": Family(qkv_bias=True, o_bias=False, sliding_window="switch"),
     "qwen3": Family(qk_norm=True, sliding_window="switch", default_head_dim=128),
-    "granite": Family(multipliers=True),
-}
-
-_GEMMA = "its activation is GELU, and its norms multiply by 1 + weight"
-_POST_NORMS = f"{_GEMMA}; what a part makes is normalised, too, before it is added to the hidden vector"
-# Architectures that people will try, and what they have that decoder blocks have not
-NOT_SUPPORTED = {
-    "gemma": _GEMMA,
-    "gemma2": _POST_NORMS,
-    "gemma3": _POST_NORMS,
-    "gemma3_text": _POST_NORMS,
-    "granitemoe": "it has layers of experts",
-    "granitemoeshared": "it has layers of experts",
-    "granitemoehybrid": "it has layers of experts, or of Mamba",
 }
 
 # Read by config.py, which checks them itself
@@ -158,6 +145,20 @@ ARITHMETIC: tuple[tuple[str, Neutral], ...] = (
     (r"^(w|a|weight|input|activation)?_?bits$", _always(None, False, 16, 32)),
 )
 _PATTERNS = [(re.compile(words), neutral) for words, neutral in ARITHMETIC]
+
+
+_GEMMA = "its activation is GELU, and its norms multiply by 1 + weight"
+_POST_NORMS = f"{_GEMMA}; what a part makes is normalised, too, before it is added to the hidden vector"
+# Architectures that people will try, and what they have that decoder blocks have not
+NOT_SUPPORTED = {
+    "gemma": _GEMMA,
+    "gemma2": _POST_NORMS,
+    "gemma3": _POST_NORMS,
+    "gemma3_text": _POST_NORMS,
+    "granitemoe": "it has layers of experts",
+    "granitemoeshared": "it has layers of experts",
+    "granitemoehybrid": "it has layers of experts, or of Mamba",
+}
 
 
 def refuse_known_architectures(top: Reader) -> None:

@@ -11,19 +11,24 @@ as the epsilon under their root is divided by embedding_multiplier squared; so h
 and k would want the epsilon as it is, but no family has both those and multipliers.
 """
 
+from dataclasses import replace
+from typing import TYPE_CHECKING
+
 from .json_object import Reader
+
+if TYPE_CHECKING:
+    from .config import ModelConfig
 
 MULTIPLIERS = "embedding_multiplier", "attention_multiplier", "residual_multiplier", "logits_scaling"
 
 
-def read_multipliers(top: Reader, rms_norm_eps: float, has_multipliers: bool) -> dict:
-    """The fields of a ModelConfig that depend on multipliers, of a family that has them or has not."""
-    if not has_multipliers:
-        return {"rms_norm_eps": rms_norm_eps}
+def with_multipliers(config: "ModelConfig", top: Reader) -> "ModelConfig":
+    """The config of a model that has multipliers: keys of `top`, which are 1 if absent, as in transformers."""
     embedding, attention, residual, logits = (top.number(key, 1e-4, 1e4, default=1.0) for key in MULTIPLIERS)
-    return {
-        "rms_norm_eps": rms_norm_eps / embedding**2,
-        "softmax_scale": attention,
-        "residual_multiplier": residual / embedding,
-        "logits_scaling": logits,
-    }
+    return replace(
+        config,
+        rms_norm_eps=config.rms_norm_eps / embedding**2,
+        softmax_scale=attention,
+        residual_multiplier=residual / embedding,
+        logits_scaling=logits,
+    )
