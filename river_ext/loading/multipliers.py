@@ -23,7 +23,7 @@ MULTIPLIERS = "embedding_multiplier", "attention_multiplier", "residual_multipli
 
 
 def with_multipliers(config: "ModelConfig", top: Reader) -> "ModelConfig":
-    """The config of a model that has multipliers: keys of `top`, which are 1 if absent, as in transformers."""
+    """The config of a model that has multipliers: keys of `top`, 1 if absent, as in transformers."""
     embedding, attention, residual, logits = (top.number(key, 1e-4, 1e4, default=1.0) for key in MULTIPLIERS)
     return replace(
         config,
