@@ -133,6 +133,8 @@ SHAPES = {
     "odd sizes": {"intermediate_size": 77, "vocab_size": 81, "head_dim": 20, "rotary_dim": 12},
     "sliding window": {"sliding_window": 5},
     "multipliers": MULTIPLIERS,
+    "layers of their own": {"sliding_window": 5, "full_attention_layers": (0, 2), "nope_layers": (1, 2)},
+    "query scale": {"query_scaling": (0.5, 4)},
 }
 
 
