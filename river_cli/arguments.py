@@ -149,9 +149,16 @@ def _parser() -> tuple[argparse.ArgumentParser, Mapping[str, argparse.ArgumentPa
     _add_model(generate, "the bundled model; without a prompt it shows what River does", directory=False)
     _add_river(generate, "a saved river; without it one is built, for minutes if the model is large")
     _add_machine(generate)
+    _add_offloading(generate)
     _add_prompts(generate)
     generate.add_argument(
         "--compare", action="store_true", help="also run full depth and full W4, and print a table"
+    )
+    generate.add_argument(
+        "--trace",
+        type=_given,
+        metavar="FILE",
+        help="write each token's exit depth: .html to look at, or .json",
     )
     _add_options(generate)
 
@@ -159,6 +166,7 @@ def _parser() -> tuple[argparse.ArgumentParser, Mapping[str, argparse.ArgumentPa
     _add_model(chat, "the bundled model, which has no chat template", required=True)
     _add_river(chat, "a saved river; without it one is built")
     _add_machine(chat)
+    _add_offloading(chat)
     chat.add_argument("--system", type=_given, metavar="TEXT", help="what the model is told first")
     _add_options(chat)
 
@@ -193,6 +201,7 @@ def _parser() -> tuple[argparse.ArgumentParser, Mapping[str, argparse.ArgumentPa
     _add_model(evaluate, "the bundled model's held-out problems and functions", exclusive=False)
     _add_river(evaluate, "a saved river; without it one is built")
     _add_machine(evaluate)
+    _add_offloading(evaluate)
     evaluate.add_argument("--problems", type=int, default=300, metavar="N", help="word problems (300)")
     evaluate.add_argument("--functions", type=int, default=100, metavar="N", help="functions (100)")
     evaluate.add_argument("--thresholds", metavar="S,S,...", help="of the River rows")
@@ -274,6 +283,15 @@ def _add_machine(parser: argparse.ArgumentParser) -> None:
         type=_threads,
         metavar="N",
         help="of the CPU; default: all cores. Fewer may be faster where others use them",
+    )
+
+
+def _add_offloading(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--resident-layers", type=int, metavar="K", help="offload the backbone layers after the first K"
+    )
+    parser.add_argument(
+        "--deep-tokens", help="what wants to run an offloaded layer: stream (default) it in, or exit before"
     )
 
 

@@ -25,11 +25,11 @@ ORDER = (
     ("river_ext.engine",),
     ("river_ext.calibration",),
     ("river_ext.model",),
-    ("river_ext.evaluate",),
+    ("river_ext.evaluate", "river_ext.trace"),
     ("river_cli",),
     ("river_ext.cli",),
     ("bench.lib",),
-    ("bench.cpu", "bench.gpu"),
+    ("bench.cpu", "bench.gpu", "bench.memory"),
 )
 LINES = {room: number for number, rooms in enumerate(ORDER) for room in rooms}
 FOLDERS = {room for room in LINES if (ROOT / room.replace(".", "/")).is_dir() and room != "river_ext"}

@@ -21,7 +21,7 @@ from river_cli.arguments import parse
 from river_ext import __version__, ops
 from river_ext.calibration.unfinished import UnfinishedRiver
 from river_ext.demo_tasks.generator import train_item
-from river_ext.loading.families import FAMILIES
+from river_ext.loading.families import FAMILIES, MULTIMODAL
 from river_ext.model import DEMO
 
 # --- generate -------------------------------------------------------------------------------------------
@@ -197,7 +197,7 @@ def test_info(river, river_json):
     document = river_json("info")
     assert document["version"] == __version__ and document["torch"] == torch.__version__
     assert document["build"]["cpu_isa"] and "model" not in document
-    assert document["model_types"] == list(FAMILIES) and document["max_prompts"] == ops.MAX_ROWS
+    assert document["model_types"] == [*FAMILIES, *MULTIMODAL] and document["max_prompts"] == ops.MAX_ROWS
     assert "llama, mistral, qwen2" in out and "up to 8 at a time" in out
 
 

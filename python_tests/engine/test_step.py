@@ -129,6 +129,8 @@ SHAPES = {
     "biases and norms": {"biases": True, "qk_norm": True, "num_key_value_heads": 1},
     "odd sizes": {"intermediate_size": 77, "vocab_size": 81, "head_dim": 20, "rotary_dim": 12},
     "sliding window": {"sliding_window": 5},
+    "layers of their own": {"sliding_window": 5, "full_attention_layers": (0, 2), "nope_layers": (1, 2)},
+    "query scale": {"query_scaling": (0.5, 4)},
 }
 
 

@@ -8,6 +8,7 @@ from test_config import read, refusal
 
 from river_ext.errors import RiverError
 from river_ext.loading.config import read_config
+from river_ext.loading.families import FAMILIES, MULTIMODAL
 
 # key: (values that change nothing, values that change the arithmetic)
 FOREIGN_KEYS = {
@@ -123,8 +124,12 @@ def test_what_is_neutral_depends_on_the_family(tmp_path):
     refusal(tmp_path, "use_qk_norm", "false", **qwen3, use_qk_norm=False)
     mistral = {"model_type": "mistral", "sliding_window": 32}
     assert read(tmp_path, **mistral, layer_types=["sliding_attention"] * 3).sliding_window == 32
-    refusal(tmp_path, "layer_types", **mistral, layer_types=["full_attention"] * 3)
+    assert read(tmp_path, **mistral, layer_types=["full_attention"] * 3).sliding_window is None
     refusal(tmp_path, "layer_types", **mistral, layer_types=["sliding_attention"] * 2)
+    refusal(tmp_path, "layer_types", **mistral, layer_types=["sliding_attention", "x", "full_attention"])
+    ministral3 = {"model_type": "ministral3", "sliding_window": 32}
+    assert read(tmp_path, **ministral3, layer_types=["sliding_attention"] * 3).sliding_window == 32
+    refusal(tmp_path, "layer_types", **ministral3, layer_types=["full_attention"] * 3)
     refusal(tmp_path, "layer_types", model_type="qwen2", layer_types=["sliding_attention"] * 3)
 
 
@@ -196,11 +201,12 @@ def test_other_architectures_that_go_by_the_name_of_llama(tmp_path, model_type):
         read_config(tmp_path)
 
 
-@pytest.mark.parametrize("model_type", ["llama", "mistral", "qwen2", "qwen3"])
+@pytest.mark.parametrize("model_type", [*FAMILIES, *MULTIMODAL])
 def test_what_transformers_writes_for_a_family_is_read(tmp_path, model_type):
     """Its config class knows no key that is refused at its default."""
     transformers = pytest.importorskip("transformers")
+    text = MULTIMODAL.get(model_type, (model_type,))[0]
     transformers.AutoConfig.for_model(model_type).save_pretrained(tmp_path)
-    assert read_config(tmp_path).model_type == model_type
+    assert read_config(tmp_path).model_type == text
     transformers.AutoConfig.for_model(model_type).to_json_file(tmp_path / "config.json", use_diff=False)
-    assert read_config(tmp_path).model_type == model_type
+    assert read_config(tmp_path).model_type == text

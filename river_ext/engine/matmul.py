@@ -92,7 +92,7 @@ class ManyRows:
         self, config: ModelConfig, layer: Layer, matrices: Matrices, rope: Rope, k: Tensor, v: Tensor
     ):
         self.config, self.block, self.options, self.matrices = config, layer.weights, layer.options, matrices
-        self.cos, self.sin = rope
+        self.tables = layer.tables(rope)
         self.k, self.v = k, v  # [kv_heads, max_len, head_dim]
 
     def run(self, start: int, hidden: Tensor) -> Tensor:
@@ -107,7 +107,7 @@ class ManyRows:
     def attended(self, start: int, hidden: Tensor) -> Tensor:
         """What O takes, [rows, heads * head_dim]; writes K and V."""
         config, options, stop = self.config, self.options, start + hidden.shape[0]
-        cos, sin = self.cos[start:stop], self.sin[start:stop]
+        cos, sin = (self.tables[name][start:stop] for name in ("cos", "sin"))
         x = rms_norm(hidden, self.block.input_layernorm, config.rms_norm_eps)
         q, k, v = (
             linear(x, weight, options.get(bias)).unflatten(1, (-1, config.head_dim))
@@ -118,7 +118,10 @@ class ManyRows:
             k = rms_norm(k, options["k_norm"], config.rms_norm_eps)
         self.k[:, start:stop] = rotate(k, cos, sin).transpose(0, 1)  # rounds to the model dtype
         self.v[:, start:stop] = v.transpose(0, 1)
-        q = rotate(q, cos, sin).to(hidden.dtype)
+        q = rotate(q, cos, sin)
+        if (scale := self.tables["query_scale"]) is not None:
+            q = q * scale[start:stop, None, None]
+        q = q.to(hidden.dtype)
         attended = causal_attention(q, self.k, self.v, start, options.get("sliding_window"))
         return attended.to(hidden.dtype).flatten(1)
 

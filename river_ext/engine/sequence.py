@@ -95,6 +95,30 @@ class Sequence:
         self._logprobs: list[float] = []
         self._top_logprobs: list[list[tuple[int, float]]] = []
 
+    @property
+    def known(self) -> list[int]:
+        """All its tokens, those of the prompt included."""
+        return self.request.prompt + self.tokens
+
+    @property
+    def needs_prefill(self) -> bool:
+        """Whether its next token comes from a pass over all its tokens: the prompt, or what rotates anew."""
+        return not self.tokens or self._steps_left == 0
+
+    @property
+    def _steps_left(self) -> int:
+        """Tokens that steps may draw for it before it ends or rotates anew."""
+        left = self.request.max_new_tokens - len(self.tokens)
+        last, known = self.request.rotates_anew_after, len(self.request.prompt) + len(self.tokens)
+        return left if last is None or known > last + 1 else min(left, last + 1 - known)
+
+    def prefill_took(self, seconds: float) -> None:
+        """One that gives a later token than the first is a step like others."""
+        if self.tokens:
+            self.decode_seconds += seconds
+        else:
+            self.prefill_seconds += seconds
+
     def row(self, slot: int) -> Row:
         """Its next step: the last token is fed back."""
         return Row(
@@ -102,7 +126,7 @@ class Sequence:
             position=len(self.request.prompt) + len(self.tokens) - 1,
             slot=slot,
             request=self.request,
-            remaining=self.request.max_new_tokens - len(self.tokens),
+            remaining=self._steps_left,
             drafting=self._drafting,
         )
 
