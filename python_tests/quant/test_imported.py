@@ -151,6 +151,30 @@ def test_shapes_that_fill_no_words(tiny_checkpoint, source):
             assert torch.equal(found[name], weight.dense), name
 
 
+@pytest.mark.parametrize("format", FORMATS)
+def test_tensors_that_hold_several_weights(tiny_checkpoint, source, format):
+    """In files of Phi-3, q, k and v are one tensor, gate and up another. Here up has given scales to down."""
+    model = tiny_checkpoint("model", **SHAPE, model_type="phi3")
+
+    def move(tensors):
+        for layer in range(SHAPE["num_hidden_layers"]):
+            scales = some_scales(SHAPE["intermediate_size"], layer)
+            tensors[f"model.layers.{layer}.mlp.gate_up_proj.weight"][256:] /= scales[:, None]
+            tensors[f"model.layers.{layer}.mlp.down_proj.weight"] *= scales
+
+    rounded = write_packed(source, model, format, move=move)
+    river = imported(model, source)
+    assert (river.imported["kept"], river.imported["requantised"]) == (COUNT - 2, 2)
+    found = dense(river, model)
+    for layer in range(SHAPE["num_hidden_layers"]):
+        qkv = [found[layer, name] for name in ("q_proj", "k_proj", "v_proj")]
+        assert torch.equal(torch.cat(qkv), rounded[layer, "qkv_proj"].dense)
+        gate, up = rounded[layer, "gate_up_proj"].dense.split(SHAPE["intermediate_size"])
+        assert torch.equal(found[layer, "gate_proj"], gate)
+        scales = some_scales(SHAPE["intermediate_size"], layer)
+        assert relative_error(found[layer, "up_proj"], up * scales[:, None]) < 1e-3
+
+
 def test_rounding_of_scales_is_stated(model, source):
     """fp16 holds a bf16 scale exactly, unless it is below the normal range; fp32 ones it rounds."""
     write_packed(source / "bf16", model, "compressed-tensors", scale_dtype=torch.bfloat16)
