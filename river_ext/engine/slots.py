@@ -67,4 +67,7 @@ class Slots:
         depths, layers = sequence.exit_depths, self.network.config.num_hidden_layers
         if by_backbone == running.start and depths[0] == layers:
             by_backbone = len(request.prompt) + sum(1 for _ in takewhile(layers.__eq__, depths[1:]))
-        return Contents(request.prompt + sequence.tokens[:-1], by_backbone)
+        written = request.prompt + sequence.tokens[:-1]
+        if request.kv_strategy != "share":  # which may leave out layers
+            written = written[:by_backbone]
+        return Contents(written, by_backbone)
