@@ -178,7 +178,7 @@ def _offloaded(config: ModelConfig) -> list[str]:
     return [
         name
         for layer in layers
-        for name, fields in _layer_tensors(config, layer).items()
+        for name, fields in layer_tensors(config, layer).items()
         if fields.keys() & BlockShape.of(config).projections().keys()
     ]
 
