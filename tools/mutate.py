@@ -28,6 +28,27 @@ class Mutant:
 
 MUTANTS = [
     Mutant(
+        "scales between v and o go by KV heads one after the other",
+        "river_ext/quant/imported/moved_scales.py",
+        "arange(shape.num_key_value_heads).repeat_interleave(group)",
+        "arange(shape.num_key_value_heads).repeat(group)",
+        "test_imported.py -k moved_scales",
+    ),
+    Mutant(
+        "an imported row keeps its scale while its partner's columns change theirs",
+        "river_ext/quant/imported/moved_scales.py",
+        "else self.grid.times(factors)",
+        "else self.grid",
+        "test_imported.py -k moved_scales",
+    ),
+    Mutant(
+        "rows of q and k stay as a GGUF file orders them",
+        "river_ext/loading/gguf_checkpoint.py",
+        "return heads.transpose(1, 2).reshape(tensor.shape)",
+        "return tensor",
+        "test_gguf.py -k comes_back",
+    ),
+    Mutant(
         "all draw as the first row",
         "river_ext/engine/graph.py",
         "self.drawing.fill([row.request.sampling for row in rows])",
