@@ -11,6 +11,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Hashable, Iterator
+from dataclasses import replace
 from itertools import count, takewhile
 from os.path import commonprefix
 from typing import NamedTuple
@@ -25,6 +26,7 @@ from .exit_rule import BATCH_POLICIES
 from .graph import Memory
 from .lossless import LosslessDecoder
 from .network import Network
+from .prefill import Prefill
 from .request import Request, request
 from .sequence import GenerationOutput, Piece, Sequence
 from .step import RowOutput
@@ -47,9 +49,10 @@ class Contents(NamedTuple):
 
     tokens: list[int]  # whose K and V are there, from position 0 on
     by_backbone: int  # at so many positions from 0 on, the backbone alone wrote them
+    rotation: int  # of the keys, see Network.rotation
 
 
-EMPTY = Contents([], 0)
+EMPTY = Contents([], 0, 0)
 
 
 class Engine:
@@ -265,7 +268,7 @@ class Engine:
         try:
             with memory_for("the prompt"):
                 if running.prefill is None:
-                    running.begin_prefill(self.network, self._memory.cache, self.progress)
+                    running.prefill = self._new_prefill(running)
                 new = running.prefill.advance(self._prefill_rows if others else math.inf)
         except RiverError as error:
             sequence.fail(str(error))
@@ -281,6 +284,15 @@ class Engine:
         running.prefill = None
         self._batch(running).join(running)
         self._take([(running, RowOutput([new]))])
+
+    def _new_prefill(self, running: Running) -> Prefill:
+        """Of the prompt; or of all its tokens, where they rotate anew."""
+        if running.sequence.tokens:
+            running.start = 0
+        tokens, cache = running.sequence.known, self._memory.cache
+        running.prefilled = len(tokens)
+        request = replace(running.sequence.request, prompt=tokens)
+        return Prefill(self.network, cache, running.slot, request, running.start, self.progress)
 
     def _batch(self, running: Running) -> Batch:
         """Where it decodes."""
@@ -339,26 +351,28 @@ class Engine:
     def _choose_slot(self, request: Request) -> tuple[int, int]:
         """A free slot, and how many positions of the prompt it holds already: all but one at most."""
         prompt = request.prompt
-        if not self.reuse_prompts or self.network.scales_by_length(len(prompt)):
+        if not self.reuse_prompts:
             return self._free[0], 0
         shared = {}
         for slot in self._free:
-            tokens, by_backbone = self._contents[slot]
+            tokens, by_backbone, rotation = self._contents[slot]
             usable = tokens[:by_backbone] if request.full_depth else tokens
-            shared[slot] = len(commonprefix([usable, prompt[:-1]]))
+            alike = rotation == self.network.rotation(len(prompt))
+            shared[slot] = len(commonprefix([usable, prompt[:-1]])) if alike else 0
         slot = max(shared, key=shared.get)
         return slot, shared[slot]
 
     def _written(self, running: Running) -> Contents:
         """What its slot holds in all layers, for those who may take it over."""
-        sequence, request, before = running.sequence, running.sequence.request, self._contents[running.slot]
-        if not sequence.tokens or self.network.scales_by_length(running.prefilled):
+        sequence, before = running.sequence, self._contents[running.slot]
+        first = running.prefilled - len(sequence.request.prompt)  # token that the prefill drew
+        if len(sequence.tokens) <= first:
             return EMPTY
         by_backbone = min(before.by_backbone, running.start)
-        depths, layers = sequence.exit_depths, self.network.config.num_hidden_layers
+        depths, layers = sequence.exit_depths[first:], self.network.config.num_hidden_layers
         if by_backbone == running.start and depths[0] == layers:
-            by_backbone = len(request.prompt) + sum(1 for _ in takewhile(layers.__eq__, depths[1:]))
-        return Contents(request.prompt + sequence.tokens[:-1], by_backbone)
+            by_backbone = running.prefilled + sum(1 for _ in takewhile(layers.__eq__, depths[1:]))
+        return Contents(sequence.known[:-1], by_backbone, self.network.rotation(running.prefilled))
 
     def _find(self, id: Hashable) -> Running | None:
         try:
