@@ -60,6 +60,7 @@ def oracle(model, prompt, **options):
             if not exits:
                 similarities.append(similarity.item())
                 exits = index + 1 >= asked.rule.min_layers and similarities[-1] > asked.rule.threshold
+                exits = exits or index + 1 == asked.rule.limit
         reason = draw(hidden, position + 1, len(similarities), similarities)
     return (*map(list, zip(*drawn, strict=True)), reason, cache)
 

@@ -127,6 +127,10 @@ def _river_facts(directory, config: ModelConfig, fingerprint: str) -> tuple[dict
     lines = {
         "saved river": f"{directory}: {saved['quantiser']}, groups of {saved['group_size']}, {head} a head"
     }
+    if imported := saved.get("imported"):
+        files = ", ".join(f"{name} (sha256 {digest[:16]})" for name, digest in imported["files"].items())
+        lines["imported"] = shared.import_line(imported)
+        lines["imported files"] = files
     if calibration := saved.get("calibration"):
         lines["calibrated"] = (
             f"{calibration['agreement']:.1%} of next tokens as at full depth, not calibrated "

@@ -204,9 +204,9 @@ MUTANTS = [
     ),
     Mutant(
         "stop tokens of the first row",
-        "csrc/cpu/step.cpp",
-        "a.stop_tokens + int64_t(t) * a.num_stop_tokens",
-        "a.stop_tokens",
+        "csrc/step_rules.h",
+        "stop_tokens + int64_t(row) * count",
+        "stop_tokens",
         "test_advance.py",
     ),
     Mutant(
@@ -281,7 +281,7 @@ MUTANTS = [
     ),
     Mutant(
         "a part of a prompt is taken for all of it",
-        "river_ext/engine/engine.py",
+        "river_ext/engine/slots.py",
         "if len(sequence.tokens) <= first:",
         "if len(sequence.tokens) < first:",
         "test_engine.py -k cancelled_nothing",
@@ -289,8 +289,8 @@ MUTANTS = [
     Mutant(
         "slots keep what they held before clear",
         "river_ext/engine/engine.py",
-        "        self._contents = [EMPTY] * self.slots\n\n    def __enter__",
-        "\n    def __enter__",
+        "        self._slots.clear()\n",
+        "        self._slots.free = list(range(self.slots))\n",
         "test_engine.py -k after_clear",
     ),
     Mutant(
@@ -331,8 +331,8 @@ MUTANTS = [
     Mutant(
         "the queue without its lock",
         "river_ext/engine/engine.py",
-        "        with self._lock:\n            while self._queue and self._free:",
-        "        with threading.Lock():\n            while self._queue and self._free:",
+        "        with self._lock:\n            while self._queue and self._slots.free:",
+        "        with threading.Lock():\n            while self._queue and self._slots.free:",
         "test_engine.py -k under_the_lock",
     ),
     Mutant(
@@ -484,7 +484,7 @@ MUTANTS = [
     ),
     Mutant(
         "what rotates otherwise is taken over",
-        "river_ext/engine/engine.py",
+        "river_ext/engine/slots.py",
         "rotation(running.prefilled)",
         "rotation(len(sequence.request.prompt))",
         "test_longrope.py -k taken_over",
@@ -537,6 +537,34 @@ MUTANTS = [
         "return zip(fields, tensor",
         "return zip(reversed(fields), tensor",
         "test_hf_parity.py -k phi3",
+    ),
+    Mutant(
+        "a buffer overwritten while its layer computes",
+        "river_ext/engine/offload.py",
+        "        for user in self.users:\n            stream.wait_stream(user)\n",
+        "",
+        "test_offload.py -k among_others",
+    ),
+    Mutant(
+        "one buffer for all streamed layers",
+        "river_ext/engine/offload.py",
+        "self._buffers[(index - self.first_fetched) % len(self._buffers)]",
+        "self._buffers[0]",
+        "test_emulated_engine.py -k streamed",
+    ),
+    Mutant(
+        "a layer that computes before its copy has landed",
+        "river_ext/engine/offload.py",
+        "                stream.wait_stream(self._copies)\n",
+        "",
+        "test_emulated_engine.py -k late",
+    ),
+    Mutant(
+        "pages that are of no file are given back",
+        "river_ext/loading/offloaded.py",
+        "if size > 0 and any(low <= start and end <= high for low, high in files):",
+        "if size > 0:",
+        "test_offload.py -k no_file",
     ),
 ]
 

@@ -3,7 +3,8 @@
 import itertools
 import math
 import random
-from functools import cache
+from dataclasses import replace
+from functools import cache, partial
 from os.path import commonprefix
 
 import emulated
@@ -11,9 +12,12 @@ import emulated_ops
 import pytest
 import torch
 from emulated import VARIANT
+from streams import Landing
 from tiny_model import random_model, random_prompt
 
 from river_ext import ops
+from river_ext.engine import offload
+from river_ext.model import Model
 
 LAYERS, VOCAB, REQUESTS = 3, 80, 26
 BY_THE_KERNELS = (
@@ -41,6 +45,12 @@ def model():
     return random_model(dtype=torch.bfloat16, num_hidden_layers=LAYERS)
 
 
+def offloading_model(resident):
+    """The same, but for where its layers are."""
+    whole = model()
+    return Model(replace(whole.config, resident_layers=resident), whole.weights, whole.river)
+
+
 def some_requests(modes):
     generator = random.Random(5)
     for number in range(REQUESTS):
@@ -63,7 +73,7 @@ def facts(output):
     return output.tokens, output.exit_depths, output.similarities, output.finish_reason
 
 
-def together(requests, slots, control):
+def together(requests, slots, control, model=model):
     engine = model().engine(slots=slots, max_len=16, exit_control=control)
     for number, (prompt, options) in enumerate(requests):
         engine.submit(prompt, id=number, **options)
@@ -133,3 +143,18 @@ def test_lossless(on_emulated_gpu, slots):
         (prompt, options | {"mode": "lossless", "draft_tokens": next(drafts)}) for prompt, options in requests
     ]
     assert together(lossless, slots, "device") == alone(("full",))
+
+
+@pytest.mark.skipif(VARIANT == "sanitized", reason="too slow there, where other tests run each kernel")
+@pytest.mark.parametrize("late", [False, True], ids=["copies land at once", "copies land late"])
+def test_streamed_layers(on_emulated_gpu, monkeypatch, late):
+    """Layers come through the two buffers when they are needed, and none is overwritten before it has run."""
+    modes = ("river", "river", "river", "full", "full_w4")
+    expected = alone(modes)
+    requests = [
+        (prompt, options | {"mode": "lossless"} if options["mode"] == "full" else options)
+        for prompt, options in some_requests(modes)
+    ]
+    monkeypatch.setattr(offload, "streams", lambda network: True)
+    with Landing(monkeypatch, late):
+        assert together(requests, 5, "device", partial(offloading_model, 1)) == expected

@@ -509,6 +509,14 @@ def test_score_takes_as_many_tokens_as_the_model_has_positions():
             random_model().score(tokens, prompt_length=prompt_length)
 
 
+@pytest.mark.parametrize("tokens", ["a text", [{"role": "user", "content": "a text"}]], ids=["text", "chat"])
+def test_score_takes_token_ids_alone(tokens):
+    """Also where a tokenizer could make some of a text."""
+    for model in (random_model(), demo_model()):
+        with pytest.raises(RiverError, match="tokens is .*a text.*; accepted: token ids"):
+            model.score(tokens, prompt_length=1)
+
+
 # --- bad input ------------------------------------------------------------------------------------------
 
 REFUSED = {

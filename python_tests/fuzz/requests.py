@@ -16,8 +16,8 @@ OPTIONS = {
     1e-46], "min_p": [0.0, 0.1, 1, 1e-46, 1.1], "seed": [0, 1, -1, 2**63 - 1, 2**63],
     "stop": ["a", ["b", "c"], "<|im_end|>", ["a" * 10**5], ["x"] * 3000],
     "stop_tokens": [[], [5], 5, {3, 4}, None, [2**40]], "return_logits": [True, False],
-    "exit_control": ["auto", "host", "device"], "river_head": ["model", "w4"], "no_such_option": [1],
-
+    "exit_control": ["auto", "host", "device"], "river_head": ["model", "w4"],
+    "deep_tokens": ["stream", "exit"], "no_such_option": [1],
 }  # fmt: skip
 
 

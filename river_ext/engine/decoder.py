@@ -176,14 +176,20 @@ class StepDecoders:
 
     def __init__(self, memory: Memory, together: bool):
         self.control = "auto"
+        self.first_fetched = memory.network.first_fetched
         self.on_gpu = memory.network.device.type == "cuda"
         self.by_control = {name: kind(memory, together) for name, kind in EXIT_CONTROLS.items()}
 
     def choose(self, rows: Sequence[Row]) -> Decoder:
-        """Where a CPU has nothing to decide, the host's steps have fewer and plainer calls."""
+        """Where a CPU has nothing to decide, the host's steps have fewer and plainer calls.
+
+        Whatever is asked for, rows that may run a layer that is to be fetched are the host's: it fetches.
+        """
+        rules = [row.request.rule for row in rows]
+        if any(rule.limit > self.first_fetched for rule in rules):
+            return self.by_control["host"]
         if self.control != "auto":
             return self.by_control[self.control]
-        rules = [row.request.rule for row in rows]
         decides = any(rule.limit > 0 and not rule.never_leaves for rule in rules)
         return self.by_control["device" if decides or self.on_gpu else "host"]
 

@@ -12,8 +12,7 @@ import time
 from collections import deque
 from collections.abc import Hashable, Iterator
 from dataclasses import replace
-from itertools import count, takewhile
-from os.path import commonprefix
+from itertools import count
 from typing import NamedTuple
 
 from .. import ops
@@ -27,8 +26,9 @@ from .graph import Memory
 from .lossless import LosslessDecoder
 from .network import Network
 from .prefill import Prefill
-from .request import Request, request
+from .request import request
 from .sequence import GenerationOutput, Piece, Sequence
+from .slots import Slots
 from .step import RowOutput
 
 DEFAULT_POSITIONS = 4096  # of a slot, where nobody says and the model has as many
@@ -42,17 +42,6 @@ class Event(NamedTuple):
     id: Hashable
     piece: Piece | None  # a new token; None where it ends without one
     output: GenerationOutput | None  # once it has ended: then no other event of it follows
-
-
-class Contents(NamedTuple):
-    """What a slot holds that no request works on."""
-
-    tokens: list[int]  # whose K and V are there, from position 0 on
-    by_backbone: int  # at so many positions from 0 on, the backbone alone wrote them
-    rotation: int  # of the keys, see Network.rotation
-
-
-EMPTY = Contents([], 0, 0)
 
 
 class Engine:
@@ -78,10 +67,10 @@ class Engine:
         self.check(batch_policy, exit_control)
         self.network, self.text, self.batch_policy = network, text, batch_policy
         self.slots = integer("slots", slots, 1, ops.MAX_ROWS)
+        self._slots = Slots(network, self.slots, flag("reuse_prompts", reuse_prompts))
         if max_len is None:
             max_len = min(DEFAULT_POSITIONS, config.max_length)
         self.max_len = integer("max_len", max_len, 1, config.max_length)
-        self.reuse_prompts = flag("reuse_prompts", reuse_prompts)
         self.progress = False  # show on standard error how far long prompts are
         self._memory = Memory(network, self.slots, self.max_len)
         self._decoders = StepDecoders(self._memory, together=batch_policy == "min")
@@ -94,8 +83,6 @@ class Engine:
         self._ids, self._closed = count(), False
         self._queue: deque[Running] = deque()
         self._known: dict[Hashable, Running] = {}  # all that have not ended
-        self._free = list(range(self.slots))
-        self._contents = [EMPTY] * self.slots  # of one in use, what it held before
         self._prefilling: deque[Running] = deque()
         self._ending: list[Running] = []  # cancelled, or left in the middle of a token
         self._events: list[Event] = []  # of this step
@@ -192,8 +179,7 @@ class Engine:
             self._known, self._queue, self._prefilling, self._steps, self._cycles, self._ending, self._events
         ):  # fmt: skip
             place.clear()
-        self._free = list(range(self.slots))
-        self._contents = [EMPTY] * self.slots
+        self._slots.clear()
 
     def __enter__(self) -> "Engine":
         return self
@@ -229,7 +215,7 @@ class Engine:
             self._ending = [
                 running for running in everyone if running.cancelled or running.sequence.finish_reason
             ]
-        self._free = [slot for slot in range(self.slots) if slot not in {one.slot for one in everyone}]
+        self._slots.keep({running.slot for running in everyone})
         for running in everyone:
             running.prefill = None
             if running.slot >= 0 and running.sequence.needs_prefill:
@@ -252,11 +238,10 @@ class Engine:
     def _admit(self) -> None:
         """Queued requests into free slots, first come, first served."""
         with self._lock:
-            while self._queue and self._free:
+            while self._queue and self._slots.free:
                 running = self._queue[0]
-                slot, running.start = self._choose_slot(running.sequence.request)
+                slot, running.start = self._slots.take(running.sequence.request)
                 running.slot = slot
-                self._free.remove(slot)
                 self._prefilling.append(self._queue.popleft())
 
     def _work_on_prompts(self) -> None:
@@ -289,10 +274,10 @@ class Engine:
         """Of the prompt; or of all its tokens, where they rotate anew."""
         if running.sequence.tokens:
             running.start = 0
-        tokens, cache = running.sequence.known, self._memory.cache
+        tokens, memory = running.sequence.known, self._memory
         running.prefilled = len(tokens)
         request = replace(running.sequence.request, prompt=tokens)
-        return Prefill(self.network, cache, running.slot, request, running.start, self.progress)
+        return Prefill(memory.network, memory.cache, running.slot, request, running.start, self.progress)
 
     def _batch(self, running: Running) -> Batch:
         """Where it decodes."""
@@ -301,7 +286,8 @@ class Engine:
     def _decode(self) -> None:
         """The next tokens of every sequence."""
         self._held_up = 0
-        together, waiting = self.batch_policy == "min", bool(self._prefilling or (self._queue and self._free))
+        together = self.batch_policy == "min"
+        waiting = bool(self._prefilling or (self._queue and self._slots.free))
         if together and waiting:
             return  # rows that leave the backbone together begin together
         stops = any(running.sequence.request.stop for running in self._steps)
@@ -341,38 +327,9 @@ class Engine:
             else:
                 if running in self._prefilling:
                     self._prefilling.remove(running)
-                self._free.append(running.slot)
-                self._contents[running.slot] = self._written(running)
+                self._slots.give_back(running)
             del self._known[running.id]
             self._events[before:] = [last]  # no interrupt comes between these two
-
-    # --- slots --------------------------------------------------------------------------------------------
-
-    def _choose_slot(self, request: Request) -> tuple[int, int]:
-        """A free slot, and how many positions of the prompt it holds already: all but one at most."""
-        prompt = request.prompt
-        if not self.reuse_prompts:
-            return self._free[0], 0
-        shared = {}
-        for slot in self._free:
-            tokens, by_backbone, rotation = self._contents[slot]
-            usable = tokens[:by_backbone] if request.full_depth else tokens
-            alike = rotation == self.network.rotation(len(prompt))
-            shared[slot] = len(commonprefix([usable, prompt[:-1]])) if alike else 0
-        slot = max(shared, key=shared.get)
-        return slot, shared[slot]
-
-    def _written(self, running: Running) -> Contents:
-        """What its slot holds in all layers, for those who may take it over."""
-        sequence, before = running.sequence, self._contents[running.slot]
-        first = running.prefilled - len(sequence.request.prompt)  # token that the prefill drew
-        if len(sequence.tokens) <= first:
-            return EMPTY
-        by_backbone = min(before.by_backbone, running.start)
-        depths, layers = sequence.exit_depths[first:], self.network.config.num_hidden_layers
-        if by_backbone == running.start and depths[0] == layers:
-            by_backbone = running.prefilled + sum(1 for _ in takewhile(layers.__eq__, depths[1:]))
-        return Contents(sequence.known[:-1], by_backbone, self.network.rotation(running.prefilled))
 
     def _find(self, id: Hashable) -> Running | None:
         try:

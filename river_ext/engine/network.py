@@ -72,7 +72,8 @@ class Layer:
         names = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
         self._dense = {name: getattr(weights, name) for name in names}
         self._packed = vars(river)
-        self._tiles = {name.replace("proj", "tiles"): tiles for name, tiles in vars(river).items()}
+        tiles = {name.replace("proj", "tiles"): tiles for name, tiles in vars(river).items()}
+        self._both = self._dense | tiles
 
     def block(self, hidden: Tensor, place: Place) -> tuple[Tensor, Tensor]:
         """Rows through the decoder block: hidden and similarity [T]."""
@@ -86,7 +87,7 @@ class Layer:
         """Each row by the path that the device chooses; previous [T, hidden_size] went into layer - 1."""
         return ops.dual_layer(
             index=self.index, hidden=hidden, previous=previous, **decision._asdict(),
-            **self._dense, **self._tiles, **self._common, **self._at(place),
+            **self._both, **self._common, **self._at(place),
         )  # fmt: skip
 
     def tables(self, rope: Rope) -> dict[str, Tensor | None]:
@@ -118,6 +119,7 @@ class Network:
         self.embed_tokens, self.norm, self.lm_head = weights.embed_tokens, weights.norm, weights.lm_head
         pairs = zip(weights.layers, river, strict=True)
         self.layers = [Layer(index, config, *pair) for index, pair in enumerate(pairs)]
+        self.first_fetched = config.num_hidden_layers  # layers from this one on need `fetch`
         self.lm_head_w4 = river.lm_head
         self.river_head_bytes = (self.lm_head if self.lm_head_w4 is None else self.lm_head_w4).nbytes
         self.dtype, self.device = weights.embed_tokens.dtype, weights.embed_tokens.device
@@ -125,6 +127,15 @@ class Network:
 
     def embed(self, tokens: Tensor) -> Tensor:
         return torch.nn.functional.embedding(tokens, self.embed_tokens)
+
+    def fetch(self, index: int, depth: int) -> None:
+        """Comes before the decoder block of a layer, for work that is given to the current stream.
+
+        depth: the backbone layers up to there follow for certain. Here all weights are where ops read them.
+        """
+
+    def synchronise(self) -> None:
+        """Waits for the copies that `fetch` has begun."""
 
     def head(self, hidden: Tensor, river_head: bool | Tensor, **options) -> tuple[Tensor, Tensor]:
         """What `ops.lm_head` gives, by the model's head or by the river's, if it was saved with one.

@@ -33,6 +33,7 @@ from .sampling import Sampling
 MODES = ("river", "lossless", "full", "full_w4")
 KV_STRATEGIES = ("share",)
 RIVER_HEADS = ("model", "w4")
+DEEP_TOKENS = ("stream", "exit")
 MOST_DRAFTS = ops.MAX_ROWS - 1  # one row of a verification is the token before them
 MAX_LOGPROBS = 20  # as many as servers of the same kind give
 
@@ -48,6 +49,7 @@ class Options:
     mode: str = "river"
     draft_tokens: int | str = "auto"
     river_head: str = "model"
+    deep_tokens: str = "stream"
     kv_strategy: str = "share"
     temperature: float = 0.0
     top_k: int = 0
@@ -215,17 +217,42 @@ def prompt_tokens(config: ModelConfig, text: Text | None, prompt) -> list[int]:
 
 
 def exit_rule(config: ModelConfig, options: Options) -> ExitRule:
-    """The rule of a mode: "full" and "lossless" never exit, "full_w4" runs no backbone layer."""
+    """The rule of a mode: "full" and "lossless" never exit, "full_w4" runs no backbone layer.
+
+    With deep_tokens="exit" no token runs an offloaded layer.
+    """
     choice("mode", options.mode, MODES)
     choice("kv_strategy", options.kv_strategy, KV_STRATEGIES)
-    layers = config.num_hidden_layers
     threshold = number("threshold", options.threshold)
-    min_layers = integer("min_layers", options.min_layers, 1, layers)
+    min_layers = integer("min_layers", options.min_layers, 1, config.num_hidden_layers)
+    if options.mode in ("full", "lossless"):
+        threshold = math.inf
+    deepest = deepest_exit(config, options, fp32(threshold))
+    if min_layers > deepest:
+        raise RiverError(
+            f"min_layers={min_layers} with deep_tokens='exit' and resident_layers={deepest}; accepted: 1 to "
+            f"{deepest}"
+        )
     return ExitRule(
-        threshold=math.inf if options.mode in ("full", "lossless") else threshold,
+        threshold=threshold,
         min_layers=min_layers,
-        limit=0 if options.mode == "full_w4" else layers,
+        limit=0 if options.mode == "full_w4" else deepest,
     )
+
+
+def deepest_exit(config: ModelConfig, options: Options, threshold: float) -> int:
+    """Backbone layers that a token may run while it decodes: all of them, or those that are resident."""
+    choice("deep_tokens", options.deep_tokens, DEEP_TOKENS)
+    if options.deep_tokens == "stream":
+        return config.num_hidden_layers
+    if config.resident_layers is None:
+        raise RiverError("deep_tokens='exit' needs a model that was loaded with resident_layers")
+    if threshold == math.inf and options.mode != "full_w4":
+        which = "threshold=inf" if options.mode == "river" else f"mode={options.mode!r}"
+        raise RiverError(
+            f"deep_tokens='exit' with {which}, where no token exits; accepted there: deep_tokens='stream'"
+        )
+    return config.resident_layers
 
 
 def draft_tokens(options: Options) -> int | str | None:

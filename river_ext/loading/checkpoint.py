@@ -24,6 +24,7 @@ from .config import ModelConfig, checkpoint_directory, parse_dtype, read_config
 from .families import FAMILIES
 from .files import is_regular, path_of
 from .json_object import read_json_object
+from .offloaded import checked_resident_layers
 from .tokenizer import load_tokenizer
 from .weights import BlockShape, DecoderBlockWeights, ModelWeights
 
@@ -56,6 +57,7 @@ def load_checkpoint(
     dtype: torch.dtype | str = "auto",
     device: torch.device | str = "cpu",
     check_finite: bool = True,
+    resident_layers: int | None = None,
 ) -> Checkpoint:
     """Loads a checkpoint directory.
 
@@ -66,26 +68,37 @@ def load_checkpoint(
         device: where the weights go.
         check_finite: refuse weights with NaN or Inf. This reads every byte once, so a mapped file is in
             memory afterwards; without it, weights are read when they are first used.
+        resident_layers: matrices of the backbone layers from this one on are not to be in the device's
+            memory: for a GPU they go to pinned memory of the host, on the CPU they must be views of the file.
     """
     directory = checkpoint_directory(directory)
     config = read_config(directory)
-    stored = _stored_tensors(directory)
+    stored = stored_tensors(directory)
     if config.multimodal:
         stored = _text_tensors(stored)
     _check_tensors(stored, tensor_shapes(config), directory)
     auto = config.dtype or stored["model.embed_tokens.weight"].dtype
-    config = replace(config, dtype=parse_dtype(auto if dtype == "auto" else dtype, "load"))
+    config = replace(
+        config,
+        dtype=parse_dtype(auto if dtype == "auto" else dtype, "load"),
+        resident_layers=checked_resident_layers(resident_layers, config),
+    )
     device = parse_device(device)
+    offloaded = _offloaded(config)
+    if device.type == "cpu":
+        for name in offloaded:
+            stored[name].check_is_view(config.dtype)
     if device.type == "cuda":
         check_gpu_kernels(config)
     tokenizer = load_tokenizer(directory)
 
     def load(name: str) -> Tensor:
-        tensor = stored[name].read().to(device=device, dtype=config.dtype)
+        pinned = name in offloaded and device.type == "cuda"
+        tensor = stored[name].read().to(device="cpu" if pinned else device, dtype=config.dtype)
         if check_finite and not _all_finite(tensor):
             raise RiverError(f"{stored[name].path}: tensor {name} holds NaN or Inf in {config.dtype}")
         advance()
-        return tensor
+        return tensor.pin_memory() if pinned else tensor
 
     with progress_bar("loading", len(tensor_shapes(config)), wanted=check_finite) as advance:
         embed_tokens = load("model.embed_tokens.weight")
@@ -159,6 +172,12 @@ def _split(tensor: Tensor, fields: dict[str, tuple[int, ...]]) -> Iterator[tuple
     return zip(fields, tensor.split([shape[0] for shape in fields.values()]), strict=True)
 
 
+def _offloaded(config: ModelConfig) -> list[str]:
+    """Names of the matrices of offloaded layers. Norms and biases are small, and the river's as well."""
+    layers = range(config.num_hidden_layers)[config.resident_layers or config.num_hidden_layers :]
+    return [tensor_name(layer, field) for layer in layers for field in BlockShape.of(config).projections()]
+
+
 def _has(config: ModelConfig, field: str) -> bool:
     """Whether the blocks of a model have a tensor that others may lack."""
     family = FAMILIES[config.model_type]
@@ -179,7 +198,7 @@ def tensor_name(layer: int, field: str, fused: bool = False) -> str:
 
 
 @dataclass(frozen=True)
-class _StoredTensor:
+class StoredTensor:
     """A tensor in an open safetensors file; `read` gives a view of the mapped file."""
 
     path: Path
@@ -197,9 +216,23 @@ class _StoredTensor:
         # headers of an odd length misplace the data; kernels may count on the alignment of an element
         return tensor.clone() if tensor.data_ptr() % tensor.itemsize else tensor
 
+    def check_is_view(self, dtype: torch.dtype) -> None:
+        """Refuses an offloaded tensor that could only be used as a copy in memory."""
+        if self.dtype != dtype:
+            wanted, accepted = (str(t).removeprefix("torch.") for t in (dtype, self.dtype))
+            raise RiverError(
+                f"{self.path}: tensor {self.name} is stored as {self.dtype_name}, and in dtype {wanted} it "
+                f"would be in memory whatever resident_layers says; accepted on the CPU: dtype={accepted!r}"
+            )
+        if self.file.get_tensor(self.name).data_ptr() % dtype.itemsize:
+            raise RiverError(
+                f"{self.path}: tensor {self.name} lies at an odd place of the file, and would be in memory "
+                "whatever resident_layers says; accepted on the CPU: a file that safetensors has written"
+            )
 
-def _stored_tensors(directory: Path) -> dict[str, _StoredTensor]:
-    """Every tensor of the checkpoint, from model.safetensors or from the shards that its index names."""
+
+def stored_tensors(directory: Path) -> dict[str, StoredTensor]:
+    """Every tensor of a directory, from model.safetensors or from the shards that its index names."""
     single, index = directory / "model.safetensors", directory / "model.safetensors.index.json"
     if is_regular(single):
         return _open_safetensors(single)
@@ -210,7 +243,7 @@ def _stored_tensors(directory: Path) -> dict[str, _StoredTensor]:
         raise RiverError(
             f"{index}: weight_map is missing or no object; accepted: tensor names to shard names"
         )
-    stored: dict[str, _StoredTensor] = {}
+    stored: dict[str, StoredTensor] = {}
     for shard in dict.fromkeys(_shard_name(index, name, shard) for name, shard in weight_map.items()):
         if not is_regular(directory / shard):
             raise RiverError(f"{directory / shard}: missing; {index.name} names it")
@@ -224,9 +257,9 @@ def _stored_tensors(directory: Path) -> dict[str, _StoredTensor]:
     return stored
 
 
-def _text_tensors(stored: dict[str, _StoredTensor]) -> dict[str, _StoredTensor]:
+def _text_tensors(stored: dict[str, StoredTensor]) -> dict[str, StoredTensor]:
     """Those of the text model in a multimodal checkpoint, by the names that they would have alone."""
-    text: dict[str, _StoredTensor] = {}
+    text: dict[str, StoredTensor] = {}
     for name, tensor in stored.items():
         if NOT_TEXT.match(name):
             continue
@@ -262,12 +295,12 @@ def _what_else(directory: Path) -> str:
     return f"{needed}, {other[0]} is not read" if other else needed
 
 
-def _open_safetensors(path: Path) -> dict[str, _StoredTensor]:
+def _open_safetensors(path: Path) -> dict[str, StoredTensor]:
     try:
         file = safe_open(path, framework="pt", device="cpu")
         slices = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118 (safe_open is no dict)
         return {
-            name: _StoredTensor(path, file, name, tuple(s.get_shape()), s.get_dtype())
+            name: StoredTensor(path, file, name, tuple(s.get_shape()), s.get_dtype())
             for name, s in slices.items()
         }
     except (SafetensorError, OSError, ValueError, RuntimeError, OverflowError) as error:
@@ -313,7 +346,7 @@ def _all_finite(tensor: Tensor) -> bool:
     return all(extreme.isfinite().item() for extreme in torch.aminmax(tensor))
 
 
-def _fingerprint(tensors: dict[str, _StoredTensor]) -> str:
+def _fingerprint(tensors: dict[str, StoredTensor]) -> str:
     """sha256 over name, dtype, shape and three 4-KB blocks (start, middle, end) of every tensor, by name.
 
     It tells checkpoints apart and does not depend on their sharding. As it samples, it is no proof against

@@ -50,6 +50,7 @@ class ModelConfig:
     # (beta, n): the query at position p is scaled by 1 + beta * log(1 + p // n)
     query_scaling: tuple[float, int] | None = None
     multimodal: bool = False  # the checkpoint holds more than this model, which is read alone
+    resident_layers: int | None = None  # `load` says it: backbone layers from this one on are offloaded
 
     @property
     def max_length(self) -> int:
@@ -91,8 +92,8 @@ def read_config_file(path: Path) -> ModelConfig:
     generation = read_json_object(generation_path) if is_regular(generation_path) else {}
     top, generation = Reader(path, read_json_object(path)), Reader(generation_path, generation)
     if top.choice("model_type", [*FAMILIES, *MULTIMODAL]) in FAMILIES:
-        return _model_config(top, generation)
-    return replace(_model_config(_text_model(top), generation), multimodal=True)
+        return model_config(top, generation)
+    return replace(model_config(_text_model(top), generation), multimodal=True)
 
 
 def _text_model(top: Reader) -> Reader:
@@ -121,6 +122,8 @@ def checkpoint_directory(directory: str | Path) -> Path:
                 f"{name}: no such directory. If it is a model's name on a hub, download it first: "
                 f"hf download {name} --local-dir {name.split('/')[1]}, and give that directory"
             )
+        if name.lower().endswith(".gguf") and os.path.isfile(directory):
+            raise RiverError(f"{name}: make a checkpoint of it first: river convert {name} --output DIR")
         raise RiverError(f"{name}: no such directory; a Hugging Face checkpoint directory is needed")
     return path
 
@@ -133,8 +136,9 @@ def parse_dtype(value, where: str) -> torch.dtype:
     return DTYPES[name]
 
 
-def _model_config(top: Reader, generation: Reader) -> ModelConfig:
-    family = FAMILIES[top.values["model_type"]]
+def model_config(top: Reader, generation: Reader) -> ModelConfig:
+    """What the keys of a config.json say, and those of a generation_config.json of bos and eos ids."""
+    family = FAMILIES[top.choice("model_type", FAMILIES)]
     _refuse_unsupported(top)
     vocab_size = top.integer("vocab_size", 1, 1 << 24)
     num_hidden_layers = top.integer("num_hidden_layers", 1, 1024)

@@ -113,8 +113,7 @@ struct QkvEpilogue : PlainEpilogue {
       const float v = load_written(values + i);
       squares += v * v;
     }
-    for (int lanes = kWarp / 2; lanes > 0; lanes /= 2) squares += shuffle_xor(squares, lanes);
-    const float inverse = 1.f / sqrtf(squares / a.head_dim + a.rms_norm_eps);
+    const float inverse = 1.f / sqrtf(warp_sum(squares) / a.head_dim + a.rms_norm_eps);
     auto normed = [&](int i) { return load_written(values + i) * (inverse * to_float(norm[i])); };
     for (int i = lane_id(); i < half; i += kWarp) {
       float lo = normed(i), hi = normed(i + half);
