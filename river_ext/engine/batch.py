@@ -31,6 +31,11 @@ class Batch:
         self.members: list[Running] = []
         self._joining: list[Running] = []
 
+    @classmethod
+    def of(cls, decoder: Decoder) -> "Batch":
+        """Whose steps this one takes."""
+        return cls(lambda rows: decoder)
+
     def __len__(self) -> int:
         return len(self.members) + len(self._joining)
 

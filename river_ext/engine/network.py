@@ -30,6 +30,7 @@ class Place(NamedTuple):
     slots: Tensor  # int32 [T]; -1: the row is inactive, and its hidden state is copied through
     positions: Tensor  # int32 [T]
     rope: Rope
+    kv_valid: Tensor | None = None  # bool [slots, max_len]; None: K and V are there at all positions
 
 
 class Decision(NamedTuple):
@@ -102,6 +103,7 @@ class Layer:
             "v_cache": v_cache,
             "slots": place.slots,
             "positions": place.positions,
+            "kv_valid": place.kv_valid,
             **self.tables(place.rope),
         }
 

@@ -70,4 +70,7 @@ class Slots:
         depths, layers = sequence.exit_depths[first:], self.network.config.num_hidden_layers
         if by_backbone == running.start and depths[0] == layers:
             by_backbone = running.prefilled + sum(1 for _ in takewhile(layers.__eq__, depths[1:]))
-        return Contents(sequence.known[:-1], by_backbone, self.network.rotation(running.prefilled))
+        written = sequence.known[:-1]
+        if sequence.request.kv_strategy != "share":  # which may leave out layers
+            written = written[:by_backbone]
+        return Contents(written, by_backbone, self.network.rotation(running.prefilled))

@@ -1,9 +1,9 @@
 """Hugging Face checkpoint directories: config.json, safetensors (single or sharded), tokenizer.json.
 
 Tensors are views of the memory-mapped files: where the stored dtype is the wanted one and the device is
-the CPU, nothing is copied. A tied head is the embedding itself, and fused projections are split as views.
-Only safetensors are read, never pickle, and nothing in a checkpoint is executed. Whatever does not fit
-config.json is refused with one line that names the file and the tensor.
+the CPU, nothing is copied, and a tied head is the embedding itself. Only safetensors are read, never
+pickle, and nothing in a checkpoint is executed. Whatever does not fit config.json is refused with one
+line that names the file and the tensor.
 """
 
 import hashlib
@@ -175,12 +175,11 @@ def _split(tensor: Tensor, fields: dict[str, tuple[int, ...]]) -> Iterator[tuple
 def _offloaded(config: ModelConfig) -> list[str]:
     """Names of the matrices of offloaded layers. Norms and biases are small, and the river's as well."""
     layers = range(config.num_hidden_layers)[config.resident_layers or config.num_hidden_layers :]
-    matrices = BlockShape.of(config).projections().keys()
     return [
         name
         for layer in layers
         for name, fields in _layer_tensors(config, layer).items()
-        if matrices & fields.keys()
+        if fields.keys() & BlockShape.of(config).projections().keys()
     ]
 
 
