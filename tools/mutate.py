@@ -303,8 +303,8 @@ MUTANTS = [
     Mutant(
         "a part of a prompt is taken for all of it",
         "river_ext/engine/slots.py",
-        "if not sequence.tokens or self.network.scales",
-        "if self.network.scales",
+        "if len(sequence.tokens) <= first:",
+        "if len(sequence.tokens) < first:",
         "test_engine.py -k cancelled_nothing",
     ),
     Mutant(
@@ -534,14 +534,14 @@ MUTANTS = [
     Mutant(
         "what rotates otherwise is taken over",
         "river_ext/engine/slots.py",
-        "scales_by_length(running.prefilled)",
-        "scales_by_length(len(request.prompt))",
+        "rotation(running.prefilled)",
+        "rotation(len(sequence.request.prompt))",
         "test_longrope.py -k taken_over",
     ),
     Mutant(
         "a part of it rotates anew",
-        "river_ext/engine/batch.py",
-        "            self.start = 0\n",
+        "river_ext/engine/engine.py",
+        "            running.start = 0\n",
         "            pass\n",
         "test_longrope.py -k taken_over",
     ),
