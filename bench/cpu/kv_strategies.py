@@ -31,14 +31,14 @@ WORK = ("backbone_rows", "recomputed_rows", "exit_rows", "projected_rows")  # of
 
 def main() -> None:
     p = parser(__doc__.splitlines()[0])
-    p.add_argument("--problems", type=int, default=16, help="of the bundled model")
+    p.add_argument("--problems", type=int, default=12, help="of the bundled model")
     p.add_argument("--model", type=Path, help="a checkpoint's directory")
     p.add_argument("--prompts", type=Path, help="JSON lines, for that checkpoint")
     p.add_argument("--chat", action="store_true", help="prompts go through the chat template")
-    p.add_argument("--count", type=int, default=3, help="prompts of the file")
+    p.add_argument("--count", type=int, default=2, help="prompts of the file")
     p.add_argument("--new-tokens", type=int, default=32, help="of each of them")
     p.add_argument("--thresholds", type=float, nargs=2, default=(0.9, 0.98), help="relaxed and strict, there")
-    p.add_argument("--repeats", type=int, default=4)
+    p.add_argument("--repeats", type=int, default=6)
     args = p.parse_args()
     if (args.model is None) != (args.prompts is None):
         p.error("--model and --prompts need each other")
