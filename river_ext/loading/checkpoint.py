@@ -175,7 +175,12 @@ def _split(tensor: Tensor, fields: dict[str, tuple[int, ...]]) -> Iterator[tuple
 def _offloaded(config: ModelConfig) -> list[str]:
     """Names of the matrices of offloaded layers. Norms and biases are small, and the river's as well."""
     layers = range(config.num_hidden_layers)[config.resident_layers or config.num_hidden_layers :]
-    return [tensor_name(layer, field) for layer in layers for field in BlockShape.of(config).projections()]
+    return [
+        name
+        for layer in layers
+        for name, fields in _layer_tensors(config, layer).items()
+        if fields.keys() & BlockShape.of(config).projections().keys()
+    ]
 
 
 def _has(config: ModelConfig, field: str) -> bool:
