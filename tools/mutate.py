@@ -28,6 +28,27 @@ class Mutant:
 
 MUTANTS = [
     Mutant(
+        "scales between v and o go by KV heads one after the other",
+        "river_ext/quant/imported/moved_scales.py",
+        "arange(shape.num_key_value_heads).repeat_interleave(group)",
+        "arange(shape.num_key_value_heads).repeat(group)",
+        "test_imported.py -k moved_scales",
+    ),
+    Mutant(
+        "an imported row keeps its scale while its partner's columns change theirs",
+        "river_ext/quant/imported/moved_scales.py",
+        "else self.grid.times(factors)",
+        "else self.grid",
+        "test_imported.py -k moved_scales",
+    ),
+    Mutant(
+        "rows of q and k stay as a GGUF file orders them",
+        "river_ext/loading/gguf_checkpoint.py",
+        "return heads.transpose(1, 2).reshape(tensor.shape)",
+        "return tensor",
+        "test_gguf.py -k comes_back",
+    ),
+    Mutant(
         "all draw as the first row",
         "river_ext/engine/graph.py",
         "self.drawing.fill([row.request.sampling for row in rows])",
@@ -282,8 +303,8 @@ MUTANTS = [
     Mutant(
         "a part of a prompt is taken for all of it",
         "river_ext/engine/slots.py",
-        "if not sequence.tokens or self.network.scales",
-        "if self.network.scales",
+        "if len(sequence.tokens) <= first:",
+        "if len(sequence.tokens) < first:",
         "test_engine.py -k cancelled_nothing",
     ),
     Mutant(
@@ -513,14 +534,14 @@ MUTANTS = [
     Mutant(
         "what rotates otherwise is taken over",
         "river_ext/engine/slots.py",
-        "scales_by_length(running.prefilled)",
-        "scales_by_length(len(request.prompt))",
+        "rotation(running.prefilled)",
+        "rotation(len(sequence.request.prompt))",
         "test_longrope.py -k taken_over",
     ),
     Mutant(
         "a part of it rotates anew",
-        "river_ext/engine/batch.py",
-        "            self.start = 0\n",
+        "river_ext/engine/engine.py",
+        "            running.start = 0\n",
         "            pass\n",
         "test_longrope.py -k taken_over",
     ),

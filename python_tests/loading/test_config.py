@@ -183,11 +183,11 @@ def test_what_new_families_imply(tmp_path):
     rope = YARN | {"llama_4_scaling_beta": 0.1, "max_position_embeddings": 256}
     ministral3 = read(tmp_path, model_type="ministral3", rope_parameters=rope, rope_theta=...)
     assert ministral3.query_scaling == (0.1, 64) and ministral3.head_dim == 128
-    assert read(tmp_path, model_type="ministral3").query_scaling is None
+    assert read(tmp_path, model_type="ministral3", rope_scaling=YARN).query_scaling is None
 
 
 def test_a_multimodal_config(tmp_path):
-    text = TINY_CONFIG | {"model_type": "ministral3", "torch_dtype": None}
+    text = TINY_CONFIG | {"model_type": "ministral3", "torch_dtype": None, "rope_scaling": YARN}
     outer = {"model_type": "mistral3", "dtype": "bfloat16", "text_config": text, "vision_config": {"x": 1}}
 
     def multimodal(**changes):
@@ -287,6 +287,7 @@ def test_sliding_window(tmp_path):
         ({"model_type": "smollm3", "no_rope_layers": [1, 0]}, ("no_rope_layers", "array of 3")),
         ({"model_type": "smollm3", "no_rope_layers": [1, 0, 2]}, ("no_rope_layers", "array of 3")),
         ({"model_type": "smollm3", "no_rope_layer_interval": 0}, ("no_rope_layer_interval", "0")),
+        (MINISTRAL3, ("rope_parameters", "missing", "object with rope_type")),
         ({"model_type": "mistral3"}, ("text_config", "missing")),
         ({"model_type": "mistral3", "text_config": {"model_type": "llama"}}, ("text_config.model_type",)),
         (

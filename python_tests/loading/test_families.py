@@ -127,7 +127,7 @@ def test_what_is_neutral_depends_on_the_family(tmp_path):
     assert read(tmp_path, **mistral, layer_types=["full_attention"] * 3).sliding_window is None
     refusal(tmp_path, "layer_types", **mistral, layer_types=["sliding_attention"] * 2)
     refusal(tmp_path, "layer_types", **mistral, layer_types=["sliding_attention", "x", "full_attention"])
-    ministral3 = {"model_type": "ministral3", "sliding_window": 32}
+    ministral3 = {"model_type": "ministral3", "sliding_window": 32, "rope_scaling": {"type": "default"}}
     assert read(tmp_path, **ministral3, layer_types=["sliding_attention"] * 3).sliding_window == 32
     refusal(tmp_path, "layer_types", **ministral3, layer_types=["full_attention"] * 3)
     refusal(tmp_path, "layer_types", model_type="qwen2", layer_types=["sliding_attention"] * 3)

@@ -176,12 +176,14 @@ class Network:
 
     def prompt_rope(self, length: int, max_len: int) -> Rope:
         """The same for a prompt, whose tokens may all see the whole prompt's length."""
-        return self._tables(max_len, length) if self.scales_by_length(length) else self.rope(max_len)
+        return self._tables(max_len, length) if self.rotation(length) else self.rope(max_len)
 
-    def scales_by_length(self, length: int) -> bool:
-        """Whether the rotation of a prompt's tokens depends on how long the prompt is."""
+    def rotation(self, length: int) -> int:
+        """Prompts with the same number rotate alike; 0: as sequences of any shorter length do."""
         longest = self.config.longest_unscaled
-        return longest is not None and length > longest
+        if longest is None or length <= longest:
+            return 0
+        return 1 if self.config.rotates_anew_after else length
 
     def _tables(self, max_len: int, seq_len: int | None = None) -> Rope:
         rotated = rope_tables(self.config, max_len, seq_len, self.device)
