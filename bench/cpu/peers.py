@@ -9,6 +9,7 @@ is river_ext's speed over the peer's with weights of as many bits, the median of
 """
 
 import json
+import os
 import subprocess
 import sys
 import tempfile
@@ -148,7 +149,8 @@ def llama_bench_rates(program: Path, model: Path, args, build: dict) -> dict[str
     """The same by llama-bench, which warms up before each; what it says about itself goes to `build`."""
     prompts = ",".join(str(count) for count in args.prompt_tokens)
     command = [program, "-m", model, "-p", prompts, "-n", args.new_tokens, "-r", 1, "-t", args.threads]
-    done = subprocess.run([*map(str, command), "-o", "json"], capture_output=True, text=True)
+    command = [*map(str, command), "-o", "json"]
+    done = subprocess.run(command, capture_output=True, text=True, preexec_fn=use_all_cores)
     if done.returncode:
         sys.exit(f"{program} failed: {(done.stderr.strip() or done.stdout.strip()).splitlines()[-1:]}")
     rates = {}
@@ -156,6 +158,11 @@ def llama_bench_rates(program: Path, model: Path, args, build: dict) -> dict[str
         build |= {name: test[name] for name in ("build_commit", "build_number") if name in test}
         rates[f"prompt {test['n_prompt']}" if test["n_prompt"] else "decoding"] = test["avg_ts"]
     return rates
+
+
+def use_all_cores() -> None:
+    """A program inherits the cores of the thread that starts it, which OMP_PROC_BIND ties to a single one."""
+    os.sched_setaffinity(0, range(os.cpu_count()))
 
 
 # --- the same weights as a GGUF ---------------------------------------------------------------------------
