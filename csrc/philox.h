@@ -99,9 +99,13 @@ RIVER_BOTH inline float gumbel_of(uint32_t word) {
   return -log_of(reduced(-log_of(x)));
 }
 
-// Token id v takes word v % 4 of Philox counter (v / 4, position, 0, 0).
+// The words of four tokens: id v takes word v % 4 of Philox counter (v / 4, position, 0, 0).
+RIVER_BOTH inline PhiloxWords words_of_four(uint64_t seed, int32_t position, int64_t token) {
+  return philox(seed, uint32_t(token / 4), uint32_t(position), 0, 0);
+}
+
 RIVER_BOTH inline float gumbel(uint64_t seed, int32_t position, int64_t token) {
-  const PhiloxWords words = philox(seed, uint32_t(token / 4), uint32_t(position), 0, 0);
+  const PhiloxWords words = words_of_four(seed, position, token);
   const uint32_t first = token % 2 ? words.word[1] : words.word[0], second = token % 2 ? words.word[3] : words.word[2];
   return gumbel_of(token % 4 < 2 ? first : second);  // no index: the words stay in registers
 }

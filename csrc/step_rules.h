@@ -1,6 +1,6 @@
 // What decides a step, and what it writes down: the exit rule, the state of a row, the record of a step, which drafts
-// are accepted. Written once for the CPU and the GPU. No function reads memory: a kernel on a GPU loads what it hands
-// over in its own way.
+// are accepted. Written once for the CPU and the GPU. No function reads what a kernel has written: a kernel on a GPU
+// loads what it hands over in its own way.
 #pragma once
 
 #include <math.h>
@@ -30,6 +30,14 @@ RIVER_BOTH constexpr bool row_exits(bool left, bool agrees, bool together, bool 
 
 // Anything else, kNoToken of lm_head included, means that no token was drawn.
 RIVER_BOTH constexpr bool is_drawn(int64_t token, int vocab_size) { return token >= 0 && token < vocab_size; }
+
+// stop_tokens: [rows, count], which no kernel writes
+RIVER_BOTH constexpr bool is_stop_token(const int64_t* stop_tokens, int count, int row, int64_t token) {
+  const int64_t* own = stop_tokens + int64_t(row) * count;
+  bool found = false;
+  for (int i = 0; i < count; i++) found |= token == own[i];
+  return found;
+}
 
 // The state of an active row after a step
 struct NextRow {

@@ -166,8 +166,9 @@ def one_demo_model(monkeypatch):
     load = shared.load
 
     def loaded(arguments):
-        plain = (arguments.model, arguments.river, arguments.device, arguments.dtype)
-        return demo_model() if plain == (None, None, "auto", "auto") else load(arguments)
+        plain = (arguments.model, arguments.river, arguments.resident_layers)
+        machine = (arguments.device, arguments.dtype)
+        return demo_model() if (plain, machine) == ((None,) * 3, ("auto",) * 2) else load(arguments)
 
     monkeypatch.setattr(shared, "load", loaded)
 

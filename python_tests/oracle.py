@@ -1,6 +1,7 @@
 """What a request gets alone, written down without the engine: one token at a time through the ops."""
 
 import math
+from dataclasses import replace
 
 import torch
 
@@ -15,15 +16,15 @@ def oracle(model, prompt, **options):
     network, asked = model.network, request(model.config, model.text, prompt, options)
     assert not asked.stop, "stop strings are the text's business"
     cache = KVCache(model.config, 1, asked.positions, network.dtype, network.device)
-    slots, rope = torch.zeros(1, dtype=torch.int32), network.prompt_rope(len(asked.prompt), cache.max_len)
+    slots, rope = torch.zeros(1, dtype=torch.int32), None
     layers, drawn = network.layers, []
 
     def layer(index, exits, hidden, position):
         place = Place(cache, slots, torch.tensor([position], dtype=torch.int32), rope)
         return (layers[index].exit if exits else layers[index].block)(hidden, place)
 
-    def draw(hidden, position, depth, similarities):
-        by_river = asked.river_head and (bool(drawn) or asked.rule.limit == 0)
+    def draw(hidden, position, depth, similarities, prefilled=False):
+        by_river = asked.river_head and (not prefilled or asked.rule.limit == 0)
         sampling, logits = asked.sampling, head(network, hidden, by_river)
         token, _ = ops.sample(
             logits,
@@ -39,26 +40,37 @@ def oracle(model, prompt, **options):
             return "stop"
         return "length" if len(drawn) == asked.max_new_tokens else None
 
-    hidden, depth, similarities = _prefill(asked, network, layer)
-    reason, rope = draw(hidden, len(asked.prompt), depth, similarities), network.rope(cache.max_len)
+    def prefill():
+        nonlocal rope
+        tokens = asked.prompt + [token for token, *_ in drawn]
+        rope = network.prompt_rope(len(tokens), cache.max_len)
+        hidden, *seen = _prefill(replace(asked, prompt=tokens), network, layer)
+        rope = network.rope(cache.max_len)
+        return draw(hidden, len(tokens), *seen, prefilled=True)
+
+    reason = prefill()
     while reason is None:
         position, similarities = len(asked.prompt) + len(drawn) - 1, []
+        if position == model.config.rotates_anew_after:
+            reason = prefill()
+            continue
         hidden, exits = network.embed(torch.tensor([drawn[-1][0]])), asked.rule.limit == 0
         for index in range(len(layers)):
             hidden, similarity = layer(index, exits, hidden, position)
             if not exits:
                 similarities.append(similarity.item())
                 exits = index + 1 >= asked.rule.min_layers and similarities[-1] > asked.rule.threshold
+                exits = exits or index + 1 == asked.rule.limit
         reason = draw(hidden, position + 1, len(similarities), similarities)
     return (*map(list, zip(*drawn, strict=True)), reason, cache)
 
 
 def head(network, hidden, by_river):
     config = network.config
+    options = {"rms_norm_eps": config.rms_norm_eps, "logits_scaling": config.logits_scaling}
     if by_river:
-        weight = network.lm_head_w4, config.vocab_size
-        return ops.lm_head_w4(hidden, network.norm, *weight, config.rms_norm_eps)[1]
-    return ops.lm_head(hidden, network.norm, network.lm_head, config.rms_norm_eps)[1]
+        return ops.lm_head_w4(hidden, network.norm, network.lm_head_w4, config.vocab_size, **options)[1]
+    return ops.lm_head(hidden, network.norm, network.lm_head, **options)[1]
 
 
 def _prefill(asked, network, layer):

@@ -8,6 +8,7 @@ the other order, or at once.
 
 from collections import defaultdict
 from contextlib import contextmanager
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -82,13 +83,14 @@ class Streams(TorchDispatchMode):
         self._read = defaultdict(dict)  # and its reads since, by agent
         self._polled = set()  # storages that the host reads while they are written
         self._alive = {}  # whatever was seen, so that no address is used twice
+        monkeypatch.setattr(torch.cuda, "Stream", lambda device=None: Stream("a stream for copies", self))
         monkeypatch.setattr(torch.cuda, "stream", self._entered)
         monkeypatch.setattr(torch.cuda, "current_stream", lambda device=None: self.current)
         monkeypatch.setattr(graph, "Graph", Graph)
         new_memory = graph.Memory.__init__
 
-        def with_a_stream(memory, *arguments):
-            new_memory(memory, *arguments)
+        def with_a_stream(memory, *arguments, **named):
+            new_memory(memory, *arguments, **named)
             memory.stream = Stream("the steps' stream", self)
 
         monkeypatch.setattr(graph.Memory, "__init__", with_a_stream)
@@ -127,7 +129,7 @@ class Streams(TorchDispatchMode):
         if name == "records":
             rows = [tensor[named["step"].item() % len(tensor)]]
             self._polled.add(tensor.untyped_storage().data_ptr())
-        if named.get("non_blocking") and name == "self":
+        if named.get("non_blocking") and name == "self" and self.current.name == "the steps' stream":
             self._polled.add(tensor.untyped_storage().data_ptr())
         return [self._place(row) for row in rows]
 
@@ -182,3 +184,55 @@ class Streams(TorchDispatchMode):
             self._written[storage][first, end] = access
         else:
             self._read[storage].setdefault((first, end), {})[access.agent] = access
+
+
+class Landing(TorchDispatchMode):
+    """Copies of a stream of their own that land at once, or as late as a wait for that stream allows.
+
+    For ops that no dispatcher sees, such as those of an emulated GPU: there every other op is done at once.
+    """
+
+    def __init__(self, monkeypatch, late: bool):
+        super().__init__()
+        self.late, self.copying, self.waiting = late, False, []
+        monkeypatch.setattr(torch.cuda, "Stream", lambda device=None: self)
+        monkeypatch.setattr(torch.cuda, "stream", self._entered)
+        monkeypatch.setattr(torch.cuda, "current_stream", lambda device=None: Caller(self))
+
+    def wait_stream(self, other) -> None:
+        """The work of any other stream is done already."""
+
+    def land(self) -> None:
+        for copy in self.waiting:
+            copy()
+        self.waiting.clear()
+
+    @contextmanager
+    def _entered(self, stream):
+        before, self.copying = self.copying, stream is self
+        try:
+            yield
+        finally:
+            self.copying = before
+
+    def __torch_dispatch__(self, op, types, args=(), kwargs=None):
+        if self.copying and self.late and op.name() == "aten::copy_":
+            self.waiting.append(partial(op, *args, **(kwargs or {})))
+            return args[0]
+        return op(*args, **(kwargs or {}))
+
+
+class Caller:
+    """The stream of everything else; one and the same, whenever it is asked for."""
+
+    def __init__(self, copies: Landing):
+        self.copies = copies
+
+    def __eq__(self, other):
+        return isinstance(other, Caller)
+
+    def __hash__(self):
+        return 0
+
+    def wait_stream(self, other) -> None:
+        self.copies.land()

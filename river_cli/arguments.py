@@ -8,6 +8,8 @@ from collections.abc import Mapping, Sequence
 from .errors import UsageError, did_you_mean
 from .prompts import read_prompts, refuse_surrogates
 
+KV_STRATEGIES = "share (default, the river's), mask, recompute, propagate or monotone"
+
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     """`module` of the result runs the command; prompts and files have become `prompts`."""
@@ -34,6 +36,8 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
         _check_generate(arguments)
     elif arguments.module == "info" and arguments.river is not None and not _names_a_model(arguments):
         raise UsageError("--river needs a model's directory or --demo, the model that it belongs to")
+    elif arguments.module == "convert":
+        _check_convert(arguments)
     elif arguments.module == "evaluate" and not arguments.demo:
         raise UsageError(
             "what to evaluate on; accepted: --demo (with a model's directory: that model on its tasks)"
@@ -88,6 +92,20 @@ def _check_generate(arguments) -> None:
     arguments.prompts = read_prompts(arguments.prompts, arguments.file or [])
 
 
+def _check_convert(arguments) -> None:
+    """Refuses options that say how to quantise where nothing is quantised."""
+    options = {
+        "--river-from": arguments.river_from,
+        "--group-size": arguments.group_size,
+        "--calibrate": arguments.calibrate,
+    }
+    given = [name for name, value in options.items() if value is not None]
+    if (arguments.model or "").lower().endswith(".gguf") and given:
+        raise UsageError(f"{given[0]} with a GGUF file, of which a checkpoint is made; accepted: --dtype")
+    if given[:1] == ["--river-from"] and given[1:]:
+        raise UsageError(f"{given[1]} with --river-from, whose weights are quantised; accepted: one of them")
+
+
 def _names_a_model(arguments) -> bool:
     return arguments.demo or arguments.model is not None
 
@@ -133,9 +151,16 @@ def _parser() -> tuple[argparse.ArgumentParser, Mapping[str, argparse.ArgumentPa
     _add_model(generate, "the bundled model; without a prompt it shows what River does", directory=False)
     _add_river(generate, "a saved river; without it one is built, for minutes if the model is large")
     _add_machine(generate)
+    _add_offloading(generate)
     _add_prompts(generate)
     generate.add_argument(
         "--compare", action="store_true", help="also run full depth and full W4, and print a table"
+    )
+    generate.add_argument(
+        "--trace",
+        type=_given,
+        metavar="FILE",
+        help="write each token's exit depth: .html to look at, or .json",
     )
     _add_options(generate)
 
@@ -143,6 +168,7 @@ def _parser() -> tuple[argparse.ArgumentParser, Mapping[str, argparse.ArgumentPa
     _add_model(chat, "the bundled model, which has no chat template", required=True)
     _add_river(chat, "a saved river; without it one is built")
     _add_machine(chat)
+    _add_offloading(chat)
     chat.add_argument("--system", type=_given, metavar="TEXT", help="what the model is told first")
     _add_options(chat)
 
@@ -150,14 +176,20 @@ def _parser() -> tuple[argparse.ArgumentParser, Mapping[str, argparse.ArgumentPa
     _add_model(info, "the bundled model")
     _add_river(info, "a saved river of that model, whose facts are shown too")
 
-    convert = command("convert", "convert", "build the 4-bit river of a model and save it")
+    convert = command(
+        "convert", "convert", "build the 4-bit river of a model and save it, or make a model of a GGUF file"
+    )
     _add_model(convert, "the bundled model", required=True)
     _add_machine(convert)
     convert.add_argument(
-        "-o", "--output", type=_given, required=True, metavar="DIR", help="the river's new directory"
+        "-o", "--output", type=_given, required=True, metavar="DIR", help="the new directory"
     )
+    convert.add_argument("--group-size", type=int, choices=(64, 128), help="columns that share a scale (64)")
     convert.add_argument(
-        "--group-size", type=int, choices=(64, 128), default=64, help="columns that share a scale (64)"
+        "--river-from",
+        type=_given,
+        metavar="PATH",
+        help="take the 4-bit weights of the same model in the format AWQ, GPTQ, compressed-tensors or GGUF",
     )
     convert.add_argument(
         "--calibrate",
@@ -171,9 +203,11 @@ def _parser() -> tuple[argparse.ArgumentParser, Mapping[str, argparse.ArgumentPa
     _add_model(evaluate, "the bundled model's held-out problems and functions", exclusive=False)
     _add_river(evaluate, "a saved river; without it one is built")
     _add_machine(evaluate)
+    _add_offloading(evaluate)
     evaluate.add_argument("--problems", type=int, default=300, metavar="N", help="word problems (300)")
     evaluate.add_argument("--functions", type=int, default=100, metavar="N", help="functions (100)")
     evaluate.add_argument("--thresholds", metavar="S,S,...", help="of the River rows")
+    evaluate.add_argument("--kv-strategy", help=f"of these rows: {KV_STRATEGIES}")
     evaluate.add_argument("--seed", type=int, default=0, help="which held-out items (0)")
     return parser, commands.choices
 
@@ -211,6 +245,7 @@ def _add_options(parser: argparse.ArgumentParser) -> None:
         "--draft-tokens", type=_count_or_auto, metavar="K", help="of lossless mode: 1 to 7, or auto (default)"
     )
     parser.add_argument("--river-head", help="of the modes river and full_w4: model (default) or w4")
+    parser.add_argument("--kv-strategy", help=KV_STRATEGIES)
     parser.add_argument("--temperature", type=float, metavar="T", help="0, the default, is greedy")
     parser.add_argument("--top-k", type=int, metavar="K", help="draw among the K likeliest; 0 is all")
     parser.add_argument("--top-p", type=float, metavar="P", help="draw among the likeliest; 1 is all")
@@ -252,6 +287,15 @@ def _add_machine(parser: argparse.ArgumentParser) -> None:
         type=_threads,
         metavar="N",
         help="of the CPU; default: all cores. Fewer may be faster where others use them",
+    )
+
+
+def _add_offloading(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--resident-layers", type=int, metavar="K", help="offload the backbone layers after the first K"
+    )
+    parser.add_argument(
+        "--deep-tokens", help="what wants to run an offloaded layer: stream (default) it in, or exit before"
     )
 
 

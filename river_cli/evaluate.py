@@ -5,10 +5,9 @@ from collections.abc import Sequence
 
 from river_ext import evaluate
 from river_ext.checks import short
-from river_ext.engine.request import integer, number
+from river_ext.engine.request import integer, number, request
 from river_ext.errors import RiverError
 from river_ext.evaluate import DEMO_THRESHOLDS, demo_items, result_table, settings_of
-from river_ext.loading.config import read_config
 from river_ext.progress import progress_bar
 
 from . import shared
@@ -22,10 +21,14 @@ def run(arguments) -> None:
     if problems + functions == 0:
         raise RiverError("--problems 0 --functions 0; accepted: at least one of them above 0")
     thresholds = _thresholds(arguments.thresholds)
-    read_config(shared.directory(arguments))
+    config = shared.config(arguments)
+    names = ("deep_tokens", "kv_strategy")
+    own = {name: v for name in names if (v := getattr(arguments, name)) is not None}
+    for threshold in thresholds:
+        request(config, None, [0], own | {"threshold": threshold, "max_new_tokens": 1})
     model = shared.load(arguments)
     items = demo_items(problems, functions, arguments.seed)
-    settings = settings_of(model, thresholds)
+    settings = settings_of(model, thresholds, **own)
     start = time.perf_counter()
     with progress_bar("evaluating", len(items)) as advance:
         rows = evaluate.evaluate(

@@ -8,13 +8,12 @@ from dataclasses import fields
 
 from rich.text import Text
 
-from river_ext import evaluate
+from river_ext import evaluate, trace
 from river_ext.engine.engine import Engine
 from river_ext.engine.request import Options, integer, request, strings
 from river_ext.errors import RiverError
 from river_ext.evaluate import Item, demo_items, result_table, settings_of
 from river_ext.loading.chat import read_template
-from river_ext.loading.config import read_config
 
 from . import shared
 from .shared import machine, model_facts, model_line
@@ -41,6 +40,7 @@ def run(arguments) -> None:
             print_json({**model_facts(model), "options": options, "outputs": _outputs(prompts, outputs)})
         else:
             _print_texts(arguments.prompts, outputs)
+        _write_trace(arguments, model, prompts, outputs, options)
         for output in outputs:
             output.checked()
         if not arguments.json:
@@ -50,6 +50,7 @@ def run(arguments) -> None:
         for piece in stream:
             print(printable(piece.text), end="", flush=True)
         print()
+        _write_trace(arguments, model, prompts, [stream.output], options)
         note(_summary(model, [stream.output]))
 
 
@@ -66,16 +67,24 @@ def _check_request(arguments, options: dict) -> None:
     if arguments.chat:
         read_template(shared.directory(arguments))
     check_options(arguments, options)
+    if arguments.trace:
+        trace.check_path(arguments.trace)
 
 
 def check_options(arguments, options: dict) -> None:
     """Against the model's config."""
     strings("--stop", options.get("stop", ()))
-    config = read_config(shared.directory(arguments))
+    config = shared.config(arguments)
     integer("max_new_tokens", options.get("max_new_tokens", 1), 1, config.max_length - 1)
     Engine.check(**{name: options[name] for name in ENGINE_OPTIONS if name in options})
     own = {name: value for name, value in options.items() if name not in ENGINE_OPTIONS}
     request(config, None, [0], own | {"max_new_tokens": 1, "stop": ()})
+
+
+def _write_trace(arguments, model, prompts: Sequence, outputs: Sequence, options: dict) -> None:
+    """If it is asked for."""
+    if arguments.trace:
+        trace.write(trace.exit_trace(model, list(prompts), outputs, options), arguments.trace)
 
 
 def _outputs(prompts: Sequence, outputs: Sequence) -> list[dict]:
@@ -116,6 +125,7 @@ def _generate_and_compare(arguments, model, prompts: list, options: dict) -> Non
         on_batch=lambda batch, outputs: shown.extend(outputs[-1]),
         **common,
     )
+    _write_trace(arguments, model, prompts, shown, options)
     if arguments.json:
         print_json({**model_facts(model), "options": options, "outputs": _outputs(prompts, shown),
                      "rows": [row.as_dict() for row in rows]})  # fmt: skip
@@ -127,7 +137,8 @@ def _generate_and_compare(arguments, model, prompts: list, options: dict) -> Non
 
 def _settings(model, options: dict) -> tuple[list, dict]:
     """Full depth, lossless, full W4 and River, and the options that they have in common."""
-    own = {name: options[name] for name in ("min_layers", "prefill", "river_head") if name in options}
+    names = ("min_layers", "prefill", "river_head", "deep_tokens", "kv_strategy")
+    own = {name: options[name] for name in names if name in options}
     threshold = options.get("threshold", Options.threshold)
     common = {name: v for name, v in options.items() if name not in ("mode", "threshold", *own)}
     return settings_of(model, [threshold], **own), common
@@ -152,6 +163,7 @@ def _show_demo(arguments, model, options: dict) -> None:
     rows = evaluate.evaluate(
         model, [[item] for item in items], settings, divergence=False, on_batch=show, **common
     )
+    _write_trace(arguments, model, [item.prompt for item in items], shown, options)
     if arguments.json:
         print_json({**model_facts(model), "options": options,
                      "outputs": _outputs([item.prompt for item in items], shown),

@@ -1,18 +1,33 @@
 """What commands share: the model that they run, and what they say of it and of the machine."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import torch
 
 import river_ext
 from river_ext import __version__, ops
+from river_ext.loading.config import ModelConfig, read_config
+from river_ext.loading.offloaded import checked_resident_layers
 from river_ext.model import DEMO
 
 from .terminal import printable
 
 
 def load(arguments):
-    return river_ext.load(arguments.model, arguments.device, arguments.dtype, arguments.river)
+    return river_ext.load(
+        arguments.model,
+        arguments.device,
+        arguments.dtype,
+        arguments.river,
+        resident_layers=arguments.resident_layers,
+    )
+
+
+def config(arguments) -> ModelConfig:
+    """Of the model that `load` would load, but for its dtype; its weights are not read."""
+    config = read_config(directory(arguments))
+    return replace(config, resident_layers=checked_resident_layers(arguments.resident_layers, config))
 
 
 def directory(arguments) -> Path:
@@ -28,11 +43,22 @@ def model_facts(model) -> dict:
         "model": str(model.directory),
         "fingerprint": model.fingerprint,
         "num_hidden_layers": model.config.num_hidden_layers,
+        "resident_layers": model.config.resident_layers,
         "dtype": dtype_name(model.config),
         "device": _device_name(model),
         "cpu_isa": build["cpu_isa"],
         "threads": torch.get_num_threads(),
     }
+
+
+def import_line(imported: dict) -> str:
+    """Where an imported river comes from, and what the import did to its weights."""
+    counts = (
+        f"{imported['kept']} projections as they are, {imported['requantised']} quantised again"
+        f" (relative squared error of all {imported['relative_squared_error']:.5f}),"
+        f" {imported['from_backbone']} from the model"
+    )
+    return f"from {imported['source']}: {counts}"
 
 
 def model_line(model) -> str:

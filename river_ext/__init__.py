@@ -18,7 +18,7 @@ _HOMES = {
     "quantize": "quant.hqq",
     "rotary_tables": "loading.rope",
 }
-_MODULES = {"ops": "ops", "reference": "reference", "w4": "quant.w4"}
+_MODULES = {"ops": "ops", "reference": "reference", "trace": "trace", "w4": "quant.w4"}
 __all__ = sorted([*_HOMES, *_MODULES])
 
 

@@ -10,13 +10,17 @@ from .checks import names_keywords
 from .engine.engine import Engine
 from .engine.generate import Engines, Score, Stream, generate, score
 from .engine.network import Network
+from .engine.offload import weights_on_device
 from .engine.sequence import GenerationOutput
 from .errors import RiverError, memory_for
 from .loading.checkpoint import load_checkpoint, parse_device
 from .loading.config import ModelConfig
+from .loading.offloaded import give_back_pages
 from .loading.text import Text
 from .loading.weights import ModelWeights
 from .quant import exit_river
+from .quant.imported.build import import_river
+from .quant.imported.open import is_foreign
 from .threads import in_own_thread
 
 DEMO = Path(__file__).parent / "demo"
@@ -29,6 +33,7 @@ def load(
     device: str | torch.device = "auto",
     dtype: str | torch.dtype = "auto",
     river: str | Path | None = None,
+    resident_layers: int | None = None,
 ) -> "Model":
     """Loads a Hugging Face checkpoint directory and its exit river.
 
@@ -36,7 +41,13 @@ def load(
         path: None loads the bundled demo model.
         device: "cpu", "cuda", or "auto": a GPU if there is one and this build has kernels for it.
         dtype: "bfloat16", "float16", on the CPU also "float32"; "auto" takes the checkpoint's.
-        river: a directory that `Model.save_river` wrote for this checkpoint; None quantises the model now.
+        river: a directory that `Model.save_river` wrote for this checkpoint; None quantises the model now. Or
+            the same model in 4 bits by others, whose weights become the river: a directory in the format AWQ,
+            GPTQ or compressed-tensors, or a GGUF file.
+        resident_layers: backbone layers that stay in the device's memory, 1 or more; those after them are
+            offloaded. On a GPU their matrices lie in pinned memory of the host, and stream in where a token
+            runs them; on the CPU they are pages of the mapped file, which the kernel may drop, and so need
+            the stored dtype. The river stays. None offloads nothing. Results are the same.
 
     On the CPU a process may be forked after it has loaded a model, and its children generate. After it has
     generated itself, OpenMP's threads are missing in its children: there, call `torch.set_num_threads(1)`
@@ -44,16 +55,23 @@ def load(
     """
     device = choose_device(device)
     # with a GPU, forks are out of the question, and the current device and stream are the calling thread's
-    return (in_own_thread(_load) if device.type == "cpu" else _load)(path, device, dtype, river)
+    load = in_own_thread(_load) if device.type == "cpu" else _load
+    return load(path, device, dtype, river, resident_layers)
 
 
-def _load(path, device: torch.device, dtype, river) -> "Model":
-    checkpoint = load_checkpoint(DEMO if path is None else path, dtype=dtype, device=device)
+def _load(path, device: torch.device, dtype, river, resident_layers) -> "Model":
+    checkpoint = load_checkpoint(
+        DEMO if path is None else path, dtype=dtype, device=device, resident_layers=resident_layers
+    )
     config, weights = checkpoint.config, checkpoint.weights
     if river is None:
-        exit_layers = exit_river.build_river(config, weights)
+        exit_layers = exit_river.build_river(config, weights_on_device(weights))
+    elif is_foreign(river):
+        exit_layers = import_river(river, config, weights_on_device(weights))
     else:
         exit_layers = exit_river.load_river(river, config, checkpoint.fingerprint, device)
+    if config.resident_layers is not None and device.type == "cpu":
+        give_back_pages(weights.layers[config.resident_layers :])  # read so far to check and to quantise them
     return Model(
         config=config,
         weights=weights,
@@ -116,6 +134,7 @@ class Model:
         mode: str = "river",
         draft_tokens: int | str = "auto",
         river_head: str = "model",
+        deep_tokens: str = "stream",
         kv_strategy: str = "share",
         temperature: float | Sequence[float] = 0.0,
         top_k: int | Sequence[int] = 0,
@@ -156,7 +175,17 @@ class Model:
             river_head: the head that tokens are drawn by in the modes "river" and "full_w4": the "model"'s,
                 or the river's, "w4", which reads 0.28 of the bytes and is less exact. In mode "river" the
                 first token is by the model's in any case. Lossless mode drafts by the river's.
-            kv_strategy: "share": exit layers write to the cache places of the layers that they replace.
+            deep_tokens: what becomes of a token that wants to run an offloaded layer while it decodes.
+                "stream": it does, with the results of a model of which nothing is offloaded. "exit": it
+                leaves after the resident layers at the latest, whatever its similarity; the modes "full" and
+                "lossless" and a threshold of inf do not allow that. Prompts are not concerned.
+            kv_strategy: what a token that exits leaves in the cache for the remaining layers. "share", the
+                river's: exit layers write to the places of the layers that they replace. The others are
+                there to be compared with; with them a token goes from where it exits straight to the head.
+                "mask": nothing, later tokens do not look there; "recompute": nothing, until a later token
+                gets as deep; "propagate": K and V of the hidden state with which it exited; "monotone":
+                nothing, and no later token of the sequence runs deeper. They need mode "river", prefill
+                "full" and river_head "model"; exits are decided by the host.
             temperature: 0 is greedy.
             top_k: draw among the k likeliest tokens; 0 is all.
             top_p: draw among the likeliest tokens that together have this probability; 1 is all.
@@ -172,14 +201,15 @@ class Model:
                 back, by CUDA graphs per part of the backbone and per exit depth; or on the "device", by
                 graphs of two whole steps. On the CPU a graph is a call of its ops. "auto" is "device", which
                 on a GPU is predicted to be the faster but not yet measured; on the CPU it is "host" where no
-                token can exit, or all do at once.
+                token can exit, or all do at once. Where a token may run a layer that streams to a GPU, the
+                host decides in any case.
             progress: show on standard error how far a prompt is, if it takes long.
         """
         options = dict(
             max_new_tokens=max_new_tokens, threshold=threshold, min_layers=min_layers, prefill=prefill,
-            mode=mode, draft_tokens=draft_tokens, river_head=river_head, kv_strategy=kv_strategy,
-            temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p, seed=seed, stop=stop,
-            stop_tokens=stop_tokens, logprobs=logprobs, return_logits=return_logits,
+            mode=mode, draft_tokens=draft_tokens, river_head=river_head, deep_tokens=deep_tokens,
+            kv_strategy=kv_strategy, temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p,
+            seed=seed, stop=stop, stop_tokens=stop_tokens, logprobs=logprobs, return_logits=return_logits,
         )  # fmt: skip
         return generate(self._engines, prompt, options, batch_policy, exit_control, progress)
 
@@ -244,6 +274,8 @@ class Model:
         prefill: str = "full",
         mode: str = "river",
         river_head: str = "model",
+        kv_strategy: str = "share",
+        deep_tokens: str = "stream",
     ) -> Score:
         """Logits and exit depths for given tokens, by the same prefill and decoding steps as `generate`.
 
@@ -251,8 +283,9 @@ class Model:
         first prompt_length tokens are prefilled.
         """
         options = dict(
-            threshold=threshold, min_layers=min_layers, prefill=prefill, mode=mode, river_head=river_head
-        )
+            threshold=threshold, min_layers=min_layers, prefill=prefill, mode=mode, river_head=river_head,
+            kv_strategy=kv_strategy, deep_tokens=deep_tokens,
+        )  # fmt: skip
         return score(self.network, tokens, prompt_length, options)
 
     def save_river(self, path: str | Path) -> None:

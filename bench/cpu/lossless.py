@@ -9,10 +9,7 @@ the bytes of its weights over a full bf16 step's, its time over that step's, and
 this time allows where so many of a hundred drafts are right.
 """
 
-import gzip
-import json
 import time
-from itertools import islice
 from pathlib import Path
 from statistics import median
 
@@ -21,6 +18,7 @@ import torch
 import river_ext
 from bench.lib.common import machine, parser, results_path, save
 from bench.lib.models import LLAMA_1B
+from bench.lib.prompts import read_prompts
 from bench.lib.weights import random_network
 from river_ext.engine.drafting import draft_cost
 from river_ext.engine.graph import Memory
@@ -74,10 +72,7 @@ def main() -> None:
 
 
 def on_texts(model, file: Path, args) -> dict:
-    with (gzip.open if file.suffix == ".gz" else open)(file, "rt", encoding="utf-8") as lines:
-        prompts = [text_of(json.loads(line)) for line in islice(lines, args.count)]
-    if args.chat:
-        prompts = [[{"role": "user", "content": prompt}] for prompt in prompts]
+    prompts = read_prompts(file, args.count, args.chat)
     outputs = {name: [] for name in SETTINGS}
     for prompt in prompts:
         for name, options in SETTINGS.items():  # in turns, so that a slow minute hits all alike
@@ -86,10 +81,6 @@ def on_texts(model, file: Path, args) -> dict:
     print(f"{'':<16}{'tok/s':>8}{'x':>7}{'per pass':>10}{'right':>7}{'drafting':>10}{'same':>6}")
     full = outputs["full bf16"]
     return {"file": file.name, "settings": [report(name, outputs[name], full) for name in SETTINGS]}
-
-
-def text_of(item: dict) -> str:
-    return next(item[field] for field in ("question", "prompt", "text") if field in item)
 
 
 def report(name: str, outputs: list, full: list) -> dict:

@@ -29,7 +29,7 @@ class TorchStep:
         self.cache = KVCache(config, rows, context + 1, network.dtype, device)
         fill_cache(self.cache)
         self.position = torch.tensor([context], device=device)
-        cos, sin = (table[context].to(network.dtype) for table in network.rope(context + 1))
+        cos, sin = (table[context].to(network.dtype) for table in network.rope(context + 1)[:2])
         self.cos, self.sin = torch.cat([cos, cos]), torch.cat([sin, sin])
         self.tokens = torch.randint(0, config.vocab_size, (rows,), device=device)
         kv = config.num_key_value_heads * config.head_dim

@@ -17,20 +17,13 @@ void embed(const LosslessArgs& a, int64_t token, int r, int row) {
   memcpy(static_cast<char*>(a.verify_hidden) + row * bytes, embedding, bytes);
 }
 
-bool is_stop_token(const AcceptArgs& a, int r, int64_t token) {
-  const int64_t* stop_tokens = a.stop_tokens + int64_t(r) * a.num_stop_tokens;
-  for (int i = 0; i < a.num_stop_tokens; i++)
-    if (token == stop_tokens[i]) return true;
-  return false;
-}
-
 // Writes them down, too: tokens [V, R]
 NewTokens new_tokens(const AcceptArgs& a, int r, int32_t* tokens) {
   NewTokens found = no_new_tokens(a.verify_positions[r], a.remaining[r]);
   for (int row = r; row < a.rows && found.follows(a.verify_slots[row] >= 0, a.drafts[row]); row += a.requests) {
     const int64_t target = a.tokens[row];
     const bool drawn = is_drawn(target, a.vocab_size);
-    found = found.with(target, drawn, is_stop_token(a, r, target));
+    found = found.with(target, drawn, is_stop_token(a.stop_tokens, a.num_stop_tokens, r, target));
     tokens[row] = recorded_token(true, target, drawn);
   }
   return found;

@@ -14,7 +14,7 @@ inline void add_noise(const float (&logits)[kTileRows], float temperature, uint6
                       int64_t first, float (&scores)[kTileRows]) {
   uint32_t words[kTileRows];
   for (int i = 0; i < kTileRows; i += 4) {
-    const PhiloxWords four = philox(seed, uint32_t((first + i) / 4), uint32_t(position), 0, 0);
+    const PhiloxWords four = words_of_four(seed, position, first + i);
     memcpy(words + i, four.word, sizeof(four.word));
   }
   for (int i = 0; i < kTileRows; i++) scores[i] = logits[i] / temperature + gumbel_of(words[i]);

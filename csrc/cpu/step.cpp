@@ -78,9 +78,7 @@ void move_on(const AdvanceArgs& a, int t) {
   const bool drawn = is_drawn(token, a.vocab_size);
   if (drawn)
     memcpy(static_cast<char*>(a.hidden) + t * bytes, static_cast<const char*>(a.embed_tokens) + token * bytes, bytes);
-  bool stop_token = false;
-  const int64_t* stop_tokens = a.stop_tokens + int64_t(t) * a.num_stop_tokens;
-  for (int i = 0; i < a.num_stop_tokens; i++) stop_token |= token == stop_tokens[i];
+  const bool stop_token = is_stop_token(a.stop_tokens, a.num_stop_tokens, t, token);
   const NextRow next = next_row(a.positions[t], a.remaining[t], drawn, stop_token);
   a.positions[t] = next.position;
   a.draw_positions[t] = next.draw_position;

@@ -21,14 +21,11 @@ struct VerifiedRow {
 RIVER_DEVICE VerifiedRow load_row(const AcceptArgs& a, int row) {
   const int slot = load_written(a.verify_slots + row);
   const int64_t draft = load_written(a.drafts + row), target = load_written(a.tokens + row);
-  const int64_t* stop_tokens = a.stop_tokens + int64_t(row % a.requests) * a.num_stop_tokens;
-  bool stop_token = false;
-  for (int i = 0; i < a.num_stop_tokens; i++) stop_token |= target == stop_tokens[i];
   return {.draft = draft,
           .target = target,
           .slot = slot,
           .drawn = is_drawn(target, a.vocab_size),
-          .stop_token = stop_token};
+          .stop_token = is_stop_token(a.stop_tokens, a.num_stop_tokens, row % a.requests, target)};
 }
 
 // From the state of request r before the verification. rows: [a.rows]

@@ -2,6 +2,7 @@
 // what the next step starts from: embeddings, positions, and no row that has drawn its last token. The work is small
 // and each part needs what the part before has left alone, so that one block does all of it.
 #include "../step_rules.h"
+#include "device/embed.cuh"
 #include "device/launch.h"
 #include "device/similarity.cuh"
 
@@ -37,8 +38,7 @@ RIVER_DEVICE int exit_depth(const AdvanceArgs& a, int row) {
   int depth = a.layers;
   for (int i = a.layers - 1 - lane_id(); i >= 0; i -= kWarp)
     if (has_left(a, i, row)) depth = i;
-  for (int lanes = kWarp / 2; lanes > 0; lanes /= 2) depth = min(depth, shuffle_xor(depth, lanes));
-  return depth;
+  return over_warp(depth, [](int a, int b) { return min(a, b); });
 }
 
 // All but the stamp
@@ -58,23 +58,18 @@ RIVER_DEVICE void write_record(const AdvanceArgs& a, int32_t* record) {
     similarities[i] = int32_t(__float_as_uint(load_written(a.similarities + i)));
 }
 
-RIVER_DEVICE void embed(const AdvanceArgs& a) {
-  const int pieces = a.hidden_size / 8;  // of 16 bytes, in a row
-  for (int i = threadIdx.x; i < a.rows * pieces; i += kThreads) {
-    const int row = i / pieces;
-    const int64_t token = load_written(a.tokens + row);
-    if (!is_active(a, row) || !is_drawn(token, a.vocab_size)) continue;
-    static_cast<uint4*>(a.hidden)[i] = static_cast<const uint4*>(a.embed_tokens)[token * pieces + i % pieces];
-  }
+// What the row goes on with, or kNoToken
+RIVER_DEVICE int64_t next_token(const AdvanceArgs& a, int row) {
+  if (row >= a.rows || !is_active(a, row)) return kNoToken;
+  const int64_t token = load_written(a.tokens + row);
+  return is_drawn(token, a.vocab_size) ? token : kNoToken;
 }
 
 RIVER_DEVICE void move_on(const AdvanceArgs& a, int t) {
   if (!is_active(a, t)) return;
   const int64_t token = load_written(a.tokens + t);
-  bool stop_token = false;
-  const int64_t* stop_tokens = a.stop_tokens + int64_t(t) * a.num_stop_tokens;
-  for (int i = 0; i < a.num_stop_tokens; i++) stop_token |= token == stop_tokens[i];
   const bool drawn = is_drawn(token, a.vocab_size);
+  const bool stop_token = is_stop_token(a.stop_tokens, a.num_stop_tokens, t, token);
   const NextRow next = next_row(load_written(a.positions + t), load_written(a.remaining + t), drawn, stop_token);
   a.positions[t] = next.position;
   a.draw_positions[t] = next.draw_position;
@@ -85,15 +80,17 @@ RIVER_DEVICE void move_on(const AdvanceArgs& a, int t) {
 // Budget: 256 threads, 96 registers
 template <class T>
 __global__ void __launch_bounds__(kThreads) advance_kernel(AdvanceArgs a) {  // shapes: river.h
+  RIVER_SHARED(int64_t, next_tokens, [kMaxRows]);
   dependency_trigger();
   dependency_wait();
   const int t = threadIdx.x;
   const uint32_t step = load_written(a.step);
   int32_t* record = a.records + step % a.num_records * RecordLayout::size(a.rows, a.layers);
+  if (t < kMaxRows) next_tokens[t] = next_token(a, t);
   finish_similarities<T>(a);
-  __syncthreads();
+  __syncthreads();  // the similarities are there, and nobody reads `hidden` any more
   write_record(a, record);
-  embed(a);
+  embed<kThreads>(next_tokens, a.embed_tokens, a.hidden_size, a.hidden);
   __syncthreads();  // all have read the slots and the path, and written their part of the record
   for (int i = t; i < a.layers * a.rows; i += kThreads) a.exited[i] = 0;
   if (t < a.rows) move_on(a, t);

@@ -53,7 +53,7 @@ __global__ void __launch_bounds__(kStreamThreads, 2)
     }
     ring[0].release(cursor);
   }
-  for (int lanes = kWarp / 2; lanes > 0; lanes /= 2) sum ^= shuffle_xor(sum, lanes);
+  sum = over_warp(sum, [](uint32_t a, uint32_t b) { return a ^ b; });
   if (lane_id() == 0) sums[warp_id()] = sum;
   barrier_sync(kReaderBarrier, kReaderThreads);
   if (threadIdx.x > 0) return;

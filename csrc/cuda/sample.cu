@@ -74,7 +74,7 @@ RIVER_DEVICE void for_each_logit(const Row& row, F f) {
 template <class Combine>
 RIVER_DEVICE uint64_t over_block(uint64_t value, Combine combine) {
   RIVER_SHARED(uint64_t, of_warp, [kWarps]);
-  for (int lanes = kWarp / 2; lanes > 0; lanes /= 2) value = combine(value, shuffle_xor(value, lanes));
+  value = over_warp(value, combine);
   __syncthreads();  // nobody reads an earlier result any more
   if (lane_id() == 0) of_warp[warp_id()] = value;
   __syncthreads();
@@ -184,7 +184,7 @@ RIVER_DEVICE uint64_t filter(const Row& row, uint64_t mine, uint64_t best) {
 
 // The key of the best score, of this thread's tokens among those with keys above the cut. Four at once: they share one
 // Philox counter. No more are asked for ahead, as the noise takes the registers.
-RIVER_DEVICE uint64_t best_score(const Row& row, uint64_t cut, uint64_t seed, uint32_t position) {
+RIVER_DEVICE uint64_t best_score(const Row& row, uint64_t cut, uint64_t seed, int position) {
   uint64_t best = 0;
   for_each_four<1>(row, [&](int first, const float4& four) {
     const float logits[4] = {four.x, four.y, four.z, four.w};
@@ -196,7 +196,7 @@ RIVER_DEVICE uint64_t best_score(const Row& row, uint64_t cut, uint64_t seed, ui
       any = any || kept[i];
     }
     if (!any) return;
-    const PhiloxWords words = philox(seed, first / 4, position, 0, 0);
+    const PhiloxWords words = words_of_four(seed, position, first);
 #pragma unroll
     for (int i = 0; i < 4; i++) {
       if (!kept[i]) continue;

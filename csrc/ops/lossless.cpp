@@ -1,7 +1,8 @@
 // draft_advance and accept: what ends a draft and a verification in lossless mode.
+#include "../step_rules.h"
 #include "arguments.h"
 #include "dispatch.h"
-#include "../step_rules.h"
+#include "step_end.h"
 
 namespace river::ops {
 namespace {
@@ -91,44 +92,26 @@ std::tuple<> draft_advance(Arguments<kDraftAdvance>& read) {
   return {};
 }
 
-// What accept takes beside that; but for the first they are written
+// What accept takes beside that; but for the stop tokens it is written
 struct AcceptTensors {
-  Tensor stop_tokens;                              // [R, any number]
-  Tensor remaining;                                // [R]
   Tensor verify_positions, verify_draw_positions;  // [V * R]
-  Tensor step;                                     // [1]
-  Tensor records;                                  // [any number, 1 + R + V * R]
+  StepEndTensors end;                              // of R requests
 };
 
 AcceptTensors read_accept(Arguments<kAccept>& read) {
-  return {.stop_tokens = read.tensor("stop_tokens"),
-          .remaining = read.tensor("remaining"),
-          .verify_positions = read.tensor("verify_positions"),
+  return {.verify_positions = read.tensor("verify_positions"),
           .verify_draw_positions = read.tensor("verify_draw_positions"),
-          .step = read.tensor("step"),
-          .records = read.tensor("records")};
+          .end = read_step_end(read)};
 }
 
 // Checks and fills them, where R and V are known.
 void fill(Check& check, const AcceptTensors& t, AcceptArgs& args) {
   const int requests = args.requests, rows = args.max_tokens * requests;
-  args.stop_tokens = check.tensor<int64_t>("stop_tokens", t.stop_tokens, {requests, kAny});
-  const int64_t stops = t.stop_tokens.size(1);
-  args.num_stop_tokens = stops ? check.size("columns of stop_tokens", stops) : 0;
-  check.tensor<int32_t>("remaining", t.remaining, {requests});
   check.tensor<int32_t>("verify_positions", t.verify_positions, {rows});
   check.tensor<int32_t>("verify_draw_positions", t.verify_draw_positions, {rows});
-  check.tensor<int32_t>("step", t.step, {1});
-  // The host reads the records while the GPU works: there they are memory of the host.
-  check.defined("records", t.records);
-  check.require(t.records.is_cpu(), "records is on ", device_of(t.records), ", expected cpu");
-  check.content("records", t.records, ScalarType::Int, {kAny, CycleLayout::size(requests, rows)});
-  args.num_records = check.size("entries of records", t.records.size(0));
-  args.remaining = mutable_data<int32_t>(t.remaining);
+  fill_step_end(check, t.end, requests, CycleLayout::size(requests, rows), args);
   args.verify_positions = mutable_data<int32_t>(t.verify_positions);
   args.verify_draw_positions = mutable_data<int32_t>(t.verify_draw_positions);
-  args.step = mutable_data<int32_t>(t.step);
-  args.records = mutable_data<int32_t>(t.records);
 }
 
 std::tuple<> accept(Arguments<kAccept>& read) {
@@ -149,8 +132,7 @@ std::tuple<> accept(Arguments<kAccept>& read) {
   launch(
       check, [&] { cpu::launch_accept(args, kParallel); },
       [&](auto& gpu) {
-        check.require(cuda::is_pinned(args.records), "records is not in pinned memory, expected a pinned CPU tensor ",
-                      "where the others are on CUDA");
+        require_pinned(check, args.records);
         cuda::launch_accept(args, gpu.workspace({}), gpu.stream());
       });
   return {};

@@ -2,6 +2,7 @@
 #include "../step_rules.h"
 #include "arguments.h"
 #include "dispatch.h"
+#include "step_end.h"
 
 namespace river::ops {
 namespace {
@@ -12,15 +13,13 @@ constexpr char kAdvance[] =
     "Tensor(g!) similarities, Tensor(h!) step, Tensor(i!) records) -> ()";
 
 struct StepTensors {
-  Tensor before, after;                                // [T, hidden]
-  Tensor tokens;                                       // [T]
-  Tensor embed_tokens;                                 // [vocab, hidden]
-  Tensor stop_tokens;                                  // [T, any number]
-  Tensor hidden;                                       // [T, hidden]
-  Tensor slots, positions, draw_positions, remaining;  // [T]
-  Tensor exited, similarities;                         // [layers, T]
-  Tensor step;                                         // [1]
-  Tensor records;                                      // [any number, 1 + 2 * T + layers * T]
+  Tensor before, after;                     // [T, hidden]
+  Tensor tokens;                            // [T]
+  Tensor embed_tokens;                      // [vocab, hidden]
+  Tensor hidden;                            // [T, hidden]
+  Tensor slots, positions, draw_positions;  // [T]
+  Tensor exited, similarities;              // [layers, T]
+  StepEndTensors end;                       // of T rows
 };
 
 StepTensors read_step(Arguments<kAdvance>& read) {
@@ -28,16 +27,13 @@ StepTensors read_step(Arguments<kAdvance>& read) {
           .after = read.tensor("after"),
           .tokens = read.tensor("tokens"),
           .embed_tokens = read.tensor("embed_tokens"),
-          .stop_tokens = read.tensor("stop_tokens"),
           .hidden = read.tensor("hidden"),
           .slots = read.tensor("slots"),
           .positions = read.tensor("positions"),
           .draw_positions = read.tensor("draw_positions"),
-          .remaining = read.tensor("remaining"),
           .exited = read.tensor("exited"),
           .similarities = read.tensor("similarities"),
-          .step = read.tensor("step"),
-          .records = read.tensor("records")};
+          .end = read_step_end(read)};
 }
 
 // Checks all and fills what is read, and the sizes.
@@ -51,22 +47,12 @@ void fill_inputs(Check& check, const StepTensors& t, AdvanceArgs& args) {
   args.tokens = check.tensor<int64_t>("tokens", t.tokens, {rows});
   args.embed_tokens = check.vectors("embed_tokens", t.embed_tokens, type, {kAny, size});
   args.vocab_size = check.size("vocab_size of embed_tokens", t.embed_tokens.size(0));
-  args.stop_tokens = check.tensor<int64_t>("stop_tokens", t.stop_tokens, {rows, kAny});
   check.vectors("hidden", t.hidden, type, {rows, size});
   check.tensor<int32_t>("slots", t.slots, {rows});
   check.tensor<int32_t>("positions", t.positions, {rows});
   check.tensor<int32_t>("draw_positions", t.draw_positions, {rows});
-  check.tensor<int32_t>("remaining", t.remaining, {rows});
   args.layers = check.layers(t.exited, t.similarities, rows);
-  check.tensor<int32_t>("step", t.step, {1});
-  // The host reads the records while the GPU works: there they are memory of the host.
-  check.defined("records", t.records);
-  check.require(t.records.is_cpu(), "records is on ", device_of(t.records), ", expected cpu");
-  const int record = check.size("the size of a record", RecordLayout::size(rows, args.layers));
-  check.content("records", t.records, ScalarType::Int, {kAny, record});
-  args.num_records = check.size("entries of records", t.records.size(0));
-  const int64_t stops = t.stop_tokens.size(1);
-  args.num_stop_tokens = stops ? check.size("columns of stop_tokens", stops) : 0;
+  fill_step_end(check, t.end, rows, RecordLayout::size(rows, args.layers), args);
 }
 
 void fill_outputs(const StepTensors& t, AdvanceArgs& args) {
@@ -74,11 +60,8 @@ void fill_outputs(const StepTensors& t, AdvanceArgs& args) {
   args.slots = mutable_data<int32_t>(t.slots);
   args.positions = mutable_data<int32_t>(t.positions);
   args.draw_positions = mutable_data<int32_t>(t.draw_positions);
-  args.remaining = mutable_data<int32_t>(t.remaining);
   args.exited = mutable_data<int32_t>(t.exited);
   args.similarities = mutable_data<float>(t.similarities);
-  args.step = mutable_data<int32_t>(t.step);
-  args.records = mutable_data<int32_t>(t.records);
 }
 
 std::tuple<> advance(Arguments<kAdvance>& read) {
@@ -94,8 +77,7 @@ std::tuple<> advance(Arguments<kAdvance>& read) {
   launch(
       check, [&] { cpu::launch_advance(args, kParallel); },
       [&](auto& gpu) {
-        check.require(cuda::is_pinned(args.records), "records is not in pinned memory, expected a pinned CPU tensor ",
-                      "where the others are on CUDA");
+        require_pinned(check, args.records);
         cuda::launch_advance(args, gpu.workspace({}), gpu.stream());
       });
   return {};

@@ -1,5 +1,6 @@
 """What the documents say of the repository is true: links, paths, commands, and no machine of anybody's."""
 
+import math
 import re
 import shlex
 import subprocess
@@ -100,7 +101,8 @@ def transcripts(document: Path) -> list[tuple[list[str], str]]:
 def test_what_commands_print_is_what_the_documents_show(name, river, real_model, monkeypatch):
     (make, _), *others = transcripts(ROOT / name)
     assert make == ["python3", "tools/real_model.py", "smollm2"] and others
-    monkeypatch.setattr("river_cli.hint", lambda: None)  # a busy machine is no part of it
+    monkeypatch.setattr("river_cli.hint", lambda: None)  # a busy machine is no part of it,
+    monkeypatch.setattr("river_ext.progress.LINE_EVERY", math.inf)  # nor a slow one
     for (program, *arguments), expected in others:
         assert program == "river"
         code, out, err = river(*[real_model if argument == "smollm2" else argument for argument in arguments])

@@ -21,14 +21,15 @@ ORDER = (
     ("river_ext",),
     ("river_ext.loading",),
     ("river_ext.quant",),
+    ("river_ext.quant.imported",),
     ("river_ext.engine",),
     ("river_ext.calibration",),
     ("river_ext.model",),
-    ("river_ext.evaluate",),
+    ("river_ext.evaluate", "river_ext.trace"),
     ("river_cli",),
     ("river_ext.cli",),
     ("bench.lib",),
-    ("bench.cpu", "bench.gpu"),
+    ("bench.cpu", "bench.gpu", "bench.memory"),
 )
 LINES = {room: number for number, rooms in enumerate(ORDER) for room in rooms}
 FOLDERS = {room for room in LINES if (ROOT / room.replace(".", "/")).is_dir() and room != "river_ext"}

@@ -174,13 +174,19 @@ def test_an_interrupt_at_the_last_word(chat, monkeypatch, directory):
     assert code == 0 and len(words) > 24 and out.endswith(f"{answers(directory, SECOND)[0]}\n")
 
 
-def test_an_answer_that_fills_the_model(chat, directory):
-    """It is as long as the conversation leaves it room."""
-    model = river_ext.load(directory)
-    room = model.config.max_length - len(model.text.chat([{"role": "user", "content": FIRST}]))
-    code, out, err = chat(FIRST, options=("--json", "--max-new-tokens", "511", "--mode", "full_w4"))
-    assert code == 0 and err == ""
-    assert json.loads(out)["stats"]["new_tokens"] <= room
+@pytest.mark.parametrize("room", [1, 9])
+def test_an_answer_that_fills_the_model(chat, directory, room):
+    """As long as the prompt leaves it room, where more is wanted."""
+    file = directory / "config.json"
+    config, whole = json.loads(file.read_text()), json.loads(chat(FIRST, options=(*SHORT, "--json"))[1])
+    length = whole["stats"]["prompt_tokens"] + room
+    options = ("--json", "--max-new-tokens", str(length - 1), "--mode", "full")
+    file.write_text(json.dumps(config | {"max_position_embeddings": length}))
+    try:
+        code, out, err = chat(FIRST, options=options)
+    finally:
+        file.write_text(json.dumps(config))
+    assert (code, err) == (0, "") and json.loads(out)["tokens"] == whole["tokens"][:room]
 
 
 def test_an_interrupted_answer_is_a_turn(chat, monkeypatch, directory):

@@ -21,7 +21,7 @@ from river_cli.arguments import parse
 from river_ext import __version__, ops
 from river_ext.calibration.unfinished import UnfinishedRiver
 from river_ext.demo_tasks.generator import train_item
-from river_ext.loading.families import FAMILIES
+from river_ext.loading.families import FAMILIES, MULTIMODAL
 from river_ext.model import DEMO
 
 # --- generate -------------------------------------------------------------------------------------------
@@ -64,6 +64,18 @@ def test_options_reach_the_model(river_json):
     expected = demo_model().generate(PROMPT, **options)
     assert document["options"] == options
     assert document["outputs"][0]["tokens"] == expected.tokens
+
+
+def test_kv_strategy(river, river_json, refused, short_answers):
+    document = river_json("generate", "--demo", PROMPT, *SHORT, "--kv-strategy", "mask", "--compare")
+    expected = demo_model().generate(PROMPT, max_new_tokens=6, kv_strategy="mask")
+    assert document["outputs"][0]["tokens"] == expected.tokens
+    assert [row["name"] for row in document["rows"]] == ["full bf16", "lossless", "full W4", "mask 0.5"]
+    one_problem = "eval", "--demo", "--problems", "1", "--functions", "0", "--thresholds", "0.9"
+    row = river_json(*one_problem, "--kv-strategy", "propagate")["rows"][-1]
+    assert row["name"] == "propagate 0.9" and row["options"]["kv_strategy"] == "propagate" and row["kl"] > 0
+    refusal = refused(*one_problem, "--kv-strategy", "drop")
+    assert refusal.startswith("kv_strategy='drop'; accepted: 'share', 'mask', 'recompute'")
 
 
 def test_generate_json(river_json):
@@ -197,7 +209,7 @@ def test_info(river, river_json):
     document = river_json("info")
     assert document["version"] == __version__ and document["torch"] == torch.__version__
     assert document["build"]["cpu_isa"] and "model" not in document
-    assert document["model_types"] == list(FAMILIES) and document["max_prompts"] == ops.MAX_ROWS
+    assert document["model_types"] == [*FAMILIES, *MULTIMODAL] and document["max_prompts"] == ops.MAX_ROWS
     assert "llama, mistral, qwen2" in out and "up to 8 at a time" in out
 
 

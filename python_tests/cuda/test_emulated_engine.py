@@ -3,21 +3,28 @@
 import itertools
 import math
 import random
-from functools import cache
+from dataclasses import replace
+from functools import cache, partial
+from os.path import commonprefix
 
 import emulated
 import emulated_ops
 import pytest
 import torch
 from emulated import VARIANT
-from tiny_model import random_model, random_prompt
+from kv_oracle import assert_same, sequences
+from streams import Landing
+from tiny_model import MULTIPLIERS, random_model, random_prompt
 
 from river_ext import ops
+from river_ext.engine import offload
+from river_ext.engine.request import KV_STRATEGIES
+from river_ext.model import Model
 
 LAYERS, VOCAB, REQUESTS = 3, 80, 26
 BY_THE_KERNELS = (
     "decoder_block", "exit_layer", "dual_layer", "state_similarity", "lm_head", "lm_head_w4", "sample",
-    "advance", "draft_advance", "accept",
+    "advance", "draft_advance", "accept", "linear",
 )  # fmt: skip
 
 
@@ -37,7 +44,13 @@ def on_emulated_gpu(monkeypatch):
 
 
 def model():
-    return random_model(dtype=torch.bfloat16, num_hidden_layers=LAYERS)
+    return random_model(dtype=torch.bfloat16, num_hidden_layers=LAYERS, **MULTIPLIERS)
+
+
+def offloading_model(resident):
+    """The same, but for where its layers are."""
+    whole = model()
+    return Model(replace(whole.config, resident_layers=resident), whole.weights, whole.river)
 
 
 def some_requests(modes):
@@ -62,7 +75,7 @@ def facts(output):
     return output.tokens, output.exit_depths, output.similarities, output.finish_reason
 
 
-def together(requests, slots, control):
+def together(requests, slots, control, model=model):
     engine = model().engine(slots=slots, max_len=16, exit_control=control)
     for number, (prompt, options) in enumerate(requests):
         engine.submit(prompt, id=number, **options)
@@ -87,6 +100,41 @@ def test_requests_among_others(on_emulated_gpu, control):
     assert set(depths) == set(range(LAYERS + 1)), "every depth occurs"
 
 
+LONGROPE = {
+    "rope_type": "longrope",
+    "short_factor": (1.0, 1.5, 2.0, 3.0),
+    "long_factor": (2.0, 4.0, 6.0, 8.0),
+    "attention_factor": 1.3,
+    "original_max_position_embeddings": 6,
+}
+OWN_ARITHMETIC = {
+    "partial rotary": {"rotary_dim": 8},
+    "query scale": {"query_scaling": (2.0, 2)},
+    "windows of some layers": {"sliding_window": 2, "full_attention_layers": (1,)},
+    "layers without RoPE": {"nope_layers": (0, 2)},
+    "longrope": {"rope_scaling": tuple(LONGROPE.items()), "rotary_dim": 8},
+}
+
+
+@pytest.mark.skipif(VARIANT == "sanitized", reason="too slow there, where other tests run each kernel")
+@pytest.mark.parametrize("changes", OWN_ARITHMETIC.values(), ids=OWN_ARITHMETIC)
+def test_the_arithmetic_of_a_family(request, changes):
+    """The logits of the CPU kernels, from which those of a plain model are far."""
+
+    def outputs(changes):
+        model = random_model(dtype=torch.bfloat16, num_hidden_layers=LAYERS, **changes)
+        options = {"max_new_tokens": 4, "return_logits": True, "exit_control": "device"}
+        return [model.generate(random_prompt(5), mode=mode, **options) for mode in ("full", "full_w4")]
+
+    expected, plain = outputs(changes), outputs({})
+    request.getfixturevalue("on_emulated_gpu")
+    for got, right, other in zip(outputs(changes), expected, plain, strict=True):
+        agreed = len(commonprefix([got.tokens, right.tokens]))  # a tie may go either way
+        size, until = right.logits.abs().max(), slice(agreed + 1)
+        assert (got.logits - right.logits)[until].abs().max() / size < 0.05
+        assert (other.logits - right.logits)[until].abs().max() / size > 0.15
+
+
 @pytest.mark.skipif(VARIANT == "sanitized", reason="too slow there, where other tests run each kernel")
 @pytest.mark.parametrize("slots", [1, 3])
 def test_lossless(on_emulated_gpu, slots):
@@ -97,3 +145,39 @@ def test_lossless(on_emulated_gpu, slots):
         (prompt, options | {"mode": "lossless", "draft_tokens": next(drafts)}) for prompt, options in requests
     ]
     assert together(lossless, slots, "device") == alone(("full",))
+
+
+@pytest.mark.skipif(VARIANT == "sanitized", reason="too slow there, where other tests run each kernel")
+@pytest.mark.parametrize("late", [False, True], ids=["copies land at once", "copies land late"])
+def test_streamed_layers(on_emulated_gpu, monkeypatch, late):
+    """Layers come through the two buffers when they are needed, and none is overwritten before it has run."""
+    modes = ("river", "river", "river", "full", "full_w4")
+    expected = alone(modes)
+    requests = [
+        (prompt, options | {"mode": "lossless"} if options["mode"] == "full" else options)
+        for prompt, options in some_requests(modes)
+    ]
+    monkeypatch.setattr(offload, "streams", lambda network: True)
+    with Landing(monkeypatch, late):
+        assert together(requests, 5, "device", partial(offloading_model, 1)) == expected
+
+
+@pytest.mark.skipif(VARIANT == "sanitized", reason="too slow there, where other tests run each kernel")
+@pytest.mark.parametrize("strategy", KV_STRATEGIES[1:])
+def test_kv_strategies(on_emulated_gpu, strategy):
+    """What is left out of the cache holds NaN, and nobody reads it."""
+    thresholds = itertools.cycle([0.6, 0.65, 0.7])
+    fixed = {"kv_strategy": strategy, "max_new_tokens": 6, "min_layers": 1, "stop_tokens": ()}
+    requests = [
+        (prompt, options | fixed | {"threshold": next(thresholds)})
+        for prompt, options in itertools.islice(some_requests(["river"]), 4)
+    ]
+    engine = model().engine(slots=3, max_len=16)
+    engine._memory.cache.k.fill_(math.nan)
+    engine._memory.cache.v.fill_(math.nan)
+    for number, (prompt, options) in enumerate(requests):
+        engine.submit(prompt, id=number, **options)
+    outputs = {event.id: event.output for event in engine if event.output}
+    for number, expected in enumerate(sequences(model(), requests)):
+        assert_same(outputs[number], expected, atol=1e-3)  # bfloat16
+    assert {depth for output in outputs.values() for depth in output.exit_depths} == {1, 2, 3}

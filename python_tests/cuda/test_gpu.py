@@ -283,6 +283,21 @@ def test_lossless_is_full(model, requests, drafts, options):
     assert facts(plain) == facts(expected), "without logits, heads and filters are others"
 
 
+@pytest.mark.parametrize("control", ["host", "device"])
+def test_offloaded_layers(model, control):
+    """Streamed in they change nothing, whoever runs beside, and steps without them stay the device's."""
+    offloaded = river_ext.load(device="cuda", resident_layers=3)
+    assert offloaded.weights.layers[3].q_proj.is_pinned() and offloaded.weights.layers[2].q_proj.is_cuda
+    for options in ({"threshold": 0.9}, {"threshold": [0.5, float("inf"), -2, 0.95]}, {"mode": "full"}):
+        options = {"max_new_tokens": 16, "exit_control": control, **options}
+        assert facts(offloaded.generate(PROMPTS, **options)) == facts(model.generate(PROMPTS, **options))
+    lossless = offloaded.generate(PROMPTS, mode="lossless", max_new_tokens=16)
+    assert facts(lossless) == facts(model.generate(PROMPTS, mode="full", max_new_tokens=16))
+    options = {"threshold": 0.95, "deep_tokens": "exit", "max_new_tokens": 16, "exit_control": control}
+    depths = [depth for output in offloaded.generate(PROMPTS, **options) for depth in output.exit_depths[1:]]
+    assert max(depths) == 3
+
+
 MODES = [
     {"threshold": 0.9}, {"mode": "lossless", "draft_tokens": 1}, {"mode": "full_w4"},
     {"mode": "full", **FILTERED}, {"mode": "lossless", **SAMPLED},

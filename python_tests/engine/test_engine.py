@@ -441,7 +441,7 @@ def test_an_interrupt_anywhere_in_a_step_changes_nothing(monkeypatch, control, m
                         assert event.id not in outputs
                         outputs[event.id] = event.output
         places.add(interrupts.where)
-        assert not engine.busy and sorted(engine._free) == [0, 1, 2], interrupts.where
+        assert not engine.busy and sorted(engine._slots.free) == [0, 1, 2], interrupts.where
         for request, (prompt, options) in enumerate(requests):
             mode = options["mode"].replace("lossless", "full")
             expected = oracle(model, prompt, **options | {"mode": mode})

@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 from decoding import asked, one_at_a_time
-from tiny_model import demo_model, random_model, random_prompt
+from tiny_model import MULTIPLIERS, demo_model, random_model, random_prompt
 
 from river_ext import ops, progress
 from river_ext.engine import prefill
@@ -33,6 +33,9 @@ SHAPES = {
     "q and k norms": {"qk_norm": True},
     "partial rotary": {"rotary_dim": 8},
     "sliding window": {"sliding_window": 5},
+    "multipliers": MULTIPLIERS,
+    "layers of their own": {"sliding_window": 5, "full_attention_layers": (0, 2), "nope_layers": (1, 2)},
+    "query scale": {"query_scaling": (0.5, 4)},
     "odd sizes": {"intermediate_size": 77, "vocab_size": 81, "head_dim": 20, "rotary_dim": 20},
     "linear scaling": {"rope_scaling": (("rope_type", "linear"), ("factor", 4.0))},
 }
@@ -73,7 +76,7 @@ def test_dynamic_scaling_gives_a_long_prompt_the_angles_of_its_length():
     network = random_model(rope_scaling=scaling, max_position_embeddings=16).network
     assert network.config.max_length == 64
     for length in (16, 17, 40):
-        cos, _ = network.prompt_rope(length, 64)
+        cos = network.prompt_rope(length, 64).cos
         assert torch.equal(cos[:length], network.rope(64)[0][:length]) == (length <= 16)
     assert_same_bits(network, random_prompt(16), LAYERS)
     long, _ = prefilled(network, random_prompt(40))

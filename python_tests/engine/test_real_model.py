@@ -1,6 +1,8 @@
 """A trained chat model of 30 layers: its text, its exit depths, and the tokens that transformers gives."""
 
 import math
+import os
+import random
 from functools import cache
 
 import pytest
@@ -64,9 +66,41 @@ def test_lossless_tokens_are_those_of_full_depth(real_model, options):
     for draft_tokens in (3, "auto"):
         ours = model.generate(messages, mode="lossless", draft_tokens=draft_tokens, **options)
         for right, out in zip(full, ours, strict=True):
-            assert out.to_dict() | {"stats": 0, "drafted": 0} == right.to_dict() | {"stats": 0, "drafted": 0}
+            assert without_stats(out) == without_stats(right)
         stats = ours[1].stats
         assert stats.accepted_drafts > stats.drafts / 3 > 0
+
+
+SUBJECTS = ("the moon", "bread", "a fair price", "Rome", "prime numbers", "rain")
+ASKS = ("What is {}?", "Write a line about {}.", "Tom has 3 of {} and buys 4. How many has he?")
+RANDOM_CASES = int(os.environ.get("RIVER_REAL_CASES", "12"))
+
+
+def test_lossless_in_random_cases(real_model):
+    """One to four requests with options of all kinds. RIVER_REAL_CASES=200 takes five minutes."""
+    model, rng, cases = loaded(real_model), random.Random(11), 0
+    while cases < RANDOM_CASES:
+        count = rng.choice((1, 1, 2, 3, 4))
+        messages = [chat(rng.choice(ASKS).format(rng.choice(SUBJECTS))) for _ in range(count)]
+        options = {
+            "max_new_tokens": [rng.randint(1, 40) for _ in range(count)],
+            "temperature": [rng.choice((0, 0, 0.7, 1.0)) for _ in range(count)],
+            "top_k": [rng.choice((0, 40)) for _ in range(count)],
+            "top_p": [rng.choice((1.0, 0.9)) for _ in range(count)],
+            "seed": [rng.randint(0, 99) for _ in range(count)],
+            "stop": rng.choice(((), ".", (" the", "\n"))),
+            "logprobs": 2,
+        }
+        drafts = rng.choice((1, 2, 3, 4, 5, 6, 7, "auto"))
+        full = model.generate(messages, mode="full", **options)
+        ours = model.generate(messages, mode="lossless", draft_tokens=drafts, **options)
+        for right, out in zip(full, ours, strict=True):
+            assert without_stats(out) == without_stats(right), (options, drafts)
+        cases += count
+
+
+def without_stats(output) -> dict:
+    return output.to_dict() | {"stats": 0, "drafted": 0}
 
 
 def test_most_tokens_are_those_of_full_depth(real_model):

@@ -16,8 +16,16 @@ CHANGES = [
     {"rope_parameters": {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 1e6}},
     {"model_type": "mistral", "sliding_window": 64},
     {"model_type": "qwen2", "use_sliding_window": True, "sliding_window": 64},
+    {"model_type": "phi3", "partial_rotary_factor": 0.5, "original_max_position_embeddings": 64,
+     "rope_scaling": {"type": "longrope", "short_factor": [1.0] * 4, "long_factor": [2.0] * 4}},
+    {"model_type": "ministral3", "rope_parameters": {
+        "rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 64, "mscale": 1.0,
+        "llama_4_scaling_beta": 0.1}},
+    {"model_type": "smollm3", "no_rope_layers": [1, 0, 1], "use_sliding_window": True, "sliding_window": 8},
+    {"model_type": "mistral", "sliding_window": 8, "layer_types": ["full_attention"] * 3},
     {"model_type": "qwen3", "layer_types": ["full_attention"] * 3, "max_window_layers": 1},
-]
+    {"model_type": "granite", "embedding_multiplier": 12.0, "logits_scaling": 8},
+]  # fmt: skip
 
 
 def prepare(folder: Path) -> Path:

@@ -1,6 +1,7 @@
 """config.json: both spellings, defaults, and one line for whatever makes no sense."""
 
 import json
+import math
 
 import pytest
 import torch
@@ -9,6 +10,7 @@ from tiny_model import CONFIG, random_model
 
 from river_ext.errors import RiverError
 from river_ext.loading.config import ModelConfig, parse_dtype, read_config
+from river_ext.loading.multipliers import MULTIPLIERS
 from river_ext.loading.rope import rope_tables
 
 LLAMA3 = {
@@ -16,6 +18,15 @@ LLAMA3 = {
     "low_freq_factor": 1.0,
     "high_freq_factor": 4.0,
     "original_max_position_embeddings": 64,
+}
+
+
+YARN = {"type": "yarn", "factor": 4.0, "original_max_position_embeddings": 64}
+MINISTRAL3 = {"model_type": "ministral3"}
+LONGROPE = {
+    "model_type": "phi3",
+    "original_max_position_embeddings": 64,
+    "rope_scaling": {"type": "longrope", "short_factor": [1.0] * 8, "long_factor": [2] * 8},
 }
 
 
@@ -82,6 +93,37 @@ def test_both_rope_spellings(tmp_path, old, new, scaling):
         assert (config.rope_theta, config.rope_scaling) == (5e5, scaling)
 
 
+def test_yarn(tmp_path):
+    scaling = read(tmp_path, rope_scaling=YARN).rope_scaling
+    assert scaling == {
+        "rope_type": "yarn", "factor": 4.0, "attention_factor": pytest.approx(1 + 0.1 * math.log(4)),
+        "beta_fast": 32.0, "beta_slow": 1.0, "truncate": True, "original_max_position_embeddings": 64,
+    }  # fmt: skip
+    alike = {"beta_fast": None, "beta_slow": 0, "truncate": None, "attention_factor": None, "mscale": 2.0}
+    assert read(tmp_path, rope_scaling=YARN | alike).rope_scaling == scaling  # mscale alone says nothing
+    scales = read(tmp_path, rope_scaling=YARN | {"mscale": 2.0, "mscale_all_dim": 0.5}).rope_scaling
+    log = math.log(4)
+    assert scales["attention_factor"] == pytest.approx((1 + 0.2 * log) / (1 + 0.05 * log))
+    inferred = read(tmp_path, rope_scaling=YARN | {"factor": None}).rope_scaling
+    assert inferred == scaling  # 256 positions over 64
+
+
+@pytest.mark.parametrize("name", ["longrope", "su", "yarn"])
+def test_longrope(tmp_path, name):
+    scaling = LONGROPE["rope_scaling"] | {"type": name}
+    config = read(tmp_path, **LONGROPE | {"rope_scaling": scaling})
+    assert config.rope_scaling == {
+        "rope_type": "longrope", "short_factor": (1.0,) * 8, "long_factor": (2.0,) * 8,
+        "attention_factor": pytest.approx(math.sqrt(1 + math.log(4) / math.log(64))),
+        "original_max_position_embeddings": 64,
+    }  # fmt: skip
+    assert (config.rotates_anew_after, config.longest_unscaled, config.max_length) == (64, 64, 256)
+    scaling = {"attention_factor": 1.5, "factor": 8.0, **scaling}
+    config = read(tmp_path, **LONGROPE | {"rope_scaling": scaling, "original_max_position_embeddings": ...})
+    assert config.rope_scaling["attention_factor"] == 1.5
+    assert config.rotates_anew_after == 4096  # what transformers has where the file says nothing
+
+
 def test_llama3_original_length_may_stand_outside(tmp_path):
     scaling = {"rope_type": "llama3", **LLAMA3}
     inner = read(tmp_path, rope_scaling=scaling)
@@ -96,6 +138,8 @@ def test_max_length(tmp_path):
     for kind, length in (("linear", 384), ("dynamic", 384)):
         assert read(tmp_path, rope_scaling={"type": kind, "factor": 1.5}).max_length == length
     assert read(tmp_path, rope_scaling={"rope_type": "llama3", **LLAMA3}).max_length == 256
+    assert read(tmp_path, rope_scaling=YARN).max_length == 256
+    assert read(tmp_path, rope_scaling=YARN | {"factor": 16.0}).max_length == 1024
     assert read(tmp_path).max_length == 256
 
 
@@ -125,6 +169,61 @@ def test_families(tmp_path):
     assert read(tmp_path, head_dim=40).head_dim == 40
 
 
+def test_multipliers(tmp_path):
+    granite = {"model_type": "granite", "rms_norm_eps": 1e-5}
+    names = "rms_norm_eps", "softmax_scale", "residual_multiplier", "logits_scaling"
+
+    def fields(**changes):
+        return tuple(getattr(read(tmp_path, **changes), name) for name in names)
+
+    assert fields(rms_norm_eps=1e-5) == (1e-5, None, 1.0, 1.0)
+    assert fields(**granite) == (1e-5, 1.0, 1.0, 1.0)  # transformers' defaults
+    assert fields(**granite, attention_multiplier=0.125, residual_multiplier=0.22) == (1e-5, 0.125, 0.22, 1.0)
+    assert fields(**granite, embedding_multiplier=4, logits_scaling=8) == (1e-5 / 16, 1.0, 0.25, 8.0)
+    for key in MULTIPLIERS:
+        for value in (0, -1, 1e5, "12", True):
+            refusal(tmp_path, key, "a number from 0.0001 to 10000", **granite, **{key: value})
+
+
+def test_what_new_families_imply(tmp_path):
+    smollm3 = read(
+        tmp_path, model_type="smollm3", num_hidden_layers=9, tie_word_embeddings=..., rope_theta=...
+    )
+    assert smollm3.nope_layers == (3, 7) and smollm3.tie_word_embeddings and smollm3.rope_theta == 2e6
+    slides = {"model_type": "smollm3", "use_sliding_window": True, "sliding_window": 8}
+    config = read(tmp_path, **slides, no_rope_layers=[0, 1, 1, 0])
+    assert (config.nope_layers, config.sliding_window, config.full_attention_layers) == ((0,), 8, (1, 2))
+    config = read(tmp_path, **slides, no_rope_layers=[1, 1, 1])
+    assert (config.nope_layers, config.sliding_window, config.full_attention_layers) == ((), None, ())
+    assert read(tmp_path, model_type="phi3", partial_rotary_factor=0.75).rotary_dim == 12
+    assert read(tmp_path, model_type="phi3", sliding_window=32).sliding_window == 32
+    rope = YARN | {"llama_4_scaling_beta": 0.1, "max_position_embeddings": 256}
+    ministral3 = read(tmp_path, model_type="ministral3", rope_parameters=rope, rope_theta=...)
+    assert ministral3.query_scaling == (0.1, 64) and ministral3.head_dim == 128
+    assert read(tmp_path, model_type="ministral3", rope_scaling=YARN).query_scaling is None
+
+
+def test_a_multimodal_config(tmp_path):
+    text = TINY_CONFIG | {"model_type": "ministral3", "torch_dtype": None, "rope_scaling": YARN}
+    outer = {"model_type": "mistral3", "dtype": "bfloat16", "text_config": text, "vision_config": {"x": 1}}
+
+    def multimodal(**changes):
+        (tmp_path / "config.json").write_text(json.dumps(outer | changes))
+        return read_config(tmp_path)
+
+    config = multimodal(architectures=["Mistral3ForConditionalGeneration"], image_token_index=10)
+    assert config.multimodal and config.model_type == "ministral3" and config.dtype == torch.bfloat16
+    assert config.hidden_size == 64 and not config.tie_word_embeddings
+    assert multimodal(tie_word_embeddings=True).tie_word_embeddings
+    del text["tie_word_embeddings"]
+    assert multimodal().tie_word_embeddings  # as transformers has it
+    for changes in ({"num_experts": 8}, {"quantization_config": {"quant_method": "fp8"}}):
+        with pytest.raises(RiverError, match=f"{next(iter(changes))} is "):
+            multimodal(**changes)
+    with pytest.raises(RiverError, match="architectures is "):
+        multimodal(architectures=["LlavaForConditionalGeneration"])
+
+
 def test_sliding_window(tmp_path):
     assert read(tmp_path, sliding_window=256).sliding_window is None  # Llama has none
     assert read(tmp_path, sliding_window=32, use_sliding_window=False).sliding_window is None
@@ -136,9 +235,11 @@ def test_sliding_window(tmp_path):
     assert read(tmp_path, **qwen).sliding_window is None
     assert read(tmp_path, **qwen, use_sliding_window=True).sliding_window == 32
     assert read(tmp_path, **qwen | {"max_window_layers": 3}, use_sliding_window=True).sliding_window is None
-    refusal(tmp_path, "use_sliding_window", **qwen | {"max_window_layers": 1}, use_sliding_window=True)
+    config = read(tmp_path, **qwen | {"max_window_layers": 1}, use_sliding_window=True)
+    assert (config.sliding_window, config.full_attention_layers) == (32, (0,))
     layer_types = ["full_attention", "sliding_attention", "full_attention"]
-    refusal(tmp_path, "use_sliding_window", **qwen, use_sliding_window=True, layer_types=layer_types)
+    config = read(tmp_path, **qwen, use_sliding_window=True, layer_types=layer_types)
+    assert (config.sliding_window, config.full_attention_layers) == (32, (0, 2))
 
 
 @pytest.mark.parametrize(
@@ -174,7 +275,7 @@ def test_sliding_window(tmp_path):
         ({"rms_norm_eps": "1e-5"}, ("rms_norm_eps", "number")),
         ({"rms_norm_eps": float("nan")}, ("rms_norm_eps", "NaN")),
         ({"rope_theta": 0}, ("rope_theta", "0")),
-        ({"rope_scaling": {"type": "yarn", "factor": 4.0}}, ("rope_scaling.type", "yarn", "linear")),
+        ({"rope_scaling": {"type": "longrope", "factor": 4.0}}, ("rope_scaling.type", "longrope", "yarn")),
         ({"rope_scaling": {"type": "linear"}}, ("rope_scaling.factor", "missing")),
         ({"rope_scaling": {"type": "dynamic", "factor": 0.5}}, ("rope_scaling.factor", "0.5")),
         ({"rope_scaling": {"type": "dynamic", "factor": float("inf")}}, ("rope_scaling.factor", "Infinity")),
@@ -183,6 +284,33 @@ def test_sliding_window(tmp_path):
         ({"rope_scaling": {"rope_type": "llama3", "factor": 8.0}}, ("low_freq_factor", "missing")),
         ({"rope_scaling": {"rope_type": "llama3", **LLAMA3, "high_freq_factor": 1.0}}, ("high_freq",)),
         ({"rope_scaling": {"rope_type": "llama3", **LLAMA3, "low_freq_factor": 4 - 1e-9}}, ("high_freq",)),
+        ({"rope_scaling": YARN, "rope_theta": 1.0}, ("rope_scaling.type", "yarn", "rope_theta above 1")),
+        ({"rope_scaling": YARN | {"factor": 0.5}}, ("rope_scaling.factor", "0.5")),
+        ({"rope_scaling": YARN | {"beta_fast": 0.5}}, ("rope_scaling.beta_fast", "0.5", "beta_slow, 1")),
+        ({"rope_scaling": YARN | {"truncate": "no"}}, ("rope_scaling.truncate", "true or false")),
+        ({"rope_scaling": YARN | {"attention_factor": 0}}, ("rope_scaling.attention_factor", "0.001")),
+        ({"rope_scaling": YARN | {"factor": 1e4, "original_max_position_embeddings": 9999}}, ("16777216",)),
+        ({"rope_scaling": YARN | {"llama_4_scaling_beta": 0.1}}, ("rope_scaling.llama_4_scaling_beta",)),
+        (LONGROPE | {"rope_scaling": {"type": "longrope"}}, ("rope_scaling.short_factor", "missing", "8")),
+        (LONGROPE | {"partial_rotary_factor": 0.5}, ("rope_scaling.short_factor", "array of 4 numbers")),
+        (LONGROPE | {"partial_rotary_factor": 0.2}, ("partial_rotary_factor", "0.2", "16 dims")),
+        (LONGROPE | {"partial_rotary_factor": 0}, ("partial_rotary_factor", "16 dims")),
+        (LONGROPE | {"original_max_position_embeddings": 1}, ("original_max_position_embeddings", "from 2")),
+        (
+            LONGROPE | {"rope_scaling": LONGROPE["rope_scaling"] | {"long_factor": [1.0] * 7 + ["x"]}},
+            ("rope_scaling.long_factor.7", '"x"', "number"),
+        ),
+        ({"model_type": "phi3", "rope_scaling": {"type": "linear", "factor": 2.0}}, ("longrope", "linear")),
+        ({"model_type": "smollm3", "no_rope_layers": [1, 0]}, ("no_rope_layers", "array of 3")),
+        ({"model_type": "smollm3", "no_rope_layers": [1, 0, 2]}, ("no_rope_layers", "array of 3")),
+        ({"model_type": "smollm3", "no_rope_layer_interval": 0}, ("no_rope_layer_interval", "0")),
+        (MINISTRAL3, ("rope_parameters", "missing", "object with rope_type")),
+        ({"model_type": "mistral3"}, ("text_config", "missing")),
+        ({"model_type": "mistral3", "text_config": {"model_type": "llama"}}, ("text_config.model_type",)),
+        (
+            {"model_type": "mistral3", "text_config": TINY_CONFIG | MINISTRAL3 | {"head_dim": 3}},
+            ("text_config.head_dim", "3", "even"),
+        ),
         ({"rope_scaling": {"factor": 8.0}}, ("rope_scaling.factor", "8.0", "rope_type")),
         ({"rope_scaling": {"type": "linear", "factor": 2.0, "attention_factor": 1.2}}, ("attention_factor",)),
         ({"rope_scaling": {"type": "default", "mrope_section": [1, 1]}}, ("mrope_section", "rope_type")),
@@ -254,10 +382,20 @@ def test_what_the_kernels_refuse_is_refused_with_the_config(tmp_path, limit):
         {"rope_type": "dynamic", "factor": 1e4},
         {"rope_type": "llama3", "factor": 1e4, "low_freq_factor": 1e-3, "high_freq_factor": 1e6},
         {"rope_type": "llama3", "factor": 1e4, "low_freq_factor": 1.0, "high_freq_factor": 1 + 2e-7},
+        {"rope_type": "yarn", "factor": 1e4, "original_max_position_embeddings": 1, "beta_fast": 1e6},
+        {
+            "rope_type": "yarn",
+            "attention_factor": 1e3,
+            "beta_fast": 1e-3,
+            "beta_slow": 1e-3,
+            "truncate": False,
+        },
     ],
 )
 def test_numbers_at_their_limits_give_finite_tables(tmp_path, scaling, positions, theta):
     """All of them are checked as fp64 and used in fp32."""
+    if scaling["rope_type"] == "yarn":
+        theta = max(theta, 1 + 1e-6)
     for head_dim in (4, 256):
         config = read(
             tmp_path,

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from river_ext.loading.config import read_config
-from river_ext.loading.rope import rope_tables
+from river_ext.loading.rope import query_scales, rope_tables
 
 SCALINGS = {
     "default": None,
@@ -19,13 +19,37 @@ SCALINGS = {
         "high_freq_factor": 4.0,
         "original_max_position_embeddings": 64,
     },
+    "yarn": {
+        "rope_type": "yarn",
+        "factor": 4.0,
+        "attention_factor": 1.3,
+        "beta_fast": 32.0,
+        "beta_slow": 1.0,
+        "truncate": True,
+        "original_max_position_embeddings": 64,
+    },
+    "longrope": {
+        "rope_type": "longrope",
+        "short_factor": [1.0 + 0.05 * i for i in range(32)],
+        "long_factor": [1.5 + 0.3 * i for i in range(32)],
+        "attention_factor": 1.2,
+        "original_max_position_embeddings": 250,
+    },
 }
+SCALINGS["yarn, not truncated"] = SCALINGS["yarn"] | {"truncate": False, "beta_fast": 8.0, "beta_slow": 0.5}
 
 
 @pytest.fixture
 def config(tiny_checkpoint):
     base = read_config(tiny_checkpoint(head_dim=64))
-    return lambda scaling, **changes: replace(base, rope_scaling=SCALINGS[scaling], **changes)
+
+    def make(scaling, **changes):
+        values, pairs = SCALINGS[scaling], changes.get("rotary_dim", 64) // 2
+        if scaling == "longrope":
+            values = values | {name: values[name][:pairs] for name in ("short_factor", "long_factor")}
+        return replace(base, rope_scaling=values, **changes)
+
+    return make
 
 
 def hf_tables(config, length: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -91,6 +115,22 @@ def test_a_row_depends_on_its_position_alone(config, scaling, rotary_dim):
         cos, sin = rope_tables(config, length)
         torch.set_num_threads(threads)
         assert torch.equal(cos, long_cos[:length]) and torch.equal(sin, long_sin[:length])
+
+
+def test_longrope_changes_all_rows_with_the_length(config):
+    config = config("longrope")
+    short, long, decoding = (rope_tables(config, 260, seq_len=n)[0] for n in (250, 251, None))
+    assert torch.equal(decoding[:250], short[:250]) and torch.equal(decoding[250:], long[250:])
+    assert not torch.equal(short[1:10], long[1:10])
+
+
+def test_query_scales(config):
+    """1 + beta * log(1 + floor(position / n)), as in modeling_ministral3.py."""
+    assert query_scales(config("default"), 10) is None
+    scales = query_scales(config("default", query_scaling=(0.1, 16)), 100)
+    expected = 1 + 0.1 * torch.log(1 + torch.floor(torch.arange(100) / 16))
+    torch.testing.assert_close(scales, expected, rtol=0, atol=2**-22)
+    assert scales.dtype == torch.float32 and len(scales.unique()) == 7
 
 
 def test_partial_rotary(config):

@@ -18,6 +18,7 @@ class Running:
         self.slot = -1
         self.start = 0  # of the prompt, whose positions before it the slot holds already
         self.prefill: Prefill | None = None
+        self.prefilled = len(sequence.request.prompt)  # tokens that its last prefill is of
         self.cancelled = False
 
 
@@ -29,6 +30,11 @@ class Batch:
         self.decoder: Decoder | None = None
         self.members: list[Running] = []
         self._joining: list[Running] = []
+
+    @classmethod
+    def of(cls, decoder: Decoder) -> "Batch":
+        """Whose steps this one takes."""
+        return cls(lambda rows: decoder)
 
     def __len__(self) -> int:
         return len(self.members) + len(self._joining)

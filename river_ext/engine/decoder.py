@@ -16,7 +16,7 @@ from torch import Tensor
 from .. import ops
 from .exit_rule import next_decision, still_staying
 from .graph import LEAST_STOP_TOKENS, Graph, Graphs, Memory, Runner, backbone_part, tail_part, whole_steps
-from .step import NewToken, Row, RowOutput
+from .step import NewToken, Row, RowOutput, Work
 
 # Steps in flight beyond the one that the host waits for: with the second of a pair, fewer than graph.RECORDS
 RUN_AHEAD = 4
@@ -94,10 +94,15 @@ class Decoder(ABC):
                         [similarities[index][row] for index in range(depths[row])],
                         logits[row] if logits is not None and self.rows[row].request.wants_logits else None,
                     )
-                ]
+                ],
+                work=self.work(row, depths[row]),
             )
             for row in self.rows
         ]
+
+    def work(self, row: int, depth: int) -> Work:
+        """Of a live row that left at this depth."""
+        return Work(backbone_rows=depth, exit_rows=self.runner.layers - depth)
 
     @torch.inference_mode()
     def copied(self, logits: Tensor) -> Tensor:
@@ -176,14 +181,20 @@ class StepDecoders:
 
     def __init__(self, memory: Memory, together: bool):
         self.control = "auto"
+        self.first_fetched = memory.network.first_fetched
         self.on_gpu = memory.network.device.type == "cuda"
         self.by_control = {name: kind(memory, together) for name, kind in EXIT_CONTROLS.items()}
 
     def choose(self, rows: Sequence[Row]) -> Decoder:
-        """Where a CPU has nothing to decide, the host's steps have fewer and plainer calls."""
+        """Where a CPU has nothing to decide, the host's steps have fewer and plainer calls.
+
+        Whatever is asked for, rows that may run a layer that is to be fetched are the host's: it fetches.
+        """
+        rules = [row.request.rule for row in rows]
+        if any(rule.limit > self.first_fetched for rule in rules):
+            return self.by_control["host"]
         if self.control != "auto":
             return self.by_control[self.control]
-        rules = [row.request.rule for row in rows]
         decides = any(rule.limit > 0 and not rule.never_leaves for rule in rules)
         return self.by_control["device" if decides or self.on_gpu else "host"]
 

@@ -11,8 +11,8 @@ import threading
 import time
 from collections import deque
 from collections.abc import Hashable, Iterator
-from itertools import count, takewhile
-from os.path import commonprefix
+from dataclasses import replace
+from itertools import count
 from typing import NamedTuple
 
 from .. import ops
@@ -23,11 +23,13 @@ from .batch import Batch, Running
 from .decoder import EXIT_CONTROLS, StepDecoders
 from .exit_rule import BATCH_POLICIES
 from .graph import Memory
+from .kv_strategies import KV_DECODERS
 from .lossless import LosslessDecoder
 from .network import Network
 from .prefill import Prefill
-from .request import Request, request
+from .request import request
 from .sequence import GenerationOutput, Piece, Sequence
+from .slots import Slots
 from .step import RowOutput
 
 DEFAULT_POSITIONS = 4096  # of a slot, where nobody says and the model has as many
@@ -41,16 +43,6 @@ class Event(NamedTuple):
     id: Hashable
     piece: Piece | None  # a new token; None where it ends without one
     output: GenerationOutput | None  # once it has ended: then no other event of it follows
-
-
-class Contents(NamedTuple):
-    """What a slot holds that no request works on."""
-
-    tokens: list[int]  # whose K and V are there, from position 0 on
-    by_backbone: int  # at so many positions from 0 on, the backbone alone wrote them
-
-
-EMPTY = Contents([], 0)
 
 
 class Engine:
@@ -76,24 +68,27 @@ class Engine:
         self.check(batch_policy, exit_control)
         self.network, self.text, self.batch_policy = network, text, batch_policy
         self.slots = integer("slots", slots, 1, ops.MAX_ROWS)
+        self._slots = Slots(network, self.slots, flag("reuse_prompts", reuse_prompts))
         if max_len is None:
             max_len = min(DEFAULT_POSITIONS, config.max_length)
         self.max_len = integer("max_len", max_len, 1, config.max_length)
-        self.reuse_prompts = flag("reuse_prompts", reuse_prompts)
         self.progress = False  # show on standard error how far long prompts are
         self._memory = Memory(network, self.slots, self.max_len)
-        self._decoders = StepDecoders(self._memory, together=batch_policy == "min")
-        lossless = LosslessDecoder(self._memory)
+        together = batch_policy == "min"
+        self._decoders = StepDecoders(self._memory, together)
         self.use(exit_control)
         self._steps = Batch(self._decoders.choose)
-        self._cycles = Batch(lambda rows: lossless)  # of requests in lossless mode
+        self._cycles = Batch.of(LosslessDecoder(self._memory))  # of requests in lossless mode
+        # of those with another kv_strategy than the river's
+        self._compared = {
+            name: Batch.of(decoder(self._memory, together)) for name, decoder in KV_DECODERS.items()
+        }
+        self._batches = [self._steps, self._cycles, *self._compared.values()]
         self._lock = threading.Lock()  # of what other threads see: the queue, the ids, what is cancelled
         self._stepping = threading.Lock()
         self._ids, self._closed = count(), False
         self._queue: deque[Running] = deque()
         self._known: dict[Hashable, Running] = {}  # all that have not ended
-        self._free = list(range(self.slots))
-        self._contents = [EMPTY] * self.slots  # of one in use, what it held before
         self._prefilling: deque[Running] = deque()
         self._ending: list[Running] = []  # cancelled, or left in the middle of a token
         self._events: list[Event] = []  # of this step
@@ -182,16 +177,15 @@ class Engine:
                 return
             self._forget()
             self._closed = True
-            del self._memory, self._decoders, self._steps, self._cycles
+            del self._memory, self._decoders, self._steps, self._cycles, self._compared, self._batches
 
     def _forget(self) -> None:
         self._memory.synchronise()
         for place in (
-            self._known, self._queue, self._prefilling, self._steps, self._cycles, self._ending, self._events
+            self._known, self._queue, self._prefilling, *self._batches, self._ending, self._events
         ):  # fmt: skip
             place.clear()
-        self._free = list(range(self.slots))
-        self._contents = [EMPTY] * self.slots
+        self._slots.clear()
 
     def __enter__(self) -> "Engine":
         return self
@@ -219,7 +213,7 @@ class Engine:
     def _begin_anew(self) -> None:
         """All go on from the tokens that they have: what a step computes depends on nothing else."""
         self._memory.synchronise()
-        for place in (self._steps, self._cycles, self._prefilling):
+        for place in (*self._batches, self._prefilling):
             place.clear()
         with self._lock:
             everyone = list(self._known.values())
@@ -227,13 +221,13 @@ class Engine:
             self._ending = [
                 running for running in everyone if running.cancelled or running.sequence.finish_reason
             ]
-        self._free = [slot for slot in range(self.slots) if slot not in {one.slot for one in everyone}]
+        self._slots.keep({running.slot for running in everyone})
         for running in everyone:
             running.prefill = None
-            if running.slot >= 0 and running.sequence.tokens:
-                self._batch(running).join(running)
-            elif running.slot >= 0:
+            if running.slot >= 0 and running.sequence.needs_prefill:
                 self._prefilling.append(running)
+            elif running.slot >= 0:
+                self._batch(running).join(running)
 
     def _end_cancelled(self) -> None:
         with self._lock:
@@ -250,11 +244,10 @@ class Engine:
     def _admit(self) -> None:
         """Queued requests into free slots, first come, first served."""
         with self._lock:
-            while self._queue and self._free:
+            while self._queue and self._slots.free:
                 running = self._queue[0]
-                slot, running.start = self._choose_slot(running.sequence.request)
+                slot, running.start = self._slots.take(running.sequence.request)
                 running.slot = slot
-                self._free.remove(slot)
                 self._prefilling.append(self._queue.popleft())
 
     def _work_on_prompts(self) -> None:
@@ -262,49 +255,56 @@ class Engine:
         if not self._prefilling:
             return
         running, start = self._prefilling[0], time.perf_counter()
-        sequence, others = running.sequence, self._steps or self._cycles
+        sequence, others = running.sequence, any(self._batches)
         try:
             with memory_for("the prompt"):
                 if running.prefill is None:
-                    running.prefill = Prefill(
-                        self.network,
-                        self._memory.cache,
-                        running.slot,
-                        sequence.request,
-                        running.start,
-                        self.progress,
-                    )
+                    running.prefill = self._new_prefill(running)
                 new = running.prefill.advance(self._prefill_rows if others else math.inf)
         except RiverError as error:
             sequence.fail(str(error))
             self._end(running)
             return
-        sequence.prefill_seconds += time.perf_counter() - start
+        sequence.prefill_took(time.perf_counter() - start)
         if new is None:
             return
         if others:  # the shortest prompt takes its time, too
-            rows = len(sequence.request.prompt) - running.start
+            rows = running.prefilled - running.start
             self._held_up += max(rows, self._prefill_rows // ops.MAX_ROWS)
         self._prefilling.popleft()
         running.prefill = None
         self._batch(running).join(running)
         self._take([(running, RowOutput([new]))])
 
+    def _new_prefill(self, running: Running) -> Prefill:
+        """Of the prompt; or of all its tokens, where they rotate anew."""
+        if running.sequence.tokens:
+            running.start = 0
+        tokens, memory = running.sequence.known, self._memory
+        running.prefilled = len(tokens)
+        request = replace(running.sequence.request, prompt=tokens)
+        return Prefill(memory.network, memory.cache, running.slot, request, running.start, self.progress)
+
     def _batch(self, running: Running) -> Batch:
         """Where it decodes."""
-        return self._steps if running.sequence.request.draft_tokens is None else self._cycles
+        request = running.sequence.request
+        if request.draft_tokens is not None:
+            return self._cycles
+        return self._compared.get(request.kv_strategy, self._steps)
 
     def _decode(self) -> None:
         """The next tokens of every sequence."""
         self._held_up = 0
-        together, waiting = self.batch_policy == "min", bool(self._prefilling or (self._queue and self._free))
+        together = self.batch_policy == "min"
+        waiting = bool(self._prefilling or (self._queue and self._slots.free))
         if together and waiting:
             return  # rows that leave the backbone together begin together
         stops = any(running.sequence.request.stop for running in self._steps)
         # A row that ends by a stop string, of which only the host knows, lets the others leave earlier then.
         surprises = together and stops and len(self._steps) > 1
         self._take(self._steps.step(run_ahead=not (waiting or surprises)))
-        self._take(self._cycles.step(run_ahead=False))
+        for batch in self._batches[1:]:
+            self._take(batch.step(run_ahead=False))
 
     def _take(self, outputs: list[tuple[Running, RowOutput]]) -> None:
         """Each sequence takes its new tokens; those that end leave."""
@@ -312,6 +312,14 @@ class Engine:
             self._events += [Event(running.id, piece, None) for piece in running.sequence.take(output)]
             if running.sequence.finish_reason:
                 self._end(running)
+            elif running.sequence.needs_prefill:
+                self._prefill_anew(running)
+
+    def _prefill_anew(self, running: Running) -> None:
+        """All its positions rotate otherwise from its next token on, so what the slot holds is void."""
+        self._batch(running).drop(running)
+        self._memory.lead_caller()  # a step in flight may still write there
+        self._prefilling.append(running)
 
     def _end(self, running: Running) -> None:
         """Its last event, which is that of its last token unless it failed; and its slot is free."""
@@ -320,8 +328,8 @@ class Engine:
             own = []
         before = len(self._events) - len(own)
         last = Event(running.id, own[0].piece if own else None, running.sequence.output())
-        self._steps.drop(running)
-        self._cycles.drop(running)
+        for batch in self._batches:
+            batch.drop(running)
         self._memory.lead_caller()  # steps in flight may still write to the slot
         with self._lock:
             if running.slot < 0:
@@ -329,36 +337,9 @@ class Engine:
             else:
                 if running in self._prefilling:
                     self._prefilling.remove(running)
-                self._free.append(running.slot)
-                self._contents[running.slot] = self._written(running)
+                self._slots.give_back(running)
             del self._known[running.id]
             self._events[before:] = [last]  # no interrupt comes between these two
-
-    # --- slots --------------------------------------------------------------------------------------------
-
-    def _choose_slot(self, request: Request) -> tuple[int, int]:
-        """A free slot, and how many positions of the prompt it holds already: all but one at most."""
-        prompt = request.prompt
-        if not self.reuse_prompts or self.network.scales_by_length(len(prompt)):
-            return self._free[0], 0
-        shared = {}
-        for slot in self._free:
-            tokens, by_backbone = self._contents[slot]
-            usable = tokens[:by_backbone] if request.full_depth else tokens
-            shared[slot] = len(commonprefix([usable, prompt[:-1]]))
-        slot = max(shared, key=shared.get)
-        return slot, shared[slot]
-
-    def _written(self, running: Running) -> Contents:
-        """What its slot holds in all layers, for those who may take it over."""
-        sequence, request, before = running.sequence, running.sequence.request, self._contents[running.slot]
-        if not sequence.tokens or self.network.scales_by_length(len(request.prompt)):
-            return EMPTY
-        by_backbone = min(before.by_backbone, running.start)
-        depths, layers = sequence.exit_depths, self.network.config.num_hidden_layers
-        if by_backbone == running.start and depths[0] == layers:
-            by_backbone = len(request.prompt) + sum(1 for _ in takewhile(layers.__eq__, depths[1:]))
-        return Contents(request.prompt + sequence.tokens[:-1], by_backbone)
 
     def _find(self, id: Hashable) -> Running | None:
         try:

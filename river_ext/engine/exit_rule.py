@@ -21,8 +21,8 @@ PREFILL_POLICIES = "'full', 'depth:k', 'min' or 'last'"
 class ExitRule:
     """The rule of one row. The threshold is rounded to fp32, what the similarities are in.
 
-    `limit` is the number of backbone layers that the row's tokens may run: the model's depth, or 0 for the
-    pure river.
+    `limit` is the number of backbone layers that the row's tokens may run: the model's depth, 0 for the pure
+    river, or the resident layers, if no token is to run an offloaded one.
     """
 
     threshold: float

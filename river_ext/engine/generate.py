@@ -9,17 +9,18 @@ import torch
 from torch import Tensor
 
 from .. import ops
-from ..checks import integer
+from ..checks import integer, short
 from ..errors import RiverError
 from ..loading.text import Text
 from .decoder import HostDecoder, power_of_two
 from .engine import Engine
 from .graph import Memory
+from .kv_strategies import KV_DECODERS
 from .network import Network
 from .prefill import Prefill
-from .request import Request, is_batch, prompt_tokens, request, requests
+from .request import Request, is_batch, is_chat, prompt_tokens, request, requests
 from .sequence import GenerationOutput, Piece, Sequence
-from .step import Row, not_finite
+from .step import Exits, Row, not_finite
 
 LEAST_POSITIONS = 256  # of an engine that is lent, so that most of the requests to come fit it
 
@@ -130,6 +131,8 @@ def _pieces(
 def score(network: Network, tokens, prompt_length: int, options: Mapping) -> Score:
     """Feeds given tokens instead of the model's own, through the same prefill and steps."""
     config = network.config
+    if isinstance(tokens, str) or is_chat(tokens):
+        raise RiverError(f"tokens is {short(tokens)}; accepted: token ids, as prompt_length counts them")
     tokens = prompt_tokens(config, None, tokens)
     if len(tokens) > config.max_length:
         raise RiverError(f"{len(tokens)} tokens need as many positions; the model has {config.max_length}")
@@ -139,10 +142,12 @@ def score(network: Network, tokens, prompt_length: int, options: Mapping) -> Sco
     if asked.river_head:
         network.check_river_head()
     memory = Memory(network, slots=1, max_len=asked.positions)
-    news = [Prefill(network, memory.cache, 0, asked).advance()]
-    decoder = HostDecoder(memory, together=False)
+    news = [Prefill(memory.network, memory.cache, 0, asked).advance()]
+    decoder = KV_DECODERS.get(asked.kv_strategy, HostDecoder)(memory, together=False)
+    exits = Exits()
     for position in range(prompt_length, len(tokens) - 1):
-        decoder.start([Row(tokens[position], position, 0, asked, remaining=1)])
+        exits.depths.append(news[-1].exit_depth)
+        decoder.start([Row(tokens[position], position, 0, asked, remaining=1, exits=exits)])
         news += decoder.step()[0].tokens
     for position, new in enumerate(news, start=prompt_length):
         if new.token < 0:

@@ -8,6 +8,7 @@ the filters' settings are values. On the CPU a graph is the function itself, cal
 """
 
 import time
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from functools import partial
 from typing import TypeVar
@@ -19,6 +20,7 @@ from .. import ops
 from ..errors import RiverError
 from .cache import KVCache
 from .network import Decision, Network, Place
+from .offload import network_of_engine
 from .sampling import Drawing, draw
 from .step import Row
 
@@ -34,7 +36,7 @@ class Memory:
     """What the runners of one engine share: the cache, and on a GPU the stream and the graphs' memory."""
 
     def __init__(self, network: Network, slots: int, max_len: int):
-        self.network = network
+        self.network = network_of_engine(network)
         self.cache = KVCache(network.config, slots, max_len, network.dtype, network.device)
         self.rope = network.rope(max_len)
         on_gpu = network.device.type == "cuda"
@@ -66,9 +68,10 @@ class Memory:
     def synchronise(self) -> None:
         if self.stream:
             self.stream.synchronize()
+            self.network.synchronise()
 
 
-class Graphs:
+class Graphs(ABC):
     """Captured parts, on a stream of their own; the caller's stream is the current one elsewhere."""
 
     def __init__(self, memory: Memory):
@@ -86,15 +89,21 @@ class Graphs:
                 part(self, *arguments)
         self.memory.synchronise()
 
+    @abstractmethod
+    def fetches(self, part: Callable, *arguments) -> bool:
+        """Whether part(self, *arguments) fetches layers: then it is called each time, not captured.
+
+        What there is to copy depends on what the calls before have left there.
+        """
+
     @torch.inference_mode()
     def replay(self, part: Callable, *arguments) -> "Graph":
         """Replays the graph of part(self, *arguments), captured when it is first needed."""
         key = (part, *arguments)
         with torch.cuda.stream(self.memory.stream):
             if key not in self.graphs:
-                self.graphs[key] = Graph(
-                    partial(part, self, *arguments), self.memory.stream, self.memory.pool
-                )
+                stream = None if self.fetches(part, *arguments) else self.memory.stream
+                self.graphs[key] = Graph(partial(part, self, *arguments), stream, self.memory.pool)
             self.graphs[key].replay()
         return self.graphs[key]
 
@@ -150,7 +159,11 @@ class Runner(Graphs):
         self.on_backbone = self.place._replace(slots=zeros(rows) - 1)
         self.on_river = self.place._replace(slots=zeros(rows) - 1)
         steps_by_either_head = (whole_steps, 1, True, False, None)
-        self.warm_up((backbone_part, 0, layers, True), (tail_part, 0, False), steps_by_either_head)
+        resident = network.first_fetched
+        self.warm_up((backbone_part, 0, resident, True), (tail_part, 0, False), steps_by_either_head)
+
+    def fetches(self, part: Callable, *arguments) -> bool:
+        return part is backbone_part and arguments[1] > self.network.first_fetched  # its depth
 
     @torch.inference_mode()
     def start(self, rows: Sequence[Row]) -> None:
@@ -207,7 +220,7 @@ class Graph:
     """A part of a step, captured once and replayed. `outputs` lie at the same place after every replay."""
 
     def __init__(self, run: Callable[[], tuple[Tensor, ...]], stream: torch.cuda.Stream | None, pool):
-        if stream is None:  # the CPU, where the outputs are those of the last replay
+        if stream is None:  # not captured but called again; the outputs are those of the last replay
             self.replay = partial(self._run, run)
             return
         graph = torch.cuda.CUDAGraph()
@@ -232,6 +245,7 @@ def backbone_part(runner: Runner, first: int, depth: int, mixed: bool) -> tuple:
     """Decoder blocks first..depth-1; mixed: of some rows, the others go through the exit layers there."""
     hidden, similarities = runner.between if first else runner.hidden, []
     for layer in runner.network.layers[first:depth]:
+        runner.network.fetch(layer.index, depth)
         hidden, similarity = layer.block(hidden, runner.on_backbone if mixed else runner.place)
         if mixed:
             hidden, _ = layer.exit(hidden, runner.on_river)

@@ -14,7 +14,7 @@ the drafts are; these decide over the speed only.
 """
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -25,7 +25,7 @@ from .drafting import draft_cost
 from .graph import RECORDS, Graphs, Memory
 from .network import Place
 from .sampling import Drawing, draw
-from .step import NewToken, Row, RowOutput
+from .step import NewToken, Row, RowOutput, Work
 
 
 class CycleRunner(Graphs):
@@ -60,7 +60,11 @@ class CycleRunner(Graphs):
         self.records = torch.zeros(RECORDS, 1 + requests + rows, dtype=torch.int32, **host)
         self.seen = torch.zeros(self.layers * rows, dtype=torch.float32, **host)  # similarities
         self.place = Place(memory.cache, self.slots, self.positions, memory.rope)
-        self.warm_up((cycle, 1 if self.tokens > 1 else 0, False), (cycle, 0, True))
+        if not self.fetches(cycle):
+            self.warm_up((cycle, 1 if self.tokens > 1 else 0, False), (cycle, 0, True))
+
+    def fetches(self, part: Callable, *arguments) -> bool:
+        return self.network.first_fetched < self.layers
 
     @torch.inference_mode()
     def start(self, rows: Sequence[Row]) -> None:
@@ -89,6 +93,20 @@ class CycleRunner(Graphs):
         self.verify_positions.copy_((self.positions + ahead).flatten())
         self.verify_drawing.positions.copy_(self.verify_positions + 1)
         self.memory.follow_caller()
+
+    @property
+    def shared(self) -> dict[str, Tensor]:
+        """What the end of a draft step and that of a verification both work on, by the names of the ops."""
+        return dict(
+            embed_tokens=self.network.embed_tokens,
+            drafts=self.drafts,
+            hidden=self.hidden,
+            slots=self.slots,
+            positions=self.positions,
+            draw_positions=self.drawing.positions,
+            verify_hidden=self.verify_hidden,
+            verify_slots=self.verify_slots,
+        )
 
     @torch.inference_mode()
     def want(self, wanted: Sequence[int]) -> None:
@@ -147,7 +165,9 @@ class LosslessDecoder(Decoder):
             news = self._news(index, counts[index], tokens, similarities, logits)
             self.rows[index].drafting.learn(wanted[index], min(wanted[index], len(news) - 1))
             self.remaining[index] -= len(news)
-            outputs.append(RowOutput(news, wanted[index], seconds))
+            layers, drafted = runner.layers, wanted[index]
+            work = Work(backbone_rows=(1 + drafted) * layers, exit_rows=drafted * layers)
+            outputs.append(RowOutput(news, drafted, seconds, work))
         return outputs
 
     def _news(
@@ -190,19 +210,7 @@ def draft_step(runner: CycleRunner, index: int, filters: bool) -> None:
     for layer in network.layers:
         hidden, _ = layer.exit(hidden, runner.place)
     tokens, _ = draw(network, hidden, runner.drawing, filters, river_head=True)
-    ops.draft_advance(
-        tokens=tokens,
-        index=index,
-        wanted=runner.wanted,
-        embed_tokens=network.embed_tokens,
-        drafts=runner.drafts,
-        hidden=runner.hidden,
-        slots=runner.slots,
-        positions=runner.positions,
-        draw_positions=runner.drawing.positions,
-        verify_hidden=runner.verify_hidden,
-        verify_slots=runner.verify_slots,
-    )
+    ops.draft_advance(tokens=tokens, index=index, wanted=runner.wanted, **runner.shared)
 
 
 def verification(runner: CycleRunner, drafts: int, filters: bool, logits: bool) -> tuple[Tensor]:
@@ -211,25 +219,19 @@ def verification(runner: CycleRunner, drafts: int, filters: bool, logits: bool) 
     hidden = runner.verify_hidden[:rows]
     place = runner.place._replace(slots=runner.verify_slots[:rows], positions=runner.verify_positions[:rows])
     for layer in network.layers:
+        network.fetch(layer.index, runner.layers)
         hidden, similarity = layer.block(hidden, place)
         similarities.append(similarity)
     runner.seen[: runner.layers * rows].copy_(torch.cat(similarities), non_blocking=True)
     tokens, all_logits = draw(network, hidden, runner.verify_drawing.head(rows), filters, logits)
     ops.accept(
         tokens=tokens,
-        drafts=runner.drafts,
-        embed_tokens=network.embed_tokens,
         stop_tokens=runner.stop_tokens,
         remaining=runner.remaining,
-        hidden=runner.hidden,
-        slots=runner.slots,
-        positions=runner.positions,
-        draw_positions=runner.drawing.positions,
-        verify_hidden=runner.verify_hidden,
-        verify_slots=runner.verify_slots,
         verify_positions=runner.verify_positions,
         verify_draw_positions=runner.verify_drawing.positions,
         step=runner.cycles_done,
         records=runner.records,
+        **runner.shared,
     )
     return (all_logits,)

@@ -8,12 +8,19 @@ from torch import Tensor
 from .. import ops
 from ..errors import RiverError
 from ..loading.config import ModelConfig
-from ..loading.rope import rope_tables
+from ..loading.rope import query_scales, rope_tables, unrotated_tables
 from ..loading.weights import DecoderBlockWeights, ExitLayerWeights, ModelWeights
 from ..quant.exit_river import ExitRiver
 from .cache import KVCache
 
-Rope = tuple[Tensor, Tensor]  # cos and sin, fp32 [positions, rotary_dim / 2]
+
+class Rope(NamedTuple):
+    """What depends on a row's position: fp32 tables of as many positions as the cache has, or more."""
+
+    cos: Tensor  # [positions, rotary_dim / 2]
+    sin: Tensor
+    unrotated: tuple[Tensor, Tensor] | None  # cos and sin of layers without RoPE, if there are any
+    query_scale: Tensor | None  # [positions]
 
 
 class Place(NamedTuple):
@@ -23,6 +30,7 @@ class Place(NamedTuple):
     slots: Tensor  # int32 [T]; -1: the row is inactive, and its hidden state is copied through
     positions: Tensor  # int32 [T]
     rope: Rope
+    kv_valid: Tensor | None = None  # bool [slots, max_len]; None: K and V are there at all positions
 
 
 class Decision(NamedTuple):
@@ -52,19 +60,23 @@ class Layer:
             for name in ("q_bias", "k_bias", "v_bias", "o_bias", "q_norm", "k_norm")
             if (value := getattr(weights, name)) is not None
         }
-        if config.sliding_window is not None:
+        if config.sliding_window is not None and index not in config.full_attention_layers:
             self.options["sliding_window"] = config.sliding_window
+        self._rotates = index not in config.nope_layers
         self._common = {
             "input_layernorm": weights.input_layernorm,
             "post_attention_layernorm": weights.post_attention_layernorm,
             "num_attention_heads": config.num_attention_heads,
             "rms_norm_eps": config.rms_norm_eps,
+            "softmax_scale": config.softmax_scale,
+            "residual_multiplier": config.residual_multiplier,
             **self.options,
         }
         names = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
         self._dense = {name: getattr(weights, name) for name in names}
         self._packed = vars(river)
-        self._tiles = {name.replace("proj", "tiles"): tiles for name, tiles in vars(river).items()}
+        tiles = {name.replace("proj", "tiles"): tiles for name, tiles in vars(river).items()}
+        self._both = self._dense | tiles
 
     def block(self, hidden: Tensor, place: Place) -> tuple[Tensor, Tensor]:
         """Rows through the decoder block: hidden and similarity [T]."""
@@ -78,18 +90,23 @@ class Layer:
         """Each row by the path that the device chooses; previous [T, hidden_size] went into layer - 1."""
         return ops.dual_layer(
             index=self.index, hidden=hidden, previous=previous, **decision._asdict(),
-            **self._dense, **self._tiles, **self._common, **self._at(place),
+            **self._both, **self._common, **self._at(place),
         )  # fmt: skip
 
+    def tables(self, rope: Rope) -> dict[str, Tensor | None]:
+        """Those that this layer takes, as arguments of the ops."""
+        cos, sin = (rope.cos, rope.sin) if self._rotates else rope.unrotated
+        return {"cos": cos, "sin": sin, "query_scale": rope.query_scale}
+
     def _at(self, place: Place) -> dict:
-        (k_cache, v_cache), (cos, sin) = place.cache.layer(self.index), place.rope
+        k_cache, v_cache = place.cache.layer(self.index)
         return {
             "k_cache": k_cache,
             "v_cache": v_cache,
             "slots": place.slots,
             "positions": place.positions,
-            "cos": cos,
-            "sin": sin,
+            "kv_valid": place.kv_valid,
+            **self.tables(place.rope),
         }
 
 
@@ -106,13 +123,23 @@ class Network:
         self.embed_tokens, self.norm, self.lm_head = weights.embed_tokens, weights.norm, weights.lm_head
         pairs = zip(weights.layers, river, strict=True)
         self.layers = [Layer(index, config, *pair) for index, pair in enumerate(pairs)]
+        self.first_fetched = config.num_hidden_layers  # layers from this one on need `fetch`
         self.lm_head_w4 = river.lm_head
         self.river_head_bytes = (self.lm_head if self.lm_head_w4 is None else self.lm_head_w4).nbytes
         self.dtype, self.device = weights.embed_tokens.dtype, weights.embed_tokens.device
-        self._rope = rope_tables(config, 0, device=self.device)
+        self._rope = self._tables(0)
 
     def embed(self, tokens: Tensor) -> Tensor:
         return torch.nn.functional.embedding(tokens, self.embed_tokens)
+
+    def fetch(self, index: int, depth: int) -> None:
+        """Comes before the decoder block of a layer, for work that is given to the current stream.
+
+        depth: the backbone layers up to there follow for certain. Here all weights are where ops read them.
+        """
+
+    def synchronise(self) -> None:
+        """Waits for the copies that `fetch` has begun."""
 
     def head(self, hidden: Tensor, river_head: bool | Tensor, **options) -> tuple[Tensor, Tensor]:
         """What `ops.lm_head` gives, by the model's head or by the river's, if it was saved with one.
@@ -125,11 +152,11 @@ class Network:
             of_logits = river_head[: len(logits), None]  # of none, where they are not wanted
             logits = torch.where(of_logits, river_logits, logits)
             return torch.where(river_head, river_tokens, tokens), logits
-        eps = self.config.rms_norm_eps
+        config = self.config
+        options |= {"rms_norm_eps": config.rms_norm_eps, "logits_scaling": config.logits_scaling}
         if river_head and self.lm_head_w4 is not None:
-            size = self.config.vocab_size
-            return ops.lm_head_w4(hidden, self.norm, self.lm_head_w4, size, eps, **options)
-        return ops.lm_head(hidden, self.norm, self.lm_head, eps, **options)
+            return ops.lm_head_w4(hidden, self.norm, self.lm_head_w4, config.vocab_size, **options)
+        return ops.lm_head(hidden, self.norm, self.lm_head, **options)
 
     def check_river_head(self) -> None:
         """Refuses a river that was saved without a head, where that is wanted."""
@@ -140,23 +167,30 @@ class Network:
             )
 
     def rope(self, max_len: int) -> Rope:
-        """cos and sin for decoding: tables of at least max_len positions.
+        """The tables for decoding, of at least max_len positions.
 
         Their rows never change, and longer tables are new tensors: a graph keeps those it was captured with.
         """
         rope = self._rope  # which another thread may change meanwhile
-        if max_len > len(rope[0]):
-            rope = rope_tables(self.config, 1 << (max_len - 1).bit_length(), device=self.device)
-            self._rope = rope
+        if max_len > len(rope.cos):
+            rope = self._rope = self._tables(1 << (max_len - 1).bit_length())
         return rope
 
     def prompt_rope(self, length: int, max_len: int) -> Rope:
-        """The same for a prompt: under dynamic scaling all its tokens see the whole prompt's length."""
-        if self.scales_by_length(length):
-            return rope_tables(self.config, max_len, seq_len=length, device=self.device)
-        return self.rope(max_len)
+        """The same for a prompt, whose tokens may all see the whole prompt's length."""
+        return self._tables(max_len, length) if self.rotation(length) else self.rope(max_len)
 
-    def scales_by_length(self, length: int) -> bool:
-        """Whether the rotation of a prompt's tokens depends on how long the prompt is."""
-        scaling = self.config.rope_scaling or {}
-        return scaling.get("rope_type") == "dynamic" and length > self.config.max_position_embeddings
+    def rotation(self, length: int) -> int:
+        """Prompts with the same number rotate alike; 0: as sequences of any shorter length do."""
+        longest = self.config.longest_unscaled
+        if longest is None or length <= longest:
+            return 0
+        return 1 if self.config.rotates_anew_after else length
+
+    def _tables(self, max_len: int, seq_len: int | None = None) -> Rope:
+        rotated = rope_tables(self.config, max_len, seq_len, self.device)
+        return Rope(
+            *rotated,
+            unrotated=unrotated_tables(rotated) if self.config.nope_layers else None,
+            query_scale=query_scales(self.config, max_len, self.device),
+        )

@@ -8,6 +8,7 @@ what decoding them one at a time gives. On a GPU they go through matrix products
 
 import math
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -91,12 +92,14 @@ class Prefill:
 
     def _layers(self) -> Iterator[int]:
         """The value: hidden states after all layers, and the last token's similarities of the backbone's."""
-        policy, rule = self.request.prefill, self.request.rule
+        policy = self.request.prefill
+        rule = replace(self.request.rule, limit=policy.limit)  # that of its own is for decoding
         tokens = torch.tensor(self.request.prompt[self.start :], device=self.network.device)
         hidden, similarities = self.network.embed(tokens), []
         for index in range(policy.limit):
             before, depth = hidden, index + 1
-            hidden = yield from self._layer(self._prompt.decoder_block(index), hidden)
+            certain = depth if policy.judged else policy.limit
+            hidden = yield from self._layer(self._fetched(index, certain), hidden)
             similarities.append(ops.state_similarity(before[-1:], hidden[-1:]))
             if policy.judged and rule.may_leave(depth):
                 rows = slice(-1, None) if policy.judged == "last" else slice(None)
@@ -106,6 +109,16 @@ class Prefill:
         for index in range(depth, self.network.config.num_hidden_layers):
             hidden = yield from self._layer(self._prompt.exit_layer(index), hidden)
         return hidden, torch.cat(similarities).tolist() if depth else []
+
+    def _fetched(self, index: int, certain: int) -> Piece:
+        """A backbone layer; before each piece, as others may have fetched another one in between."""
+        block = self._prompt.decoder_block(index)
+
+        def piece(first: int, hidden: Tensor) -> Tensor:
+            self.network.fetch(index, certain)
+            return block(first, hidden)
+
+        return piece
 
     def _layer(self, piece: Piece, hidden: Tensor) -> Iterator[int]:
         """All rows through one layer: the value is [rows, hidden_size]."""

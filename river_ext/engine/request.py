@@ -31,8 +31,9 @@ from .exit_rule import ExitRule, PrefillPolicy
 from .sampling import Sampling
 
 MODES = ("river", "lossless", "full", "full_w4")
-KV_STRATEGIES = ("share",)
+KV_STRATEGIES = ("share", "mask", "recompute", "propagate", "monotone")
 RIVER_HEADS = ("model", "w4")
+DEEP_TOKENS = ("stream", "exit")
 MOST_DRAFTS = ops.MAX_ROWS - 1  # one row of a verification is the token before them
 MAX_LOGPROBS = 20  # as many as servers of the same kind give
 
@@ -48,6 +49,7 @@ class Options:
     mode: str = "river"
     draft_tokens: int | str = "auto"
     river_head: str = "model"
+    deep_tokens: str = "stream"
     kv_strategy: str = "share"
     temperature: float = 0.0
     top_k: int = 0
@@ -77,9 +79,11 @@ class Request:
     stop_tokens: frozenset[int]
     draft_tokens: int | str | None  # None: none are drafted
     river_head: bool  # decoding steps draw by the river's head, not by the model's
+    kv_strategy: str
     logprobs: int | None  # of so many of the likeliest tokens, and of the drawn one
     return_logits: bool
     dtype: torch.dtype  # of the model
+    rotates_anew_after: int | None = None  # see ModelConfig
 
     @property
     def positions(self) -> int:
@@ -181,9 +185,11 @@ def request(config: ModelConfig, text: Text | None, prompt, options: Mapping) ->
         stop_tokens=stop_tokens(config, options),
         draft_tokens=draft_tokens(options),
         river_head=river_head(options),
+        kv_strategy=kv_strategy(options),
         logprobs=logprobs,
         return_logits=flag("return_logits", options.return_logits),
         dtype=config.dtype,
+        rotates_anew_after=config.rotates_anew_after,
     )
 
 
@@ -213,17 +219,41 @@ def prompt_tokens(config: ModelConfig, text: Text | None, prompt) -> list[int]:
 
 
 def exit_rule(config: ModelConfig, options: Options) -> ExitRule:
-    """The rule of a mode: "full" and "lossless" never exit, "full_w4" runs no backbone layer."""
+    """The rule of a mode: "full" and "lossless" never exit, "full_w4" runs no backbone layer.
+
+    With deep_tokens="exit" no token runs an offloaded layer.
+    """
     choice("mode", options.mode, MODES)
-    choice("kv_strategy", options.kv_strategy, KV_STRATEGIES)
-    layers = config.num_hidden_layers
     threshold = number("threshold", options.threshold)
-    min_layers = integer("min_layers", options.min_layers, 1, layers)
+    min_layers = integer("min_layers", options.min_layers, 1, config.num_hidden_layers)
+    if options.mode in ("full", "lossless"):
+        threshold = math.inf
+    deepest = deepest_exit(config, options, fp32(threshold))
+    if min_layers > deepest:
+        raise RiverError(
+            f"min_layers={min_layers} with deep_tokens='exit' and resident_layers={deepest}; accepted: 1 to "
+            f"{deepest}"
+        )
     return ExitRule(
-        threshold=math.inf if options.mode in ("full", "lossless") else threshold,
+        threshold=threshold,
         min_layers=min_layers,
-        limit=0 if options.mode == "full_w4" else layers,
+        limit=0 if options.mode == "full_w4" else deepest,
     )
+
+
+def deepest_exit(config: ModelConfig, options: Options, threshold: float) -> int:
+    """Backbone layers that a token may run while it decodes: all of them, or those that are resident."""
+    choice("deep_tokens", options.deep_tokens, DEEP_TOKENS)
+    if options.deep_tokens == "stream":
+        return config.num_hidden_layers
+    if config.resident_layers is None:
+        raise RiverError("deep_tokens='exit' needs a model that was loaded with resident_layers")
+    if threshold == math.inf and options.mode != "full_w4":
+        which = "threshold=inf" if options.mode == "river" else f"mode={options.mode!r}"
+        raise RiverError(
+            f"deep_tokens='exit' with {which}, where no token exits; accepted there: deep_tokens='stream'"
+        )
+    return config.resident_layers
 
 
 def draft_tokens(options: Options) -> int | str | None:
@@ -245,6 +275,19 @@ def river_head(options: Options) -> bool:
             "backbone's"
         )
     return options.river_head == "w4"
+
+
+def kv_strategy(options: Options) -> str:
+    """Under all but "share" no exit layer runs, and prompts go through the whole backbone."""
+    strategy = options.kv_strategy
+    choice("kv_strategy", strategy, KV_STRATEGIES)
+    needed = {} if strategy == "share" else {"mode": "river", "prefill": "full", "river_head": "model"}
+    for name, value in needed.items():
+        if (given := getattr(options, name)) != value:
+            raise RiverError(
+                f"{name}={given!r} needs kv_strategy='share'; kv_strategy={strategy!r} takes {name}={value!r}"
+            )
+    return strategy
 
 
 def prefill_policy(config: ModelConfig, options: Options) -> PrefillPolicy:

@@ -1,6 +1,7 @@
 """A request on its way: what has been generated for it so far, and whether that is all."""
 
 from dataclasses import asdict, dataclass
+from operator import add
 from typing import NamedTuple
 
 import torch
@@ -11,7 +12,7 @@ from ..loading.stop_strings import StopStrings
 from ..loading.text import Text, TextStream
 from .drafting import Drafting
 from .request import Request
-from .step import NewToken, Row, RowOutput, not_finite
+from .step import Exits, NewToken, Row, RowOutput, Work, not_finite
 
 
 @dataclass(frozen=True)
@@ -27,6 +28,11 @@ class Stats:
     drafts: int  # tokens that the river proposed, in lossless mode
     accepted_drafts: int  # of these, new tokens
     draft_seconds: float | None  # of decode_seconds, those before the verifications; None on a GPU
+    # The work of steps, not of prefills, per new token after the first: one row is one token in one layer.
+    backbone_rows: float
+    recomputed_rows: float  # of these, those of earlier tokens: kv_strategy="recompute"
+    exit_rows: float
+    projected_rows: float  # through the projections of K and V alone: kv_strategy="propagate"
 
     def to_dict(self) -> dict:
         """For `json.dumps`."""
@@ -91,9 +97,35 @@ class Sequence:
         self._drafted: list[bool] = []
         self._steps = self._drafts = 0
         self._draft_seconds: float | None = 0.0
+        self._work = Work()
+        self._exits = Exits()
         self._logits: list[Tensor] = []
         self._logprobs: list[float] = []
         self._top_logprobs: list[list[tuple[int, float]]] = []
+
+    @property
+    def known(self) -> list[int]:
+        """All its tokens, those of the prompt included."""
+        return self.request.prompt + self.tokens
+
+    @property
+    def needs_prefill(self) -> bool:
+        """Whether its next token comes from a pass over all its tokens: the prompt, or what rotates anew."""
+        return not self.tokens or self._steps_left == 0
+
+    @property
+    def _steps_left(self) -> int:
+        """Tokens that steps may draw for it before it ends or rotates anew."""
+        left = self.request.max_new_tokens - len(self.tokens)
+        last, known = self.request.rotates_anew_after, len(self.request.prompt) + len(self.tokens)
+        return left if last is None or known > last + 1 else min(left, last + 1 - known)
+
+    def prefill_took(self, seconds: float) -> None:
+        """One that gives a later token than the first is a step like others."""
+        if self.tokens:
+            self.decode_seconds += seconds
+        else:
+            self.prefill_seconds += seconds
 
     def row(self, slot: int) -> Row:
         """Its next step: the last token is fed back."""
@@ -102,8 +134,9 @@ class Sequence:
             position=len(self.request.prompt) + len(self.tokens) - 1,
             slot=slot,
             request=self.request,
-            remaining=self.request.max_new_tokens - len(self.tokens),
+            remaining=self._steps_left,
             drafting=self._drafting,
+            exits=self._exits,
         )
 
     def take(self, output: RowOutput) -> list[Piece]:
@@ -117,10 +150,13 @@ class Sequence:
     def _take(self, output: RowOutput) -> list[Piece]:
         self._steps += bool(self.tokens)  # the first token is the prefill's
         self._drafts += output.drafts
+        self._work = Work(*map(add, self._work, output.work))
         if output.draft_seconds is None or self._draft_seconds is None:
             self._draft_seconds = None
         else:
             self._draft_seconds += output.draft_seconds
+        if self.needs_prefill:  # which these come from
+            self._exits = Exits()
         pieces = []
         for new in output.tokens:
             if self.finish_reason:
@@ -136,6 +172,7 @@ class Sequence:
         """Decides, too, whether it is the last one."""
         self.tokens.append(new.token)
         self.exit_depths.append(new.exit_depth)
+        self._exits.depths.append(new.exit_depth)
         self.similarities.append(new.similarities)
         self._drafted.append(new.drafted)
         if new.logits is not None:
@@ -195,6 +232,7 @@ class Sequence:
             drafts=self._drafts,
             accepted_drafts=sum(self._drafted),
             draft_seconds=self._draft_seconds,
+            **{name: rows / max(1, decoded) for name, rows in self._work._asdict().items()},
         )
         has_logprobs = self.request.logprobs is not None
         return GenerationOutput(

@@ -8,6 +8,7 @@ line that names the file and the tensor.
 
 import hashlib
 import os
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -21,16 +22,24 @@ from ..errors import RiverError
 from ..progress import progress_bar
 from .config import ModelConfig, checkpoint_directory, parse_dtype, read_config
 from .families import FAMILIES
-from .files import is_regular
+from .files import is_regular, path_of
 from .json_object import read_json_object
+from .offloaded import checked_resident_layers
 from .tokenizer import load_tokenizer
 from .weights import BlockShape, DecoderBlockWeights, ModelWeights
 
 HEAD = "lm_head.weight"
 # what older files hold beside the weights, and what the model computes itself
 HARMLESS = (".rotary_emb.inv_freq", ".rotary_emb.cos_cached", ".rotary_emb.sin_cached", ".attn.masked_bias")
+# of a multimodal checkpoint: names before those of its text model, and what else it holds
+TEXT_MODEL = re.compile(r"^(model\.)?language_model\.(model\.)?")
+NOT_TEXT = re.compile(r"^(model\.)?(vision_tower|multi_modal_projector)\.")
+FUSED = dict.fromkeys(("q_proj", "k_proj", "v_proj"), "qkv_proj") | dict.fromkeys(
+    ("gate_proj", "up_proj"), "gate_up_proj"
+)
 STORED_DTYPES = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}
 PICKLE_SUFFIXES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
+WEIGHT_SUFFIXES = (".safetensors", ".safetensors.index.json", ".gguf", *PICKLE_SUFFIXES)
 FINGERPRINT_BLOCK = 4096  # bytes
 
 
@@ -48,6 +57,7 @@ def load_checkpoint(
     dtype: torch.dtype | str = "auto",
     device: torch.device | str = "cpu",
     check_finite: bool = True,
+    resident_layers: int | None = None,
 ) -> Checkpoint:
     """Loads a checkpoint directory.
 
@@ -58,30 +68,49 @@ def load_checkpoint(
         device: where the weights go.
         check_finite: refuse weights with NaN or Inf. This reads every byte once, so a mapped file is in
             memory afterwards; without it, weights are read when they are first used.
+        resident_layers: matrices of the backbone layers from this one on are not to be in the device's
+            memory: for a GPU they go to pinned memory of the host, on the CPU they must be views of the file.
     """
     directory = checkpoint_directory(directory)
     config = read_config(directory)
-    stored = _stored_tensors(directory)
+    stored = stored_tensors(directory)
+    if config.multimodal:
+        stored = _text_tensors(stored)
     _check_tensors(stored, tensor_shapes(config), directory)
     auto = config.dtype or stored["model.embed_tokens.weight"].dtype
-    config = replace(config, dtype=parse_dtype(auto if dtype == "auto" else dtype, "load"))
+    config = replace(
+        config,
+        dtype=parse_dtype(auto if dtype == "auto" else dtype, "load"),
+        resident_layers=checked_resident_layers(resident_layers, config),
+    )
     device = parse_device(device)
+    offloaded = _offloaded(config)
+    if device.type == "cpu":
+        for name in offloaded:
+            stored[name].check_is_view(config.dtype)
     if device.type == "cuda":
         check_gpu_kernels(config)
     tokenizer = load_tokenizer(directory)
 
     def load(name: str) -> Tensor:
-        tensor = stored[name].read().to(device=device, dtype=config.dtype)
+        pinned = name in offloaded and device.type == "cuda"
+        tensor = stored[name].read().to(device="cpu" if pinned else device, dtype=config.dtype)
         if check_finite and not _all_finite(tensor):
             raise RiverError(f"{stored[name].path}: tensor {name} holds NaN or Inf in {config.dtype}")
         advance()
-        return tensor
+        return tensor.pin_memory() if pinned else tensor
 
     with progress_bar("loading", len(tensor_shapes(config)), wanted=check_finite) as advance:
         embed_tokens = load("model.embed_tokens.weight")
         lm_head = load(HEAD) if HEAD in stored else embed_tokens
         layers = [
-            DecoderBlockWeights(**{field: load(name) for field, name, _ in _layer_tensors(config, layer)})
+            DecoderBlockWeights(
+                **{
+                    field: part
+                    for name, fields in layer_tensors(config, layer).items()
+                    for field, part in _split(load(name), fields)
+                }
+            )
             for layer in range(config.num_hidden_layers)
         ]
         norm = load("model.norm.weight")
@@ -91,6 +120,17 @@ def load_checkpoint(
     weights = ModelWeights(embed_tokens, layers, norm, embed_tokens if tied else lm_head)
     used = {name: stored[name] for name in tensor_shapes(config)}
     return Checkpoint(directory, config, weights, tokenizer, _fingerprint(used))
+
+
+def lone_config(path: str | Path) -> Path | None:
+    """The config.json that a path names, or that a directory without weights holds; None: there are some."""
+    path = path_of(path, "checkpoint")
+    if path.suffix == ".json" and is_regular(path):
+        return path
+    if not is_regular(path / "config.json"):
+        return None
+    weights = any(name.endswith(WEIGHT_SUFFIXES) for name in os.listdir(path))
+    return None if weights else path / "config.json"
 
 
 def check_gpu_kernels(config: ModelConfig) -> None:
@@ -109,17 +149,38 @@ def tensor_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
         "model.norm.weight": (config.hidden_size,),
     }
     for layer in range(config.num_hidden_layers):
-        shapes |= {name: shape for _, name, shape in _layer_tensors(config, layer)}
+        for name, fields in layer_tensors(config, layer).items():
+            rows = sum(shape[0] for shape in fields.values())
+            shapes[name] = (rows, *next(iter(fields.values()))[1:])
     if not config.tie_word_embeddings:
         shapes[HEAD] = (config.vocab_size, config.hidden_size)
     return shapes
 
 
-def _layer_tensors(config: ModelConfig, layer: int) -> Iterator[tuple[str, str, tuple[int, ...]]]:
-    """(field of DecoderBlockWeights, tensor name, shape) of one layer."""
+def layer_tensors(config: ModelConfig, layer: int) -> dict[str, dict[str, tuple[int, ...]]]:
+    """Tensors of one layer: the fields of DecoderBlockWeights whose rows each holds, and their shapes."""
+    tensors = {}
     for field, shape in BlockShape.of(config).tensors().items():
         if _has(config, field):
-            yield field, tensor_name(layer, field), shape
+            name = tensor_name(layer, field, FAMILIES[config.model_type].fused)
+            tensors.setdefault(name, {})[field] = shape
+    return tensors
+
+
+def _split(tensor: Tensor, fields: dict[str, tuple[int, ...]]) -> Iterator[tuple[str, Tensor]]:
+    """The fields that lie in a tensor, as views of it."""
+    return zip(fields, tensor.split([shape[0] for shape in fields.values()]), strict=True)
+
+
+def _offloaded(config: ModelConfig) -> list[str]:
+    """Names of the matrices of offloaded layers. Norms and biases are small, and the river's as well."""
+    layers = range(config.num_hidden_layers)[config.resident_layers or config.num_hidden_layers :]
+    return [
+        name
+        for layer in layers
+        for name, fields in layer_tensors(config, layer).items()
+        if fields.keys() & BlockShape.of(config).projections().keys()
+    ]
 
 
 def _has(config: ModelConfig, field: str) -> bool:
@@ -130,19 +191,19 @@ def _has(config: ModelConfig, field: str) -> bool:
     return family.qk_norm or field not in ("q_norm", "k_norm")
 
 
-def tensor_name(layer: int, field: str) -> str:
+def tensor_name(layer: int, field: str, fused: bool = False) -> str:
     """What a field of DecoderBlockWeights is called in a checkpoint."""
-    name, prefix = f"{field}.weight", f"model.layers.{layer}"
+    prefix = f"model.layers.{layer}"
     if field.endswith("_layernorm"):
-        return f"{prefix}.{name}"
+        return f"{prefix}.{field}.weight"
     if field.endswith("_bias"):
-        name = f"{field.removesuffix('_bias')}_proj.bias"
-    mlp = field in ("gate_proj", "up_proj", "down_proj")
-    return f"{prefix}.mlp.{name}" if mlp else f"{prefix}.self_attn.{name}"
+        return f"{prefix}.self_attn.{field.removesuffix('_bias')}_proj.bias"
+    part = "mlp" if field in ("gate_proj", "up_proj", "down_proj") else "self_attn"
+    return f"{prefix}.{part}.{FUSED.get(field, field) if fused else field}.weight"
 
 
 @dataclass(frozen=True)
-class _StoredTensor:
+class StoredTensor:
     """A tensor in an open safetensors file; `read` gives a view of the mapped file."""
 
     path: Path
@@ -160,9 +221,23 @@ class _StoredTensor:
         # headers of an odd length misplace the data; kernels may count on the alignment of an element
         return tensor.clone() if tensor.data_ptr() % tensor.itemsize else tensor
 
+    def check_is_view(self, dtype: torch.dtype) -> None:
+        """Refuses an offloaded tensor that could only be used as a copy in memory."""
+        if self.dtype != dtype:
+            wanted, accepted = (str(t).removeprefix("torch.") for t in (dtype, self.dtype))
+            raise RiverError(
+                f"{self.path}: tensor {self.name} is stored as {self.dtype_name}, and in dtype {wanted} it "
+                f"would be in memory whatever resident_layers says; accepted on the CPU: dtype={accepted!r}"
+            )
+        if self.file.get_tensor(self.name).data_ptr() % dtype.itemsize:
+            raise RiverError(
+                f"{self.path}: tensor {self.name} lies at an odd place of the file, and would be in memory "
+                "whatever resident_layers says; accepted on the CPU: a file that safetensors has written"
+            )
 
-def _stored_tensors(directory: Path) -> dict[str, _StoredTensor]:
-    """Every tensor of the checkpoint, from model.safetensors or from the shards that its index names."""
+
+def stored_tensors(directory: Path) -> dict[str, StoredTensor]:
+    """Every tensor of a directory, from model.safetensors or from the shards that its index names."""
     single, index = directory / "model.safetensors", directory / "model.safetensors.index.json"
     if is_regular(single):
         return _open_safetensors(single)
@@ -173,7 +248,7 @@ def _stored_tensors(directory: Path) -> dict[str, _StoredTensor]:
         raise RiverError(
             f"{index}: weight_map is missing or no object; accepted: tensor names to shard names"
         )
-    stored: dict[str, _StoredTensor] = {}
+    stored: dict[str, StoredTensor] = {}
     for shard in dict.fromkeys(_shard_name(index, name, shard) for name, shard in weight_map.items()):
         if not is_regular(directory / shard):
             raise RiverError(f"{directory / shard}: missing; {index.name} names it")
@@ -185,6 +260,20 @@ def _stored_tensors(directory: Path) -> dict[str, _StoredTensor]:
         if name not in stored or stored[name].path.name != shard:
             raise RiverError(f"{directory / shard}: tensor {name} is missing; {index.name} says it is there")
     return stored
+
+
+def _text_tensors(stored: dict[str, StoredTensor]) -> dict[str, StoredTensor]:
+    """Those of the text model in a multimodal checkpoint, by the names that they would have alone."""
+    text: dict[str, StoredTensor] = {}
+    for name, tensor in stored.items():
+        if NOT_TEXT.match(name):
+            continue
+        plain = TEXT_MODEL.sub("model.", name)
+        plain = HEAD if plain == f"model.{HEAD}" else plain
+        if plain in text:
+            raise RiverError(f"{tensor.path}: tensor {name} is also there as {text[plain].name}")
+        text[plain] = tensor
+    return text
 
 
 def _shard_name(index: Path, tensor: str, shard) -> str:
@@ -211,12 +300,12 @@ def _what_else(directory: Path) -> str:
     return f"{needed}, {other[0]} is not read" if other else needed
 
 
-def _open_safetensors(path: Path) -> dict[str, _StoredTensor]:
+def _open_safetensors(path: Path) -> dict[str, StoredTensor]:
     try:
         file = safe_open(path, framework="pt", device="cpu")
         slices = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118 (safe_open is no dict)
         return {
-            name: _StoredTensor(path, file, name, tuple(s.get_shape()), s.get_dtype())
+            name: StoredTensor(path, file, name, tuple(s.get_shape()), s.get_dtype())
             for name, s in slices.items()
         }
     except (SafetensorError, OSError, ValueError, RuntimeError, OverflowError) as error:
@@ -262,7 +351,7 @@ def _all_finite(tensor: Tensor) -> bool:
     return all(extreme.isfinite().item() for extreme in torch.aminmax(tensor))
 
 
-def _fingerprint(tensors: dict[str, _StoredTensor]) -> str:
+def _fingerprint(tensors: dict[str, StoredTensor]) -> str:
     """sha256 over name, dtype, shape and three 4-KB blocks (start, middle, end) of every tensor, by name.
 
     It tells checkpoints apart and does not depend on their sharding. As it samples, it is no proof against

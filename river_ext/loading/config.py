@@ -8,7 +8,7 @@ Other keys (`auto_map` included) have no effect, and no code is ever run.
 
 import os
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -17,17 +17,17 @@ from .. import ops
 from ..errors import RiverError
 from .families import (
     FAMILIES,
-    Family,
+    MULTIMODAL,
     refuse_foreign_architectures,
     refuse_foreign_keys,
-    refuse_foreign_rope_keys,
+    refuse_known_architectures,
 )
 from .files import is_regular, path_of
 from .json_object import Reader, read_json_object
+from .multipliers import with_multipliers
+from .rope_config import MAX_POSITIONS, read_nope_layers, read_rope, read_windows
 
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
-ROPE_TYPES = ("default", "linear", "dynamic", "llama3")
-MAX_POSITIONS = 1 << 24
 HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
 
 
@@ -42,35 +42,86 @@ class ModelConfig:
     num_key_value_heads: int
     head_dim: int
     rotary_dim: int  # dims of a head that rotate; the rest passes through
-    rms_norm_eps: float
+    rms_norm_eps: float  # of hidden vectors as they are kept, see multipliers.py
     max_position_embeddings: int
     rope_theta: float
-    rope_scaling: dict | None  # None, or {"rope_type": "linear" | "dynamic" | "llama3", "factor": ...}
+    rope_scaling: dict | None  # None, or {"rope_type": "linear", "factor": ...}, say: see rope_config.py
     tie_word_embeddings: bool
     attention_bias: bool  # q, k and v have biases
     dtype: torch.dtype | None  # None: config.json does not say; a loaded checkpoint always has one
     bos_token_id: int | None
     eos_token_ids: tuple[int, ...]
     sliding_window: int | None = None
+    full_attention_layers: tuple[int, ...] = ()  # that see all positions in spite of the window
+    nope_layers: tuple[int, ...] = ()  # that do not rotate queries and keys
+    # (beta, n): the query at position p is scaled by 1 + beta * log(1 + p // n)
+    query_scaling: tuple[float, int] | None = None
+    multimodal: bool = False  # the checkpoint holds more than this model, which is read alone
+    resident_layers: int | None = None  # `load` says it: backbone layers from this one on are offloaded
+    softmax_scale: float | None = None  # None: head_dim ** -0.5
+    residual_multiplier: float = 1.0  # of hidden vectors as they are kept, see multipliers.py
+    logits_scaling: float = 1.0  # logits are divided by it
 
     @property
     def max_length(self) -> int:
         """Positions that the model supports."""
-        scaling = self.rope_scaling or {}
+        scaling, positions = self.rope_scaling or {}, self.max_position_embeddings
         if scaling.get("rope_type") in ("linear", "dynamic"):
-            return int(self.max_position_embeddings * scaling["factor"])
-        return self.max_position_embeddings
+            return int(positions * scaling["factor"])
+        if scaling.get("rope_type") == "yarn":
+            return max(positions, int(scaling["original_max_position_embeddings"] * scaling["factor"]))
+        return positions
+
+    @property
+    def longest_unscaled(self) -> int | None:
+        """Tokens of the longest sequence whose rotation does not depend on its length; None: of any."""
+        scaling = self.rope_scaling or {}
+        return {
+            "dynamic": self.max_position_embeddings,
+            "longrope": scaling.get("original_max_position_embeddings"),
+        }.get(scaling.get("rope_type"))
+
+    @property
+    def rotates_anew_after(self) -> int | None:
+        """Tokens of a growing sequence after which all of it rotates anew; None: that never happens."""
+        scaling = self.rope_scaling or {}
+        return self.longest_unscaled if scaling.get("rope_type") == "longrope" else None
 
 
 def read_config(directory: str | Path) -> ModelConfig:
     """Reads `config.json` of a checkpoint directory, and its `generation_config.json` for bos and eos ids."""
-    directory = checkpoint_directory(directory)
-    path = directory / "config.json"
+    path = checkpoint_directory(directory) / "config.json"
     if not is_regular(path):
         raise RiverError(f"{path}: missing; a checkpoint directory holds config.json and *.safetensors")
-    generation_path = directory / "generation_config.json"
+    return read_config_file(path)
+
+
+def read_config_file(path: Path) -> ModelConfig:
+    """The same of a file that is there; `generation_config.json` may lie beside it."""
+    generation_path = path.parent / "generation_config.json"
     generation = read_json_object(generation_path) if is_regular(generation_path) else {}
-    return _model_config(Reader(path, read_json_object(path)), Reader(generation_path, generation))
+    top, generation = Reader(path, read_json_object(path)), Reader(generation_path, generation)
+    refuse_known_architectures(top)
+    if top.choice("model_type", [*FAMILIES, *MULTIMODAL]) in FAMILIES:
+        return model_config(top, generation)
+    return replace(model_config(_text_model(top), generation), multimodal=True)
+
+
+def _text_model(top: Reader) -> Reader:
+    """What a multimodal model's config.json says of its text model, as one object."""
+    refuse_foreign_architectures(top)
+    if not isinstance(top.values.get("text_config"), dict):
+        top.fail("text_config", "the object of a text model")
+    text = Reader(top.path, top.values["text_config"], prefix="text_config.")
+    text.choice("model_type", MULTIMODAL[top.values["model_type"]])
+    apart = {"model_type", "architectures", "text_config", "vision_config"}
+    outer = {key: value for key, value in top.values.items() if key not in apart}
+    # The head is the whole model's, and is tied if nothing is said.
+    tied = {
+        "tie_word_embeddings": outer.get("tie_word_embeddings", text.boolean("tie_word_embeddings", True))
+    }
+    unsaid = {key: value for key, value in outer.items() if text.values.get(key) is None}
+    return Reader(top.path, text.values | unsaid | tied, prefix=text.prefix)
 
 
 def checkpoint_directory(directory: str | Path) -> Path:
@@ -82,6 +133,8 @@ def checkpoint_directory(directory: str | Path) -> Path:
                 f"{name}: no such directory. If it is a model's name on a hub, download it first: "
                 f"hf download {name} --local-dir {name.split('/')[1]}, and give that directory"
             )
+        if name.lower().endswith(".gguf") and os.path.isfile(directory):
+            raise RiverError(f"{name}: make a checkpoint of it first: river convert {name} --output DIR")
         raise RiverError(f"{name}: no such directory; a Hugging Face checkpoint directory is needed")
     return path
 
@@ -94,7 +147,8 @@ def parse_dtype(value, where: str) -> torch.dtype:
     return DTYPES[name]
 
 
-def _model_config(top: Reader, generation: Reader) -> ModelConfig:
+def model_config(top: Reader, generation: Reader) -> ModelConfig:
+    """What the keys of a config.json say, and those of a generation_config.json of bos and eos ids."""
     family = FAMILIES[top.choice("model_type", FAMILIES)]
     _refuse_unsupported(top)
     vocab_size = top.integer("vocab_size", 1, 1 << 24)
@@ -116,7 +170,10 @@ def _model_config(top: Reader, generation: Reader) -> ModelConfig:
             "head_dim", f"an even number, also where it is hidden_size / num_attention_heads, {head_dim}"
         )
     max_position_embeddings = top.integer("max_position_embeddings", 1, MAX_POSITIONS)
-    rope_theta, rope_scaling = _rope(top, head_dim, max_position_embeddings)
+    nope_layers = read_nope_layers(top, family, num_hidden_layers)
+    sliding_window, full_attention_layers = read_windows(
+        top, family, num_hidden_layers, max_position_embeddings, nope_layers
+    )
     attention_bias = top.boolean("attention_bias", False)
     ids = {
         key: generation.token_ids(key, vocab_size) or top.token_ids(key, vocab_size)
@@ -131,18 +188,20 @@ def _model_config(top: Reader, generation: Reader) -> ModelConfig:
         num_attention_heads=heads,
         num_key_value_heads=kv_heads,
         head_dim=head_dim,
-        rotary_dim=head_dim,
         rms_norm_eps=top.number("rms_norm_eps", 1e-12, 1.0),
         max_position_embeddings=max_position_embeddings,
-        rope_theta=rope_theta,
-        rope_scaling=rope_scaling,
-        tie_word_embeddings=top.boolean("tie_word_embeddings", False),
+        tie_word_embeddings=top.boolean("tie_word_embeddings", family.tied),
         attention_bias=attention_bias if family.qkv_bias is None else family.qkv_bias,
         dtype=_dtype(top),
         bos_token_id=ids["bos_token_id"][0] if ids["bos_token_id"] else None,
         eos_token_ids=ids["eos_token_id"],
-        sliding_window=_sliding_window(top, family, num_hidden_layers, max_position_embeddings),
+        sliding_window=sliding_window,
+        full_attention_layers=full_attention_layers,
+        nope_layers=nope_layers,
+        **read_rope(top, family, head_dim, max_position_embeddings)._asdict(),
     )
+    if family.multipliers:
+        config = with_multipliers(config, top)
     refuse_foreign_architectures(top)
     refuse_foreign_keys(top, config)
     return config
@@ -160,82 +219,3 @@ def _dtype(top: Reader) -> torch.dtype | None:
     key = "dtype" if top.values.get("dtype") is not None else "torch_dtype"
     value = top.values.get(key)
     return None if value is None else parse_dtype(value, f"{top.path}: {key}")
-
-
-def _rope(top: Reader, head_dim: int, max_position_embeddings: int) -> tuple[float, dict | None]:
-    """rope_theta and the normalised rope_scaling, from either spelling."""
-    key = "rope_scaling" if top.values.get("rope_scaling") else "rope_parameters"
-    values = top.values.get(key) or {}
-    if not isinstance(values, dict) or any(isinstance(value, dict) for value in values.values()):
-        top.fail(key, "an object with rope_type, the same for all layers")
-    rope = Reader(top.path, values, prefix=f"{key}.")
-    refuse_foreign_rope_keys(rope)
-    other = top.values.get("rope_parameters")
-    for name in values.keys() & other.keys() if isinstance(other, dict) else ():
-        if other[name] != values[name]:
-            rope.fail(name, f"what rope_parameters.{name} is, or only one of the two objects")
-    theta = rope.owner("rope_theta", top).number("rope_theta", 1.0, 1e12, default=10000.0)
-    partial = rope.owner("partial_rotary_factor", top)
-    if partial.number("partial_rotary_factor", 0.0, 1.0, default=1.0) != 1.0:
-        partial.fail("partial_rotary_factor", f"1, whole heads rotate in {', '.join(FAMILIES)}")
-
-    type_key = "rope_type" if values.get("rope_type") is not None else "type"
-    rope_type = rope.choice(type_key, ROPE_TYPES, default="default")
-    if rope_type == "default":
-        if rope.number("factor", 1.0, 1e4, default=1.0) != 1:
-            rope.fail("factor", f"1, or a {key}.rope_type that takes a factor")
-        return theta, None
-    factor = rope.number("factor", 1.0, 1e4)
-    if rope_type != "llama3":
-        if max_position_embeddings * factor > MAX_POSITIONS:
-            rope.fail("factor", f"one that gives at most {MAX_POSITIONS} positions")
-        if rope_type == "dynamic" and head_dim == 2:
-            rope.fail(type_key, "another one, dynamic needs a head_dim of 4 or more")
-        return theta, {"rope_type": rope_type, "factor": factor}
-    low = rope.number("low_freq_factor", 1e-3, 1e6)
-    high = rope.number("high_freq_factor", 1e-3, 1e6)
-    if not torch.tensor(high) > torch.tensor(low):  # in fp32, where their difference divides
-        rope.fail("high_freq_factor", f"a number above low_freq_factor, {low:g}")
-    original = "original_max_position_embeddings"
-    owner = top.owner(original, rope)  # where both say it, transformers takes the outer one
-    return theta, {
-        "rope_type": rope_type,
-        "factor": factor,
-        "low_freq_factor": low,
-        "high_freq_factor": high,
-        original: owner.integer(original, 1, MAX_POSITIONS, default=max_position_embeddings),
-    }
-
-
-def _sliding_window(top: Reader, family: Family, num_hidden_layers: int, max_positions: int) -> int | None:
-    """The window that every layer has, or None; models where only some layers have one are refused."""
-    window = _window(top, family, num_hidden_layers, max_positions)
-    if top.values.get("layer_types") is not None:
-        kind = "full_attention" if window is None else "sliding_attention"
-        if top.strings("layer_types") != [kind] * num_hidden_layers:
-            top.fail("layer_types", f"{kind!r} for each of the {num_hidden_layers} layers")
-    return window
-
-
-def _window(top: Reader, family: Family, num_hidden_layers: int, max_positions: int) -> int | None:
-    if family.sliding_window == "key":
-        if "sliding_window" not in top.values:
-            top.fail("sliding_window", "the window's positions, or null for none")
-    elif not top.boolean("use_sliding_window", family.sliding_window is None):
-        return None
-    if top.values.get("sliding_window") is None:
-        return None
-    window = top.integer("sliding_window", 1, MAX_POSITIONS)
-    if family.sliding_window is None:
-        if window < max_positions:
-            top.fail("sliding_window", f"null, or all of the {max_positions} positions, in such a model")
-        return None
-    if family.sliding_window == "key":
-        return window
-    first = top.integer("max_window_layers", 0, 1 << 16, default=28)
-    windowed = [layer >= first for layer in range(num_hidden_layers)]
-    if top.values.get("layer_types") is not None:
-        windowed = [kind == "sliding_attention" for kind in top.strings("layer_types")]
-    if any(windowed) and not (all(windowed) and len(windowed) == num_hidden_layers):
-        top.fail("use_sliding_window", "false, or a window in every layer")
-    return window if any(windowed) else None

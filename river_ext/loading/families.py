@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from .json_object import Reader
+from .multipliers import MULTIPLIERS
 
 if TYPE_CHECKING:
     from .config import ModelConfig
@@ -26,27 +27,57 @@ class Family:
     qkv_bias: bool | None = None  # None: the key attention_bias decides
     o_bias: bool = True  # o has a bias where q, k and v have one
     qk_norm: bool = False
-    sliding_window: str | None = None  # "key": sliding_window itself; "switch": only if use_sliding_window
+    multipliers: bool = False  # the keys of multipliers.py count
+    # "key": sliding_window itself, which must be there; "optional": the same, or none; "switch": only if
+    # use_sliding_window; None: no layer has one
+    sliding_window: str | None = None
+    layer_types: bool = False  # that key may give a layer a window, or none, of its own
+    nope: bool = False  # layers may do without RoPE
     default_head_dim: int | None = None  # None: hidden_size / num_attention_heads
+    tied: bool = False  # what tie_word_embeddings is where the file does not say
+    fused: bool = False  # q, k and v are one tensor in the file, gate and up another
+    # positions
+    rope_types: tuple[str, ...] = ("default", "linear", "dynamic", "llama3", "yarn")
+    rope_theta: float = 10000.0  # where the file does not say
+    partial_rotary: bool = False  # only a part of a head's dims may rotate
+    original_positions: int | None = None  # where the file does not say; None: max_position_embeddings
+    query_scale: bool = False  # the queries may grow with the position
 
 
 # A family belongs here once test_hf_parity.py compares it with transformers.
 FAMILIES = {
+    "granite": Family(multipliers=True),
     "llama": Family(),
-    "mistral": Family(qkv_bias=False, sliding_window="key"),
-    "qwen2": Family(qkv_bias=True, o_bias=False, sliding_window="switch"),
-    "qwen3": Family(qk_norm=True, sliding_window="switch", default_head_dim=128),
+    "mistral": Family(qkv_bias=False, sliding_window="key", layer_types=True),
+    "qwen2": Family(qkv_bias=True, o_bias=False, sliding_window="switch", layer_types=True),
+    "qwen3": Family(qk_norm=True, sliding_window="switch", layer_types=True, default_head_dim=128),
+    "phi3": Family(
+        qkv_bias=False,
+        sliding_window="optional",
+        fused=True,
+        rope_types=("default", "longrope", "su", "yarn"),  # the last three are one
+        partial_rotary=True,
+        original_positions=4096,
+    ),
+    "ministral": Family(qkv_bias=False, sliding_window="key", layer_types=True),
+    "ministral3": Family(qkv_bias=False, sliding_window="optional", default_head_dim=128, query_scale=True),
+    "smollm3": Family(sliding_window="switch", layer_types=True, nope=True, tied=True, rope_theta=2000000.0),
 }
+
+# Models that hold one of a family as their text_config, and what else: only the text model is read.
+MULTIMODAL = {"mistral3": ("mistral", "ministral3")}
 
 # Read by config.py, which checks them itself
 READ_KEYS = {
     "rope_theta", "rope_scaling", "rope_parameters", "partial_rotary_factor", "mlp_bias", "hidden_act",
     "sliding_window", "use_sliding_window", "max_window_layers", "layer_types", "quantization_config",
 }  # fmt: skip
+NOPE_KEYS = {"no_rope_layers", "no_rope_layer_interval"}
 READ_ROPE_KEYS = {
     "type", "rope_type", "rope_theta", "factor", "partial_rotary_factor", "low_freq_factor",
     "high_freq_factor", "original_max_position_embeddings",
 }  # fmt: skip
+FREE_ROPE_KEYS = {"finetuned", "max_position_embeddings"}
 
 OFF = (None, False, 0, "", [], {})
 ONE = (None, False, 1)
@@ -144,10 +175,33 @@ ARITHMETIC: tuple[tuple[str, Neutral], ...] = (
 _PATTERNS = [(re.compile(words), neutral) for words, neutral in ARITHMETIC]
 
 
+_GEMMA = "its activation is GELU, and its norms multiply by 1 + weight"
+_POST_NORMS = f"{_GEMMA}; what a part makes is normalised, too, before it is added to the hidden vector"
+# Architectures that people will try, and what they have that decoder blocks have not
+NOT_SUPPORTED = {
+    "gemma": _GEMMA,
+    "gemma2": _POST_NORMS,
+    "gemma3": _POST_NORMS,
+    "gemma3_text": _POST_NORMS,
+    "granitemoe": "it has layers of experts",
+    "granitemoeshared": "it has layers of experts",
+    "granitemoehybrid": "it has layers of experts, or of Mamba",
+}
+
+
+def refuse_known_architectures(top: Reader) -> None:
+    """Refuses those of `NOT_SUPPORTED` with the reason."""
+    name = top.values.get("model_type")
+    if isinstance(name, str) and name in NOT_SUPPORTED:
+        top.fail("model_type", f"{', '.join(FAMILIES)}. Not this one: {NOT_SUPPORTED[name]}")
+
+
 def refuse_foreign_keys(top: Reader, config: "ModelConfig") -> None:
     """Refuses a key that changes the arithmetic of the family's models, unless its value changes nothing."""
+    family = FAMILIES[config.model_type]
+    read = READ_KEYS.union(NOPE_KEYS if family.nope else (), MULTIPLIERS if family.multipliers else ())
     for key, value in top.values.items():
-        if key in READ_KEYS:
+        if key in read:
             continue
         neutral = neutral_values(key, config)
         if neutral is not None and not any(_equal(value, other) for other in neutral):
@@ -165,11 +219,15 @@ def refuse_foreign_architectures(top: Reader) -> None:
         top.fail("architectures", f"a class of {family} models, whose name has that in it, or no such key")
 
 
-def refuse_foreign_rope_keys(rope: Reader) -> None:
-    """The same for the object that rope_scaling or rope_parameters is: all its keys are arithmetic."""
+def refuse_foreign_rope_keys(rope: Reader, own: set[str]) -> None:
+    """The same for the object that rope_scaling or rope_parameters is: all its keys are arithmetic.
+
+    `own` are keys that its rope_type or family has beyond those of all.
+    """
+    read = READ_ROPE_KEYS | own
     for key, value in rope.values.items():
-        if key not in READ_ROPE_KEYS | {"finetuned"} and not any(_equal(value, other) for other in ONE):
-            rope.fail(key, f"no such key; those that are read: {', '.join(sorted(READ_ROPE_KEYS))}")
+        if key not in read | FREE_ROPE_KEYS and not any(_equal(value, other) for other in ONE):
+            rope.fail(key, f"no such key; those that are read: {', '.join(sorted(read))}")
 
 
 def neutral_values(key: str, config: "ModelConfig") -> tuple | None:

@@ -78,6 +78,15 @@ def read_text(path: str | Path, max_bytes: int) -> str:
         raise RiverError(f"{path}: byte {error.start} is no UTF-8; accepted: UTF-8 text") from None
 
 
+def flush(path: str | Path) -> None:
+    """Brings a file or a directory onto the disk: a rename must not get there before what it names."""
+    descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
 def _require_regular(path: str | Path, status: os.stat_result) -> None:
     if not stat.S_ISREG(status.st_mode):
         kind = KINDS.get(stat.S_IFMT(status.st_mode), "no file")

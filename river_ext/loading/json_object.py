@@ -42,7 +42,7 @@ class Reader:
     def fail(self, key: str, accepted: str):
         found = json.dumps(self.values[key]) if key in self.values else "missing"
         found = found if len(found) <= 60 else found[:57] + "..."
-        raise RiverError(f"{self.path}: {self.prefix}{key[:80]} is {found}; accepted: {accepted}")
+        raise RiverError(f"{self.path}: {self.prefix}{str(key)[:80]} is {found}; accepted: {accepted}")
 
     def owner(self, key: str, other: "Reader") -> "Reader":
         """This object if it holds the key, else the other one."""
@@ -81,6 +81,13 @@ class Reader:
         if not is_number or not low <= value <= high:  # NaN fails both comparisons
             self.fail(key, f"a number from {low:g} to {high:g}")
         return float(value)
+
+    def numbers(self, key: str, count: int, low: float, high: float) -> tuple[float, ...]:
+        values = self.values.get(key)
+        if not isinstance(values, list) or len(values) != count:
+            self.fail(key, f"an array of {count} numbers")
+        each = Reader(self.path, dict(enumerate(values)), f"{self.prefix}{key}.")
+        return tuple(each.number(index, low, high) for index in range(count))
 
     def boolean(self, key: str, default: bool) -> bool:
         value = self.values.get(key)

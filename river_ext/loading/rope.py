@@ -1,4 +1,6 @@
-"""Rotary position embedding tables: default, linear, llama3 and dynamic scaling.
+"""What depends on a position alone: rotary position embedding tables, and the scale of queries.
+
+RoPE may be scaled: linear, dynamic, llama3, yarn, longrope.
 
 The formulas and the fp32 angles are those of transformers (modeling_rope_utils.py). Functions of many
 positions are evaluated in float64 and then rounded: a vectorised fp32 cosine or power rounds a value by its
@@ -19,19 +21,36 @@ def rope_tables(
 ) -> tuple[Tensor, Tensor]:
     """cos and sin, fp32 [max_len, rotary_dim / 2]; dims i and i + rotary_dim / 2 of a head rotate together.
 
-    With dynamic scaling the frequencies depend on the length of the sequence. By default row p has those
-    of a sequence of p + 1 tokens, which is what decoding sees; with seq_len = n every row has those of n
-    tokens, which is what the prefill of n tokens sees. Other scalings ignore seq_len.
+    With dynamic scaling and with longrope the frequencies depend on the length of the sequence. By default
+    row p has those of a sequence of p + 1 tokens, which is what decoding sees; with seq_len = n every row has
+    those of n tokens, which is what the prefill of n tokens sees. Other scalings ignore seq_len.
     """
     positions = torch.arange(max_len, dtype=torch.float32)[:, None]
-    dynamic = config.rope_scaling is not None and config.rope_scaling["rope_type"] == "dynamic"
-    if not dynamic:
-        frequencies = inverse_frequencies(config)
-    elif seq_len is not None:
-        frequencies = dynamic_frequencies(config, torch.tensor(seq_len))
+    lengths = torch.arange(1, max_len + 1)[:, None] if seq_len is None else torch.tensor(seq_len)
+    scaling = config.rope_scaling or {"rope_type": "default"}
+    if scaling["rope_type"] == "dynamic":
+        frequencies = dynamic_frequencies(config, lengths)
+    elif scaling["rope_type"] == "longrope":
+        frequencies = longrope_frequencies(config, lengths)
     else:
-        frequencies = dynamic_frequencies(config, torch.arange(1, max_len + 1)[:, None])
-    return _tables(positions * frequencies, device)
+        frequencies = inverse_frequencies(config)
+    return _tables(positions * frequencies, device, scaling.get("attention_factor", 1.0))
+
+
+def unrotated_tables(tables: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+    """cos and sin of the same shape that leave queries and keys as they are."""
+    return torch.ones_like(tables[0]), torch.zeros_like(tables[1])
+
+
+def query_scales(
+    config: ModelConfig, max_len: int, device: torch.device | str | None = None
+) -> Tensor | None:
+    """The factor of a query at each position, fp32 [max_len]; None: it is 1 everywhere."""
+    if config.query_scaling is None:
+        return None
+    beta, interval = config.query_scaling
+    periods = torch.arange(max_len) // interval
+    return (1 + beta * torch.log1p(periods.double())).float().to(device)
 
 
 def rotary_tables(
@@ -48,9 +67,9 @@ def rotary_tables(
     return _tables(positions * _unscaled_frequencies(rotary_dim, theta), device)
 
 
-def _tables(angles: Tensor, device: torch.device | str | None) -> tuple[Tensor, Tensor]:
+def _tables(angles: Tensor, device: torch.device | str | None, factor: float = 1.0) -> tuple[Tensor, Tensor]:
     angles = angles.double()
-    return angles.cos().float().to(device), angles.sin().float().to(device)
+    return (angles.cos() * factor).float().to(device), (angles.sin() * factor).float().to(device)
 
 
 def inverse_frequencies(config: ModelConfig) -> Tensor:
@@ -61,6 +80,8 @@ def inverse_frequencies(config: ModelConfig) -> Tensor:
         return frequencies / scaling["factor"]
     if scaling["rope_type"] == "llama3":
         return _llama3(frequencies, **scaling)
+    if scaling["rope_type"] == "yarn":
+        return _yarn(frequencies, config)
     return frequencies
 
 
@@ -71,6 +92,14 @@ def dynamic_frequencies(config: ModelConfig, seq_len: Tensor) -> Tensor:
     base = config.rope_theta * growth ** (dim / (dim - 2))
     scaled = 1.0 / (base.float().double() ** _exponents(config.rotary_dim).double()).float()
     return torch.where(seq_len > original, scaled, inverse_frequencies(config))
+
+
+def longrope_frequencies(config: ModelConfig, seq_len: Tensor) -> Tensor:
+    """[..., rotary_dim / 2] fp32: longer sequences than the original ones have factors of their own."""
+    scaling = config.rope_scaling
+    powers = config.rope_theta ** _exponents(config.rotary_dim)
+    short, long = (1.0 / (torch.tensor(scaling[name]) * powers) for name in ("short_factor", "long_factor"))
+    return torch.where(seq_len > scaling["original_max_position_embeddings"], long, short)
 
 
 def _unscaled_frequencies(rotary_dim: int, theta: float) -> Tensor:
@@ -98,3 +127,23 @@ def _llama3(
     smooth = (original / wavelength - low_freq_factor) / (high_freq_factor - low_freq_factor)
     between = (1 - smooth) * stretched / factor + smooth * stretched
     return torch.where(~long & ~short, between, stretched)
+
+
+def _yarn(frequencies: Tensor, config: ModelConfig) -> Tensor:
+    """Waves that turn often in the original length stay, those that turn seldom are stretched by factor."""
+    scaling, dim = config.rope_scaling, config.rotary_dim
+
+    def dim_of(turns: float) -> float:
+        """The dim whose wave turns so often in the original length."""
+        length = scaling["original_max_position_embeddings"]
+        return dim * math.log(length / (turns * 2 * math.pi)) / (2 * math.log(config.rope_theta))
+
+    low, high = dim_of(scaling["beta_fast"]), dim_of(scaling["beta_slow"])
+    if scaling["truncate"]:
+        low, high = math.floor(low), math.ceil(high)
+    low, high = max(low, 0), min(high, dim - 1)
+    if low == high:
+        high += 0.001
+    kept = 1 - ((torch.arange(dim // 2, dtype=torch.float32) - low) / (high - low)).clamp(0, 1)
+    stretched = 1.0 / (scaling["factor"] * config.rope_theta ** _exponents(dim))
+    return stretched * (1 - kept) + frequencies * kept

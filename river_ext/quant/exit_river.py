@@ -41,11 +41,17 @@ class ExitRiver(list[ExitLayerWeights]):
         group_size: int,
         quantiser: str = "hqq",
         calibration: dict | None = None,
+        imported: dict | None = None,
     ):
-        """calibration: what river_ext.calibration found, if the layers were refined there."""
+        """
+        Args:
+            calibration: what river_ext.calibration found, if the layers were refined there.
+            imported: where the layers come from, if they were imported.
+        """
         super().__init__(layers)
         self.lm_head = lm_head
         self.group_size, self.quantiser, self.calibration = group_size, quantiser, calibration
+        self.imported = imported
 
 
 def build_river(
@@ -129,7 +135,8 @@ def load_river(
         for index in range(config.num_hidden_layers)
     ]
     lm_head = stored[HEAD].to(device) if HEAD in stored else None
-    return ExitRiver(layers, lm_head, facts["group_size"], facts["quantiser"], facts.get("calibration"))
+    more = {name: facts.get(name) for name in ("calibration", "imported")}
+    return ExitRiver(layers, lm_head, facts["group_size"], facts["quantiser"], **more)
 
 
 def read_facts(path: str | Path) -> dict:
@@ -141,13 +148,17 @@ def read_facts(path: str | Path) -> dict:
     facts.exactly("format", FORMAT)
     facts.exactly("format_version", FORMAT_VERSION, f"{FORMAT_VERSION}; convert the checkpoint again")
     known = FACT_NAMES
-    if facts.choice("quantiser", ("hqq", "gptq")) == "gptq":
+    quantiser = facts.choice("quantiser", ("hqq", "gptq", "imported"))
+    if quantiser == "gptq":
         _check_calibration(facts)
         known += ("calibration",)
+    if quantiser == "imported":
+        _check_import(facts)
+        known += ("imported",)
     if facts.integer("group_size", 0, 1 << 20) not in hqq.GROUP_SIZES:
         facts.fail("group_size", ", ".join(map(str, hqq.GROUP_SIZES)))
     for key in ("fingerprint", "sha256"):
-        if not isinstance(facts.values.get(key), str) or not HASH.fullmatch(facts.values[key]):
+        if not _is_hash(facts.values.get(key)):
             facts.fail(key, "64 hexadecimal digits")
     facts.integer("num_hidden_layers", 1, 1 << 20)
     shape = facts.values.get("block")
@@ -172,6 +183,24 @@ def _check_calibration(facts: Reader) -> None:
         calibration.number(name, 0, highest)
 
 
+def _check_import(facts: Reader) -> None:
+    found, names = facts.values.get("imported"), ("source", "files", *IMPORT_COUNTS, IMPORT_ERROR)
+    if not isinstance(found, dict) or found.keys() != set(names):
+        facts.fail("imported", f"an object with {', '.join(names)}")
+    imported = Reader(facts.path, found, prefix="imported.")
+    if not isinstance(found["source"], str):
+        imported.fail("source", "the name of a format")
+    if not isinstance(found["files"], dict) or not all(map(_is_hash, found["files"].values())):
+        imported.fail("files", "64 hexadecimal digits for each file")
+    for name in IMPORT_COUNTS:
+        imported.integer(name, 0, 1 << 20)
+    imported.number(IMPORT_ERROR, 0, 1e30)
+
+
+def _is_hash(value) -> bool:
+    return isinstance(value, str) and HASH.fullmatch(value) is not None
+
+
 def _check_fits(facts: Reader, config: ModelConfig, fingerprint: str) -> None:
     """Refuses a river of another checkpoint."""
     if facts.values["fingerprint"] != fingerprint:
@@ -191,19 +220,22 @@ FACT_NAMES = (
 )  # fmt: skip
 CALIBRATION_COUNTS = ("texts", "tokens", "held_out_tokens")
 CALIBRATION_NUMBERS = {"agreement_before": 1, "agreement": 1, "kl_before": 1e30, "kl": 1e30}  # the highest
+IMPORT_COUNTS = ("kept", "requantised", "from_backbone")  # of projections
+IMPORT_ERROR = "relative_squared_error"  # of the weights in the river, to those that were imported
 
 
 def _facts(river: ExitRiver, config: ModelConfig, fingerprint: str, sha256: str) -> dict:
     """What river.json holds; block is the shape of a decoder block, sha256 that of the tensors.
 
-    A river that was refined has its `calibration` as well.
+    A river that was refined has its `calibration` as well, one that was imported says so in `imported`.
     """
     values = (
         FORMAT, FORMAT_VERSION, river.quantiser, river.group_size, fingerprint, sha256, len(river),
         asdict(BlockShape.of(config)),
     )  # fmt: skip
     facts = dict(zip(FACT_NAMES, values, strict=True))
-    return facts if river.calibration is None else facts | {"calibration": river.calibration}
+    more = {"calibration": river.calibration, "imported": river.imported}
+    return facts | {name: value for name, value in more.items() if value is not None}
 
 
 def _tensors(river: ExitRiver) -> dict[str, torch.Tensor]:

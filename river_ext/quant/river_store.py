@@ -25,6 +25,7 @@ import torch
 from safetensors.torch import save_file
 
 from ..errors import RiverError
+from ..loading.files import flush
 from ..loading.json_object import read_json_object
 
 FACTS, LOCK = "river.json", ".lock"
@@ -78,12 +79,12 @@ def write_river(path: Path, tensors: dict[str, torch.Tensor], facts: dict) -> No
             new_facts.write_text(json.dumps(facts, indent=2) + "\n", encoding="utf-8")
             save_file(tensors, new_tensors)
             os.chmod(new_tensors, new_facts.stat().st_mode & 0o777)  # what the umask allows
-            _flush(new_facts)
-            _flush(new_tensors)
+            flush(new_facts)
+            flush(new_tensors)
             os.replace(new_tensors, tensors_file(path, facts["sha256"]))
-            _flush(path)
+            flush(path)
             os.replace(new_facts, path / FACTS)
-            _flush(path)
+            flush(path)
             shutil.rmtree(path / UNFINISHED, ignore_errors=True)
         finally:
             _sweep(path)
@@ -157,12 +158,3 @@ def _named(path: Path) -> set[str]:
 
 def _is_ours(name: str) -> bool:
     return name in (FACTS, LOCK, SCRATCH, UNFINISHED) or TENSORS.fullmatch(name) is not None
-
-
-def _flush(path: Path) -> None:
-    """Onto the disk: a rename must not get there before what it names."""
-    descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -290,6 +290,20 @@ struct StageBarrier {
   }
 };
 
+// What the lanes of a warp have, combined in a fixed order: every lane gets the same bits.
+template <class T, class Combine>
+RIVER_DEVICE T over_warp(T value, Combine combine) {
+  for (int lanes = kWarp / 2; lanes > 0; lanes /= 2) value = combine(value, shuffle_xor(value, lanes));
+  return value;
+}
+
+RIVER_DEVICE float warp_max(float x) {
+  return over_warp(x, [](float a, float b) { return fmaxf(a, b); });
+}
+RIVER_DEVICE float warp_sum(float x) {
+  return over_warp(x, [](float a, float b) { return a + b; });
+}
+
 // True for the last of `count` blocks that call this; the counter wraps to 0 for the next launch. All threads call it.
 // What a block wrote before is then visible to the last one, through load_written.
 RIVER_DEVICE bool block_arrives_last(unsigned* counter, unsigned count) {

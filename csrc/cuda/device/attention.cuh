@@ -44,16 +44,6 @@ struct AttentionMemory {
   Query row[kMaxRows];  // the rows of the slot; head is not used
 };
 
-RIVER_DEVICE float warp_max(float x) {
-  for (int lanes = kWarp / 2; lanes > 0; lanes /= 2) x = fmaxf(x, shuffle_xor(x, lanes));
-  return x;
-}
-
-RIVER_DEVICE float warp_sum(float x) {
-  for (int lanes = kWarp / 2; lanes > 0; lanes /= 2) x += shuffle_xor(x, lanes);
-  return x;
-}
-
 RIVER_DEVICE uint32_t low_halves(uint32_t a, uint32_t b) { return (a & 0xffffu) | b << 16; }
 RIVER_DEVICE uint32_t high_halves(uint32_t a, uint32_t b) { return a >> 16 | (b & 0xffff0000u); }
 
