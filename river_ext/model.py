@@ -289,8 +289,7 @@ class Model:
         """
         options = dict(
             threshold=threshold, min_layers=min_layers, prefill=prefill, mode=mode, river_head=river_head,
-            kv_strategy=kv_strategy,
-            deep_tokens=deep_tokens,
+            kv_strategy=kv_strategy, deep_tokens=deep_tokens,
         )  # fmt: skip
         return score(self.network, tokens, prompt_length, by, options)
 

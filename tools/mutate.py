@@ -28,6 +28,27 @@ class Mutant:
 
 MUTANTS = [
     Mutant(
+        "scales between v and o go by KV heads one after the other",
+        "river_ext/quant/imported/moved_scales.py",
+        "arange(shape.num_key_value_heads).repeat_interleave(group)",
+        "arange(shape.num_key_value_heads).repeat(group)",
+        "test_imported.py -k moved_scales",
+    ),
+    Mutant(
+        "an imported row keeps its scale while its partner's columns change theirs",
+        "river_ext/quant/imported/moved_scales.py",
+        "else self.grid.times(factors)",
+        "else self.grid",
+        "test_imported.py -k moved_scales",
+    ),
+    Mutant(
+        "rows of q and k stay as a GGUF file orders them",
+        "river_ext/loading/gguf_checkpoint.py",
+        "return heads.transpose(1, 2).reshape(tensor.shape)",
+        "return tensor",
+        "test_gguf.py -k comes_back",
+    ),
+    Mutant(
         "all draw as the first row",
         "river_ext/engine/graph.py",
         "self.drawing.fill([row.request.sampling for row in rows])",
@@ -40,6 +61,41 @@ MUTANTS = [
         "[row.request.rule.threshold for row in rows]",
         "[rows[0].request.rule.threshold for row in rows]",
         "test_graph.py -k first_ends",
+    ),
+    Mutant(
+        "the multiplier forgotten at down_proj",
+        "csrc/cpu/layer.cpp",
+        "to_residual(nullptr, middle.get(), a.out, rows)",
+        "{.bias = nullptr, .multiplier = 1, .addend = middle.get(), .out = a.out, .rows = rows}",
+        "test_decoder_block.py -k options",
+    ),
+    Mutant(
+        "the multiplier forgotten, CUDA",
+        "csrc/cuda/device/layer_epilogues.cuh",
+        "before + multiplier * sum",
+        "before + sum",
+        "test_cuda_kernels.py -k layer",
+    ),
+    Mutant(
+        "logits divided only where they are returned",
+        "csrc/cpu/lm_head.cpp",
+        "  const float* scores = sampled ? noisy : logits;\n",
+        "  const float* scores = sampled ? noisy : sums;\n",
+        "test_lm_head.py -k tie",
+    ),
+    Mutant(
+        "the exit river's prompt without the multiplier",
+        "river_ext/engine/matmul.py",
+        "return add(hidden, down, self.config.residual_multiplier)",
+        "return add(hidden, down, 1)",
+        "test_matmul.py -k equals_the_ops",
+    ),
+    Mutant(
+        "the epsilon of hidden as the checkpoint means it",
+        "river_ext/loading/multipliers.py",
+        "config.rms_norm_eps / embedding**2",
+        "config.rms_norm_eps",
+        "test_hf_parity.py -k granite",
     ),
     Mutant(
         "kv_valid by row",
@@ -86,8 +142,8 @@ MUTANTS = [
     Mutant(
         "padding is drawn",
         "csrc/cpu/lm_head.cpp",
-        "offer_strip(a, t, s * kTileRows, head.strip_rows(s), logits[t], local[t]);",
-        "offer_strip(a, t, s * kTileRows, kTileRows, logits[t], local[t]);",
+        "offer_strip(a, t, s * kTileRows, head.strip_rows(s), sums[t], local[t]);",
+        "offer_strip(a, t, s * kTileRows, kTileRows, sums[t], local[t]);",
         "test_lm_head.py -k reference",
     ),
     Mutant(
@@ -96,6 +152,13 @@ MUTANTS = [
         "t >= a.rows || n >= a.vocab_size",
         "t >= a.rows",
         "test_cuda_kernels.py -k lm_head",
+    ),
+    Mutant(
+        "the second row of a W4 pair by the first one's nibbles",
+        "csrc/cpu/isa/strips.h",
+        "0, 0, 0, 0, 8, 8, 8, 8, 0, 0, 0, 0, 8, 8, 8, 8",
+        "0, 0, 0, 0, 8, 8, 8, 8, 0, 0, 0, 0, 0, 0, 0, 0",
+        "test_linear.py -k equals_reference",
     ),
     Mutant(
         "many rows forget the columns before",
@@ -282,8 +345,8 @@ MUTANTS = [
     Mutant(
         "a part of a prompt is taken for all of it",
         "river_ext/engine/slots.py",
-        "if not sequence.tokens or self.network.scales",
-        "if self.network.scales",
+        "if len(sequence.tokens) <= first:",
+        "if len(sequence.tokens) < first:",
         "test_engine.py -k cancelled_nothing",
     ),
     Mutant(
@@ -513,14 +576,14 @@ MUTANTS = [
     Mutant(
         "what rotates otherwise is taken over",
         "river_ext/engine/slots.py",
-        "scales_by_length(running.prefilled)",
-        "scales_by_length(len(request.prompt))",
+        "rotation(running.prefilled)",
+        "rotation(len(sequence.request.prompt))",
         "test_longrope.py -k taken_over",
     ),
     Mutant(
         "a part of it rotates anew",
-        "river_ext/engine/batch.py",
-        "            self.start = 0\n",
+        "river_ext/engine/engine.py",
+        "            running.start = 0\n",
         "            pass\n",
         "test_longrope.py -k taken_over",
     ),

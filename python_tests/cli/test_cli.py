@@ -75,7 +75,7 @@ def test_kv_strategy(river, river_json, refused, short_answers):
     row = river_json(*one_problem, "--kv-strategy", "propagate")["rows"][-1]
     assert row["name"] == "propagate 0.9" and row["options"]["kv_strategy"] == "propagate" and row["kl"] > 0
     refusal = refused(*one_problem, "--kv-strategy", "drop")
-    assert refusal.startswith("--kv-strategy='drop'; accepted: 'share', 'mask', 'recompute'")
+    assert refusal.startswith("kv_strategy='drop'; accepted: 'share', 'mask', 'recompute'")
 
 
 def test_generate_json(river_json):

@@ -11,6 +11,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Hashable, Iterator
+from dataclasses import replace
 from itertools import count
 from typing import NamedTuple
 
@@ -25,6 +26,7 @@ from .graph import Memory
 from .kv_strategies import KV_DECODERS
 from .lossless import LosslessDecoder
 from .network import Network
+from .prefill import Prefill
 from .request import request
 from .sequence import GenerationOutput, Piece, Sequence
 from .slots import Slots
@@ -257,7 +259,7 @@ class Engine:
         try:
             with memory_for("the prompt"):
                 if running.prefill is None:
-                    running.begin_prefill(self._memory.network, self._memory.cache, self.progress)
+                    running.prefill = self._new_prefill(running)
                 new = running.prefill.advance(self._prefill_rows if others else math.inf)
         except RiverError as error:
             sequence.fail(str(error))
@@ -273,6 +275,15 @@ class Engine:
         running.prefill = None
         self._batch(running).join(running)
         self._take([(running, RowOutput([new]))])
+
+    def _new_prefill(self, running: Running) -> Prefill:
+        """Of the prompt; or of all its tokens, where they rotate anew."""
+        if running.sequence.tokens:
+            running.start = 0
+        tokens, memory = running.sequence.known, self._memory
+        running.prefilled = len(tokens)
+        request = replace(running.sequence.request, prompt=tokens)
+        return Prefill(memory.network, memory.cache, running.slot, request, running.start, self.progress)
 
     def _batch(self, running: Running) -> Batch:
         """Where it decodes."""

@@ -1,4 +1,4 @@
-"""The paper's other KV strategies, which its river is compared with; nothing else here depends on them.
+"""The paper's other KV strategies, which its river is compared with. The rest can be read without them.
 
 A token that exits has no K and V in the remaining layers. The river ("share") has its exit layers write them.
 Here no exit layer runs: the token goes from its last backbone layer straight to the final norm and the head,
@@ -136,7 +136,7 @@ class RecomputeDecoder(BackboneDecoder):
         passes = zip(*(rows.split(ops.MAX_ROWS) for rows in (hidden, slots, positions)), strict=True)
         outputs = [layer.block(h, place._replace(slots=s, positions=p)) for h, s, p in passes]
         hidden, similarity = map(torch.cat, zip(*outputs, strict=True))
-        for (position, row), state in zip(late, hidden, strict=False):  # those of this step come after them
+        for (position, row), state in zip(late, hidden[: len(late)], strict=True):
             self._keep(row, position, layer.index + 1, state)
             self.recomputed[row] += 1
         return hidden[len(late) :], similarity[len(late) :]
@@ -154,7 +154,7 @@ class RecomputeDecoder(BackboneDecoder):
         """A token has run `depth` layers."""
         unfinished = self.rows[row].exits.unfinished
         if depth < self.runner.layers:
-            unfinished[position] = depth, hidden
+            unfinished[position] = depth, hidden.clone()  # a view would keep the rows beside it
         else:
             del unfinished[position]
 
