@@ -170,6 +170,12 @@ def _parser() -> tuple[argparse.ArgumentParser, Mapping[str, argparse.ArgumentPa
     chat.add_argument("--system", type=_given, metavar="TEXT", help="what the model is told first")
     _add_options(chat)
 
+    serve = command("serve", "serve", "serve a model over HTTP, by OpenAI's API, with a page to talk with it")
+    _add_model(serve, "the bundled model, which has no chat template", required=True)
+    _add_river(serve, "a saved river; without it one is built")
+    _add_machine(serve)
+    _add_serving(serve)
+
     info = command("info", "info", "show what this installation was built with, and the facts of a model")
     _add_model(info, "the bundled model")
     _add_river(info, "a saved river of that model, whose facts are shown too")
@@ -196,12 +202,6 @@ def _parser() -> tuple[argparse.ArgumentParser, Mapping[str, argparse.ArgumentPa
         help="refine it with texts: blank lines between, or .jsonl with a field text; takes minutes",
     )
     convert.add_argument("--force", action="store_true", help="replace a river that is there already")
-
-    serve = command("serve", "serve", "serve a model over HTTP, by OpenAI's API, with a page to talk with it")
-    _add_model(serve, "the bundled model, which has no chat template", required=True)
-    _add_river(serve, "a saved river; without it one is built")
-    _add_machine(serve)
-    _add_serving(serve)
 
     evaluate = command("eval", "evaluate", "measure quality and speed against full depth")
     _add_model(evaluate, "the bundled model's held-out problems and functions", exclusive=False)

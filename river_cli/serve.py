@@ -83,5 +83,5 @@ def _say_ready(arguments, served, url: str, key: str | None) -> None:
     locked = f"the API key of {KEY}" if key else "no API key"
     note(
         f"{shared.model_line(served.model)}\n{url} (the API under {url}/v1), mode {served.mode}, "
-        f"{served.engine.slots} slots of {served.positions} positions, {locked}"
+        f"{served.engine.slots} slots of up to {served.positions} tokens, {locked}"
     )

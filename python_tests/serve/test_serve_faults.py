@@ -1,5 +1,7 @@
 """Many at once, clients that go, stop to read or come too many, and how a server ends."""
 
+import argparse
+import asyncio
 import random
 import signal
 import socket
@@ -14,6 +16,8 @@ import openai
 import pytest
 from serving import LONG, Server, events_of, shared_server, text_of
 from tiny_model import demo_model
+
+from bench.cpu import serve as serve_bench
 
 STREAMS, NEW_TOKENS, REQUESTS = 60, 32, 300  # bench/cpu/serve.py has more
 
@@ -90,6 +94,16 @@ def test_slow_readers_hold_nobody_up(server):
         connection.close()
     expected = demo_model().generate(**LONG | {"max_new_tokens": 400}).text
     assert {text_in(answer) for answer in answers} == {expected}
+
+
+def test_the_benchmark_of_faults_counts(server):
+    """Of all that it asks for, nothing is lost, wrong or left."""
+    args = argparse.Namespace(streams=15, new_tokens=8)
+    client = lambda: httpx.AsyncClient(base_url=server.url, timeout=60)  # noqa: E731
+    counts = asyncio.run(serve_bench.faults(args, demo_model(), server.process, client))
+    assert counts | {"noticed": 0} == {
+        "streams": 15, "cut_off": 5, "whole": 10, "lost": 0, "wrong": 0, "noticed": 0, "left": 0
+    }  # fmt: skip
 
 
 def test_memory_stays_flat(server):

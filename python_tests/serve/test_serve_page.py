@@ -94,7 +94,7 @@ def facts_of_last(page) -> str:
 
 
 def test_a_chat_in_lossless_mode(page):
-    assert page.run("at('model').textContent") == "demo-chat: 16 layers, 8 slots of 512 positions"
+    assert page.run("at('model').textContent") == "demo-chat: 16 layers, 8 slots of up to 512 tokens"
     assert page.run("at('mode').value") == "lossless" and page.run("at('threshold-of').hidden")
     expected = demo_model().generate(PROMPT, mode="lossless")
     say(page, QUESTION)

@@ -3,6 +3,7 @@
 import json
 
 import anyio
+from anyio.lowlevel import checkpoint
 from anyio.to_thread import run_sync
 from starlette.responses import JSONResponse, Response
 from starlette.types import Receive, Scope, Send
@@ -38,7 +39,7 @@ class Answer(Response):
         super().__init__()
         self.served, self.worker, self.metrics = served, worker, metrics
         self.body, self.seconds = body, seconds
-        self.outcome = "disconnected"  # unless it is known better
+        self.outcome: str | None = "disconnected"  # unless it is known better
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         stream = Stream(send)
@@ -47,8 +48,12 @@ class Answer(Response):
                 group.start_soon(_until_gone, receive, group.cancel_scope)
                 await self._answer(stream, scope, receive, send)
                 group.cancel_scope.cancel()
+        except Exception:  # a mistake in the server: who answers then counts it, too
+            self.outcome = None
+            raise
         finally:
-            self.metrics.ended(self.outcome)
+            if self.outcome:
+                self.metrics.ended(self.outcome)
 
     async def _answer(self, stream: "Stream", scope: Scope, receive: Receive, send: Send) -> None:
         try:
@@ -122,6 +127,7 @@ class Stream:
             headers = [(name.encode(), value.encode()) for name, value in STREAM_HEADERS.items()]
             await self._send({"type": "http.response.start", "status": 200, "headers": headers})
         await self._send({"type": "http.response.body", "body": data, "more_body": more})
+        await checkpoint()  # the loop may have heard that the client has gone
 
 
 def error_response(error: ApiError) -> JSONResponse:
