@@ -20,11 +20,10 @@ import torch
 import river_ext
 from bench.lib.common import machine, parser, results_path, save
 from bench.lib.models import CONFIGS
-from river_ext.loading.checkpoint import tensor_shapes
 from river_ext.loading.config import ModelConfig, read_config
 from river_ext.loading.offloaded import checked_resident_layers
+from river_ext.loading.sizes import kv_bytes_per_token, model_bytes
 from river_ext.loading.weights import BlockShape
-from river_ext.ops import packed_shape
 
 SHAPES = {
     "Llama-3.1-8B": replace(CONFIGS["8B"], tie_word_embeddings=False),
@@ -64,6 +63,7 @@ def run(args) -> None:
         print(f"Llama-3.1-8B as the paper counts, and has it, GiB\n{text_of(counted)}")
         return
     name, config = args.model.absolute().name, read_config(args.model)
+    config = replace(config, dtype=config.dtype or torch.bfloat16)  # what most are stored in
     print(f"{name}, GiB; it has {config.max_length} positions\n{table(config, args.resident_layers)}")
     if args.measure:
         path = results_path(f"memory_{name}", args)
@@ -90,23 +90,21 @@ def text_of(rows: dict[str, list[int]]) -> str:
 def needs(config: ModelConfig, resident: int) -> dict[str, list[int]]:
     """Bytes by context, of every way to run the model."""
     resident = checked_resident_layers(resident, config)
-    shape, layers = BlockShape.of(config), config.num_hidden_layers
-    backbone = sum(map(math.prod, tensor_shapes(config).values())) * itemsize(config)
-    block = sum(map(math.prod, shape.projections().values())) * itemsize(config)
-    exit_layer = sum(map(math.prod, shape.tiles().values()))
-    vocabulary = config.vocab_size, config.hidden_size
-    head = 0 if config.tie_word_embeddings else math.prod(vocabulary) * itemsize(config)
-    river = layers * exit_layer + math.prod(packed_shape(*vocabulary))
-    offloaded = layers - resident
+    sizes, item = model_bytes(config), config.dtype.itemsize
+    block = sum(map(math.prod, BlockShape.of(config).projections().values())) * item
+    small = sizes["backbone"] - config.num_hidden_layers * block  # norms and biases
+    embedding = (config.vocab_size + 1) * config.hidden_size * item  # with the last norm
+    backbone = sizes["backbone"] + sizes["embedding_and_head"]
+    river = sizes["river"] + sizes["river_head"]
+    offloaded = config.num_hidden_layers - resident
+    streams = min(offloaded, BUFFERS)
     return with_cache(
         config,
         {
             "backbone": backbone,
-            "full W4": backbone - layers * block - head + river,
+            "full W4": embedding + small + river,
             "River": backbone + river,
-            f"River, {resident} layers resident": backbone
-            + river
-            - (offloaded - min(offloaded, BUFFERS)) * block,
+            f"River, {resident} layers resident": backbone + river - (offloaded - streams) * block,
         },
     )
 
@@ -127,12 +125,8 @@ def as_the_paper_counts(config: ModelConfig) -> dict[str, list[int]]:
 
 
 def with_cache(config: ModelConfig, weights: dict[str, int]) -> dict[str, list[int]]:
-    token = 2 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim * itemsize(config)
+    token = kv_bytes_per_token(config)
     return {name: [size + context * token for context in CONTEXTS] for name, size in weights.items()}
-
-
-def itemsize(config: ModelConfig) -> int:
-    return (config.dtype or torch.bfloat16).itemsize
 
 
 # --- of a process -------------------------------------------------------------------------------------------

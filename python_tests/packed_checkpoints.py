@@ -140,7 +140,9 @@ def write_packed(
     if move:
         move(tensors)
     rounded = {}
-    for layer, projection, prefix in projection_names(config["num_hidden_layers"]):
+    for name in [name for name in tensors if name.endswith("_proj.weight")]:
+        _, _, layer, *_, projection, _ = name.split(".")
+        prefix, layer = name.removesuffix("weight"), int(layer)
         if (layer, projection) in leave:
             continue
         weight = Rounded(tensors.pop(prefix + "weight"), group_size, symmetric, scale_dtype)

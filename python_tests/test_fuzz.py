@@ -6,8 +6,8 @@ import pytest
 from fuzz import AREAS, runner
 
 INPUTS = {
-    "configs": 800, "checkpoints": 200, "rivers": 200, "saves": 120, "tokenizer_files": 120, "requests": 380,
-    "commands": 300, "op_calls": 700,
+    "configs": 800, "checkpoints": 200, "rivers": 200, "imports": 100, "saves": 120, "tokenizer_files": 120,
+    "requests": 380, "commands": 300, "op_calls": 700,
 }  # fmt: skip
 
 

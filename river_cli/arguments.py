@@ -8,6 +8,8 @@ from collections.abc import Mapping, Sequence
 from .errors import UsageError, did_you_mean
 from .prompts import read_prompts, refuse_surrogates
 
+KV_STRATEGIES = "share (default, the river's), mask, recompute, propagate or monotone"
+
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     """`module` of the result runs the command; prompts and files have become `prompts`."""
@@ -211,6 +213,7 @@ def _parser() -> tuple[argparse.ArgumentParser, Mapping[str, argparse.ArgumentPa
     evaluate.add_argument("--problems", type=int, default=300, metavar="N", help="word problems (300)")
     evaluate.add_argument("--functions", type=int, default=100, metavar="N", help="functions (100)")
     evaluate.add_argument("--thresholds", metavar="S,S,...", help="of the River rows")
+    evaluate.add_argument("--kv-strategy", help=f"of these rows: {KV_STRATEGIES}")
     evaluate.add_argument("--seed", type=int, default=0, help="which held-out items (0)")
     return parser, commands.choices
 
@@ -248,6 +251,7 @@ def _add_options(parser: argparse.ArgumentParser) -> None:
         "--draft-tokens", type=_count_or_auto, metavar="K", help="of lossless mode: 1 to 7, or auto (default)"
     )
     parser.add_argument("--river-head", help="of the modes river and full_w4: model (default) or w4")
+    parser.add_argument("--kv-strategy", help=KV_STRATEGIES)
     parser.add_argument("--temperature", type=float, metavar="T", help="0, the default, is greedy")
     parser.add_argument("--top-k", type=int, metavar="K", help="draw among the K likeliest; 0 is all")
     parser.add_argument("--top-p", type=float, metavar="P", help="draw among the likeliest; 1 is all")

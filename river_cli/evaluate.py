@@ -22,7 +22,8 @@ def run(arguments) -> None:
         raise RiverError("--problems 0 --functions 0; accepted: at least one of them above 0")
     thresholds = _thresholds(arguments.thresholds)
     config = shared.config(arguments)
-    own = {} if arguments.deep_tokens is None else {"deep_tokens": arguments.deep_tokens}
+    names = ("deep_tokens", "kv_strategy")
+    own = {name: v for name in names if (v := getattr(arguments, name)) is not None}
     for threshold in thresholds:
         request(config, None, [0], own | {"threshold": threshold, "max_new_tokens": 1})
     model = shared.load(arguments)

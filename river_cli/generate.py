@@ -137,7 +137,7 @@ def _generate_and_compare(arguments, model, prompts: list, options: dict) -> Non
 
 def _settings(model, options: dict) -> tuple[list, dict]:
     """Full depth, lossless, full W4 and River, and the options that they have in common."""
-    names = ("min_layers", "prefill", "river_head", "deep_tokens")
+    names = ("min_layers", "prefill", "river_head", "deep_tokens", "kv_strategy")
     own = {name: options[name] for name in names if name in options}
     threshold = options.get("threshold", Options.threshold)
     common = {name: v for name, v in options.items() if name not in ("mode", "threshold", *own)}

@@ -33,7 +33,7 @@ def run(arguments) -> None:
         served = prepare.Served(model, engine, arguments.mode, arguments.threshold)
         hosts = None
         if bound.getsockname()[0] in ("127.0.0.1", "::1"):
-            hosts = sorted({*guard.LOOPBACK, arguments.host})
+            hosts = sorted({*guard.LOOPBACK, arguments.host.lower()})
         made = app.make_app(served, waiting=waiting, seconds=seconds, key=key, hosts=hosts)
         server.run(made, bound, lambda: _say_ready(arguments, served, server.url_of(bound), key))
 

@@ -98,7 +98,9 @@ def full_name(model: Model) -> str:
 
 def settings_of(model: Model, thresholds: Sequence[float], **options) -> list[Setting]:
     """Full depth, the same by lossless decoding, full W4, and the river at some thresholds and options."""
-    rivers = [Setting(f"River {t:g}", {"mode": "river", "threshold": t, **options}) for t in thresholds]
+    strategy = options.get("kv_strategy", "share")
+    river = "River" if strategy == "share" else strategy
+    rivers = [Setting(f"{river} {t:g}", {"mode": "river", "threshold": t, **options}) for t in thresholds]
     modes = {full_name(model): "full", "lossless": "lossless", "full W4": "full_w4"}
     return [Setting(name, {"mode": mode}) for name, mode in modes.items()] + rivers
 

@@ -179,7 +179,13 @@ class Model:
                 "stream": it does, with the results of a model of which nothing is offloaded. "exit": it
                 leaves after the resident layers at the latest, whatever its similarity; the modes "full" and
                 "lossless" and a threshold of inf do not allow that. Prompts are not concerned.
-            kv_strategy: "share": exit layers write to the cache places of the layers that they replace.
+            kv_strategy: what a token that exits leaves in the cache for the remaining layers. "share", the
+                river's: exit layers write to the places of the layers that they replace. The others are
+                there to be compared with; with them a token goes from where it exits straight to the head.
+                "mask": nothing, later tokens do not look there; "recompute": nothing, until a later token
+                gets as deep; "propagate": K and V of the hidden state with which it exited; "monotone":
+                nothing, and no later token of the sequence runs deeper. They need mode "river", prefill
+                "full" and river_head "model"; exits are decided by the host.
             temperature: 0 is greedy.
             top_k: draw among the k likeliest tokens; 0 is all.
             top_p: draw among the likeliest tokens that together have this probability; 1 is all.
@@ -268,6 +274,7 @@ class Model:
         prefill: str = "full",
         mode: str = "river",
         river_head: str = "model",
+        kv_strategy: str = "share",
         deep_tokens: str = "stream",
     ) -> Score:
         """Logits and exit depths for given tokens, by the same prefill and decoding steps as `generate`.
@@ -277,7 +284,7 @@ class Model:
         """
         options = dict(
             threshold=threshold, min_layers=min_layers, prefill=prefill, mode=mode, river_head=river_head,
-            deep_tokens=deep_tokens,
+            kv_strategy=kv_strategy, deep_tokens=deep_tokens,
         )  # fmt: skip
         return score(self.network, tokens, prompt_length, options)
 

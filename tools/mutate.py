@@ -28,6 +28,27 @@ class Mutant:
 
 MUTANTS = [
     Mutant(
+        "scales between v and o go by KV heads one after the other",
+        "river_ext/quant/imported/moved_scales.py",
+        "arange(shape.num_key_value_heads).repeat_interleave(group)",
+        "arange(shape.num_key_value_heads).repeat(group)",
+        "test_imported.py -k moved_scales",
+    ),
+    Mutant(
+        "an imported row keeps its scale while its partner's columns change theirs",
+        "river_ext/quant/imported/moved_scales.py",
+        "else self.grid.times(factors)",
+        "else self.grid",
+        "test_imported.py -k moved_scales",
+    ),
+    Mutant(
+        "rows of q and k stay as a GGUF file orders them",
+        "river_ext/loading/gguf_checkpoint.py",
+        "return heads.transpose(1, 2).reshape(tensor.shape)",
+        "return tensor",
+        "test_gguf.py -k comes_back",
+    ),
+    Mutant(
         "all draw as the first row",
         "river_ext/engine/graph.py",
         "self.drawing.fill([row.request.sampling for row in rows])",
@@ -40,6 +61,41 @@ MUTANTS = [
         "[row.request.rule.threshold for row in rows]",
         "[rows[0].request.rule.threshold for row in rows]",
         "test_graph.py -k first_ends",
+    ),
+    Mutant(
+        "the multiplier forgotten at down_proj",
+        "csrc/cpu/layer.cpp",
+        "to_residual(nullptr, middle.get(), a.out, rows)",
+        "{.bias = nullptr, .multiplier = 1, .addend = middle.get(), .out = a.out, .rows = rows}",
+        "test_decoder_block.py -k options",
+    ),
+    Mutant(
+        "the multiplier forgotten, CUDA",
+        "csrc/cuda/device/layer_epilogues.cuh",
+        "before + multiplier * sum",
+        "before + sum",
+        "test_cuda_kernels.py -k layer",
+    ),
+    Mutant(
+        "logits divided only where they are returned",
+        "csrc/cpu/lm_head.cpp",
+        "  const float* scores = sampled ? noisy : logits;\n",
+        "  const float* scores = sampled ? noisy : sums;\n",
+        "test_lm_head.py -k tie",
+    ),
+    Mutant(
+        "the exit river's prompt without the multiplier",
+        "river_ext/engine/matmul.py",
+        "return add(hidden, down, self.config.residual_multiplier)",
+        "return add(hidden, down, 1)",
+        "test_matmul.py -k equals_the_ops",
+    ),
+    Mutant(
+        "the epsilon of hidden as the checkpoint means it",
+        "river_ext/loading/multipliers.py",
+        "config.rms_norm_eps / embedding**2",
+        "config.rms_norm_eps",
+        "test_hf_parity.py -k granite",
     ),
     Mutant(
         "kv_valid by row",
@@ -86,8 +142,8 @@ MUTANTS = [
     Mutant(
         "padding is drawn",
         "csrc/cpu/lm_head.cpp",
-        "offer_strip(a, t, s * kTileRows, head.strip_rows(s), logits[t], local[t]);",
-        "offer_strip(a, t, s * kTileRows, kTileRows, logits[t], local[t]);",
+        "offer_strip(a, t, s * kTileRows, head.strip_rows(s), sums[t], local[t]);",
+        "offer_strip(a, t, s * kTileRows, kTileRows, sums[t], local[t]);",
         "test_lm_head.py -k reference",
     ),
     Mutant(
@@ -282,8 +338,8 @@ MUTANTS = [
     Mutant(
         "a part of a prompt is taken for all of it",
         "river_ext/engine/slots.py",
-        "if not sequence.tokens or self.network.scales",
-        "if self.network.scales",
+        "if len(sequence.tokens) <= first:",
+        "if len(sequence.tokens) < first:",
         "test_engine.py -k cancelled_nothing",
     ),
     Mutant(
@@ -296,14 +352,14 @@ MUTANTS = [
     Mutant(
         "requests in cycles survive clear",
         "river_ext/engine/engine.py",
-        "self._steps, self._cycles, self._ending, self._events",
+        "*self._batches, self._ending, self._events",
         "self._steps, self._ending, self._events",
         "test_engine.py -k left_after_clear",
     ),
     Mutant(
         "prompts hold up those that draft",
         "river_ext/engine/engine.py",
-        "sequence, others = running.sequence, self._steps or self._cycles",
+        "sequence, others = running.sequence, any(self._batches)",
         "sequence, others = running.sequence, self._steps",
         "test_engine.py -k hold_up",
     ),
@@ -320,6 +376,34 @@ MUTANTS = [
         "self.prefill_seconds += seconds",
         "self.prefill_seconds = seconds",
         "test_engine.py -k pieces",
+    ),
+    Mutant(
+        "a slot offers what was left out of it",
+        "river_ext/engine/slots.py",
+        "written = written[:by_backbone]",
+        "written = written[:]",
+        "test_kv_strategies.py -k slot_holds",
+    ),
+    Mutant(
+        "what is missing is forgotten at a new start",
+        "river_ext/engine/kv_strategies.py",
+        "self.kv_valid[:, row.slot, decoded] = index < depths",
+        "self.kv_valid[:, row.slot, decoded] = True",
+        "test_kv_strategies.py -k come_and_go",
+    ),
+    Mutant(
+        "the newest is recomputed first",
+        "river_ext/engine/kv_strategies.py",
+        "return sorted(",
+        "return (lambda late: sorted(late, reverse=True))(",
+        "test_kv_strategies.py -k many_tokens",
+    ),
+    Mutant(
+        "one row's exit depth bounds all others",
+        "river_ext/engine/kv_strategies.py",
+        "min(row.request.rule.limit, row.exits.depths[-1])",
+        "min(row.request.rule.limit, self.rows[min(self.rows)].exits.depths[-1])",
+        "test_kv_strategies.py -k come_and_go",
     ),
     Mutant(
         "who joins waits for the others' end",
@@ -485,14 +569,14 @@ MUTANTS = [
     Mutant(
         "what rotates otherwise is taken over",
         "river_ext/engine/slots.py",
-        "scales_by_length(running.prefilled)",
-        "scales_by_length(len(request.prompt))",
+        "rotation(running.prefilled)",
+        "rotation(len(sequence.request.prompt))",
         "test_longrope.py -k taken_over",
     ),
     Mutant(
         "a part of it rotates anew",
-        "river_ext/engine/batch.py",
-        "            self.start = 0\n",
+        "river_ext/engine/engine.py",
+        "            running.start = 0\n",
         "            pass\n",
         "test_longrope.py -k taken_over",
     ),

@@ -184,7 +184,9 @@ def plot(results: Path, figure: Path) -> None:
         print("thresholds.py: --plot needs matplotlib; accepted: to install it", file=sys.stderr)
         raise SystemExit(2) from None
     matplotlib.use("svg")
-    matplotlib.rcParams.update({"svg.fonttype": "none", "svg.hashsalt": "river", "font.size": 9})
+    matplotlib.rcParams.update(
+        {"svg.fonttype": "none", "svg.hashsalt": "river", "font.size": 9, "xtick.labelsize": 8}
+    )
     from matplotlib import pyplot
 
     result = json.loads(results.read_text())

@@ -134,9 +134,10 @@ void for_strips(const Weight (&weights)[N], const Activations& x, const Parallel
 // W x[t] in fp32, [rows of x, rows of the weight]
 std::unique_ptr<float[]> project(const Weight& weight, const Activations& x, const Parallel& parallel);
 
-// What is added to a linear, and where its results go: out[row] = round(addend[row] + bias + W x[t])
+// What is added to a linear, and where its results go: out[row] = round(addend[row] + multiplier * (bias + W x[t]))
 struct LinearOut {
-  const void* bias;    // [rows of the weight] or null
+  const void* bias;  // [rows of the weight] or null
+  float multiplier;
   const void* addend;  // [T, rows of the weight] or null
   void* out;           // the same
   const Rows& rows;    // t -> row

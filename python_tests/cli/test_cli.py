@@ -66,6 +66,18 @@ def test_options_reach_the_model(river_json):
     assert document["outputs"][0]["tokens"] == expected.tokens
 
 
+def test_kv_strategy(river, river_json, refused, short_answers):
+    document = river_json("generate", "--demo", PROMPT, *SHORT, "--kv-strategy", "mask", "--compare")
+    expected = demo_model().generate(PROMPT, max_new_tokens=6, kv_strategy="mask")
+    assert document["outputs"][0]["tokens"] == expected.tokens
+    assert [row["name"] for row in document["rows"]] == ["full bf16", "lossless", "full W4", "mask 0.5"]
+    one_problem = "eval", "--demo", "--problems", "1", "--functions", "0", "--thresholds", "0.9"
+    row = river_json(*one_problem, "--kv-strategy", "propagate")["rows"][-1]
+    assert row["name"] == "propagate 0.9" and row["options"]["kv_strategy"] == "propagate" and row["kl"] > 0
+    refusal = refused(*one_problem, "--kv-strategy", "drop")
+    assert refusal.startswith("kv_strategy='drop'; accepted: 'share', 'mask', 'recompute'")
+
+
 def test_generate_json(river_json):
     document = river_json("generate", "--demo", PROMPT, "def f", *SHORT)
     assert document["version"] == __version__ and document["dtype"] == "bfloat16"

@@ -175,14 +175,14 @@ COMMANDS = {
     ("generate", "--demo", "def f", *SHORT): (
         "--model --river --device --dtype --threads --file --max-new-tokens --threshold --min-layers "
         "--prefill --mode --temperature --top-k --top-p --min-p --seed --stop --exit-control "
-        "--river-head"
+        "--river-head --kv-strategy"
     ),
     ("info",): "--model --river",
     ("info", "--demo"): "--river",
     ("convert",): "--model",
     ("convert", "--demo"): "--device --dtype --threads --group-size --calibrate",
     ("eval", "--demo", "--problems", "1", "--functions", "0", "--thresholds", "0.9"): (
-        "--model --river --device --dtype --threads --problems --functions --thresholds --seed"
+        "--model --river --device --dtype --threads --problems --functions --thresholds --kv-strategy --seed"
     ),
 }
 

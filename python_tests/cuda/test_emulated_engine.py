@@ -12,17 +12,19 @@ import emulated_ops
 import pytest
 import torch
 from emulated import VARIANT
+from kv_oracle import assert_same, sequences
 from streams import Landing
-from tiny_model import random_model, random_prompt
+from tiny_model import MULTIPLIERS, random_model, random_prompt
 
 from river_ext import ops
 from river_ext.engine import offload
+from river_ext.engine.request import KV_STRATEGIES
 from river_ext.model import Model
 
 LAYERS, VOCAB, REQUESTS = 3, 80, 26
 BY_THE_KERNELS = (
     "decoder_block", "exit_layer", "dual_layer", "state_similarity", "lm_head", "lm_head_w4", "sample",
-    "advance", "draft_advance", "accept",
+    "advance", "draft_advance", "accept", "linear",
 )  # fmt: skip
 
 
@@ -42,7 +44,7 @@ def on_emulated_gpu(monkeypatch):
 
 
 def model():
-    return random_model(dtype=torch.bfloat16, num_hidden_layers=LAYERS)
+    return random_model(dtype=torch.bfloat16, num_hidden_layers=LAYERS, **MULTIPLIERS)
 
 
 def offloading_model(resident):
@@ -158,3 +160,24 @@ def test_streamed_layers(on_emulated_gpu, monkeypatch, late):
     monkeypatch.setattr(offload, "streams", lambda network: True)
     with Landing(monkeypatch, late):
         assert together(requests, 5, "device", partial(offloading_model, 1)) == expected
+
+
+@pytest.mark.skipif(VARIANT == "sanitized", reason="too slow there, where other tests run each kernel")
+@pytest.mark.parametrize("strategy", KV_STRATEGIES[1:])
+def test_kv_strategies(on_emulated_gpu, strategy):
+    """What is left out of the cache holds NaN, and nobody reads it."""
+    thresholds = itertools.cycle([0.6, 0.65, 0.7])
+    fixed = {"kv_strategy": strategy, "max_new_tokens": 6, "min_layers": 1, "stop_tokens": ()}
+    requests = [
+        (prompt, options | fixed | {"threshold": next(thresholds)})
+        for prompt, options in itertools.islice(some_requests(["river"]), 4)
+    ]
+    engine = model().engine(slots=3, max_len=16)
+    engine._memory.cache.k.fill_(math.nan)
+    engine._memory.cache.v.fill_(math.nan)
+    for number, (prompt, options) in enumerate(requests):
+        engine.submit(prompt, id=number, **options)
+    outputs = {event.id: event.output for event in engine if event.output}
+    for number, expected in enumerate(sequences(model(), requests)):
+        assert_same(outputs[number], expected, atol=1e-3)  # bfloat16
+    assert {depth for output in outputs.values() for depth in output.exit_depths} == {1, 2, 3}

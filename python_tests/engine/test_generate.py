@@ -598,7 +598,28 @@ REFUSED = {
     "lossless prefill": ([1], {"mode": "lossless", "prefill": "min"}, "prefill='min' needs mode='river'"),
     "mode of a strange type": ([1], {"mode": ["river"]}, "mode=\\['river'\\]; accepted"),
     "mode and prefill": ([1], {"mode": "full", "prefill": "min"}, "prefill='min' needs mode='river'"),
-    "kv_strategy": ([1], {"kv_strategy": "mask"}, "kv_strategy='mask'; accepted: 'share'"),
+    "kv_strategy": ([1], {"kv_strategy": "drop"}, "kv_strategy='drop'; accepted: 'share', 'mask', 'reco"),
+    "kv_strategy of a strange type": ([1], {"kv_strategy": ["mask"]}, "kv_strategy=\\['mask'\\]; accepted"),
+    "kv_strategy and mode": (
+        [1],
+        {"kv_strategy": "mask", "mode": "full_w4"},
+        "mode='full_w4' needs kv_strategy='share'; kv_strategy='mask' takes mode='river'",
+    ),
+    "kv_strategy and lossless": (
+        [1],
+        {"kv_strategy": "recompute", "mode": "lossless"},
+        "mode='lossless' needs kv_strategy='share'",
+    ),
+    "kv_strategy and prefill": (
+        [1],
+        {"kv_strategy": "monotone", "prefill": "depth:2"},
+        "prefill='depth:2' needs kv_strategy='share'; kv_strategy='monotone' takes prefill='full'",
+    ),
+    "kv_strategy and head": (
+        [1],
+        {"kv_strategy": "propagate", "river_head": "w4"},
+        "river_head='w4' needs kv_strategy='share'; .* takes river_head='model'",
+    ),
     "temperature": ([1], {"temperature": -0.1}, "temperature=-0.1"),
     "nan temperature": ([1], {"temperature": math.nan}, "temperature=nan"),
     "temperature past fp32": (

@@ -8,7 +8,7 @@ from oracle import oracle, same
 from test_engine import Cut, Interrupts
 from tiny_model import random_model, random_prompt
 
-from river_ext.engine import batch
+from river_ext.engine import engine as engine_module
 
 ORIGINAL, LAYERS = 12, 4
 MODES = ("river", "full", "full_w4")
@@ -94,21 +94,54 @@ def test_a_river_with_a_head_of_its_own():
 
 
 def test_what_a_slot_holds_is_taken_over_if_it_rotates_alike(monkeypatch):
-    model, starts, begin = longrope_model(), [], batch.Running.begin_prefill
+    model, starts, make = longrope_model(), [], engine_module.Prefill
 
-    def noted(running, *arguments):
-        begin(running, *arguments)
-        starts.append(running.start)
+    def noted(network, cache, slot, request, start, progress):
+        starts.append(start)
+        return make(network, cache, slot, request, start)
 
-    monkeypatch.setattr(batch.Running, "begin_prefill", noted)
+    monkeypatch.setattr(engine_module, "Prefill", noted)
     engine = model.engine(slots=1, max_len=40, reuse_prompts=True)
     prompt = random_prompt(30, 1)
-    for length, count in ((6, 3), (10, 3), (11, 4), (9, 1), (20, 2), (10, 1)):
+    turns = {
+        (6, 3): [0],
+        (10, 3): [6],
+        (11, 4): [10, 0],
+        (20, 2): [11],
+        (25, 2): [20],
+        (9, 2): [0],
+        (14, 1): [0],
+    }
+    for (length, count), expected in turns.items():
         options = {"max_new_tokens": count, "mode": "full"}
         engine.submit(prompt[:length], id=0, **options)
         assert same(finished(engine)[0], oracle(model, prompt[:length], **options))
-    # 10 tokens and 3 more fill the 12 short positions; 11 and 4 more cross the switch
-    assert starts == [0, 6, 10, 0, 0, 0, 0]
+        assert starts == expected
+        starts.clear()
+    engine.submit(prompt[:12], id=0, max_new_tokens=4, threshold=-2)  # whose second prefill is of full depth
+    assert min(finished(engine)[0].exit_depths[2:]) == 1
+    engine.submit(prompt[:20], id=0, max_new_tokens=4, mode="full")
+    assert same(finished(engine)[0], oracle(model, prompt[:20], max_new_tokens=4, mode="full"))
+    assert starts == [0, 0, 12]
+
+
+def test_a_second_prefill_that_was_cancelled_leaves_nothing(monkeypatch):
+    monkeypatch.setitem(engine_module.PREFILL_ROWS, "cpu", 2)
+    model, prompt = longrope_model(), random_prompt(6)
+    engine, options = model.engine(slots=3, max_len=40, reuse_prompts=True), {"mode": "full"}
+    engine.submit([1], id="running", max_new_tokens=11, **options)
+    engine.submit(prompt, id="cancelled", max_new_tokens=20, **options)
+    while not (known := [one for one in engine._prefilling if one.prefilled > ORIGINAL]):
+        engine.step()
+    tokens = known[0].sequence.tokens
+    assert len(prompt + tokens) == ORIGINAL + 1
+    engine.submit(prompt, id="never begun", max_new_tokens=5, **options)
+    engine.step()
+    for id in ("cancelled", "never begun"):
+        engine.cancel(id)
+    longer = prompt + tokens + [3, 4]
+    engine.submit(longer, id="again", max_new_tokens=5, **options)
+    assert same(finished(engine)["again"], oracle(model, longer, max_new_tokens=5, **options))
 
 
 @pytest.mark.parametrize("mode", ["river", "lossless"])

@@ -15,8 +15,10 @@ from tiny_model import random_model, random_prompt
 
 import river_ext
 from river_ext.engine import engine as engine_module
-from river_ext.engine import offload, prefill
+from river_ext.engine import graph, offload, prefill
+from river_ext.engine.decoder import EXIT_CONTROLS
 from river_ext.engine.matmul import MatmulPrompt
+from river_ext.engine.network import Layer
 from river_ext.errors import RiverError
 from river_ext.loading.offloaded import give_back_pages
 from river_ext.model import Model
@@ -64,10 +66,10 @@ def copied(monkeypatch):
 def some_requests():
     generator = random.Random(8)
     for number in range(REQUESTS):
-        mode = generator.choice(["river", "river", "river", "full", "lossless", "full_w4"])
+        mode = ["river", "lossless", "river", "full", "river", "full_w4"][number % 6]
         options = {
             "mode": mode,
-            "max_new_tokens": generator.randint(1, 12),
+            "max_new_tokens": generator.randint(2, 12),
             "threshold": generator.choice([0.5, 0.6, 0.7, 0.8, 2.0, math.inf]),
             "temperature": generator.choice([0.0, 1.2]),
             "seed": generator.randrange(9),
@@ -120,6 +122,41 @@ def test_a_prompt_streams_each_layer_once(streams, copied, monkeypatch):
     assert streams.races == []
 
 
+def test_the_next_layer_is_copied_while_one_computes(streams, copied, monkeypatch):
+    order, block = [], Layer.block
+
+    def noted(layer, *arguments):
+        order.append((layer.index, max(copied, default=None)))
+        return block(layer, *arguments)
+
+    monkeypatch.setattr(Layer, "block", noted)
+    offloading_model().generate([1], mode="full", max_new_tokens=2)
+    prompt = [(0, 2), (1, 2), (2, 3), (3, 4), (4, 5), (5, 5)]
+    assert order[:LAYERS] == prompt, "the last copy given out before a layer runs"
+    assert copied == 2 * [2, 3, 4, 5], "by the prompt, and by the step after it"
+
+
+@pytest.mark.parametrize("mode", ["river", "lossless"])
+def test_what_fetches_is_not_captured(streams, monkeypatch, mode):
+    """A graph would copy what had to be copied when it was captured."""
+    captured = []
+
+    class Noted(graph.Graph):
+        def __init__(self, run, stream, pool):
+            super().__init__(run, stream, pool)
+            captured.append((run.func, *run.args[1:3], stream is not None))
+
+    monkeypatch.setattr(graph, "Graph", Noted)
+    offloading_model().generate(random_prompt(4), mode=mode, threshold=0.95, max_new_tokens=40)
+    if mode == "lossless":
+        assert captured and not any(graph_of for *_, graph_of in captured)
+        return
+    depths = {depth: graph_of for part, _, depth, graph_of in captured if part is graph.backbone_part}
+    assert set(depths) == set(range(1, LAYERS + 1))
+    assert all(graph_of == (depth <= RESIDENT) for depth, graph_of in depths.items())
+    assert all(graph_of for part, _, _, graph_of in captured if part is graph.tail_part)
+
+
 def test_prompts_by_matrix_products(streams, monkeypatch):
     """As a GPU runs them; pieces of a prompt come between steps that fetch other layers."""
     monkeypatch.setattr(MatmulPrompt, "rows_at_a_time", 4)
@@ -135,9 +172,10 @@ def test_prompts_by_matrix_products(streams, monkeypatch):
     assert streams.races == []
 
 
-@pytest.mark.parametrize("policy, reaches", [("depth:4", 4), ("depth:1", 0), ("depth:0", 0)])
+@pytest.mark.parametrize("policy, reaches", [("depth:4", 4), ("depth:1", 0), ("depth:0", 0), ("min", 4)])
 def test_a_shallow_prompt_streams_what_it_runs(streams, copied, policy, reaches):
-    offloading_model().generate(random_prompt(13), max_new_tokens=1, prefill=policy)
+    options = {"threshold": -2, "min_layers": 4}  # of the policy min
+    offloading_model().generate(random_prompt(13), max_new_tokens=1, prefill=policy, **options)
     assert copied == list(range(RESIDENT, reaches))
 
 
@@ -153,8 +191,11 @@ def test_a_token_streams_what_it_runs(streams, copied):
 @pytest.mark.parametrize("control", CONTROLS)
 def test_tokens_that_exit_stream_nothing(streams, copied, control):
     options = {"threshold": 0.9, "deep_tokens": "exit", "prefill": "depth:0", "max_new_tokens": 9}
-    out = offloading_model().generate(random_prompt(3), exit_control=control, **options)
-    assert copied == [] and streams.races == [] and max(out.exit_depths) == RESIDENT
+    engine = offloading_model().engine(slots=1, max_len=POSITIONS, exit_control=control)
+    engine.submit(random_prompt(3), **options)
+    (output,) = [event.output for event in engine if event.output]
+    assert copied == [] and streams.races == [] and max(output.exit_depths) == RESIDENT
+    assert type(engine._steps.decoder) is EXIT_CONTROLS[control]
 
 
 @pytest.mark.parametrize("mode, control", [("river", "host"), ("river", "device"), ("lossless", "host")])
@@ -175,13 +216,16 @@ def test_requests_that_are_dropped(streams, mode, control):
     assert same(output, oracle(model, random_prompt(9, 7), **expected))
 
 
-def test_given_tokens(streams):
+def test_given_tokens(streams, copied):
     whole, model, tokens = whole_model(), offloading_model(), random_prompt(20)
     for threshold in (0.6, math.inf):
         wanted = whole.score(tokens, prompt_length=7, threshold=threshold)
         got = model.score(tokens, prompt_length=7, threshold=threshold)
         assert got.exit_depths == wanted.exit_depths and torch.equal(got.logits, wanted.logits)
     assert streams.races == []
+    copied.clear()
+    model.score(tokens, prompt_length=19)
+    assert copied == list(range(RESIDENT, LAYERS)), "by the prompt alone"
 
 
 def test_an_interrupt_while_copies_are_given_out(streams, monkeypatch):
@@ -302,6 +346,15 @@ def test_a_loaded_model_gives_the_same(checkpoint, resident):
             assert torch.equal(got.logits, expected.logits)
     full = offloaded.generate(prompts, **options | {"mode": "full"})
     assert [output.tokens for output in full] == [expected.tokens for expected, _ in pairs], "lossless"
+
+
+def test_projections_that_are_stored_as_one(tmp_path):
+    directory = write_tiny_checkpoint(tmp_path, model_type="phi3", torch_dtype="float32")
+    whole, offloaded = river_ext.load(directory), river_ext.load(directory, resident_layers=1)
+    outputs = [model.generate([5, 7], threshold=0.9, max_new_tokens=9) for model in (whole, offloaded)]
+    assert outputs[0].tokens == outputs[1].tokens
+    with pytest.raises(RiverError, match=r"layers\.2\..*_proj\.weight is stored as F32"):
+        river_ext.load(directory, dtype="bfloat16", resident_layers=2)
 
 
 def in_memory(tensor: torch.Tensor) -> int:

@@ -5,7 +5,10 @@ An area is a module here with `prepare(folder)`, which makes what its inputs sta
 is a finding, and so are a dead process and one that takes too long.
 """
 
-AREAS = ("configs", "checkpoints", "rivers", "saves", "tokenizer_files", "requests", "commands", "op_calls")
+AREAS = (
+    "configs", "checkpoints", "rivers", "imports", "saves", "tokenizer_files", "requests", "commands",
+    "op_calls",
+)  # fmt: skip
 REFUSED, ACCEPTED = "refused", "accepted"
 
 

@@ -11,7 +11,8 @@ from .samples import byte_tokenizer, random_text, write_checkpoint
 OPTIONS = {
     "max_new_tokens": [1, 2, 5], "threshold": [0.5, float("inf"), -2, 0.9], "min_layers": [1, 2],
     "batch_policy": ["min", "row"], "prefill": ["full", "depth:1", "min", "last", "depth:0", "depth:" + "9"
-    * 5000], "mode": ["river", "full", "full_w4", "lossless"], "kv_strategy": ["share", "mask"],
+    * 5000], "mode": ["river", "full", "full_w4", "lossless"], "kv_strategy": ["share", "mask", "recompute",
+    "propagate", "monotone"],
     "temperature": [0.0, 0.8, 1e-30, 1e38, 1e39], "top_k": [0, 1, 5, 10**9], "top_p": [1.0, 0.5, 1e-9,
     1e-46], "min_p": [0.0, 0.1, 1, 1e-46, 1.1], "seed": [0, 1, -1, 2**63 - 1, 2**63],
     "stop": ["a", ["b", "c"], "<|im_end|>", ["a" * 10**5], ["x"] * 3000],

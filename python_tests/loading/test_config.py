@@ -10,6 +10,7 @@ from tiny_model import CONFIG, random_model
 
 from river_ext.errors import RiverError
 from river_ext.loading.config import ModelConfig, parse_dtype, read_config
+from river_ext.loading.multipliers import MULTIPLIERS
 from river_ext.loading.rope import rope_tables
 
 LLAMA3 = {
@@ -168,6 +169,22 @@ def test_families(tmp_path):
     assert read(tmp_path, head_dim=40).head_dim == 40
 
 
+def test_multipliers(tmp_path):
+    granite = {"model_type": "granite", "rms_norm_eps": 1e-5}
+    names = "rms_norm_eps", "softmax_scale", "residual_multiplier", "logits_scaling"
+
+    def fields(**changes):
+        return tuple(getattr(read(tmp_path, **changes), name) for name in names)
+
+    assert fields(rms_norm_eps=1e-5) == (1e-5, None, 1.0, 1.0)
+    assert fields(**granite) == (1e-5, 1.0, 1.0, 1.0)  # transformers' defaults
+    assert fields(**granite, attention_multiplier=0.125, residual_multiplier=0.22) == (1e-5, 0.125, 0.22, 1.0)
+    assert fields(**granite, embedding_multiplier=4, logits_scaling=8) == (1e-5 / 16, 1.0, 0.25, 8.0)
+    for key in MULTIPLIERS:
+        for value in (0, -1, 1e5, "12", True):
+            refusal(tmp_path, key, "a number from 0.0001 to 10000", **granite, **{key: value})
+
+
 def test_what_new_families_imply(tmp_path):
     smollm3 = read(
         tmp_path, model_type="smollm3", num_hidden_layers=9, tie_word_embeddings=..., rope_theta=...
@@ -183,11 +200,11 @@ def test_what_new_families_imply(tmp_path):
     rope = YARN | {"llama_4_scaling_beta": 0.1, "max_position_embeddings": 256}
     ministral3 = read(tmp_path, model_type="ministral3", rope_parameters=rope, rope_theta=...)
     assert ministral3.query_scaling == (0.1, 64) and ministral3.head_dim == 128
-    assert read(tmp_path, model_type="ministral3").query_scaling is None
+    assert read(tmp_path, model_type="ministral3", rope_scaling=YARN).query_scaling is None
 
 
 def test_a_multimodal_config(tmp_path):
-    text = TINY_CONFIG | {"model_type": "ministral3", "torch_dtype": None}
+    text = TINY_CONFIG | {"model_type": "ministral3", "torch_dtype": None, "rope_scaling": YARN}
     outer = {"model_type": "mistral3", "dtype": "bfloat16", "text_config": text, "vision_config": {"x": 1}}
 
     def multimodal(**changes):
@@ -287,6 +304,7 @@ def test_sliding_window(tmp_path):
         ({"model_type": "smollm3", "no_rope_layers": [1, 0]}, ("no_rope_layers", "array of 3")),
         ({"model_type": "smollm3", "no_rope_layers": [1, 0, 2]}, ("no_rope_layers", "array of 3")),
         ({"model_type": "smollm3", "no_rope_layer_interval": 0}, ("no_rope_layer_interval", "0")),
+        (MINISTRAL3, ("rope_parameters", "missing", "object with rope_type")),
         ({"model_type": "mistral3"}, ("text_config", "missing")),
         ({"model_type": "mistral3", "text_config": {"model_type": "llama"}}, ("text_config.model_type",)),
         (

@@ -10,6 +10,7 @@ import torch
 from conftest import write_tiny_checkpoint
 from public_configs import PUBLIC_CONFIGS
 
+import river_ext
 from river_cli.arguments import parse
 from river_cli.terminal import size_text
 from river_ext.loading.checkpoint import load_checkpoint
@@ -102,3 +103,11 @@ def test_fused_projections_are_views_of_one_tensor(tmp_path):
         assert len({part.untyped_storage().data_ptr() for part in parts}) == 1
         assert torch.cat(parts).shape[0] == sum(len(part) for part in parts)
         assert all(part.is_contiguous() for part in parts)
+
+
+def test_fused_projections_are_offloaded(tmp_path):
+    directory = write_tiny_checkpoint(tmp_path, model_type="phi3")
+    options = {"max_new_tokens": 8, "mode": "full", "stop_tokens": ()}
+    expected = river_ext.load(directory, device="cpu").generate([5, 6, 7], **options).tokens
+    model = river_ext.load(directory, device="cpu", resident_layers=1)
+    assert model.generate([5, 6, 7], **options).tokens == expected

@@ -119,6 +119,27 @@ def test_groups_of_32_are_quantised_again_and_the_error_is_stated(model, source,
     assert 0 < stated < 0.02
 
 
+def test_groups_that_end_inside_of_a_tile_are_quantised_again(tiny_checkpoint, source):
+    sizes = {"hidden_size": 192, "intermediate_size": 192, "num_attention_heads": 2}
+    model = tiny_checkpoint("model", **SHAPE | sizes)
+    write_packed(source, model, "compressed-tensors", group_size=96)
+    assert imported(model, source).imported["requantised"] == COUNT
+
+
+@pytest.mark.parametrize(("keys", "format"), [((), "GPTQ"), (("format",), "GPTQ v2")])
+def test_where_gptq_names_its_format(model, source, keys, format):
+    """Some write checkpoint_format, some format; without either it is the older one."""
+
+    def rename(tensors, config):
+        settings = config["quantization_config"]
+        name = settings.pop("checkpoint_format")
+        settings |= dict.fromkeys(keys, name)
+
+    rounded = write_packed(source, model, format, edit=rename)
+    found = dense(imported(model, source), model)
+    assert all(torch.equal(found[name], weight.dense) for name, weight in rounded.items())
+
+
 def test_shapes_that_fill_no_words(tiny_checkpoint, source):
     """compressed-tensors pads words; intermediate_size 108 fills 13.5 of them."""
     model = tiny_checkpoint("model", **SHAPE | {"hidden_size": 64, "intermediate_size": 108})
@@ -128,6 +149,30 @@ def test_shapes_that_fill_no_words(tiny_checkpoint, source):
         found = dense(imported(model, path), model)
         for name, weight in rounded.items():
             assert torch.equal(found[name], weight.dense), name
+
+
+@pytest.mark.parametrize("format", FORMATS)
+def test_tensors_that_hold_several_weights(tiny_checkpoint, source, format):
+    """In files of Phi-3, q, k and v are one tensor, gate and up another. Here up has given scales to down."""
+    model = tiny_checkpoint("model", **SHAPE, model_type="phi3")
+
+    def move(tensors):
+        for layer in range(SHAPE["num_hidden_layers"]):
+            scales = some_scales(SHAPE["intermediate_size"], layer)
+            tensors[f"model.layers.{layer}.mlp.gate_up_proj.weight"][256:] /= scales[:, None]
+            tensors[f"model.layers.{layer}.mlp.down_proj.weight"] *= scales
+
+    rounded = write_packed(source, model, format, move=move)
+    river = imported(model, source)
+    assert (river.imported["kept"], river.imported["requantised"]) == (COUNT - 2, 2)
+    found = dense(river, model)
+    for layer in range(SHAPE["num_hidden_layers"]):
+        qkv = [found[layer, name] for name in ("q_proj", "k_proj", "v_proj")]
+        assert torch.equal(torch.cat(qkv), rounded[layer, "qkv_proj"].dense)
+        gate, up = rounded[layer, "gate_up_proj"].dense.split(SHAPE["intermediate_size"])
+        assert torch.equal(found[layer, "gate_proj"], gate)
+        scales = some_scales(SHAPE["intermediate_size"], layer)
+        assert relative_error(found[layer, "up_proj"], up * scales[:, None]) < 1e-3
 
 
 def test_rounding_of_scales_is_stated(model, source):
@@ -238,6 +283,8 @@ def test_moved_scales_are_undone(model, source, format, move):
         else:  # factors are measured; columns of other scales are quantised again
             limit = 0.02 if name in MOVED[move] else 1e-3
             assert relative_error(weight, expected) < limit, name
+            size = float((weight * expected).sum() / expected.square().sum())
+            assert size == pytest.approx(1, abs=0.004), name
 
 
 def test_what_goes_through_v_and_o_is_exactly_what_was_imported(model, source):
@@ -387,6 +434,8 @@ REFUSED = [
     ("GPTQ", {"desc_act": True}, None, "desc_act is true; accepted: false"),
     ("GPTQ", {"desc_act": 1}, None, "desc_act is 1"),
     ("GPTQ", {"checkpoint_format": "marlin"}, None, 'checkpoint_format is "marlin"; accepted: gptq, gptq_v2'),
+    ("GPTQ", {"format": "gptq_v2"}, None, 'format is "gptq_v2"; accepted: what checkpoint_format is'),
+    ("GPTQ", {"format": "bitblas"}, None, 'format is "bitblas"; accepted: gptq, gptq_v2'),
     ("GPTQ", {"group_size": True}, None, "group_size is true"),
     ("GPTQ", {}, with_order, f"{Q}g_idx orders columns by activations"),
     ("GPTQ", {}, of_shape(Q + "g_idx", 64), "g_idx is I32 [64]"),

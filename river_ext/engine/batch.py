@@ -2,12 +2,9 @@
 
 import time
 from collections.abc import Callable, Hashable, Iterator
-from dataclasses import replace
 from itertools import chain
 
-from .cache import KVCache
 from .decoder import Decoder
-from .network import Network
 from .prefill import Prefill
 from .sequence import Sequence
 from .step import Row, RowOutput
@@ -21,17 +18,8 @@ class Running:
         self.slot = -1
         self.start = 0  # of the prompt, whose positions before it the slot holds already
         self.prefill: Prefill | None = None
-        self.prefilled = 0  # tokens that its last prefill was of
+        self.prefilled = len(sequence.request.prompt)  # tokens that its last prefill is of
         self.cancelled = False
-
-    def begin_prefill(self, network: Network, cache: KVCache, progress: bool) -> None:
-        """Of the prompt; or of all its tokens, where they rotate anew."""
-        if self.sequence.tokens:
-            self.start = 0
-        tokens = self.sequence.known
-        request = replace(self.sequence.request, prompt=tokens)
-        self.prefill = Prefill(network, cache, self.slot, request, self.start, progress)
-        self.prefilled = len(tokens)
 
 
 class Batch:
@@ -42,6 +30,11 @@ class Batch:
         self.decoder: Decoder | None = None
         self.members: list[Running] = []
         self._joining: list[Running] = []
+
+    @classmethod
+    def of(cls, decoder: Decoder) -> "Batch":
+        """Whose steps this one takes."""
+        return cls(lambda rows: decoder)
 
     def __len__(self) -> int:
         return len(self.members) + len(self._joining)

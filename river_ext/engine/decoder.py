@@ -16,7 +16,7 @@ from torch import Tensor
 from .. import ops
 from .exit_rule import next_decision, still_staying
 from .graph import LEAST_STOP_TOKENS, Graph, Graphs, Memory, Runner, backbone_part, tail_part, whole_steps
-from .step import NewToken, Row, RowOutput
+from .step import NewToken, Row, RowOutput, Work
 
 # Steps in flight beyond the one that the host waits for: with the second of a pair, fewer than graph.RECORDS
 RUN_AHEAD = 4
@@ -94,10 +94,15 @@ class Decoder(ABC):
                         [similarities[index][row] for index in range(depths[row])],
                         logits[row] if logits is not None and self.rows[row].request.wants_logits else None,
                     )
-                ]
+                ],
+                work=self.work(row, depths[row]),
             )
             for row in self.rows
         ]
+
+    def work(self, row: int, depth: int) -> Work:
+        """Of a live row that left at this depth."""
+        return Work(backbone_rows=depth, exit_rows=self.runner.layers - depth)
 
     @torch.inference_mode()
     def copied(self, logits: Tensor) -> Tensor:

@@ -11,6 +11,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Hashable, Iterator
+from dataclasses import replace
 from itertools import count
 from typing import NamedTuple
 
@@ -22,8 +23,10 @@ from .batch import Batch, Running
 from .decoder import EXIT_CONTROLS, StepDecoders
 from .exit_rule import BATCH_POLICIES
 from .graph import Memory
+from .kv_strategies import KV_DECODERS
 from .lossless import LosslessDecoder
 from .network import Network
+from .prefill import Prefill
 from .request import request
 from .sequence import GenerationOutput, Piece, Sequence
 from .slots import Slots
@@ -71,11 +74,16 @@ class Engine:
         self.max_len = integer("max_len", max_len, 1, config.max_length)
         self.progress = False  # show on standard error how far long prompts are
         self._memory = Memory(network, self.slots, self.max_len)
-        self._decoders = StepDecoders(self._memory, together=batch_policy == "min")
-        lossless = LosslessDecoder(self._memory)
+        together = batch_policy == "min"
+        self._decoders = StepDecoders(self._memory, together)
         self.use(exit_control)
         self._steps = Batch(self._decoders.choose)
-        self._cycles = Batch(lambda rows: lossless)  # of requests in lossless mode
+        self._cycles = Batch.of(LosslessDecoder(self._memory))  # of requests in lossless mode
+        # of those with another kv_strategy than the river's
+        self._compared = {
+            name: Batch.of(decoder(self._memory, together)) for name, decoder in KV_DECODERS.items()
+        }
+        self._batches = [self._steps, self._cycles, *self._compared.values()]
         self._lock = threading.Lock()  # of what other threads see: the queue, the ids, what is cancelled
         self._stepping = threading.Lock()
         self._ids, self._closed = count(), False
@@ -169,12 +177,12 @@ class Engine:
                 return
             self._forget()
             self._closed = True
-            del self._memory, self._decoders, self._steps, self._cycles
+            del self._memory, self._decoders, self._steps, self._cycles, self._compared, self._batches
 
     def _forget(self) -> None:
         self._memory.synchronise()
         for place in (
-            self._known, self._queue, self._prefilling, self._steps, self._cycles, self._ending, self._events
+            self._known, self._queue, self._prefilling, *self._batches, self._ending, self._events
         ):  # fmt: skip
             place.clear()
         self._slots.clear()
@@ -205,7 +213,7 @@ class Engine:
     def _begin_anew(self) -> None:
         """All go on from the tokens that they have: what a step computes depends on nothing else."""
         self._memory.synchronise()
-        for place in (self._steps, self._cycles, self._prefilling):
+        for place in (*self._batches, self._prefilling):
             place.clear()
         with self._lock:
             everyone = list(self._known.values())
@@ -247,11 +255,11 @@ class Engine:
         if not self._prefilling:
             return
         running, start = self._prefilling[0], time.perf_counter()
-        sequence, others = running.sequence, self._steps or self._cycles
+        sequence, others = running.sequence, any(self._batches)
         try:
             with memory_for("the prompt"):
                 if running.prefill is None:
-                    running.begin_prefill(self._memory.network, self._memory.cache, self.progress)
+                    running.prefill = self._new_prefill(running)
                 new = running.prefill.advance(self._prefill_rows if others else math.inf)
         except RiverError as error:
             sequence.fail(str(error))
@@ -268,9 +276,21 @@ class Engine:
         self._batch(running).join(running)
         self._take([(running, RowOutput([new]))])
 
+    def _new_prefill(self, running: Running) -> Prefill:
+        """Of the prompt; or of all its tokens, where they rotate anew."""
+        if running.sequence.tokens:
+            running.start = 0
+        tokens, memory = running.sequence.known, self._memory
+        running.prefilled = len(tokens)
+        request = replace(running.sequence.request, prompt=tokens)
+        return Prefill(memory.network, memory.cache, running.slot, request, running.start, self.progress)
+
     def _batch(self, running: Running) -> Batch:
         """Where it decodes."""
-        return self._steps if running.sequence.request.draft_tokens is None else self._cycles
+        request = running.sequence.request
+        if request.draft_tokens is not None:
+            return self._cycles
+        return self._compared.get(request.kv_strategy, self._steps)
 
     def _decode(self) -> None:
         """The next tokens of every sequence."""
@@ -283,7 +303,8 @@ class Engine:
         # A row that ends by a stop string, of which only the host knows, lets the others leave earlier then.
         surprises = together and stops and len(self._steps) > 1
         self._take(self._steps.step(run_ahead=not (waiting or surprises)))
-        self._take(self._cycles.step(run_ahead=False))
+        for batch in self._batches[1:]:
+            self._take(batch.step(run_ahead=False))
 
     def _take(self, outputs: list[tuple[Running, RowOutput]]) -> None:
         """Each sequence takes its new tokens; those that end leave."""
@@ -307,8 +328,8 @@ class Engine:
             own = []
         before = len(self._events) - len(own)
         last = Event(running.id, own[0].piece if own else None, running.sequence.output())
-        self._steps.drop(running)
-        self._cycles.drop(running)
+        for batch in self._batches:
+            batch.drop(running)
         self._memory.lead_caller()  # steps in flight may still write to the slot
         with self._lock:
             if running.slot < 0:

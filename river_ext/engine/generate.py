@@ -15,11 +15,12 @@ from ..loading.text import Text
 from .decoder import HostDecoder, power_of_two
 from .engine import Engine
 from .graph import Memory
+from .kv_strategies import KV_DECODERS
 from .network import Network
 from .prefill import Prefill
 from .request import Request, is_batch, is_chat, prompt_tokens, request, requests
 from .sequence import GenerationOutput, Piece, Sequence
-from .step import Row, not_finite
+from .step import Exits, Row, not_finite
 
 LEAST_POSITIONS = 256  # of an engine that is lent, so that most of the requests to come fit it
 
@@ -142,9 +143,11 @@ def score(network: Network, tokens, prompt_length: int, options: Mapping) -> Sco
         network.check_river_head()
     memory = Memory(network, slots=1, max_len=asked.positions)
     news = [Prefill(memory.network, memory.cache, 0, asked).advance()]
-    decoder = HostDecoder(memory, together=False)
+    decoder = KV_DECODERS.get(asked.kv_strategy, HostDecoder)(memory, together=False)
+    exits = Exits()
     for position in range(prompt_length, len(tokens) - 1):
-        decoder.start([Row(tokens[position], position, 0, asked, remaining=1)])
+        exits.depths.append(news[-1].exit_depth)
+        decoder.start([Row(tokens[position], position, 0, asked, remaining=1, exits=exits)])
         news += decoder.step()[0].tokens
     for position, new in enumerate(news, start=prompt_length):
         if new.token < 0:

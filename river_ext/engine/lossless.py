@@ -25,7 +25,7 @@ from .drafting import draft_cost
 from .graph import RECORDS, Graphs, Memory
 from .network import Place
 from .sampling import Drawing, draw
-from .step import NewToken, Row, RowOutput
+from .step import NewToken, Row, RowOutput, Work
 
 
 class CycleRunner(Graphs):
@@ -165,7 +165,9 @@ class LosslessDecoder(Decoder):
             news = self._news(index, counts[index], tokens, similarities, logits)
             self.rows[index].drafting.learn(wanted[index], min(wanted[index], len(news) - 1))
             self.remaining[index] -= len(news)
-            outputs.append(RowOutput(news, wanted[index], seconds))
+            layers, drafted = runner.layers, wanted[index]
+            work = Work(backbone_rows=(1 + drafted) * layers, exit_rows=drafted * layers)
+            outputs.append(RowOutput(news, drafted, seconds, work))
         return outputs
 
     def _news(

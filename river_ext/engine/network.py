@@ -30,6 +30,7 @@ class Place(NamedTuple):
     slots: Tensor  # int32 [T]; -1: the row is inactive, and its hidden state is copied through
     positions: Tensor  # int32 [T]
     rope: Rope
+    kv_valid: Tensor | None = None  # bool [slots, max_len]; None: K and V are there at all positions
 
 
 class Decision(NamedTuple):
@@ -67,6 +68,8 @@ class Layer:
             "post_attention_layernorm": weights.post_attention_layernorm,
             "num_attention_heads": config.num_attention_heads,
             "rms_norm_eps": config.rms_norm_eps,
+            "softmax_scale": config.softmax_scale,
+            "residual_multiplier": config.residual_multiplier,
             **self.options,
         }
         names = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
@@ -102,6 +105,7 @@ class Layer:
             "v_cache": v_cache,
             "slots": place.slots,
             "positions": place.positions,
+            "kv_valid": place.kv_valid,
             **self.tables(place.rope),
         }
 
@@ -148,11 +152,11 @@ class Network:
             of_logits = river_head[: len(logits), None]  # of none, where they are not wanted
             logits = torch.where(of_logits, river_logits, logits)
             return torch.where(river_head, river_tokens, tokens), logits
-        eps = self.config.rms_norm_eps
+        config = self.config
+        options |= {"rms_norm_eps": config.rms_norm_eps, "logits_scaling": config.logits_scaling}
         if river_head and self.lm_head_w4 is not None:
-            size = self.config.vocab_size
-            return ops.lm_head_w4(hidden, self.norm, self.lm_head_w4, size, eps, **options)
-        return ops.lm_head(hidden, self.norm, self.lm_head, eps, **options)
+            return ops.lm_head_w4(hidden, self.norm, self.lm_head_w4, config.vocab_size, **options)
+        return ops.lm_head(hidden, self.norm, self.lm_head, **options)
 
     def check_river_head(self) -> None:
         """Refuses a river that was saved without a head, where that is wanted."""
@@ -174,12 +178,14 @@ class Network:
 
     def prompt_rope(self, length: int, max_len: int) -> Rope:
         """The same for a prompt, whose tokens may all see the whole prompt's length."""
-        return self._tables(max_len, length) if self.scales_by_length(length) else self.rope(max_len)
+        return self._tables(max_len, length) if self.rotation(length) else self.rope(max_len)
 
-    def scales_by_length(self, length: int) -> bool:
-        """Whether the rotation of a prompt's tokens depends on how long the prompt is."""
+    def rotation(self, length: int) -> int:
+        """Prompts with the same number rotate alike; 0: as sequences of any shorter length do."""
         longest = self.config.longest_unscaled
-        return longest is not None and length > longest
+        if longest is None or length <= longest:
+            return 0
+        return 1 if self.config.rotates_anew_after else length
 
     def _tables(self, max_len: int, seq_len: int | None = None) -> Rope:
         rotated = rope_tables(self.config, max_len, seq_len, self.device)

@@ -31,7 +31,7 @@ from .exit_rule import ExitRule, PrefillPolicy
 from .sampling import Sampling
 
 MODES = ("river", "lossless", "full", "full_w4")
-KV_STRATEGIES = ("share",)
+KV_STRATEGIES = ("share", "mask", "recompute", "propagate", "monotone")
 RIVER_HEADS = ("model", "w4")
 DEEP_TOKENS = ("stream", "exit")
 MOST_DRAFTS = ops.MAX_ROWS - 1  # one row of a verification is the token before them
@@ -79,6 +79,7 @@ class Request:
     stop_tokens: frozenset[int]
     draft_tokens: int | str | None  # None: none are drafted
     river_head: bool  # decoding steps draw by the river's head, not by the model's
+    kv_strategy: str
     logprobs: int | None  # of so many of the likeliest tokens, and of the drawn one
     return_logits: bool
     dtype: torch.dtype  # of the model
@@ -184,6 +185,7 @@ def request(config: ModelConfig, text: Text | None, prompt, options: Mapping) ->
         stop_tokens=stop_tokens(config, options),
         draft_tokens=draft_tokens(options),
         river_head=river_head(options),
+        kv_strategy=kv_strategy(options),
         logprobs=logprobs,
         return_logits=flag("return_logits", options.return_logits),
         dtype=config.dtype,
@@ -222,7 +224,6 @@ def exit_rule(config: ModelConfig, options: Options) -> ExitRule:
     With deep_tokens="exit" no token runs an offloaded layer.
     """
     choice("mode", options.mode, MODES)
-    choice("kv_strategy", options.kv_strategy, KV_STRATEGIES)
     threshold = number("threshold", options.threshold)
     min_layers = integer("min_layers", options.min_layers, 1, config.num_hidden_layers)
     if options.mode in ("full", "lossless"):
@@ -274,6 +275,19 @@ def river_head(options: Options) -> bool:
             "backbone's"
         )
     return options.river_head == "w4"
+
+
+def kv_strategy(options: Options) -> str:
+    """Under all but "share" no exit layer runs, and prompts go through the whole backbone."""
+    strategy = options.kv_strategy
+    choice("kv_strategy", strategy, KV_STRATEGIES)
+    needed = {} if strategy == "share" else {"mode": "river", "prefill": "full", "river_head": "model"}
+    for name, value in needed.items():
+        if (given := getattr(options, name)) != value:
+            raise RiverError(
+                f"{name}={given!r} needs kv_strategy='share'; kv_strategy={strategy!r} takes {name}={value!r}"
+            )
+    return strategy
 
 
 def prefill_policy(config: ModelConfig, options: Options) -> PrefillPolicy:

@@ -1,6 +1,7 @@
 """A request on its way: what has been generated for it so far, and whether that is all."""
 
 from dataclasses import asdict, dataclass
+from operator import add
 from typing import NamedTuple
 
 import torch
@@ -11,7 +12,7 @@ from ..loading.stop_strings import StopStrings
 from ..loading.text import Text, TextStream
 from .drafting import Drafting
 from .request import Request
-from .step import NewToken, Row, RowOutput, not_finite
+from .step import Exits, NewToken, Row, RowOutput, Work, not_finite
 
 
 @dataclass(frozen=True)
@@ -27,6 +28,11 @@ class Stats:
     drafts: int  # tokens that the river proposed, in lossless mode
     accepted_drafts: int  # of these, new tokens
     draft_seconds: float | None  # of decode_seconds, those before the verifications; None on a GPU
+    # The work of steps, not of prefills, per new token after the first: one row is one token in one layer.
+    backbone_rows: float
+    recomputed_rows: float  # of these, those of earlier tokens: kv_strategy="recompute"
+    exit_rows: float
+    projected_rows: float  # through the projections of K and V alone: kv_strategy="propagate"
 
     def to_dict(self) -> dict:
         """For `json.dumps`."""
@@ -91,6 +97,8 @@ class Sequence:
         self.drafted: list[bool] = []
         self._steps = self._drafts = 0
         self._draft_seconds: float | None = 0.0
+        self._work = Work()
+        self._exits = Exits()
         self._logits: list[Tensor] = []
         self.logprobs: list[float] = []
         self.top_logprobs: list[list[tuple[int, float]]] = []
@@ -128,6 +136,7 @@ class Sequence:
             request=self.request,
             remaining=self._steps_left,
             drafting=self._drafting,
+            exits=self._exits,
         )
 
     def take(self, output: RowOutput) -> list[Piece]:
@@ -141,10 +150,13 @@ class Sequence:
     def _take(self, output: RowOutput) -> list[Piece]:
         self._steps += bool(self.tokens)  # the first token is the prefill's
         self._drafts += output.drafts
+        self._work = Work(*map(add, self._work, output.work))
         if output.draft_seconds is None or self._draft_seconds is None:
             self._draft_seconds = None
         else:
             self._draft_seconds += output.draft_seconds
+        if self.needs_prefill:  # which these come from
+            self._exits = Exits()
         pieces = []
         for new in output.tokens:
             if self.finish_reason:
@@ -160,6 +172,7 @@ class Sequence:
         """Decides, too, whether it is the last one."""
         self.tokens.append(new.token)
         self.exit_depths.append(new.exit_depth)
+        self._exits.depths.append(new.exit_depth)
         self.similarities.append(new.similarities)
         self.drafted.append(new.drafted)
         if new.logits is not None:
@@ -219,6 +232,7 @@ class Sequence:
             drafts=self._drafts,
             accepted_drafts=sum(self.drafted),
             draft_seconds=self._draft_seconds,
+            **{name: rows / max(1, decoded) for name, rows in self._work._asdict().items()},
         )
         has_logprobs = self.request.logprobs is not None
         return GenerationOutput(

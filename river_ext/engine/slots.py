@@ -14,9 +14,10 @@ class Contents(NamedTuple):
 
     tokens: list[int]  # whose K and V are there, from position 0 on
     by_backbone: int  # at so many positions from 0 on, the backbone alone wrote them
+    rotation: int  # of the keys, see Network.rotation
 
 
-EMPTY = Contents([], 0)
+EMPTY = Contents([], 0, 0)
 
 
 class Slots:
@@ -48,23 +49,28 @@ class Slots:
 
     def _choose(self, request: Request) -> tuple[int, int]:
         prompt = request.prompt
-        if not self.reuse or self.network.scales_by_length(len(prompt)):
+        if not self.reuse:
             return self.free[0], 0
         shared = {}
         for slot in self.free:
-            tokens, by_backbone = self._contents[slot]
+            tokens, by_backbone, rotation = self._contents[slot]
             usable = tokens[:by_backbone] if request.full_depth else tokens
-            shared[slot] = len(commonprefix([usable, prompt[:-1]]))
+            alike = rotation == self.network.rotation(len(prompt))
+            shared[slot] = len(commonprefix([usable, prompt[:-1]])) if alike else 0
         slot = max(shared, key=shared.get)
         return slot, shared[slot]
 
     def _written(self, running: Running) -> Contents:
         """What its slot holds in all layers, for those who may take it over."""
-        sequence, request, before = running.sequence, running.sequence.request, self._contents[running.slot]
-        if not sequence.tokens or self.network.scales_by_length(running.prefilled):
+        sequence, before = running.sequence, self._contents[running.slot]
+        first = running.prefilled - len(sequence.request.prompt)  # token that the prefill drew
+        if len(sequence.tokens) <= first:
             return EMPTY
         by_backbone = min(before.by_backbone, running.start)
-        depths, layers = sequence.exit_depths, self.network.config.num_hidden_layers
+        depths, layers = sequence.exit_depths[first:], self.network.config.num_hidden_layers
         if by_backbone == running.start and depths[0] == layers:
-            by_backbone = len(request.prompt) + sum(1 for _ in takewhile(layers.__eq__, depths[1:]))
-        return Contents(request.prompt + sequence.tokens[:-1], by_backbone)
+            by_backbone = running.prefilled + sum(1 for _ in takewhile(layers.__eq__, depths[1:]))
+        written = sequence.known[:-1]
+        if sequence.request.kv_strategy != "share":  # which may leave out layers
+            written = written[:by_backbone]
+        return Contents(written, by_backbone, self.network.rotation(running.prefilled))

@@ -1,6 +1,7 @@
 """What goes into a step, and what comes out: one row per sequence that decodes."""
 
 from collections.abc import Sequence
+from dataclasses import dataclass, field
 from typing import NamedTuple
 
 import torch
@@ -19,6 +20,16 @@ class Row(NamedTuple):
     request: Request
     remaining: int  # tokens that may still be drawn
     drafting: Drafting | None = None  # in lossless mode
+    exits: "Exits | None" = None  # for KV strategies that leave layers out
+
+
+@dataclass(frozen=True)
+class Exits:
+    """Where the tokens of a sequence left the backbone, from its last prefill on."""
+
+    depths: list[int] = field(default_factory=list)  # that of the prefill first
+    # by position, of tokens that may go on: layers that they have run, and the hidden state after them
+    unfinished: dict[int, tuple[int, Tensor]] = field(default_factory=dict)
 
 
 class NewToken(NamedTuple):
@@ -31,12 +42,22 @@ class NewToken(NamedTuple):
     drafted: bool = False  # the river had proposed it
 
 
+class Work(NamedTuple):
+    """What a step computed for one request: a token that goes through a layer counts 1."""
+
+    backbone_rows: int = 0
+    recomputed_rows: int = 0  # of these, tokens of earlier steps that had left before that layer
+    exit_rows: int = 0
+    projected_rows: int = 0  # through no more of a backbone layer than the projections of K and V
+
+
 class RowOutput(NamedTuple):
     """What a step gives one row."""
 
     tokens: list[NewToken]
     drafts: int = 0  # tokens that the river proposed
     draft_seconds: float | None = 0.0  # that this took, where it can be told
+    work: Work = Work()  # but that of a prefill
 
 
 WIDER = {

@@ -107,7 +107,7 @@ def load_checkpoint(
             DecoderBlockWeights(
                 **{
                     field: part
-                    for name, fields in _layer_tensors(config, layer).items()
+                    for name, fields in layer_tensors(config, layer).items()
                     for field, part in _split(load(name), fields)
                 }
             )
@@ -149,7 +149,7 @@ def tensor_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
         "model.norm.weight": (config.hidden_size,),
     }
     for layer in range(config.num_hidden_layers):
-        for name, fields in _layer_tensors(config, layer).items():
+        for name, fields in layer_tensors(config, layer).items():
             rows = sum(shape[0] for shape in fields.values())
             shapes[name] = (rows, *next(iter(fields.values()))[1:])
     if not config.tie_word_embeddings:
@@ -157,7 +157,7 @@ def tensor_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
     return shapes
 
 
-def _layer_tensors(config: ModelConfig, layer: int) -> dict[str, dict[str, tuple[int, ...]]]:
+def layer_tensors(config: ModelConfig, layer: int) -> dict[str, dict[str, tuple[int, ...]]]:
     """Tensors of one layer: the fields of DecoderBlockWeights whose rows each holds, and their shapes."""
     tensors = {}
     for field, shape in BlockShape.of(config).tensors().items():
@@ -175,7 +175,12 @@ def _split(tensor: Tensor, fields: dict[str, tuple[int, ...]]) -> Iterator[tuple
 def _offloaded(config: ModelConfig) -> list[str]:
     """Names of the matrices of offloaded layers. Norms and biases are small, and the river's as well."""
     layers = range(config.num_hidden_layers)[config.resident_layers or config.num_hidden_layers :]
-    return [tensor_name(layer, field) for layer in layers for field in BlockShape.of(config).projections()]
+    return [
+        name
+        for layer in layers
+        for name, fields in layer_tensors(config, layer).items()
+        if fields.keys() & BlockShape.of(config).projections().keys()
+    ]
 
 
 def _has(config: ModelConfig, field: str) -> bool:

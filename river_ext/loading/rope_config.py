@@ -30,6 +30,8 @@ def read_rope(top: Reader, family: Family, head_dim: int, max_positions: int) ->
     values = top.values.get(key) or {}
     if not isinstance(values, dict) or any(isinstance(value, dict) for value in values.values()):
         top.fail(key, "an object with rope_type, the same for all layers")
+    if family.query_scale and not values:  # transformers has one of its own then
+        top.fail(key, "an object with rope_type and what else the positions take")
     rope = Reader(top.path, values, prefix=f"{top.prefix}{key}.")
     rope_type = _rope_type(rope, family)
     of_type = {"yarn": YARN_KEYS, "longrope": LONGROPE_KEYS}.get(rope_type, set())
@@ -72,17 +74,19 @@ def _original_positions(top: Reader, rope: Reader, family: Family, max_positions
 
 
 def _rope_type(rope: Reader, family: Family) -> str:
-    key = "rope_type" if rope.values.get("rope_type") is not None else "type"
-    rope_type = rope.choice(key, family.rope_types, default="default")
-    of_phi3 = "longrope" in family.rope_types  # where it had other names before
-    return "longrope" if of_phi3 and rope_type in ("su", "yarn") else rope_type
+    rope_type = rope.choice(_type_key(rope), family.rope_types, default="default")
+    renamed = "longrope" in family.rope_types and rope_type in ("su", "yarn")
+    return "longrope" if renamed else rope_type
+
+
+def _type_key(rope: Reader) -> str:
+    return "rope_type" if rope.values.get("rope_type") is not None else "type"
 
 
 def _scaling(
     rope: Reader, rope_type: str, theta: float, rotary_dim: int, max_positions: int, original: int
 ) -> dict | None:
     """The normalised rope_scaling: its rope_type, and all numbers that the tables take."""
-    type_key = "rope_type" if "rope_type" in rope.values else "type"
     if rope_type == "default":
         if rope.number("factor", 1.0, 1e4, default=1.0) != 1:
             rope.fail("factor", f"1, or a {rope.prefix}rope_type that takes a factor")
@@ -91,7 +95,7 @@ def _scaling(
         return _longrope(rope, rotary_dim, max_positions, original)
     if rope_type == "yarn":
         if theta == 1.0:
-            rope.fail(type_key, "another one, yarn needs a rope_theta above 1")
+            rope.fail(_type_key(rope), "another one, yarn needs a rope_theta above 1")
         return _yarn(rope, max_positions, original)
     factor = rope.number("factor", 1.0, 1e4)
     if rope_type == "llama3":
@@ -99,7 +103,7 @@ def _scaling(
     if max_positions * factor > MAX_POSITIONS:
         rope.fail("factor", f"one that gives at most {MAX_POSITIONS} positions")
     if rope_type == "dynamic" and rotary_dim == 2:
-        rope.fail(type_key, "another one, dynamic needs a head_dim of 4 or more")
+        rope.fail(_type_key(rope), "another one, dynamic needs a head_dim of 4 or more")
     return {"rope_type": rope_type, "factor": factor}
 
 

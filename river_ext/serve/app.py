@@ -1,5 +1,6 @@
 """The routes."""
 
+import math
 import time
 from collections.abc import AsyncIterator, Iterable
 from contextlib import asynccontextmanager
@@ -53,21 +54,17 @@ def make_app(
     app.add_middleware(Guard, metrics=metrics, key=key, hosts=hosts)
     _add_errors(app, metrics)
     _add_generation(app, served, worker, metrics, seconds)
-    _add_facts(app, served, worker, metrics)
+    _add_models(app, served)
+    _add_page(app)
+    _add_state(app, served, worker, metrics)
     return app
 
 
 def _add_generation(app: FastAPI, served: Served, worker: Worker, metrics: Metrics, seconds: float) -> None:
     def answer(body: CompletionBody | ChatBody) -> Answer:
         if body.model is not None:
-            _check_model(body.model)
+            served.check_name(body.model)
         return Answer(served, worker, metrics, body, seconds)
-
-    def _check_model(name: str) -> None:
-        if name != served.name:
-            raise ApiError(
-                404, f"model={short(name)}; accepted: {served.name!r}", param="model", code="model_not_found"
-            )
 
     @app.post("/v1/completions")
     async def completions(body: CompletionBody) -> Response:
@@ -77,19 +74,20 @@ def _add_generation(app: FastAPI, served: Served, worker: Worker, metrics: Metri
     async def chat_completions(body: ChatBody) -> Response:
         return answer(body)
 
-    created = int(time.time())
+
+def _add_models(app: FastAPI, served: Served) -> None:
+    started = int(time.time())
 
     def facts() -> dict:
         """A model in OpenAI's form, and what the page wants to know."""
-        config = served.model.config
         river = {
             "chat": served.chats,
-            "layers": config.num_hidden_layers,
+            "layers": served.model.config.num_hidden_layers,
             "mode": served.mode,
-            "threshold": served.threshold,
+            "threshold": served.threshold if math.isfinite(served.threshold) else None,
             "slots": served.engine.slots,
         }
-        head = {"id": served.name, "object": "model", "created": created, "owned_by": "river_ext"}
+        head = {"id": served.name, "object": "model", "created": started, "owned_by": "river_ext"}
         return head | {"max_model_len": served.positions, "river": river}
 
     @app.get("/v1/models")
@@ -98,11 +96,11 @@ def _add_generation(app: FastAPI, served: Served, worker: Worker, metrics: Metri
 
     @app.get("/v1/models/{name:path}")
     async def model(name: str) -> dict:
-        _check_model(name)
+        served.check_name(name)
         return facts()
 
 
-def _add_facts(app: FastAPI, served: Served, worker: Worker, metrics: Metrics) -> None:
+def _add_page(app: FastAPI) -> None:
     source = PAGE.read_text(encoding="utf-8")
     policy = f"{policy_of(source)}; connect-src 'self'; frame-ancestors 'none'"
     page_headers = {
@@ -115,6 +113,8 @@ def _add_facts(app: FastAPI, served: Served, worker: Worker, metrics: Metrics) -
     async def page() -> Response:
         return HTMLResponse(source, headers=page_headers)
 
+
+def _add_state(app: FastAPI, served: Served, worker: Worker, metrics: Metrics) -> None:
     @app.get("/health")
     async def health() -> Response:
         if worker.failure:

@@ -1,6 +1,7 @@
 """What a request has to pass before the app sees it: its host, its key, the size and time of its body."""
 
 import hmac
+import re
 from collections.abc import Iterable
 
 import anyio
@@ -13,6 +14,7 @@ from .metrics import Metrics
 MAX_BODY = 8 << 20  # bytes
 BODY_SECONDS = 30  # for all of it
 OPEN = ("/", "/health")  # without a key: the page asks for one, and probes have none
+PORT = re.compile(r":\d*$")
 LOOPBACK = ("127.0.0.1", "[::1]", "localhost")
 
 
@@ -42,10 +44,9 @@ class Guard:
 
     def _check_host(self, scope: Scope) -> None:
         """Else a page of any site could have its own name lead a browser to this server."""
-        given = [value.decode("latin-1") for value in _headers(scope, b"host")]
-        name = given[0].rpartition(":")[0] or given[0] if given else ""
-        if self.hosts is not None and (name if not name.endswith(":") else given[0]) not in self.hosts:
-            raise ApiError(403, f"Host {given[:1]}; accepted: {', '.join(self.hosts)}", code="host")
+        given = b",".join(_headers(scope, b"host")).decode("latin-1")
+        if self.hosts is not None and PORT.sub("", given).lower() not in self.hosts:
+            raise ApiError(403, f"Host: {given[:80]}; accepted: {', '.join(self.hosts)}", code="host")
 
     def _check_key(self, scope: Scope) -> None:
         if self.key is None or scope["path"] in OPEN:

@@ -4,6 +4,7 @@ import secrets
 from dataclasses import dataclass
 from functools import cached_property
 
+from ..checks import short
 from ..engine.engine import Engine
 from ..engine.request import prompt_tokens, request
 from ..engine.sequence import Sequence
@@ -41,6 +42,12 @@ class Served:
     def positions(self) -> int:
         """Prompt and new tokens of a request, at most: the last token takes no place in a slot."""
         return min(self.engine.max_len + 1, self.model.config.max_length)
+
+    def check_name(self, name: str) -> None:
+        if name != self.name:
+            raise ApiError(
+                404, f"model={short(name)}; accepted: {self.name!r}", param="model", code="model_not_found"
+            )
 
     def sequence(self, body: CompletionBody | ChatBody) -> Sequence:
         """Takes a while where the prompt is long; RiverErrors say what is wrong."""

@@ -67,8 +67,10 @@ struct Kernels {
   void (*w4_strip)(DType dtype, const uint8_t* tiles, const Operand& x, int first, StripOut& out);
   // out = round(silu(gate) * up) for `n` <= 16 channels; gate, up: 16 entries, past the channels any
   void (*swiglu)(DType dtype, const float* gate, const float* up, void* out, int n);
-  // out = round(sums + bias + addend) for `n` <= 16 output rows; bias and addend may be null; sums: 16 entries
-  void (*add_sums)(DType dtype, const float* sums, const float* bias, const void* addend, void* out, int n);
+  // out = round(multiplier * (sums + bias) + addend) for `n` <= 16 output rows; bias and addend may be null; sums: 16
+  // entries
+  void (*add_sums)(DType dtype, const float* sums, const float* bias, float multiplier, const void* addend, void* out,
+                   int n);
   // A query head [head_dim] as attend reads it, in at most head_dim words
   void (*pack_query)(DType dtype, const void* query, int head_dim, uint32_t* words);
   void (*attend)(const SplitArgs& args);

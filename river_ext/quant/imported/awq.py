@@ -1,10 +1,12 @@
 """AWQ, the layout "gemm" of AutoAWQ. For a weight of K columns, N rows and groups of g columns:
 
-qweight  int32 [K, N / 8]      eight rows in a word, in the order of ORDER from the lowest nibble up
-qzeros   int32 [K / g, N / 8]  packed in the same way
-scales   fp16  [K / g, N]
+    qweight  int32 [K, N / 8]      eight rows in a word, in the order of ORDER from the lowest nibble up
+    qzeros   int32 [K / g, N / 8]  packed in the same way
+    scales   fp16  [K / g, N]
 
-W[n, k] = (q[k, n] - zero[k // g, n]) * scale[k // g, n]
+They stand for
+
+    W[n, k] = (q[k, n] - zero[k // g, n]) * scale[k // g, n]
 """
 
 from torch import Tensor

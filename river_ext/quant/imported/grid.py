@@ -26,6 +26,9 @@ class Grid:
     def to(self, device: torch.device) -> "Grid":
         return Grid(self.q.to(device), self.scale.to(device), self.zero.to(device), self.group_size)
 
+    def part(self, rows: slice) -> "Grid":
+        return Grid(self.q[rows], self.scale[rows], self.zero[rows], self.group_size)
+
     def times(self, rows: Tensor) -> "Grid":
         """The weight with each row times a factor [out_features]."""
         return Grid(self.q, self.scale * rows[:, None], self.zero, self.group_size)

@@ -16,15 +16,20 @@ from .gptq import Gptq
 from .source import PackedCheckpoint, Source
 
 FORMATS: dict[str, type[PackedCheckpoint]] = {kind.method: kind for kind in (Awq, Gptq, CompressedTensors)}
+SETTINGS = ("quantization_config", "compression_config")  # keys of config.json, the newer one first
 SIZES = (
     "num_hidden_layers", "hidden_size", "intermediate_size", "num_attention_heads", "num_key_value_heads",
 )  # fmt: skip
 
 
 def is_foreign(path: str | Path) -> bool:
-    """Whether a river is to be imported: it is a GGUF file or a checkpoint, and no saved river."""
+    """Whether a river is to be imported: it is a GGUF file or a quantised checkpoint, and no saved river."""
     path = path_of(path, "river")
-    return names_gguf(path) or (is_regular(path / "config.json") and not is_regular(path / FACTS))
+    if names_gguf(path):
+        return True
+    if is_regular(path / FACTS) or not is_regular(path / "config.json"):
+        return False
+    return not read_json_object(path / "config.json").keys().isdisjoint(SETTINGS)
 
 
 def open_source(path: str | Path, config: ModelConfig) -> Source:
@@ -40,7 +45,7 @@ def open_source(path: str | Path, config: ModelConfig) -> Source:
             f"directory in one of the formats {', '.join(FORMATS)}"
         )
     top = Reader(path / "config.json", read_json_object(path / "config.json"))
-    key = "compression_config" if "compression_config" in top.values else "quantization_config"
+    key = next((key for key in SETTINGS if key in top.values), SETTINGS[0])
     values = top.values.get(key)
     if not isinstance(values, dict):
         top.fail(key, f"an object whose quant_method is {', '.join(FORMATS)}")

@@ -11,10 +11,9 @@ import torch
 from torch import Tensor
 
 from ...errors import RiverError
-from ...loading.checkpoint import STORED_DTYPES, StoredTensor, tensor_name
+from ...loading.checkpoint import STORED_DTYPES, StoredTensor, layer_tensors
 from ...loading.config import ModelConfig
 from ...loading.json_object import Reader
-from ...loading.weights import BlockShape
 from .grid import Grid
 
 MAX_GROUP = 1 << 20
@@ -57,9 +56,8 @@ class PackedCheckpoint(Source):
             stored: its tensors.
             config: of the backbone.
         """
-        self.path, self.stored = path, stored
+        self.path, self.stored, self.config = path, stored, config
         self.files = sorted({tensor.path for tensor in stored.values()})
-        self.shapes = BlockShape.of(config).tensors()
         self.group_size = self.read_settings(settings)
         groups = "one group a row" if self.group_size == -1 else f"groups of {self.group_size}"
         self.description = f"{self.name}, {groups}"
@@ -73,10 +71,10 @@ class PackedCheckpoint(Source):
         """The weight whose tensors have names that begin with prefix; group_size divides columns."""
 
     def quantised(self, layer: int, projection: str) -> Grid | None:
-        prefix = tensor_name(layer, projection).removesuffix("weight")
+        name, (rows, columns), place = self._place(layer, projection)
+        prefix = name.removesuffix("weight")
         if not any(prefix + part in self.stored for part in self.parts):
             return None
-        rows, columns = self.shapes[projection]
         group_size = columns if self.group_size == -1 else self.group_size
         if columns % group_size:
             raise RiverError(
@@ -86,11 +84,19 @@ class PackedCheckpoint(Source):
         grid = self.unpack(prefix, rows, columns, group_size)
         if not grid.scale.isfinite().all():
             raise RiverError(f"{self.path}: {prefix}* has a scale that is not finite")
-        return grid
+        return grid.part(place)
 
     def plain(self, layer: int, field: str) -> Tensor | None:
-        name = tensor_name(layer, field)
-        return self.take(name, FLOATS, self.shapes[field]).float() if name in self.stored else None
+        name, shape, rows = self._place(layer, field)
+        return self.take(name, FLOATS, shape)[rows].float() if name in self.stored else None
+
+    def _place(self, layer: int, field: str) -> tuple[str, tuple[int, ...], slice]:
+        """The tensor of the model that holds a field, that tensor's shape, and the field's rows in it."""
+        tensors = layer_tensors(self.config, layer).items()
+        name, fields = next((name, fields) for name, fields in tensors if field in fields)
+        sizes, (own, *columns) = [shape[0] for shape in fields.values()], fields[field]
+        start = sum(sizes[: list(fields).index(field)])
+        return name, (sum(sizes), *columns), slice(start, start + own)
 
     def take(self, name: str, dtypes: tuple[str, ...], shape: tuple[int, ...]) -> Tensor:
         """A tensor that must be there, of the shape and of one of the dtypes, as safetensors names them."""
