@@ -187,6 +187,12 @@ def _parser() -> tuple[argparse.ArgumentParser, Mapping[str, argparse.ArgumentPa
     chat.add_argument("--system", type=_given, metavar="TEXT", help="what the model is told first")
     _add_options(chat)
 
+    serve = command("serve", "serve", "serve a model over HTTP, by OpenAI's API, with a page to talk with it")
+    _add_model(serve, "the bundled model, which has no chat template", required=True)
+    _add_river(serve, "a saved river; without it one is built")
+    _add_machine(serve)
+    _add_serving(serve)
+
     info = command("info", "info", "show what this installation was built with, and the facts of a model")
     _add_model(info, "the bundled model")
     _add_river(info, "a saved river of that model, whose facts are shown too")
@@ -295,6 +301,24 @@ def _add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--stop", action="append", metavar="TEXT", help="end before this text")
     parser.add_argument("--batch-policy", help="of several prompts: row (default) or min")
     parser.add_argument("--exit-control", help="where exits are decided: auto (default), host or device")
+
+
+def _add_serving(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument
+    add("--host", type=_given, default="127.0.0.1", help="address to listen at (127.0.0.1)")
+    add("--port", type=int, default=8000, metavar="N", help="8000; 0 is any free one, which it prints")
+    add("--mode", default="lossless", help="where a request names none: lossless (default), river or full")
+    add("--threshold", type=float, default=0.5, metavar="S", help="of mode river, where none is named (0.5)")
+    add("--slots", type=int, default=8, metavar="N", help="requests that run at once, 1 to 8 (8)")
+    add("--max-len", type=int, metavar="N", help="positions of a slot; the model's, up to 4096")
+    add("--queue", type=int, default=64, metavar="N", help="requests that may wait (64); more get code 429")
+    add("--timeout", type=float, default=600.0, metavar="S", help="seconds that a request may take (600)")
+    add(
+        "--reuse-prompts",
+        action="store_true",
+        help="keep earlier turns in the cache; then mode river may depend on earlier requests",
+    )
+    parser.set_defaults(resident_layers=None)
 
 
 def _add_model(

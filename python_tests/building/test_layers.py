@@ -26,6 +26,7 @@ ORDER = (
     ("river_ext.calibration",),
     ("river_ext.model",),
     ("river_ext.evaluation", "river_ext.trace"),
+    ("river_ext.serve",),
     ("river_cli",),
     ("river_ext.cli",),
     ("bench.lib",),
