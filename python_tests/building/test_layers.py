@@ -25,7 +25,7 @@ ORDER = (
     ("river_ext.engine",),
     ("river_ext.calibration",),
     ("river_ext.model",),
-    ("river_ext.evaluate", "river_ext.trace"),
+    ("river_ext.evaluate", "river_ext.trace", "river_ext.thresholds"),
     ("river_cli",),
     ("river_ext.cli",),
     ("bench.lib",),
