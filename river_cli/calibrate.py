@@ -124,7 +124,7 @@ def _print(arguments, model, found: Calibration, prompts: int, timed: int) -> No
     print(
         f"\nGreedy, on {machine(model)}. same tokens, same answers: what the threshold draws as full depth\n"
         "does; bound: with this confidence, at least so many of all answers to such prompts. by bytes: what\n"
-        f"reading fewer weights alone would give. speed: over full depth, the median of {timed} prompts in turns."
+        f"reading fewer weights would give. speed: over full depth, the median of {timed} prompts in turns."
     )
     if found.chosen is None:
         return
