@@ -105,7 +105,7 @@ def write_calibrated(path: str | Path, calibrated: Calibrated, measured: dict) -
         "prefill": PREFILL,
         "measured": measured,
     }
-    scratch = path.with_name(f".{path.name}.{os.getpid()}")
+    scratch = path.with_name(f".calibrated.{os.getpid()}")
     try:
         scratch.write_text(json.dumps(facts, indent=2, allow_nan=False) + "\n", encoding="utf-8")
         flush(scratch)
@@ -119,7 +119,13 @@ def write_calibrated(path: str | Path, calibrated: Calibrated, measured: dict) -
 def check_output(path: str | Path) -> Path:
     """Where a file would be written, or a RiverError: a new name, or a file of this kind to replace."""
     path = path_of(path, "output")
-    if os.path.lexists(path):
+    try:
+        exists = bool(os.lstat(path))
+    except (FileNotFoundError, NotADirectoryError):
+        exists = False
+    except OSError as error:
+        raise RiverError(f"{short(str(path))}: cannot be written ({error.strerror})") from None
+    if exists:
         try:
             replaces = read_json_object(path).get("format") == FORMAT
         except RiverError:
