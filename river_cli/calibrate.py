@@ -15,7 +15,7 @@ from river_ext.loading.chat import read_template
 from river_ext.loading.texts import read_texts
 from river_ext.progress import progress_bar
 from river_ext.thresholds.calibrate import Calibration, calibrate, steps
-from river_ext.thresholds.choice import Targets
+from river_ext.thresholds.choice import Targets, percent
 from river_ext.thresholds.curve import THRESHOLDS, Point
 from river_ext.thresholds.guarantee import upper_bound
 
@@ -146,7 +146,7 @@ def _use(arguments) -> str:
 
 def _curve_table(found: Calibration) -> Table:
     confidence = found.targets.confidence
-    table = _table("threshold", "exit depth", "same tokens", "same answers", f"{100 * confidence:g} % bound")
+    table = _table("threshold", "exit depth", "same tokens", "same answers", f"{percent(confidence)} bound")
     if found.points[0].right is not None:
         table.add_column("right", justify="right")
     for head in ("by bytes", "speed"):

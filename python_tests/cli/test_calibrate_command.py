@@ -21,7 +21,7 @@ def test_the_table_and_the_choice(river, tmp_path):
     assert "3 prompts, 18 tokens of full depth at" in out
     assert "threshold  exit depth  same tokens  same answers  95 % bound" in out
     assert "drafts  tokens per pass" in out
-    assert "For 0.9 of tokens different:\n  threshold 0.9; in lossless mode, draft_tokens" in out
+    assert "For at most 90 % of tokens different:\n  threshold 0.9; in lossless mode, draft_tokens" in out
     assert f"river generate --demo --calibrated {path} 'a prompt'" in out
     assert json.loads(path.read_text())["threshold"] == 0.9
 
@@ -74,7 +74,7 @@ def test_no_threshold_for_a_target_is_said_after_the_table(river, tmp_path):
     code, out, err = river(*DEMO, "--count", "2", "--min-speedup", "1000", "-o", path)
     assert code == 2 and not path.exists()
     assert "same answers" in out and "--calibrated" not in out
-    assert err.startswith("river: error: no threshold meets the target (1000 x full depth), so nothing is")
+    assert err.startswith("river: error: no threshold meets the target (1000 times as fast), so nothing is")
 
 
 @pytest.mark.parametrize(
@@ -84,7 +84,7 @@ def test_no_threshold_for_a_target_is_said_after_the_table(river, tmp_path):
         (["calibrate", "."], "what to calibrate on; accepted: --prompts FILE"),
         (
             ["calibrate", "--demo", "--guarantee", "5%", "--count", "58"],
-            "58 prompts are too few to promise 0.05",
+            "58 prompts are too few to promise 5 %",
         ),
         (["calibrate", "--demo", "--guarantee", "5"], "--guarantee: '5'; accepted: above 0 and below 1"),
         (["calibrate", "--demo", "--guarantee", "x%"], "--guarantee: 'x%'; accepted"),

@@ -156,7 +156,7 @@ def test_targets_that_cannot_be_are_refused():
         with pytest.raises(RiverError, match=said):
             Targets(**options)
     Targets(guarantee=0.05).check_answers(59)
-    with pytest.raises(RiverError, match="58 prompts are too few to promise 0.05 .* accepted: 59 or more"):
+    with pytest.raises(RiverError, match="58 prompts are too few to promise 5 % .* accepted: 59 or more"):
         Targets(guarantee=0.05).check_answers(58)
 
 

@@ -38,8 +38,8 @@ class Targets:
         fewest = fewest_answers(self.guarantee, self.confidence)
         if answers < fewest:
             raise RiverError(
-                f"{answers} prompts are too few to promise {self.guarantee:.4g} with confidence "
-                f"{self.confidence:.4g}; accepted: {fewest} or more, or less to promise"
+                f"{answers} prompts are too few to promise {percent(self.guarantee)} with a confidence of "
+                f"{percent(self.confidence)}; accepted: {fewest} or more, or a larger share"
             )
 
     def speed(self, point: Point) -> float:
@@ -49,12 +49,19 @@ class Targets:
         """In words, for messages."""
         parts = []
         if self.guarantee is not None:
-            parts.append(f"{self.guarantee:.4g} of answers different, with confidence {self.confidence:.4g}")
+            parts.append(
+                f"at most {percent(self.guarantee)} of later answers different, with a confidence of "
+                f"{percent(self.confidence)}"
+            )
         if self.max_disagreement is not None:
-            parts.append(f"{self.max_disagreement:.4g} of tokens different")
+            parts.append(f"at most {percent(self.max_disagreement)} of tokens different")
         if self.min_speedup is not None:
-            parts.append(f"{self.min_speedup:.4g} x full depth{' by bytes' if self.by_bytes else ''}")
+            parts.append(f"{self.min_speedup:.4g} times as fast{' by bytes' if self.by_bytes else ''}")
         return ", ".join(parts)
+
+
+def percent(share: float) -> str:
+    return f"{100 * share:.4g} %"
 
 
 def choose(points: Sequence[Point], targets: Targets) -> Point | None:
