@@ -5,8 +5,10 @@ import os
 import sys
 from collections.abc import Mapping, Sequence
 
+from .calibrate_arguments import add_calibrate
 from .errors import UsageError, did_you_mean
 from .prompts import read_prompts, refuse_surrogates
+from .values import count_or_auto, given, threads, threshold
 
 KV_STRATEGIES = "share (default, the river's), mask, recompute, propagate or monotone"
 
@@ -42,6 +44,8 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
         _check_convert(arguments)
     elif arguments.module == "evaluate":
         _check_eval(arguments)
+    elif arguments.module == "calibrate" and not (arguments.prompts or arguments.demo):
+        raise UsageError("what to calibrate on; accepted: --prompts FILE, or --demo for the bundled model")
     return arguments
 
 
@@ -173,7 +177,7 @@ def _parser() -> tuple[argparse.ArgumentParser, Mapping[str, argparse.ArgumentPa
     )
     generate.add_argument(
         "--trace",
-        type=_given,
+        type=given,
         metavar="FILE",
         help="write each token's exit depth: .html to look at, or .json",
     )
@@ -184,7 +188,7 @@ def _parser() -> tuple[argparse.ArgumentParser, Mapping[str, argparse.ArgumentPa
     _add_river(chat, "a saved river; without it one is built")
     _add_machine(chat)
     _add_offloading(chat)
-    chat.add_argument("--system", type=_given, metavar="TEXT", help="what the model is told first")
+    chat.add_argument("--system", type=given, metavar="TEXT", help="what the model is told first")
     _add_options(chat)
 
     serve = command("serve", "serve", "serve a model over HTTP, by OpenAI's API, with a page to talk with it")
@@ -202,19 +206,17 @@ def _parser() -> tuple[argparse.ArgumentParser, Mapping[str, argparse.ArgumentPa
     )
     _add_model(convert, "the bundled model", required=True)
     _add_machine(convert)
-    convert.add_argument(
-        "-o", "--output", type=_given, required=True, metavar="DIR", help="the new directory"
-    )
+    convert.add_argument("-o", "--output", type=given, required=True, metavar="DIR", help="the new directory")
     convert.add_argument("--group-size", type=int, choices=(64, 128), help="columns that share a scale (64)")
     convert.add_argument(
         "--river-from",
-        type=_given,
+        type=given,
         metavar="PATH",
         help="take the 4-bit weights of the same model in the format AWQ, GPTQ, compressed-tensors or GGUF",
     )
     convert.add_argument(
         "--calibrate",
-        type=_given,
+        type=given,
         metavar="FILE",
         help="refine it with texts: blank lines between, or .jsonl with a field text; takes minutes",
     )
@@ -231,6 +233,12 @@ def _parser() -> tuple[argparse.ArgumentParser, Mapping[str, argparse.ArgumentPa
     evaluate.add_argument("--kv-strategy", help=f"of these rows: {KV_STRATEGIES}")
     evaluate.add_argument("--seed", type=int, default=0, help="which held-out items (0)")
     _add_tasks(evaluate)
+
+    calibrate = command("calibrate", "calibrate", "choose a threshold for a target, on prompts of your own")
+    _add_model(calibrate, "the bundled model; without --prompts on its held-out problems", required=True)
+    _add_river(calibrate, "a saved river; without it one is built")
+    _add_machine(calibrate)
+    add_calibrate(calibrate)
     return parser, commands.choices
 
 
@@ -270,7 +278,7 @@ def _add_prompts(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--file",
         action="append",
-        type=_given,
+        type=given,
         metavar="FILE",
         help="a file that holds a prompt; not of it: its last newline, \\r before \\n, a byte order mark",
     )
@@ -284,12 +292,26 @@ def _add_prompts(parser: argparse.ArgumentParser) -> None:
 def _add_options(parser: argparse.ArgumentParser) -> None:
     """Of generation: what is not given is as `Options` has it."""
     parser.add_argument("--max-new-tokens", type=int, metavar="N", help="default 256")
-    parser.add_argument("--threshold", type=float, metavar="S", help="exit above this similarity (0.5)")
+    parser.add_argument(
+        "--threshold",
+        type=threshold,
+        metavar="S",
+        help="exit above this similarity (0.5), or calibrated",
+    )
+    parser.add_argument(
+        "--calibrated",
+        type=given,
+        metavar="FILE",
+        help="what river calibrate wrote: the threshold, unless another is given",
+    )
     parser.add_argument("--min-layers", type=int, metavar="N", help="backbone layers before an exit (1)")
     parser.add_argument("--prefill", metavar="POLICY", help="full (default), depth:K, min or last")
     parser.add_argument("--mode", help="river (default), lossless, full or full_w4")
     parser.add_argument(
-        "--draft-tokens", type=_count_or_auto, metavar="K", help="of lossless mode: 1 to 7, or auto (default)"
+        "--draft-tokens",
+        type=count_or_auto,
+        metavar="K",
+        help="of lossless mode: 1 to 7, auto (default) or calibrated",
     )
     parser.add_argument("--river-head", help="of the modes river and full_w4: model (default) or w4")
     parser.add_argument("--kv-strategy", help=KV_STRATEGIES)
@@ -330,26 +352,26 @@ def _add_model(
 ) -> None:
     group = parser.add_mutually_exclusive_group(required=required)
     if directory:
-        group.add_argument("directory", nargs="?", type=_given, metavar="DIR", help="the same as --model DIR")
-    group.add_argument("--model", type=_given, metavar="DIR", help="a Hugging Face checkpoint directory")
+        group.add_argument("directory", nargs="?", type=given, metavar="DIR", help="the same as --model DIR")
+    group.add_argument("--model", type=given, metavar="DIR", help="a Hugging Face checkpoint directory")
     (group if exclusive else parser).add_argument("--demo", action="store_true", help=demo)
 
 
 def _add_river(parser: argparse.ArgumentParser, text: str) -> None:
-    parser.add_argument("--river", type=_given, metavar="DIR", help=text)
+    parser.add_argument("--river", type=given, metavar="DIR", help=text)
 
 
 def _add_machine(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--device", type=_given, default="auto", help="cpu, cuda or auto (default)")
+    parser.add_argument("--device", type=given, default="auto", help="cpu, cuda or auto (default)")
     parser.add_argument(
         "--dtype",
-        type=_given,
+        type=given,
         default="auto",
         help="bfloat16, float16, float32; auto (default): the model's own",
     )
     parser.add_argument(
         "--threads",
-        type=_threads,
+        type=threads,
         metavar="N",
         help="of the CPU; default: all cores. Fewer may be faster where others use them",
     )
@@ -362,21 +384,3 @@ def _add_offloading(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--deep-tokens", help="what wants to run an offloaded layer: stream (default) it in, or exit before"
     )
-
-
-def _given(text: str) -> str:
-    """A shell's unset variable is no name of a file."""
-    if not text:
-        raise argparse.ArgumentTypeError("is empty; accepted: a value, or to leave the option out")
-    return text
-
-
-def _count_or_auto(text: str) -> int | str:
-    return int(text) if text.isascii() and text.isdigit() and len(text) < 6 else text
-
-
-def _threads(text: str) -> int:
-    cores = len(os.sched_getaffinity(0))
-    if not (text.isascii() and text.isdigit() and len(text) < 6 and 1 <= int(text) <= cores):
-        raise argparse.ArgumentTypeError(f"{text[:40]!r}; accepted: 1 to {cores}, the cores here")
-    return int(text)

@@ -7,6 +7,7 @@ import torch
 
 import river_ext
 from river_ext import __version__, ops
+from river_ext.loading.calibrated import read_calibrated
 from river_ext.loading.config import ModelConfig, read_config
 from river_ext.loading.offloaded import checked_resident_layers
 from river_ext.model import DEMO
@@ -21,13 +22,24 @@ def load(arguments):
         arguments.dtype,
         arguments.river,
         resident_layers=arguments.resident_layers,
+        calibrated=calibrated(arguments),
     )
+
+
+def calibrated(arguments) -> str | None:
+    """The file of a calibrated threshold; not every command takes one."""
+    return getattr(arguments, "calibrated", None)
 
 
 def config(arguments) -> ModelConfig:
     """Of the model that `load` would load, but for its dtype; its weights are not read."""
     config = read_config(directory(arguments))
-    return replace(config, resident_layers=checked_resident_layers(arguments.resident_layers, config))
+    path = calibrated(arguments)
+    return replace(
+        config,
+        resident_layers=checked_resident_layers(arguments.resident_layers, config),
+        calibrated=None if path is None else read_calibrated(path),
+    )
 
 
 def directory(arguments) -> Path:

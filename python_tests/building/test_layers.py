@@ -25,7 +25,7 @@ ORDER = (
     ("river_ext.engine",),
     ("river_ext.calibration",),
     ("river_ext.model",),
-    ("river_ext.evaluation", "river_ext.trace"),
+    ("river_ext.evaluation", "river_ext.trace", "river_ext.thresholds"),
     ("river_ext.serve",),
     ("river_cli",),
     ("river_ext.cli",),

@@ -184,6 +184,10 @@ COMMANDS = {
     ("eval", "--demo", "--problems", "1", "--functions", "0", "--thresholds", "0.9"): (
         "--model --river --device --dtype --threads --problems --functions --thresholds --kv-strategy --seed"
     ),
+    ("calibrate", "--demo", "--count", "1"): (
+        "--prompts --count --max-new-tokens --thresholds --max-disagreement --min-speedup --guarantee "
+        "--confidence --timed --min-layers --river-head --output"
+    ),
 }
 
 
@@ -204,6 +208,7 @@ def test_hostile_values_of_every_option(command, river, short_answers, monkeypat
     monkeypatch.setattr("river_ext.evaluation.measure.demo_items", lambda *a: demo_items(1, 0))
     monkeypatch.setattr("river_cli.evaluate.demo_items", lambda *a: demo_items(1, 0))
     monkeypatch.setattr("river_cli.convert.build_river", accepted)
+    monkeypatch.setattr("river_cli.calibrate.calibrate", accepted)
     required = ["--output", "new"] if command[0] == "convert" else []
     refused = 0
     for option in COMMANDS[command].split():

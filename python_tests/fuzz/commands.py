@@ -56,6 +56,12 @@ OPTIONS = {
         "--thresholds": ["0.5", "", "x", "0.5,,1", "nan"], "--problems": ["1", "0", "-1", "x"], "--seed":
         NUMBERS,
     },
+    "calibrate": {
+        "--prompts": ["PROMPT", "MODEL", "nowhere", "", "/dev/zero"], "--count": ["1", "0", "x", "-1"],
+        "--guarantee": ["5%", "0.05", "5", "x%", "nan", ""], "--confidence": ["95%", "1", "x"],
+        "--min-speedup": NUMBERS, "--max-new-tokens": NUMBERS, "--timed": NUMBERS, "--output": ["NEW", "OLD",
+        "FILE", "", "/", ".", "/dev/null", "NEW/deep", "\u0000", "x" * 5000],
+    },
 }  # fmt: skip
 MODELS = ["MODEL"] * 6 + ["nowhere", "", "/dev/zero", "PROMPT", "RIVER", "\x00", "org/name"]
 
@@ -106,7 +112,9 @@ def command_line(state: State, random: Random) -> list[str]:
             return str(state.folder / value)
         return str(state.outputs / value) if first in ("NEW", "OLD", "FULL", "FILE") else value
 
-    command = random.choice(["generate"] * 4 + ["info", "convert", "convert", "eval", "x", "--version", ""])
+    command = random.choice(
+        ["generate"] * 4 + ["info", "convert", "convert", "eval", "calibrate", "x", "--version", ""]
+    )
     line = [command]
     options = dict(OPTIONS.get(command, {"--json": None, "--x": ["1"]}))
     if command in ("generate", "info", "convert") and random.random() < 0.95:
@@ -124,7 +132,7 @@ def command_line(state: State, random: Random) -> list[str]:
     for name in random.sample(list(options), min(len(options), random.choice((0, 1, 1, 2, 3)))):
         values = options[name]
         line += [name] if values is None else [f"{name}={named(random.choice(values))}"]
-    if command == "eval":
+    if command in ("eval", "calibrate"):
         line += ["--demo", "--thresholds=x"]
     odd = ["--help", "--", "--x", "-x", "-", "--json=1"]
     if random.random() < 0.05:
