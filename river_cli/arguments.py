@@ -5,8 +5,8 @@ import os
 import sys
 from collections.abc import Mapping, Sequence
 
-from .calibrate_arguments import add_calibrate
 from .errors import UsageError, did_you_mean
+from .option_groups import add_calibrate, add_serving, add_tasks
 from .prompts import read_prompts, refuse_surrogates
 from .values import count_or_auto, given, threads, threshold
 
@@ -195,7 +195,7 @@ def _parser() -> tuple[argparse.ArgumentParser, Mapping[str, argparse.ArgumentPa
     _add_model(serve, "the bundled model, which has no chat template", required=True)
     _add_river(serve, "a saved river; without it one is built")
     _add_machine(serve)
-    _add_serving(serve)
+    add_serving(serve)
 
     info = command("info", "info", "show what this installation was built with, and the facts of a model")
     _add_model(info, "the bundled model")
@@ -232,7 +232,7 @@ def _parser() -> tuple[argparse.ArgumentParser, Mapping[str, argparse.ArgumentPa
     evaluate.add_argument("--thresholds", metavar="S,S,...", help="of the River rows")
     evaluate.add_argument("--kv-strategy", help=f"of these rows: {KV_STRATEGIES}")
     evaluate.add_argument("--seed", type=int, default=0, help="which held-out items (0)")
-    _add_tasks(evaluate)
+    add_tasks(evaluate)
 
     calibrate = command("calibrate", "calibrate", "choose a threshold for a target, on prompts of your own")
     _add_model(calibrate, "the bundled model; without --prompts on its held-out problems", required=True)
@@ -240,31 +240,6 @@ def _parser() -> tuple[argparse.ArgumentParser, Mapping[str, argparse.ArgumentPa
     _add_machine(calibrate)
     add_calibrate(calibrate)
     return parser, commands.choices
-
-
-def _add_tasks(parser: argparse.ArgumentParser) -> None:
-    group = parser.add_argument_group("published tasks")
-    group.add_argument(
-        "--tasks",
-        type=_given,
-        metavar="NAME,NAME,...",
-        help="gsm8k and humaneval with --data; others, and without it, by lm-evaluation-harness "
-        "(pip install 'river_ext[eval]'), which loads their datasets from the network",
-    )
-    group.add_argument(
-        "--data", type=_given, metavar="DIR", help="documents, <task>/<split>.jsonl; nothing is downloaded"
-    )
-    group.add_argument("--limit", type=int, metavar="N", help="only the first documents of each task")
-    group.add_argument("--max-gen-toks", type=int, metavar="N", help="new tokens (the task's, or 256)")
-    group.add_argument("--chat", action="store_true", help="prompts go through the model's chat template")
-    group.add_argument(
-        "--run-code", action="store_true", help="of humaneval: run what the model writes, in a sandbox"
-    )
-    group.add_argument(
-        "--score-by-steps",
-        action="store_true",
-        help="log-likelihoods token by token through the decoding path, so that tokens exit",
-    )
 
 
 def _add_prompts(parser: argparse.ArgumentParser) -> None:
@@ -323,24 +298,6 @@ def _add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--stop", action="append", metavar="TEXT", help="end before this text")
     parser.add_argument("--batch-policy", help="of several prompts: row (default) or min")
     parser.add_argument("--exit-control", help="where exits are decided: auto (default), host or device")
-
-
-def _add_serving(parser: argparse.ArgumentParser) -> None:
-    add = parser.add_argument
-    add("--host", type=_given, default="127.0.0.1", help="address to listen at (127.0.0.1)")
-    add("--port", type=int, default=8000, metavar="N", help="8000; 0 is any free one, which it prints")
-    add("--mode", default="lossless", help="where a request names none: lossless (default), river or full")
-    add("--threshold", type=float, default=0.5, metavar="S", help="of mode river, where none is named (0.5)")
-    add("--slots", type=int, default=8, metavar="N", help="requests that run at once, 1 to 8 (8)")
-    add("--max-len", type=int, metavar="N", help="positions of a slot; the model's, up to 4096")
-    add("--queue", type=int, default=64, metavar="N", help="requests that may wait (64); more get code 429")
-    add("--timeout", type=float, default=600.0, metavar="S", help="seconds that a request may take (600)")
-    add(
-        "--reuse-prompts",
-        action="store_true",
-        help="keep earlier turns in the cache; then mode river may depend on earlier requests",
-    )
-    parser.set_defaults(resident_layers=None)
 
 
 def _add_model(
