@@ -54,7 +54,8 @@ OPTIONS = {
     },
     "eval": {
         "--thresholds": ["0.5", "", "x", "0.5,,1", "nan"], "--problems": ["1", "0", "-1", "x"], "--seed":
-        NUMBERS,
+        NUMBERS, "--tasks": ["gsm8k", "humaneval", "", ",", "x" * 5000], "--data": ["nowhere", "PROMPT", ""],
+        "--limit": NUMBERS, "--max-gen-toks": NUMBERS, "--chat": None,
     },
     "calibrate": {
         "--prompts": ["PROMPT", "MODEL", "nowhere", "", "/dev/zero"], "--count": ["1", "0", "x", "-1"],
