@@ -28,6 +28,27 @@ class Mutant:
 
 MUTANTS = [
     Mutant(
+        "a client who goes keeps the slot",
+        "river_ext/serve/worker.py",
+        "self.engine.cancel(ticket)",
+        "pass",
+        "test_serve_faults.py -k frees_the_slot",
+    ),
+    Mutant(
+        "a stream tells tokens again",
+        "river_ext/serve/answer.py",
+        "                tokens = []\n",
+        "",
+        "test_serve.py -k depths_are_told",
+    ),
+    Mutant(
+        "true is as good as 1 where n is checked",
+        "river_ext/serve/schema.py",
+        "type(value) is type(one) and value == one",
+        "value == one",
+        "test_serve_refusals.py -k bodies_of_completions",
+    ),
+    Mutant(
         "scales between v and o go by KV heads one after the other",
         "river_ext/quant/imported/moved_scales.py",
         "arange(shape.num_key_value_heads).repeat_interleave(group)",

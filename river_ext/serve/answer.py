@@ -122,12 +122,12 @@ class Stream:
             await error_response(error)(scope, receive, self._send)
 
     async def _write(self, data: bytes, more: bool = True) -> None:
+        await checkpoint()  # where nothing waits, the loop would not hear that the client has gone
         if not self.started:
             self.started = True
             headers = [(name.encode(), value.encode()) for name, value in STREAM_HEADERS.items()]
             await self._send({"type": "http.response.start", "status": 200, "headers": headers})
         await self._send({"type": "http.response.body", "body": data, "more_body": more})
-        await checkpoint()  # the loop may have heard that the client has gone
 
 
 def error_response(error: ApiError) -> JSONResponse:
