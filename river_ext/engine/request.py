@@ -7,7 +7,6 @@ from numbers import Integral, Real
 
 import torch
 
-from .. import ops
 from ..checks import (
     FP32_MAX,
     FP32_TINY,
@@ -25,7 +24,7 @@ from ..checks import (
     token_ids,
 )
 from ..errors import RiverError
-from ..loading.calibrated import CALIBRATED
+from ..loading.calibrated import CALIBRATED, MOST_DRAFTS, RIVER_HEADS
 from ..loading.config import ModelConfig
 from ..loading.text import Text
 from .exit_rule import ExitRule, PrefillPolicy
@@ -33,9 +32,7 @@ from .sampling import Sampling
 
 MODES = ("river", "lossless", "full", "full_w4")
 KV_STRATEGIES = ("share", "mask", "recompute", "propagate", "monotone")
-RIVER_HEADS = ("model", "w4")
 DEEP_TOKENS = ("stream", "exit")
-MOST_DRAFTS = ops.MAX_ROWS - 1  # one row of a verification is the token before them
 CALIBRATED_OPTIONS = ("threshold", "draft_tokens")  # that may be "calibrated"
 MAX_LOGPROBS = 20  # as many as servers of the same kind give
 

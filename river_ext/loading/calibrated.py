@@ -12,13 +12,15 @@ import torch
 
 from ..checks import short
 from ..errors import RiverError
+from ..ops import MAX_ROWS
 from .files import flush, path_of
 from .json_object import Reader, read_json_object
 
 CALIBRATED = "calibrated"  # as a value of an option: what the file says
 FORMAT, FORMAT_VERSION = "river_ext calibrated threshold", 1
-PREFILL, RIVER_HEADS = "full", ("model", "w4")
-MOST_DRAFTS = 7
+PREFILL = "full"
+RIVER_HEADS = ("model", "w4")
+MOST_DRAFTS = MAX_ROWS - 1  # one row of a verification is the token before them
 
 
 @dataclass(frozen=True)
