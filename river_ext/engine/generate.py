@@ -3,6 +3,7 @@
 from collections import deque
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
+from dataclasses import replace
 from typing import NamedTuple
 
 import torch
@@ -142,13 +143,17 @@ def score(network: Network, tokens, prompt_length: int, options: Mapping) -> Sco
     if asked.river_head:
         network.check_river_head()
     memory = Memory(network, slots=1, max_len=asked.positions)
-    news = [Prefill(memory.network, memory.cache, 0, asked).advance()]
     decoder = KV_DECODERS.get(asked.kv_strategy, HostDecoder)(memory, together=False)
-    exits = Exits()
-    for position in range(prompt_length, len(tokens) - 1):
+    news = []
+    for position in range(prompt_length - 1, len(tokens) - 1):
+        if not news or position == asked.rotates_anew_after:
+            known = replace(asked, prompt=tokens[: position + 1])
+            news.append(Prefill(memory.network, memory.cache, 0, known).advance())
+            exits = Exits()
+        else:
+            decoder.start([Row(tokens[position], position, 0, asked, remaining=1, exits=exits)])
+            news += decoder.step()[0].tokens
         exits.depths.append(news[-1].exit_depth)
-        decoder.start([Row(tokens[position], position, 0, asked, remaining=1, exits=exits)])
-        news += decoder.step()[0].tokens
     for position, new in enumerate(news, start=prompt_length):
         if new.token < 0:
             raise RiverError(not_finite(network.dtype, position, new.similarities))
