@@ -18,13 +18,16 @@ from itertools import groupby
 from pathlib import Path
 from typing import NamedTuple
 
+from .checks import short
 from .engine.request import prompt_list, prompt_tokens
 from .engine.sequence import GenerationOutput
 from .errors import RiverError
+from .loading.files import path_of
 from .loading.text import Text, TextStream
 from .model import DEMO, Model
 
 TEMPLATE = Path(__file__).with_suffix(".html")
+ENDS = "ends in .html or .json"
 DIGITS = 6  # of a similarity, behind the point
 
 
@@ -45,7 +48,9 @@ def exit_trace(
         options: the keyword arguments that it took, to be shown beside the text.
     """
     prompts, many = prompt_list(prompt)
-    outputs = [output] if isinstance(output, GenerationOutput) else list(output)
+    outputs = [output] if isinstance(output, GenerationOutput) else output
+    if not isinstance(outputs, (list, tuple)) or not all(isinstance(o, GenerationOutput) for o in outputs):
+        raise RiverError(f"output is {short(output)}; accepted: what generate returned for the prompts")
     if len(outputs) != len(prompts):
         raise RiverError(f"{len(outputs)} outputs of {len(prompts)} prompts; accepted: one for each prompt")
     return {
@@ -164,9 +169,9 @@ def write(trace: dict, path: str | Path) -> None:
 
 def check_path(path: str | Path) -> Path:
     """Where `write` would write, or a RiverError."""
-    path = Path(os.path.realpath(path))
+    path = Path(os.path.realpath(path_of(path, "trace", f"the path of a file that {ENDS}")))
     if path.suffix not in (".html", ".json"):
-        raise RiverError(f"{path}: no trace has this name; accepted: one that ends in .html or .json")
+        raise RiverError(f"{path}: no trace has this name; accepted: one that {ENDS}")
     if path.exists() and not path.is_file():
         raise RiverError(f"{path}: exists and is no file; accepted: a new file, or one to replace")
     if not path.parent.is_dir() or not os.access(path.parent, os.W_OK):

@@ -4,11 +4,13 @@ import random
 from contextlib import suppress
 
 import pytest
+import torch
 from oracle import oracle, same
 from test_engine import Cut, Interrupts
 from tiny_model import random_model, random_prompt
 
 from river_ext.engine import engine as engine_module
+from river_ext.engine.request import KV_STRATEGIES
 
 ORIGINAL, LAYERS = 12, 4
 MODES = ("river", "full", "full_w4")
@@ -84,6 +86,21 @@ def test_lossless(draft_tokens):
         full = model.generate(prompt, **options)
         ours = model.generate(prompt, **options | {"mode": "lossless", "draft_tokens": draft_tokens})
         assert (ours.tokens, ours.finish_reason) == (full.tokens, full.finish_reason)
+
+
+@pytest.mark.parametrize("length", [ORIGINAL - 4, ORIGINAL - 1, ORIGINAL, ORIGINAL + 1])
+@pytest.mark.parametrize(
+    "options",
+    [{"mode": "full"}, {"mode": "full_w4"}, {"prefill": "depth:2"}]
+    + [{"kv_strategy": strategy} for strategy in KV_STRATEGIES],
+    ids=str,
+)
+def test_given_tokens(options, length):
+    """Fed with its own tokens, a request has its own logits, on both sides of the switch."""
+    model, prompt, options = longrope_model(), random_prompt(length), {"threshold": 0.6, **options}
+    output = model.generate(prompt, max_new_tokens=12, return_logits=True, **options)
+    score = model.score(prompt + output.tokens, prompt_length=length, **options)
+    assert torch.equal(score.logits, output.logits) and score.exit_depths == output.exit_depths
 
 
 def test_a_river_with_a_head_of_its_own():

@@ -160,6 +160,12 @@ def test_outputs_and_prompts_that_do_not_match(generated):
         trace.exit_trace(demo_model(), [PROMPT, "def f"], outputs[0])
 
 
+@pytest.mark.parametrize("output", [None, 5, "text", [None], {}], ids=str)
+def test_what_is_no_output(output):
+    with pytest.raises(RiverError, match=r"output is .*; accepted: what generate returned"):
+        trace.exit_trace(demo_model(), PROMPT, output)
+
+
 # --- files ----------------------------------------------------------------------------------------------
 
 
@@ -191,6 +197,12 @@ def test_names_that_are_refused(generated, tmp_path, name, why):
         trace.write(generated["river"][1], tmp_path / name)
     assert str(tmp_path / name) in str(error.value)
     assert [path.name for path in tmp_path.iterdir()] == ["folder.html"]
+
+
+@pytest.mark.parametrize("path", [None, 5, "", "a\0.html", ["a.html"]], ids=repr)
+def test_what_is_no_path(path):
+    with pytest.raises(RiverError, match=r"trace .*; accepted: the path of a file that ends in .html"):
+        trace.write({}, path)
 
 
 def test_a_file_is_replaced_as_a_whole_or_not_at_all(generated, tmp_path, monkeypatch):

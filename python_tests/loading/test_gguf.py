@@ -232,6 +232,9 @@ CHANGED = [
     ("llama.rope.scaling.type", "yarn", 'llama.rope.scaling.type is "yarn"; accepted: none, linear'),
     ("llama.expert_count", 8, "llama.expert_count is 8; accepted: no such key"),
     ("llama.attention.scale", 0.5, "llama.attention.scale is 0.5"),
+    ("tokenizer.ggml.bos_token_id", "1", 'tokenizer.ggml.bos_token_id is "1"; accepted: an integer'),
+    ("tokenizer.ggml.eos_token_id", [1, 2], "tokenizer.ggml.eos_token_id is [1, 2]; accepted: an integer"),
+    ("tokenizer.ggml.eot_token_id", 1.5, "tokenizer.ggml.eot_token_id is 1.5; accepted: an integer"),
     ("general.alignment", 3, "general.alignment is 3; accepted: a power of two"),
     ("general.alignment", "32", "general.alignment is 32"),
 ]  # fmt: skip
@@ -313,7 +316,7 @@ def test_files_that_end_early_or_are_none(parts, tmp_path):
         path.write_bytes(data[:size])
         assert "not a complete GGUF file" in refusal(path, tmp_path)
     path.unlink()
-    assert "cannot be read" in refusal(path, tmp_path)
+    assert refusal(path, tmp_path) == f"{path}: cannot be read (No such file or directory)"
     os.mkfifo(path)
     assert "is a FIFO" in refusal(path, tmp_path)
 

@@ -175,6 +175,36 @@ def test_tensors_that_hold_several_weights(tiny_checkpoint, source, format):
         assert relative_error(found[layer, "up_proj"], up * scales[:, None]) < 1e-3
 
 
+def test_configs_that_leave_out_what_is_usual(tiny_checkpoint, source):
+    """As many KV heads as query heads, that is, as in the backbone's own config."""
+    model = tiny_checkpoint("model", **SHAPE, num_key_value_heads=None)
+    write_packed(source, model, edit=lambda tensors, config: config.update(num_key_value_heads=None))
+    assert imported(model, source).imported["kept"] == COUNT
+    one_head = tiny_checkpoint("other", **SHAPE, num_key_value_heads=1)
+    assert "num_key_value_heads is 4; accepted: 1" in refusal(one_head, source)
+
+
+def test_the_text_model_of_a_multimodal_source(tiny_checkpoint, source):
+    """Ministral 3 as people have it: what is beside the text model is not looked at."""
+    rope = {"rope_type": "default", "rope_theta": 10000.0}
+    text = dict(SHAPE, model_type="ministral3", head_dim=32, rope_theta=None, rope_parameters=rope)
+    model = tiny_checkpoint("model", **text)
+
+    def wrap(tensors, config):
+        for name in [name for name in tensors if name.startswith("model.")]:
+            tensors[name.replace("model.", "model.language_model.", 1)] = tensors.pop(name)
+        tensors["model.vision_tower.patch_conv.weight"] = torch.zeros(4, 4)
+        settings, text = config.pop("quantization_config"), dict(config)
+        config.clear()
+        config.update(model_type="mistral3", text_config=text, quantization_config=settings)
+
+    rounded = write_packed(source, model, edit=wrap)
+    found = dense(imported(model, source), model)
+    assert all(torch.equal(found[name], weight.dense) for name, weight in rounded.items())
+    other = tiny_checkpoint("other", **text | {"intermediate_size": 128})
+    assert "text_config.intermediate_size is 256; accepted: 128" in refusal(other, source)
+
+
 def test_rounding_of_scales_is_stated(model, source):
     """fp16 holds a bf16 scale exactly, unless it is below the normal range; fp32 ones it rounds."""
     write_packed(source / "bf16", model, "compressed-tensors", scale_dtype=torch.bfloat16)

@@ -3,6 +3,7 @@
 from collections import deque
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
+from dataclasses import replace
 from typing import NamedTuple
 
 import torch
@@ -145,15 +146,19 @@ def score(network: Network, tokens, prompt_length: int, by: str, options: Mappin
     if asked.river_head:
         network.check_river_head()
     memory = Memory(network, slots=1, max_len=asked.positions)
-    prefill = Prefill(memory.network, memory.cache, 0, asked, keep=1 + prefilled - prompt_length)
-    first = prefill.advance()
-    news = [*_of_earlier(network, prefill.kept[:-1], asked, first), first]
     decoder = KV_DECODERS.get(asked.kv_strategy, HostDecoder)(memory, together=False)
-    exits = Exits()
-    for position in range(prefilled, len(tokens) - 1):
+    news, keep = [], 1 + prefilled - prompt_length
+    for position in range(prefilled - 1, len(tokens) - 1):
+        if not news or position == asked.rotates_anew_after:
+            known = replace(asked, prompt=tokens[: position + 1])
+            prefill = Prefill(memory.network, memory.cache, 0, known, keep=keep)
+            new, keep = prefill.advance(), 1
+            news += [*_of_earlier(network, prefill.kept[:-1], asked, new), new]
+            exits = Exits()
+        else:
+            decoder.start([Row(tokens[position], position, 0, asked, remaining=1, exits=exits)])
+            news += decoder.step()[0].tokens
         exits.depths.append(news[-1].exit_depth)
-        decoder.start([Row(tokens[position], position, 0, asked, remaining=1, exits=exits)])
-        news += decoder.step()[0].tokens
     for position, new in enumerate(news, start=prompt_length):
         if new.token < 0:
             raise RiverError(not_finite(network.dtype, position, new.similarities))

@@ -75,7 +75,7 @@ def load_checkpoint(
     config = read_config(directory)
     stored = stored_tensors(directory)
     if config.multimodal:
-        stored = _text_tensors(stored)
+        stored = text_tensors(stored)
     _check_tensors(stored, tensor_shapes(config), directory)
     auto = config.dtype or stored["model.embed_tokens.weight"].dtype
     config = replace(
@@ -262,7 +262,7 @@ def stored_tensors(directory: Path) -> dict[str, StoredTensor]:
     return stored
 
 
-def _text_tensors(stored: dict[str, StoredTensor]) -> dict[str, StoredTensor]:
+def text_tensors(stored: dict[str, StoredTensor]) -> dict[str, StoredTensor]:
     """Those of the text model in a multimodal checkpoint, by the names that they would have alone."""
     text: dict[str, StoredTensor] = {}
     for name, tensor in stored.items():

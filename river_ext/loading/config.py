@@ -106,10 +106,10 @@ def read_config_file(path: Path) -> ModelConfig:
     refuse_known_architectures(top)
     if top.choice("model_type", [*FAMILIES, *MULTIMODAL]) in FAMILIES:
         return model_config(top, generation)
-    return replace(model_config(_text_model(top), generation), multimodal=True)
+    return replace(model_config(text_model(top), generation), multimodal=True)
 
 
-def _text_model(top: Reader) -> Reader:
+def text_model(top: Reader) -> Reader:
     """What a multimodal model's config.json says of its text model, as one object."""
     refuse_foreign_architectures(top)
     if not isinstance(top.values.get("text_config"), dict):

@@ -19,14 +19,14 @@ KINDS = {
 }
 
 
-def path_of(value, what: str) -> Path:
+def path_of(value, what: str, accepted: str = "the path of a directory") -> Path:
     """An argument that is a path. An empty one would be the present directory, which nobody means."""
     try:
         if value and isinstance(value, (str, os.PathLike)) and b"\0" not in os.fsencode(value):
             return Path(os.fsdecode(value))
     except UnicodeEncodeError:  # not even the bytes that some file systems have for names
         pass
-    raise RiverError(f"{what} {str(value)[:80]!r}; accepted: the path of a directory")
+    raise RiverError(f"{what} {str(value)[:80]!r}; accepted: {accepted}")
 
 
 def is_regular(path: str | Path) -> bool:

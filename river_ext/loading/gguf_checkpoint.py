@@ -171,11 +171,13 @@ class GgufModel:
 
     def _token_ids(self) -> dict:
         """The ids of the tokens that begin and end texts; chat models may end a turn by another one."""
-        ids = {
-            name: self.file.metadata.get(f"tokenizer.ggml.{name}_token_id") for name in ("bos", "eos", "eot")
-        }
-        ends = [ids[name] for name in ("eos", "eot") if ids[name] is not None]
-        found = {"bos_token_id": ids["bos"], "eos_token_id": list(dict.fromkeys(ends))}
+        facts, ids = Reader(self.file.path, self.file.metadata), {}
+        for name in ("bos", "eos", "eot"):
+            key = f"tokenizer.ggml.{name}_token_id"
+            if key in facts.values:
+                ids[name] = facts.integer(key, -1, (1 << 32) - 1)  # both of which may stand for "none"
+        ends = [ids[name] for name in ("eos", "eot") if name in ids]
+        found = {"bos_token_id": ids.get("bos"), "eos_token_id": list(dict.fromkeys(ends))}
         return {key: value for key, value in found.items() if value not in (None, [])}
 
 

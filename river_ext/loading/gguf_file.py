@@ -81,11 +81,7 @@ class GgufFile:
         gguf = import_gguf(path)
         sizes = {kind.value: (kind.name, *size) for kind, size in gguf.GGML_QUANT_SIZES.items()}
         try:
-            with open_regular(path) as file:
-                data = memoryview(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ))
-            return cls(path, *_Header(path, data, sizes).read())
-        except (OSError, ValueError) as error:  # an empty file cannot be mapped
-            raise RiverError(f"{path}: cannot be mapped ({error})") from None
+            return cls(path, *_Header(path, _mapped(path), sizes).read())
         except _Malformed as error:
             raise RiverError(f"{path}: not a complete GGUF file ({error})") from None
 
@@ -93,6 +89,14 @@ class GgufFile:
 def names_gguf(path) -> bool:
     """Whether a path is meant to be a GGUF file, rather than a directory."""
     return str(path).lower().endswith(".gguf") and not Path(path).is_dir()
+
+
+def _mapped(path: Path) -> memoryview:
+    with open_regular(path) as file:
+        try:
+            return memoryview(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ))
+        except (OSError, ValueError) as error:  # an empty file cannot be mapped
+            raise RiverError(f"{path}: cannot be mapped ({error})") from None
 
 
 def import_gguf(path: Path):

@@ -3,8 +3,9 @@
 from pathlib import Path
 
 from ...errors import RiverError
-from ...loading.checkpoint import stored_tensors
-from ...loading.config import ModelConfig
+from ...loading.checkpoint import stored_tensors, text_tensors
+from ...loading.config import ModelConfig, text_model
+from ...loading.families import MULTIMODAL
 from ...loading.files import is_regular, path_of
 from ...loading.gguf_file import names_gguf
 from ...loading.json_object import Reader, read_json_object
@@ -51,11 +52,17 @@ def open_source(path: str | Path, config: ModelConfig) -> Source:
         top.fail(key, f"an object whose quant_method is {', '.join(FORMATS)}")
     settings = Reader(top.path, values, prefix=f"{key}.")
     kind = FORMATS[settings.choice("quant_method", FORMATS)]
+    stored = stored_tensors(path)
+    if top.values.get("model_type") in MULTIMODAL:
+        top, stored = text_model(top), text_tensors(stored)
     _check_sizes(top, config)
-    return kind(path, settings, stored_tensors(path), config)
+    return kind(path, settings, stored, config)
 
 
 def _check_sizes(top: Reader, config: ModelConfig) -> None:
+    given = {name: value for name, value in top.values.items() if value is not None}
+    given.setdefault("num_key_value_heads", given.get("num_attention_heads"))
+    sizes = Reader(top.path, given, top.prefix)
     for name in SIZES:
         size = getattr(config, name)
-        top.exactly(name, size, f"{size}, as the model that it is a river for has it")
+        sizes.exactly(name, size, f"{size}, as the model that it is a river for has it")
