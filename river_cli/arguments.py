@@ -38,6 +38,8 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
         raise UsageError("--river needs a model's directory or --demo, the model that it belongs to")
     elif arguments.module == "convert":
         _check_convert(arguments)
+    elif arguments.module == "bench":
+        _check_bench(arguments)
     elif arguments.module == "evaluate" and not arguments.demo:
         raise UsageError(
             "what to evaluate on; accepted: --demo (with a model's directory: that model on its tasks)"
@@ -104,6 +106,12 @@ def _check_convert(arguments) -> None:
         raise UsageError(f"{given[0]} with a GGUF file, of which a checkpoint is made; accepted: --dtype")
     if given[:1] == ["--river-from"] and given[1:]:
         raise UsageError(f"{given[1]} with --river-from, whose weights are quantised; accepted: one of them")
+
+
+def _check_bench(arguments) -> None:
+    if arguments.chat and arguments.prompt_tokens is not None:
+        raise UsageError("--chat with --prompt-tokens, which are random ids; accepted: one of them")
+    arguments.prompts = read_prompts([], arguments.file or [])
 
 
 def _names_a_model(arguments) -> bool:
@@ -209,6 +217,23 @@ def _parser() -> tuple[argparse.ArgumentParser, Mapping[str, argparse.ArgumentPa
     evaluate.add_argument("--thresholds", metavar="S,S,...", help="of the River rows")
     evaluate.add_argument("--kv-strategy", help=f"of these rows: {KV_STRATEGIES}")
     evaluate.add_argument("--seed", type=int, default=0, help="which held-out items (0)")
+
+    bench = command("bench", "bench", "measure the speed of full depth, lossless, full W4 and River in turns")
+    _add_model(bench, "the bundled model", required=True)
+    _add_river(bench, "a saved river; without it one is built, for minutes if the model is large")
+    _add_machine(bench)
+    bench.set_defaults(resident_layers=None)
+    prompts = bench.add_mutually_exclusive_group()
+    _add_file(prompts)
+    prompts.add_argument(
+        "--prompt-tokens", type=int, metavar="N", help="a prompt of so many random token ids"
+    )
+    _add_chat(bench)
+    bench.add_argument("--new-tokens", type=int, default=64, metavar="N", help="at most, of each prompt (64)")
+    bench.add_argument("--turns", type=int, default=5, metavar="N", help="of all settings (5)")
+    bench.add_argument("--thresholds", metavar="S,S,...", help="of the River rows (0.5)")
+    bench.add_argument("--min-layers", type=int, metavar="N", help="of these, before an exit (1)")
+    bench.add_argument("--river-head", help="of full W4 and River: model (default) or w4")
     return parser, commands.choices
 
 
@@ -220,6 +245,11 @@ def _add_prompts(parser: argparse.ArgumentParser) -> None:
         help="any number of them; - is standard input. Without --model and --demo the first is the model's "
         "directory: river generate DIR PROMPT",
     )
+    _add_file(parser)
+    _add_chat(parser)
+
+
+def _add_file(parser) -> None:
     parser.add_argument(
         "--file",
         action="append",
@@ -227,6 +257,9 @@ def _add_prompts(parser: argparse.ArgumentParser) -> None:
         metavar="FILE",
         help="a file that holds a prompt; not of it: its last newline, \\r before \\n, a byte order mark",
     )
+
+
+def _add_chat(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--chat",
         action="store_true",

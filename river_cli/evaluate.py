@@ -1,11 +1,9 @@
 """`river eval`: quality and speed against full depth, on the bundled held-out items."""
 
 import time
-from collections.abc import Sequence
 
 from river_ext import evaluate
-from river_ext.checks import short
-from river_ext.engine.request import integer, number, request
+from river_ext.engine.request import integer, request
 from river_ext.errors import RiverError
 from river_ext.evaluate import DEMO_THRESHOLDS, demo_items, result_table, settings_of
 from river_ext.progress import progress_bar
@@ -20,7 +18,7 @@ def run(arguments) -> None:
     functions = integer("--functions", arguments.functions, 0, 10_000)
     if problems + functions == 0:
         raise RiverError("--problems 0 --functions 0; accepted: at least one of them above 0")
-    thresholds = _thresholds(arguments.thresholds)
+    thresholds = shared.thresholds(arguments.thresholds, DEMO_THRESHOLDS)
     config = shared.config(arguments)
     names = ("deep_tokens", "kv_strategy")
     own = {name: v for name in names if (v := getattr(arguments, name)) is not None}
@@ -53,14 +51,3 @@ def run(arguments) -> None:
         f"{full}'s. KL: mean KL({full} || row) of the next token, along {full}'s sequences.\n"
         "exit depth: mean over the new tokens. tokens/s: decoding alone, the median of the prompts."
     )
-
-
-def _thresholds(text: str | None) -> Sequence[float]:
-    if text is None:
-        return DEMO_THRESHOLDS
-    try:
-        return [number("--thresholds", float(part)) for part in text.split(",")]
-    except ValueError:
-        raise RiverError(
-            f"--thresholds {short(text)}; accepted: numbers, not NaN, with commas between"
-        ) from None
