@@ -113,8 +113,8 @@ def _print(model: Model, results: Sequence[Result], facts: dict) -> None:
     read = median(run.read_gb_per_second for run in results[0].runs)
     print(
         "\nMedians of the runs. ms per token: the wait for tokens that come together, over their number.\n"
-        "tokens/s, speed: after the first token. GB/s: weights and cache that the steps read; of read: beside\n"
-        f"a plain read of the weights ({read:.1f} GB/s). right: drafts. same: outputs that equal those of\n"
+        "tokens/s, speed: after the first token. GB/s: weights and cache that steps read; of read: beside a\n"
+        f"plain read of the weights ({read:.1f} GB/s). right: drafts. same: outputs that equal those of\n"
         f"{full}. weights: those that a setting uses; the whole process took up to {memory}."
     )
     if facts["random_weights"]:

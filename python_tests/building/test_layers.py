@@ -31,6 +31,7 @@ ORDER = (
     ("river_ext.cli",),
     ("bench.lib",),
     ("bench.cpu", "bench.gpu", "bench.memory"),
+    ("bench.report",),
 )
 LINES = {room: number for number, rooms in enumerate(ORDER) for room in rooms}
 FOLDERS = {room for room in LINES if (ROOT / room.replace(".", "/")).is_dir() and room != "river_ext"}
