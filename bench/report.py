@@ -11,10 +11,12 @@ import json
 import re
 import sys
 from collections.abc import Callable, Iterable, Sequence
+from functools import partial
 from pathlib import Path
 
 from bench import memory
 from bench.cpu import thresholds
+from bench.figures import paper
 from bench.lib import figures
 from bench.lib.common import RESULTS
 from bench.lib.models import LLAMA_1B
@@ -28,6 +30,7 @@ FILES = {
     "engine": "engine_cpu_amd_epyc_2t.json",
     "lossless": "lossless_cpu_amd_epyc_2t.json",
     "cycle": "lossless_cycle_cpu_amd_epyc_2t.json",
+    "paper": "paper_cpu_amd_epyc_1t.json",
     "memory": "memory_smollm2_cpu_amd_epyc_1t.json",
     "prefill": "prefill_cpu_amd_epyc_2t.json",
     "thresholds": "thresholds_cpu_amd_epyc_1t.json",
@@ -273,6 +276,24 @@ def by_policy() -> str:
     )
 
 
+# --- the paper's figures ------------------------------------------------------------------------------------
+
+
+def correlations() -> str:
+    lines = result("paper")["values"]
+    head = ("exit depth", *(str(line["depth"]) for line in lines))
+    return markdown(head, [("r", *(f"{line['r']:.2f}" for line in lines))])
+
+
+def drift() -> str:
+    found = result("paper")["drift"]
+    starts = [found["stretch"] * index for index in range(len(found["settings"][0]["kl"]))]
+    return markdown(
+        ("KL, nats, of tokens", *(f"{start} to {start + found['stretch'] - 1}" for start in starts)),
+        [(line["setting"], *(f"{kl:.3f}" for kl in line["kl"])) for line in found["settings"]],
+    )
+
+
 # --- memory -------------------------------------------------------------------------------------------------
 
 
@@ -302,14 +323,20 @@ TABLES: dict[str, Callable[[], str]] = {
     "prefill": prefill,
     "thresholds": by_threshold,
     "prefill-policies": by_policy,
+    "paper-correlations": correlations,
+    "paper-drift": drift,
     "memory-measured": memory_measured,
     "memory-8B": lambda: memory_of("Llama-3.1-8B"),
     "memory-1B": lambda: memory_of("Llama-3.2-1B"),
     "memory-paper": memory_as_the_paper,
 }
+PAPER = [RESULTS / FILES["paper"], RESULTS / FILES["thresholds"]]
 # path: the results that it shows, and what draws it
 FIGURES: dict[Path, tuple[list[Path], Callable]] = {
-    ROOT / "docs" / "thresholds.svg": ([RESULTS / FILES["thresholds"]], thresholds.plot),
+    ROOT / "docs" / "thresholds.svg": (PAPER[1:], thresholds.plot),
+}
+FIGURES |= {
+    ROOT / "docs" / "paper" / f"{name}.svg": (PAPER, partial(paper.plot, name)) for name in paper.DRAWN
 }
 
 if __name__ == "__main__":
