@@ -1,6 +1,6 @@
 """The tables and figures of the documents, from the JSON in bench/results: none of their numbers is typed.
 
-A table stands in a document between `<!-- report NAME -->` and `<!-- end -->`. NAME is one of TABLES.
+A table stands in a document between `<!--report:NAME-->` and `<!--end-->`. NAME is one of TABLES.
 
     python -m bench.report            writes all tables anew, and the figures whose numbers have changed
     python -m bench.report --check    names what is not up to date, and then ends with 1; writes nothing
@@ -23,15 +23,17 @@ from bench.lib.models import LLAMA_1B
 
 ROOT = RESULTS.parent.parent
 DOCUMENTS = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
-PLACE = re.compile(r"(<!-- report (\S+) -->\n)(.*?)(<!-- end -->)", re.S)
+PLACE = re.compile(r"(<!--report:(\S+)-->\n)(.*?)(<!--end-->)", re.S)
 
 FILES = {
     "decode": "decode_cpu_amd_epyc_2t.json",
     "engine": "engine_cpu_amd_epyc_2t.json",
+    "kv-strategies": "kv_strategies_cpu_amd_epyc_1t.json",
     "lossless": "lossless_cpu_amd_epyc_2t.json",
     "cycle": "lossless_cycle_cpu_amd_epyc_2t.json",
     "paper": "paper_cpu_amd_epyc_1t.json",
     "memory": "memory_smollm2_cpu_amd_epyc_1t.json",
+    "peers": "peers_cpu_amd_epyc_2t.json",
     "prefill": "prefill_cpu_amd_epyc_2t.json",
     "thresholds": "thresholds_cpu_amd_epyc_1t.json",
 }
@@ -86,8 +88,9 @@ def fenced(text: str) -> str:
     return f"```\n{text}\n```"
 
 
-def markdown(head: Sequence[str], rows: Rows, first: str = "---") -> str:
-    lines = [row(head), f"|{first}|" + "---:|" * (len(head) - 1), *map(row, rows)]
+def markdown(head: Sequence[str], rows: Rows, names: int = 1) -> str:
+    """The first `names` columns to the left."""
+    lines = [row(head), "|" + "---|" * names + "---:|" * (len(head) - names), *map(row, rows)]
     return "\n".join(lines)
 
 
@@ -203,7 +206,7 @@ def cycle() -> str:
             for line in result("cycle")["cycle"]
             if line["drafts"] in (1, 2, 3, 4, 7)
         ],
-        first="---:",
+        names=0,
     )  # fmt: skip
 
 
@@ -241,6 +244,27 @@ def prefill() -> str:
             for line in result("prefill")["prefill"]
         ],
     )  # fmt: skip
+
+
+def peers() -> str:
+    rows: dict[tuple[str, str], dict[str, dict]] = {}
+    for line in result("peers")["peers"]:
+        rows.setdefault((line["shape"], f"{line['runner']}, {line['bits']}"), {})[line["what"]] = line
+
+    def cells(runner: str, line: dict, form: str) -> tuple[str, str]:
+        return f"{line['tokens_per_second']:{form}}", "" if runner.startswith(
+            "river_ext"
+        ) else f"{line['x']:.2f}"
+
+    forms = {"prompt 128": ",.0f", "prompt 1024": ",.0f", "decoding": ".1f"}
+    return markdown(
+        ("", "", "prompt of 128", "x", "1,024", "x", "decoding", "x"),
+        [
+            (shape, runner, *(cell for what, form in forms.items() for cell in cells(runner, by[what], form)))
+            for (shape, runner), by in rows.items()
+        ],
+        names=2,
+    )
 
 
 # --- thresholds ---------------------------------------------------------------------------------------------
@@ -294,6 +318,25 @@ def drift() -> str:
     )
 
 
+# --- KV strategies ------------------------------------------------------------------------------------------
+
+
+def kv_strategies(model: str) -> str:
+    (found,) = (found for found in result("kv-strategies")["models"] if found["model"] == model)
+    work = ("mean_exit_depth", "backbone_rows", "recomputed_rows", "exit_rows", "projected_rows")
+    return block(
+        ("", "ms", "x", "agree", "KL, nats", "depth", "backbone", "recomputed", "river", "K and V"),
+        [
+            (
+                line["setting"], f"{line['ms_per_token']:.2f}", f"{line['x_full_bf16']:.2f}",
+                f"{100 * line['agreement']:.1f} %", f"{line['kl']:.4f}",
+                *(f"{line[name]:.1f}" for name in work),
+            )
+            for line in found["settings"]
+        ],
+    )  # fmt: skip
+
+
 # --- memory -------------------------------------------------------------------------------------------------
 
 
@@ -321,10 +364,13 @@ TABLES: dict[str, Callable[[], str]] = {
     "cycle": cycle,
     "engine": engine,
     "prefill": prefill,
+    "peers": peers,
     "thresholds": by_threshold,
     "prefill-policies": by_policy,
     "paper-correlations": correlations,
     "paper-drift": drift,
+    "kv-strategies-demo": lambda: kv_strategies("bundled"),
+    "kv-strategies-135M": lambda: kv_strategies("smol"),
     "memory-measured": memory_measured,
     "memory-8B": lambda: memory_of("Llama-3.1-8B"),
     "memory-1B": lambda: memory_of("Llama-3.2-1B"),

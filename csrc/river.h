@@ -57,6 +57,7 @@ struct BlockArgs {
   int rotary_dim;  // leading dims of a head that rotate
   int num_slots, max_len;
   float rms_norm_eps, softmax_scale;
+  float residual_multiplier;             // of what attention and feed-forward part add to hidden
   int64_t sliding_window;                // positions a row sees, itself included; 0 = all
   const void* hidden;                    // [T, hidden]
   const void* input_layernorm;           // [hidden]
@@ -146,6 +147,7 @@ struct LmHeadArgs {
   bool packed;  // the weight is W4 tiles, of which those past the vocabulary are padding; else dense
   int rows, hidden_size, vocab_size;
   float rms_norm_eps;
+  float logits_scaling;      // logits are divided by it
   const void* hidden;        // [T, hidden]
   const void* norm;          // [hidden]
   const void* weight;        // [vocab, hidden], or packed [vocab / 16, hidden / 64, 576], both rounded up

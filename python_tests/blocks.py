@@ -27,13 +27,14 @@ class Shape:
     bias: bool = False
     qk_norm: bool = False
     query_scale: bool = False
+    residual_multiplier: float = 1.0
 
 
 SHAPES = {
     "gqa": Shape(),
     "odd sizes": Shape(hidden_size=192, num_attention_heads=3, num_key_value_heads=3, head_dim=64,
                        intermediate_size=200, rotary_dim=64),
-    "partial rotary, bias": Shape(rotary_dim=24, bias=True),
+    "partial rotary, bias, multiplier": Shape(rotary_dim=24, bias=True, residual_multiplier=0.3),
     "multi-query, qk norm, query scale": Shape(num_key_value_heads=1, qk_norm=True, query_scale=True),
     "pads everywhere": Shape(hidden_size=64, num_attention_heads=3, num_key_value_heads=1, head_dim=20,
                              intermediate_size=76, rotary_dim=20, bias=True),
@@ -55,7 +56,7 @@ class Block:
         self.packed = w4.pack_exit_layer({name: self.quantised(*size) for name, size in sizes.items()}, block)
         angle = torch.rand(s.max_len, s.rotary_dim // 2, generator=self.generator) * 6.28
         self.tables = (angle.cos(), angle.sin())
-        self.options = {}
+        self.options = {} if s.residual_multiplier == 1 else {"residual_multiplier": s.residual_multiplier}
         if s.bias:
             self.options |= {
                 name: self.random(*shapes[name]) for name in ("q_bias", "k_bias", "v_bias", "o_bias")

@@ -35,7 +35,7 @@ def lm_head_w4(hidden, norm, weight, vocab_size, rms_norm_eps, **options):
 
 def _lm_head(
     hidden, norm, weight, vocab_size, rms_norm_eps, *, packed, return_logits=True, temperature=None,
-    seeds=None, positions=None,
+    seeds=None, positions=None, logits_scaling=1.0,
 ):  # fmt: skip
     rows, hidden_size = hidden.shape
     outputs = {"tokens": ((rows,), torch.int64)}
@@ -45,7 +45,7 @@ def _lm_head(
     got = emulate(
         "lm_head", outputs, dtype=hidden.dtype, packed=packed, rows=rows, hidden_size=hidden_size,
         vocab_size=vocab_size, rms_norm_eps=rms_norm_eps, hidden=hidden, norm=norm, weight=weight,
-        temperature=temperature, seeds=seeds, positions=positions, **fields,
+        temperature=temperature, seeds=seeds, positions=positions, logits_scaling=logits_scaling, **fields,
     )  # fmt: skip
     return got["tokens"], got.get("logits", torch.empty(0, vocab_size))
 
@@ -194,6 +194,7 @@ def _run_block(
     op, outputs, hidden, input_layernorm, post_attention_layernorm, k_cache, v_cache, slots, positions, cos,
     sin, num_attention_heads, rms_norm_eps, *, weights, q_bias=None, k_bias=None, v_bias=None, o_bias=None,
     q_norm=None, k_norm=None, query_scale=None, softmax_scale=None, sliding_window=None, kv_valid=None,
+    residual_multiplier=1.0,
 ):  # fmt: skip
     outputs = outputs | {"out": (hidden.shape, hidden.dtype), "k_cache": k_cache, "v_cache": v_cache}
     common = _attention(
@@ -201,9 +202,10 @@ def _run_block(
     )
     got = emulate(
         op, outputs, **common, **weights, hidden_size=hidden.shape[1], rotary_dim=2 * cos.shape[1],
-        rms_norm_eps=rms_norm_eps, hidden=hidden, input_layernorm=input_layernorm,
-        post_attention_layernorm=post_attention_layernorm, q_bias=q_bias, k_bias=k_bias, v_bias=v_bias,
-        o_bias=o_bias, q_norm=q_norm, k_norm=k_norm, cos=cos, sin=sin, query_scale=query_scale,
+        rms_norm_eps=rms_norm_eps, residual_multiplier=residual_multiplier, hidden=hidden,
+        input_layernorm=input_layernorm, post_attention_layernorm=post_attention_layernorm, q_bias=q_bias,
+        k_bias=k_bias, v_bias=v_bias, o_bias=o_bias, q_norm=q_norm, k_norm=k_norm, cos=cos, sin=sin,
+        query_scale=query_scale,
     )  # fmt: skip
     k_cache.copy_(got["k_cache"])
     v_cache.copy_(got["v_cache"])

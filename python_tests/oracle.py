@@ -67,10 +67,10 @@ def oracle(model, prompt, **options):
 
 def head(network, hidden, by_river):
     config = network.config
+    options = {"rms_norm_eps": config.rms_norm_eps, "logits_scaling": config.logits_scaling}
     if by_river:
-        weight = network.lm_head_w4, config.vocab_size
-        return ops.lm_head_w4(hidden, network.norm, *weight, config.rms_norm_eps)[1]
-    return ops.lm_head(hidden, network.norm, network.lm_head, config.rms_norm_eps)[1]
+        return ops.lm_head_w4(hidden, network.norm, network.lm_head_w4, config.vocab_size, **options)[1]
+    return ops.lm_head(hidden, network.norm, network.lm_head, **options)[1]
 
 
 def _prefill(asked, network, layer):

@@ -32,6 +32,8 @@ CONFIG = {
     "eos_token_ids": (),
     "sliding_window": None,
 }
+# what a model of Granite has
+MULTIPLIERS = {"softmax_scale": 0.1, "residual_multiplier": 0.8, "logits_scaling": 3.0}
 BIASES, QK_NORMS = ("q_bias", "k_bias", "v_bias", "o_bias"), ("q_norm", "k_norm")
 STRONG = ("q_proj", "k_proj", "down_proj")  # so that attention is sharp, and blocks change what they get
 

@@ -66,6 +66,7 @@ def decoder_block(
     softmax_scale: float | None = None,
     sliding_window: int | None = None,
     kv_valid: Tensor | None = None,
+    residual_multiplier: float = 1.0,
 ) -> tuple[Tensor, Tensor]:
     """Runs T rows through one backbone layer and appends their K and V to the cache.
 
@@ -90,6 +91,7 @@ def decoder_block(
         softmax_scale: default head_dim ** -0.5.
         sliding_window: a row at p sees positions p - sliding_window + 1 .. p.
         kv_valid: [slots, max_len] bool, False = nothing to attend to at that position.
+        residual_multiplier: factor on what attention and the feed-forward part each add to hidden (Granite).
 
     Returns:
         hidden [T, hidden_size] in the model dtype, and similarity [T] fp32, the cosine of a row's input
@@ -99,7 +101,7 @@ def decoder_block(
         hidden, input_layernorm, q_proj, k_proj, v_proj, o_proj, post_attention_layernorm,
         gate_proj, up_proj, down_proj, k_cache, v_cache, slots, positions, cos, sin,
         num_attention_heads, rms_norm_eps, q_bias, k_bias, v_bias, o_bias, q_norm, k_norm,
-        query_scale, softmax_scale, sliding_window, kv_valid,
+        query_scale, softmax_scale, sliding_window, kv_valid, residual_multiplier,
     )  # fmt: skip
 
 
@@ -130,6 +132,7 @@ def exit_layer(
     softmax_scale: float | None = None,
     sliding_window: int | None = None,
     kv_valid: Tensor | None = None,
+    residual_multiplier: float = 1.0,
 ) -> tuple[Tensor, Tensor]:
     """Runs T rows through the W4 twin of a backbone layer, on the same cache slots.
 
@@ -143,7 +146,7 @@ def exit_layer(
         hidden, input_layernorm, qkv_proj, o_proj, post_attention_layernorm, gate_up_proj, down_proj,
         k_cache, v_cache, slots, positions, cos, sin, num_attention_heads, rms_norm_eps,
         q_bias, k_bias, v_bias, o_bias, q_norm, k_norm, query_scale, softmax_scale, sliding_window,
-        kv_valid,
+        kv_valid, residual_multiplier,
     )  # fmt: skip
 
 
@@ -188,6 +191,7 @@ def dual_layer(
     softmax_scale: float | None = None,
     sliding_window: int | None = None,
     kv_valid: Tensor | None = None,
+    residual_multiplier: float = 1.0,
     together: bool = False,
 ) -> Tensor:
     """Runs T rows through layer `index`: each by the decoder block, or by the exit layer once it has left.
@@ -218,7 +222,7 @@ def dual_layer(
         input_layernorm, q_proj, k_proj, v_proj, o_proj, post_attention_layernorm, gate_proj, up_proj,
         down_proj, qkv_tiles, o_tiles, gate_up_tiles, down_tiles, k_cache, v_cache, slots, positions,
         cos, sin, num_attention_heads, rms_norm_eps, q_bias, k_bias, v_bias, o_bias, q_norm, k_norm,
-        query_scale, softmax_scale, sliding_window, kv_valid, together,
+        query_scale, softmax_scale, sliding_window, kv_valid, residual_multiplier, together,
     )  # fmt: skip
 
 
@@ -402,17 +406,21 @@ def lm_head(
     temperature: Tensor | None = None,
     seeds: Tensor | None = None,
     positions: Tensor | None = None,
+    logits_scaling: float = 1.0,
 ) -> tuple[Tensor, Tensor]:
     """Final RMSNorm and head: hidden [T, hidden_size], norm [hidden_size], weight [vocab_size, hidden_size].
 
-    Returns tokens int64 [T] and fp32 logits [T, vocab_size] (or [0, vocab_size] without return_logits).
+    Returns tokens int64 [T] and fp32 logits [T, vocab_size] (or [0, vocab_size] without return_logits),
+    which are divided by logits_scaling, a number above 0 (Granite), before anything else is done with them.
     A token is the argmax of its logits, ties to the lowest id. With temperature [T] fp32, seeds [T] int64
     and positions [T] int32 (all three), rows with temperature > 0 sample instead: the argmax of
     logits / temperature + Gumbel noise (see `reference.gumbel`), which draws from
     softmax(logits / temperature). `positions` is that of the token being drawn. A row of which a logit is NaN
     or infinite has no token: -1.
     """
-    return _river.lm_head(hidden, norm, weight, rms_norm_eps, return_logits, temperature, seeds, positions)
+    return _river.lm_head(
+        hidden, norm, weight, rms_norm_eps, return_logits, temperature, seeds, positions, logits_scaling
+    )
 
 
 def lm_head_w4(
@@ -426,6 +434,7 @@ def lm_head_w4(
     temperature: Tensor | None = None,
     seeds: Tensor | None = None,
     positions: Tensor | None = None,
+    logits_scaling: float = 1.0,
 ) -> tuple[Tensor, Tensor]:
     """`lm_head` for a head in 4 bits: weight is packed (`pack_w4`), a row per token in the order of ids.
 
@@ -433,8 +442,9 @@ def lm_head_w4(
     whatever they hold, they have no logits and are not drawn.
     """
     return _river.lm_head_w4(
-        hidden, norm, weight, vocab_size, rms_norm_eps, return_logits, temperature, seeds, positions
-    )
+        hidden, norm, weight, vocab_size, rms_norm_eps, return_logits, temperature, seeds, positions,
+        logits_scaling,
+    )  # fmt: skip
 
 
 def sample(

@@ -54,7 +54,7 @@ def _block(
     hidden, input_layernorm, qkv, o_proj, post_attention_layernorm, gate_up, down_proj, k_cache, v_cache,
     slots, positions, cos, sin, num_attention_heads, eps, q_bias=None, k_bias=None, v_bias=None,
     o_bias=None, q_norm=None, k_norm=None, query_scale=None, softmax_scale=None, sliding_window=None,
-    kv_valid=None,
+    kv_valid=None, residual_multiplier=1.0,
 ):  # fmt: skip
     """The block shared by both layers. Weights are fp32: qkv and gate_up are tuples, W4 ones dequantised."""
     dtype, rows, head_dim = hidden.dtype, hidden.shape[0], k_cache.shape[-1]
@@ -82,10 +82,10 @@ def _block(
         softmax_scale=softmax_scale, sliding_window=sliding_window, kv_valid=kv_valid,
     )  # fmt: skip
     o = attended.flatten(1).float() @ o_proj.T + (0 if o_bias is None else o_bias.float())
-    middle = (hidden.float() + o).to(dtype)
+    middle = (hidden.float() + residual_multiplier * o).to(dtype)
     x = rms_norm(middle, post_attention_layernorm, eps).float()
     swiglu = (torch.nn.functional.silu(x @ gate_up[0].T) * (x @ gate_up[1].T)).to(dtype)
-    out = (middle.float() + swiglu.float() @ down_proj.T).to(dtype)
+    out = (middle.float() + residual_multiplier * (swiglu.float() @ down_proj.T)).to(dtype)
     out = torch.where(active[:, None], out, hidden)
     return out, state_similarity(hidden, out)
 
@@ -295,9 +295,10 @@ def _ordered_sum(products: Tensor) -> Tensor:
 
 
 def lm_head(
-    hidden, norm, weight, rms_norm_eps, *, return_logits=True, temperature=None, seeds=None, positions=None
-):
-    logits = rms_norm(hidden, norm, rms_norm_eps).float() @ weight.float().T
+    hidden, norm, weight, rms_norm_eps, *, return_logits=True, temperature=None, seeds=None, positions=None,
+    logits_scaling=1.0,
+):  # fmt: skip
+    logits = rms_norm(hidden, norm, rms_norm_eps).float() @ weight.float().T / logits_scaling
     keys = logits
     if temperature is not None:
         noise = torch.stack([

@@ -63,6 +63,41 @@ MUTANTS = [
         "test_graph.py -k first_ends",
     ),
     Mutant(
+        "the multiplier forgotten at down_proj",
+        "csrc/cpu/layer.cpp",
+        "to_residual(nullptr, middle.get(), a.out, rows)",
+        "{.bias = nullptr, .multiplier = 1, .addend = middle.get(), .out = a.out, .rows = rows}",
+        "test_decoder_block.py -k options",
+    ),
+    Mutant(
+        "the multiplier forgotten, CUDA",
+        "csrc/cuda/device/layer_epilogues.cuh",
+        "before + multiplier * sum",
+        "before + sum",
+        "test_cuda_kernels.py -k layer",
+    ),
+    Mutant(
+        "logits divided only where they are returned",
+        "csrc/cpu/lm_head.cpp",
+        "  const float* scores = sampled ? noisy : logits;\n",
+        "  const float* scores = sampled ? noisy : sums;\n",
+        "test_lm_head.py -k tie",
+    ),
+    Mutant(
+        "the exit river's prompt without the multiplier",
+        "river_ext/engine/matmul.py",
+        "return add(hidden, down, self.config.residual_multiplier)",
+        "return add(hidden, down, 1)",
+        "test_matmul.py -k equals_the_ops",
+    ),
+    Mutant(
+        "the epsilon of hidden as the checkpoint means it",
+        "river_ext/loading/multipliers.py",
+        "config.rms_norm_eps / embedding**2",
+        "config.rms_norm_eps",
+        "test_hf_parity.py -k granite",
+    ),
+    Mutant(
         "kv_valid by row",
         "csrc/cpu/attention.cpp",
         "a.kv_valid[int64_t(block.slot) * a.max_len + p]",
@@ -107,8 +142,8 @@ MUTANTS = [
     Mutant(
         "padding is drawn",
         "csrc/cpu/lm_head.cpp",
-        "offer_strip(a, t, s * kTileRows, head.strip_rows(s), logits[t], local[t]);",
-        "offer_strip(a, t, s * kTileRows, kTileRows, logits[t], local[t]);",
+        "offer_strip(a, t, s * kTileRows, head.strip_rows(s), sums[t], local[t]);",
+        "offer_strip(a, t, s * kTileRows, kTileRows, sums[t], local[t]);",
         "test_lm_head.py -k reference",
     ),
     Mutant(
@@ -117,6 +152,13 @@ MUTANTS = [
         "t >= a.rows || n >= a.vocab_size",
         "t >= a.rows",
         "test_cuda_kernels.py -k lm_head",
+    ),
+    Mutant(
+        "the second row of a W4 pair by the first one's nibbles",
+        "csrc/cpu/isa/strips.h",
+        "0, 0, 0, 0, 8, 8, 8, 8, 0, 0, 0, 0, 8, 8, 8, 8",
+        "0, 0, 0, 0, 8, 8, 8, 8, 0, 0, 0, 0, 0, 0, 0, 0",
+        "test_linear.py -k equals_reference",
     ),
     Mutant(
         "many rows forget the columns before",

@@ -108,8 +108,8 @@ def draw_kv(axes, result: dict) -> None:
 
 
 def draw_values(axes, result: dict) -> None:
-    """The depth at which the two correlate most."""
-    line = max(result["values"], key=lambda line: line["r"])
+    """For the shallowest of the depths that `draw_kv` has."""
+    (line,) = (line for line in result["values"] if line["depth"] == result["kv"][0]["depth"])
     x, y = zip(*line["points"], strict=True)
     axes.plot(x, y, ".", color=BLUE, alpha=0.6)
     axes.set(

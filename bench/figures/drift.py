@@ -59,5 +59,6 @@ def draw(axes, result: dict) -> None:
     for line, color in zip(found["settings"], (ORANGE, BLUE, GREY), strict=True):
         places = [found["stretch"] * (index + 0.5) for index in range(len(line["kl"]))]
         axes.plot(places, line["kl"], "o-", color=color, label=line["setting"])
-    axes.set(xlabel="tokens generated before", ylabel="KL from full depth, nats", ylim=(0, None))
-    axes.legend(frameon=False)
+    highest = max(kl for line in found["settings"] for kl in line["kl"])
+    axes.set(xlabel="tokens generated before", ylabel="KL from full depth, nats", ylim=(0, 1.2 * highest))
+    axes.legend(frameon=False, ncols=3)

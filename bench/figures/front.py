@@ -1,6 +1,11 @@
 """What speed costs: agreement with full depth against speed, by setting; from what thresholds.py measured."""
 
+from itertools import cycle
+
 from bench.lib.figures import BLUE, ORANGE
+
+# neighbours have their names at different sides of the point: below, to the right, to the left
+NAMES_AT = (("center", (0, -14)), ("left", (6, 2)), ("right", (-6, 2)))
 
 
 def points(result: dict) -> list[tuple[str, float, float]]:
@@ -13,9 +18,9 @@ def points(result: dict) -> list[tuple[str, float, float]]:
 def draw(axes, result: dict) -> None:
     found = points(result)
     axes.plot([x for _, x, _ in found], [100 * y for *_, y in found], "-", color=BLUE, alpha=0.4)
-    for name, x, y in found:
+    for (name, x, y), (side, offset) in zip(found, cycle(NAMES_AT), strict=False):
         color = BLUE if name.startswith("River") else ORANGE
         axes.plot(x, 100 * y, "o", color=color)
-        axes.annotate(name, (x, 100 * y), xytext=(5, 4), textcoords="offset points")
+        axes.annotate(name, (x, 100 * y), xytext=offset, textcoords="offset points", ha=side)
     axes.set(xlabel="speed over full depth", ylabel="same token as full depth, %")
     axes.margins(x=0.2)

@@ -149,14 +149,14 @@ struct Block {
     const int64_t inner = weights.inner();
     const auto middle = vectors(a.hidden_size), swiglu = vectors(inner);
     linear_into(weights.o(), Activations(of(attended, q_size(), rows), packed, parallel),
-                {.bias = a.o_bias, .addend = a.hidden, .out = middle.get(), .rows = rows}, parallel);
+                to_residual(a.o_bias, a.hidden, middle.get(), rows), parallel);
     weights.gate_up(normalised(middle.get(), rows, a.post_attention_layernorm, packed), parallel,
                     [&](int t, int64_t first, int count, const float* gate, const float* up) {
                       void* out = at(swiglu.get(), a.dtype, rows.index[t] * inner + first);
                       kernels().swiglu(a.dtype, gate, up, out, count);
                     });
     linear_into(weights.down(), Activations(of(swiglu.get(), inner, rows), packed, parallel),
-                {.bias = nullptr, .addend = middle.get(), .out = a.out, .rows = rows}, parallel);
+                to_residual(nullptr, middle.get(), a.out, rows), parallel);
   }
 
   int64_t q_size() const { return int64_t(a.num_heads) * a.head_dim; }
@@ -165,6 +165,11 @@ struct Block {
   std::unique_ptr<char[]> vectors(int64_t cols) const { return scratch<char>(a.rows * cols * size_of(a.dtype)); }
   Vectors of(const void* x, int64_t cols, const Rows& rows) const {
     return {.dtype = a.dtype, .data = x, .cols = cols, .rows = rows};
+  }
+
+  // residual, out: [T, hidden]
+  LinearOut to_residual(const void* bias, const void* residual, void* out, const Rows& rows) const {
+    return {.bias = bias, .multiplier = a.residual_multiplier, .addend = residual, .out = out, .rows = rows};
   }
 
   // x: [T, hidden]

@@ -39,8 +39,8 @@ void linear_into(const Weight& weight, const Activations& x, const LinearOut& to
   const auto bias = floats(dtype, to.bias, weight.rows);
   for_strips({weight}, x, parallel, [&](int t, int64_t first, int count, const float*(&sums)[1]) {
     const int64_t place = to.rows.index[t] * weight.rows + first;
-    kernels().add_sums(dtype, sums[0], bias ? &bias[first] : nullptr, to.addend ? at(to.addend, dtype, place) : nullptr,
-                       at(to.out, dtype, place), count);
+    kernels().add_sums(dtype, sums[0], bias ? &bias[first] : nullptr, to.multiplier,
+                       to.addend ? at(to.addend, dtype, place) : nullptr, at(to.out, dtype, place), count);
   });
 }
 
@@ -49,7 +49,7 @@ void launch_linear(const LinearArgs& a, const Parallel& parallel) {
   const Activations x({.dtype = a.dtype, .data = a.x, .cols = a.in_features, .rows = rows}, a.packed, parallel);
   const Weight weight{
       .dtype = a.dtype, .packed = a.packed, .data = a.weight, .rows = a.out_features, .cols = a.in_features};
-  linear_into(weight, x, {.bias = a.bias, .addend = nullptr, .out = a.out, .rows = rows}, parallel);
+  linear_into(weight, x, {.bias = a.bias, .multiplier = 1, .addend = nullptr, .out = a.out, .rows = rows}, parallel);
 }
 
 }  // namespace river::cpu

@@ -27,7 +27,9 @@ struct Best {
 };
 
 // The strip whose `count` tokens begin at `first`, for row t
-void offer_strip(const LmHeadArgs& a, int t, int64_t first, int count, const float (&logits)[kTileRows], Best& best) {
+void offer_strip(const LmHeadArgs& a, int t, int64_t first, int count, const float (&sums)[kTileRows], Best& best) {
+  float logits[kTileRows];
+  for (int i = 0; i < kTileRows; i++) logits[i] = sums[i] / a.logits_scaling;
   if (a.logits) memcpy(a.logits + int64_t(t) * a.vocab_size + first, logits, count * sizeof(float));
   for (int i = 0; i < count; i++) best.failed |= !is_finite(logits[i]);
   float noisy[kTileRows];
@@ -50,10 +52,10 @@ void launch_lm_head(const LmHeadArgs& a, const Parallel& parallel) {
   std::mutex mutex;
   parallel(head.strips(), head.grain(), [&](int64_t begin, int64_t end) {
     Best local[kMaxRows];
-    StripOut logits;
+    StripOut sums;
     for (int64_t s = begin; s < end; s++) {
-      head.strip(s, x, 0, logits);
-      for (int t = 0; t < a.rows; t++) offer_strip(a, t, s * kTileRows, head.strip_rows(s), logits[t], local[t]);
+      head.strip(s, x, 0, {}, sums);
+      for (int t = 0; t < a.rows; t++) offer_strip(a, t, s * kTileRows, head.strip_rows(s), sums[t], local[t]);
     }
     std::lock_guard<std::mutex> lock(mutex);
     for (int t = 0; t < a.rows; t++) best[t].merge(local[t]);

@@ -37,7 +37,7 @@ struct LmHeadEpilogue : PlainEpilogue {
   RIVER_DEVICE void finish(int strip, const StripTotals& totals, const Asked&, State& state) const {
     const int output_row = output_row_of_thread(), t = row_of_thread(), n = strip * kTileRows + output_row;
     if (output_row >= kTileRows || t >= a.rows || n >= a.vocab_size) return;
-    const float logit = totals(output_row, t);
+    const float logit = totals(output_row, t) / a.logits_scaling;
     if (a.logits) a.logits[int64_t(t) * a.vocab_size + n] = logit;
     const uint64_t key = is_finite(logit) ? token_key(score(logit, n, state), n) : kFailedKey;
     state.best = key > state.best ? key : state.best;

@@ -9,7 +9,7 @@ namespace {
 
 #define RIVER_HEAD_OPTIONS                                                                      \
   "float rms_norm_eps, bool return_logits=True, Tensor? temperature=None, Tensor? seeds=None, " \
-  "Tensor? positions=None"
+  "Tensor? positions=None, float logits_scaling=1.0"
 
 struct HeadTensors {
   Tensor hidden;  // [T, hidden]
@@ -18,6 +18,7 @@ struct HeadTensors {
   double rms_norm_eps;
   bool return_logits;
   OptionalTensor temperature, seeds, positions;  // [T]
+  double logits_scaling;
 };
 
 template <const char* schema>
@@ -29,7 +30,8 @@ HeadTensors read_head(Arguments<schema>& read) {
           .return_logits = read.boolean("return_logits"),
           .temperature = read.optional_tensor("temperature"),
           .seeds = read.optional_tensor("seeds"),
-          .positions = read.optional_tensor("positions")};
+          .positions = read.optional_tensor("positions"),
+          .logits_scaling = read.number("logits_scaling")};
 }
 
 void fill_sampling(Check& check, const HeadTensors& t, LmHeadArgs& args) {
@@ -55,6 +57,9 @@ void fill_inputs(Check& check, const HeadTensors& t, LmHeadArgs& args) {
   args.norm = check.vectors("norm", t.norm, type, {args.hidden_size});
   fill_sampling(check, t, args);
   args.rms_norm_eps = check.rms_norm_eps(t.rms_norm_eps);
+  args.logits_scaling = float(t.logits_scaling);
+  check.require(std::isfinite(args.logits_scaling) && args.logits_scaling > 0, "logits_scaling is ", t.logits_scaling,
+                ", expected a finite number > 0");
 }
 
 // What follows the checks

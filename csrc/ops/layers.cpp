@@ -4,6 +4,7 @@
 #include "dispatch.h"
 
 #include <algorithm>
+#include <cmath>
 #include <tuple>
 #include <vector>
 
@@ -18,7 +19,7 @@ struct BlockTensors {
   CacheTensors cache;
   Tensor cos, sin;  // [max_len, rotary_dim / 2]
   int64_t num_attention_heads;
-  double rms_norm_eps;
+  double rms_norm_eps, residual_multiplier;
   OptionalTensor q_bias, k_bias, v_bias;  // [heads * head_dim], [kv_heads * head_dim] x 2
   OptionalTensor o_bias;                  // [hidden]
   OptionalTensor q_norm, k_norm;          // [head_dim]
@@ -29,7 +30,7 @@ struct BlockTensors {
   "Tensor(k!) k_cache, Tensor(v!) v_cache, Tensor slots, Tensor positions, Tensor cos, Tensor sin, "             \
   "int num_attention_heads, float rms_norm_eps, Tensor? q_bias=None, Tensor? k_bias=None, Tensor? v_bias=None, " \
   "Tensor? o_bias=None, Tensor? q_norm=None, Tensor? k_norm=None, Tensor? query_scale=None, "                    \
-  "float? softmax_scale=None, int? sliding_window=None, Tensor? kv_valid=None"
+  "float? softmax_scale=None, int? sliding_window=None, Tensor? kv_valid=None, float residual_multiplier=1.0"
 
 template <const char* schema>
 BlockTensors read_block(Arguments<schema>& read) {
@@ -41,6 +42,7 @@ BlockTensors read_block(Arguments<schema>& read) {
           .sin = read.tensor("sin"),
           .num_attention_heads = read.integer("num_attention_heads"),
           .rms_norm_eps = read.number("rms_norm_eps"),
+          .residual_multiplier = read.number("residual_multiplier"),
           .q_bias = read.optional_tensor("q_bias"),
           .k_bias = read.optional_tensor("k_bias"),
           .v_bias = read.optional_tensor("v_bias"),
@@ -108,6 +110,9 @@ void fill_block(Check& check, const BlockTensors& t, BlockArgs& args) {
   fill_rotation(check, t, args);
   fill_options(check, t, type, args);
   args.rms_norm_eps = check.rms_norm_eps(t.rms_norm_eps);
+  args.residual_multiplier = float(t.residual_multiplier);
+  check.require(std::isfinite(args.residual_multiplier), "residual_multiplier is ", t.residual_multiplier,
+                ", expected a finite number");
   fill_scores(check, t.cache, args);
   args.k_cache = mutable_data(t.cache.k_cache);
   args.v_cache = mutable_data(t.cache.v_cache);

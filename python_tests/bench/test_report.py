@@ -32,7 +32,7 @@ def test_figures_are_those_of_the_results(figure):
 def test_every_table_has_one_place():
     named = [place[2] for path in report.DOCUMENTS for place in report.PLACE.finditer(path.read_text())]
     assert sorted(named) == sorted(report.TABLES)
-    assert sum(path.read_text().count("<!-- report ") for path in report.DOCUMENTS) == len(named)
+    assert sum(path.read_text().count("<!--report:") for path in report.DOCUMENTS) == len(named)
 
 
 @pytest.mark.parametrize("document", GENERATED, **ids)
@@ -58,6 +58,9 @@ def test_a_changed_digit_is_noticed():
         ("decode", lambda r: r["decode"][0].update(ms=999.9), ["decode", "decode-short"]),
         ("cycle", lambda r: r["cycle"][1].update(ms=99.9), ["cycle"]),
         ("engine", lambda r: r["engine"][3].update(tokens_per_second=9999), ["engine"]),
+        ("peers", lambda r: r["peers"][0].update(tokens_per_second=9999), ["peers"]),
+        ("paper", lambda r: r["values"][0].update(r=0.999), ["paper-correlations"]),
+        ("paper", lambda r: r["drift"]["settings"][1]["kl"].__setitem__(1, 9.9), ["paper-drift"]),
         ("prefill", lambda r: r["prefill"][0].update(ms=99), ["prefill"]),
         ("thresholds", lambda r: r["forced"][2].update(same=0.999), ["prefill-policies", "thresholds"]),
         ("memory", lambda r: r["memory"][0].update(file=999), ["memory-measured"]),
@@ -88,7 +91,7 @@ def test_how_tables_look():
 @pytest.fixture
 def one_document(tmp_path, monkeypatch):
     document = tmp_path / "a.md"
-    document.write_text("before\n<!-- report cycle -->\nold\n<!-- end -->\nafter\n")
+    document.write_text("before\n<!--report:cycle-->\nold\n<!--end-->\nafter\n")
     monkeypatch.setattr(report, "ROOT", tmp_path)
     monkeypatch.setattr(report, "DOCUMENTS", [document])
     monkeypatch.setattr(report, "FIGURES", {})

@@ -44,7 +44,7 @@ def broken_links(document: Path) -> list[str]:
 def missing_paths(text: str) -> list[str]:
     """Paths from the repository's root in the words of code, inline or in a block, that are not there."""
     words = " ".join([*CODE.findall(FENCE.sub("", text)), *FENCE.findall(text)]).split()
-    paths = [word.strip("\"'(),:;").removeprefix("./") for word in words]
+    paths = [word.strip("\"'(),:;").removeprefix("./").partition("::")[0] for word in words]
     in_repository = [path for path in paths if path.split("/")[0] in ENTRIES and "/" in path]
     return [path for path in in_repository if not path.startswith(MADE) and not any(ROOT.glob(path))]
 
@@ -61,6 +61,30 @@ def test_what_does_not_exist_would_be_noticed(tmp_path):
     assert broken_links(document) == ["b.md", "#two"]
     text = "`csrc/river.h`, `csrc/*.md`, `csrc/none.h` and `T/2`\n```\nbash bench/none.sh  build/x\n```\n"
     assert missing_paths(text) == ["csrc/none.h", "bench/none.sh"]
+
+
+def features() -> list[str]:
+    """What stands beside each feature: a command, or a test."""
+    text = (ROOT / "docs" / "features.md").read_text()
+    lines = [line for line in text.splitlines() if line.startswith("| ") and not line.startswith("| what ")]
+    rows = [re.fullmatch(r"\| .* \| `([^`]+)` \|", line) for line in lines]
+    assert all(rows) and len(rows) > 30
+    return [row[1] for row in rows]
+
+
+def test_every_feature_has_a_test_or_a_command_that_works(river, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for feature in features():
+        program, *arguments = shlex.split(feature)
+        if program != "river":
+            path, _, name = feature.partition("::")
+            assert re.search(rf"^def {name}\(", (ROOT / path).read_text(), re.M), feature
+        elif arguments[0] in ("chat", "eval"):
+            parse(arguments)  # which have tests of their own
+        else:
+            quick = ("--max-new-tokens", "3") if arguments[0] == "generate" else ()
+            assert river(*arguments, *quick)[0] == 0, feature
+    assert {path.name for path in tmp_path.iterdir()} == {"trace.html", "demo-river"}
 
 
 @each_document

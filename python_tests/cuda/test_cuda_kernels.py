@@ -23,7 +23,15 @@ KERNEL_SHAPES = {name: shape for name, shape in SHAPES.items() if shape.head_dim
     "head_dim 128": Shape(num_key_value_heads=4, head_dim=128, rotary_dim=128, qk_norm=True),
     "head_dim 256": Shape(num_attention_heads=2, num_key_value_heads=1, head_dim=256, rotary_dim=256),
     "heads across strips": Shape(
-        192, 3, 1, head_dim=40, intermediate_size=88, rotary_dim=24, bias=True, qk_norm=True
+        192,
+        3,
+        1,
+        head_dim=40,
+        intermediate_size=88,
+        rotary_dim=24,
+        bias=True,
+        qk_norm=True,
+        residual_multiplier=0.3,
     ),
 }
 
@@ -410,7 +418,7 @@ def test_lm_head(kernels, kind, rows, vocab, size):
         "seeds": torch.arange(rows) - 1,
         "positions": int32(list(range(rows))),
     }
-    for options in ({}, draw, {"return_logits": False}):
+    for options in ({}, draw | {"logits_scaling": 3.0}, {"return_logits": False}):
         tokens, logits = head(hidden, norm, kernels, **options)
         expected, expected_logits = head.reference(hidden, norm, **options)
         assert torch.equal(tokens, expected)

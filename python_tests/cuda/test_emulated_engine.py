@@ -14,7 +14,7 @@ import torch
 from emulated import VARIANT
 from kv_oracle import assert_same, sequences
 from streams import Landing
-from tiny_model import random_model, random_prompt
+from tiny_model import MULTIPLIERS, random_model, random_prompt
 
 from river_ext import ops
 from river_ext.engine import offload
@@ -44,7 +44,7 @@ def on_emulated_gpu(monkeypatch):
 
 
 def model():
-    return random_model(dtype=torch.bfloat16, num_hidden_layers=LAYERS)
+    return random_model(dtype=torch.bfloat16, num_hidden_layers=LAYERS, **MULTIPLIERS)
 
 
 def offloading_model(resident):

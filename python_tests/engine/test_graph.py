@@ -10,7 +10,7 @@ import weakref
 import pytest
 import torch
 from oracle import oracle, same
-from tiny_model import demo_model, random_model, random_prompt
+from tiny_model import MULTIPLIERS, demo_model, random_model, random_prompt
 
 from river_ext import ops
 from river_ext.engine import decoder, graph
@@ -185,6 +185,7 @@ def test_requests_keep_their_own_values_when_the_first_ends_at_its_prefill(model
         {"sliding_window": 5},
         {"num_hidden_layers": 1},
         {"tie_word_embeddings": True},
+        MULTIPLIERS,
     ],
     ids=str,
 )

@@ -11,7 +11,7 @@ from kv_oracle import Sequence, assert_same, sequences, token_of
 from oracle import oracle, same
 from test_engine import Cut, Interrupts
 from test_longrope import ORIGINAL, longrope_model
-from tiny_model import demo_model, random_model, random_prompt
+from tiny_model import MULTIPLIERS, demo_model, random_model, random_prompt
 
 from river_ext import ops
 from river_ext.engine.kv_strategies import KV_DECODERS
@@ -24,6 +24,7 @@ MODELS = {
     "plain": {},
     "biases and norms": {"biases": True, "qk_norm": True, "seed": 1},
     "partial rotary": {"rotary_dim": 8, "seed": 2},
+    "multipliers": MULTIPLIERS,
 }
 strategies = pytest.mark.parametrize("strategy", OTHERS)
 

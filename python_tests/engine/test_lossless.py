@@ -6,7 +6,7 @@ import random
 import pytest
 import torch
 from oracle import oracle
-from tiny_model import demo_model, random_model, random_prompt
+from tiny_model import MULTIPLIERS, demo_model, random_model, random_prompt
 
 from river_ext import ops
 from river_ext.engine import lossless
@@ -92,7 +92,7 @@ def test_a_river_that_is_mostly_wrong(dtype, batch):
 @pytest.mark.parametrize(
     "changes",
     [{"biases": True, "qk_norm": True}, {"sliding_window": 5}, {"num_hidden_layers": 1},
-     {"tie_word_embeddings": True}],
+     {"tie_word_embeddings": True}, MULTIPLIERS],
     ids=str,
 )  # fmt: skip
 def test_models(changes):

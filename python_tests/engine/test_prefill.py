@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 from decoding import asked, one_at_a_time
-from tiny_model import demo_model, random_model, random_prompt
+from tiny_model import MULTIPLIERS, demo_model, random_model, random_prompt
 
 from river_ext import ops, progress
 from river_ext.engine import prefill
@@ -33,6 +33,7 @@ SHAPES = {
     "q and k norms": {"qk_norm": True},
     "partial rotary": {"rotary_dim": 8},
     "sliding window": {"sliding_window": 5},
+    "multipliers": MULTIPLIERS,
     "layers of their own": {"sliding_window": 5, "full_attention_layers": (0, 2), "nope_layers": (1, 2)},
     "query scale": {"query_scaling": (0.5, 4)},
     "odd sizes": {"intermediate_size": 77, "vocab_size": 81, "head_dim": 20, "rotary_dim": 20},

@@ -6,7 +6,7 @@ from dataclasses import replace
 import pytest
 import torch
 from drawing import drawing
-from tiny_model import random_model, random_prompt
+from tiny_model import MULTIPLIERS, random_model, random_prompt
 
 from river_ext import ops
 from river_ext.engine import sampling
@@ -105,6 +105,19 @@ def test_draws_follow_the_filtered_distribution(options, left):
     counts = draw(LOGITS, 0.8, **options).bincount(minlength=6).float()
     assert counts.nonzero().flatten().tolist() == left
     assert chi_square(counts, probabilities) < LIMIT[len(left) - 1]
+
+
+def test_the_head_draws_what_sample_draws_from_its_logits():
+    """Bit for bit, also where logits are divided; a filter that keeps all tokens tells the two apart."""
+    network = random_model(**MULTIPLIERS).network
+    hidden, seeds = network.embed(torch.arange(8) + 20), torch.arange(8)
+    for start in range(0, 400, 8):
+        positions = torch.arange(start, start + 8, dtype=torch.int32)
+        by_head, _ = next_tokens(network, hidden, Sampling(2.5), seeds, positions)
+        by_sample, _ = next_tokens(
+            network, hidden, Sampling(2.5, top_k=len(network.lm_head)), seeds, positions
+        )
+        assert torch.equal(by_head, by_sample)
 
 
 def test_plain_temperature_in_the_op_follows_the_distribution():

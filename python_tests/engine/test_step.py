@@ -6,7 +6,7 @@ import random
 import pytest
 import torch
 from decoding import asked, at_depth, first_row, one_at_a_time, poisoned_memory, step
-from tiny_model import random_model, random_prompt
+from tiny_model import MULTIPLIERS, random_model, random_prompt
 
 from river_ext import ops, reference
 from river_ext.engine.decoder import DeviceDecoder, HostDecoder
@@ -106,7 +106,10 @@ def by_specification(monkeypatch):
                 similarities += similarity.tolist()
             for layer in network.layers[depth:]:
                 hidden, _ = layer.exit(hidden, place)
-        _, logits = reference.lm_head(hidden, network.norm, network.lm_head, network.config.rms_norm_eps)
+        config = network.config
+        _, logits = reference.lm_head(
+            hidden, network.norm, network.lm_head, config.rms_norm_eps, logits_scaling=config.logits_scaling
+        )
         return logits[0], similarities
 
     return run
@@ -129,6 +132,7 @@ SHAPES = {
     "biases and norms": {"biases": True, "qk_norm": True, "num_key_value_heads": 1},
     "odd sizes": {"intermediate_size": 77, "vocab_size": 81, "head_dim": 20, "rotary_dim": 12},
     "sliding window": {"sliding_window": 5},
+    "multipliers": MULTIPLIERS,
     "layers of their own": {"sliding_window": 5, "full_attention_layers": (0, 2), "nope_layers": (1, 2)},
     "query scale": {"query_scaling": (0.5, 4)},
 }

@@ -24,6 +24,7 @@ CHANGES = [
     {"model_type": "smollm3", "no_rope_layers": [1, 0, 1], "use_sliding_window": True, "sliding_window": 8},
     {"model_type": "mistral", "sliding_window": 8, "layer_types": ["full_attention"] * 3},
     {"model_type": "qwen3", "layer_types": ["full_attention"] * 3, "max_window_layers": 1},
+    {"model_type": "granite", "embedding_multiplier": 12.0, "logits_scaling": 8},
 ]  # fmt: skip
 
 

@@ -10,6 +10,7 @@ from tiny_model import CONFIG, random_model
 
 from river_ext.errors import RiverError
 from river_ext.loading.config import ModelConfig, parse_dtype, read_config
+from river_ext.loading.multipliers import MULTIPLIERS
 from river_ext.loading.rope import rope_tables
 
 LLAMA3 = {
@@ -166,6 +167,22 @@ def test_families(tmp_path):
     assert read(tmp_path, model_type="qwen3").head_dim == 128
     assert read(tmp_path, head_dim=None).head_dim == 16
     assert read(tmp_path, head_dim=40).head_dim == 40
+
+
+def test_multipliers(tmp_path):
+    granite = {"model_type": "granite", "rms_norm_eps": 1e-5}
+    names = "rms_norm_eps", "softmax_scale", "residual_multiplier", "logits_scaling"
+
+    def fields(**changes):
+        return tuple(getattr(read(tmp_path, **changes), name) for name in names)
+
+    assert fields(rms_norm_eps=1e-5) == (1e-5, None, 1.0, 1.0)
+    assert fields(**granite) == (1e-5, 1.0, 1.0, 1.0)  # transformers' defaults
+    assert fields(**granite, attention_multiplier=0.125, residual_multiplier=0.22) == (1e-5, 0.125, 0.22, 1.0)
+    assert fields(**granite, embedding_multiplier=4, logits_scaling=8) == (1e-5 / 16, 1.0, 0.25, 8.0)
+    for key in MULTIPLIERS:
+        for value in (0, -1, 1e5, "12", True):
+            refusal(tmp_path, key, "a number from 0.0001 to 10000", **granite, **{key: value})
 
 
 def test_what_new_families_imply(tmp_path):

@@ -8,7 +8,7 @@ from test_config import read, refusal
 
 from river_ext.errors import RiverError
 from river_ext.loading.config import read_config
-from river_ext.loading.families import FAMILIES, MULTIMODAL
+from river_ext.loading.families import FAMILIES, MULTIMODAL, NOT_SUPPORTED
 
 # key: (values that change nothing, values that change the arithmetic)
 FOREIGN_KEYS = {
@@ -121,6 +121,9 @@ def test_keys_that_change_the_arithmetic_are_refused_by_name(tmp_path, key):
 def test_what_is_neutral_depends_on_the_family(tmp_path):
     qwen3 = {"model_type": "qwen3", "head_dim": 16}
     assert read(tmp_path, **qwen3, use_qk_norm=True).model_type == "qwen3"
+    granite = {"model_type": "granite", "residual_multiplier": 0.22}
+    assert read(tmp_path, **granite).residual_multiplier == 0.22
+    refusal(tmp_path, "attn_scale", **granite, attn_scale=0.5)
     refusal(tmp_path, "use_qk_norm", "false", **qwen3, use_qk_norm=False)
     mistral = {"model_type": "mistral", "sliding_window": 32}
     assert read(tmp_path, **mistral, layer_types=["sliding_attention"] * 3).sliding_window == 32
@@ -131,6 +134,19 @@ def test_what_is_neutral_depends_on_the_family(tmp_path):
     assert read(tmp_path, **ministral3, layer_types=["sliding_attention"] * 3).sliding_window == 32
     refusal(tmp_path, "layer_types", **ministral3, layer_types=["full_attention"] * 3)
     refusal(tmp_path, "layer_types", model_type="qwen2", layer_types=["sliding_attention"] * 3)
+
+
+@pytest.mark.parametrize("model_type", NOT_SUPPORTED)
+def test_what_is_not_supported_is_refused_with_the_reason(tmp_path, model_type):
+    """By the name that transformers has for it."""
+    transformers = pytest.importorskip("transformers")
+    assert model_type in transformers.CONFIG_MAPPING
+    transformers.AutoConfig.for_model(model_type).save_pretrained(tmp_path)
+    with pytest.raises(RiverError) as caught:
+        read_config(tmp_path)
+    message = str(caught.value)
+    assert f'model_type is "{model_type}"; accepted: granite, llama, ' in message
+    assert message.endswith(NOT_SUPPORTED[model_type]) and "\n" not in message
 
 
 def test_an_architecture_of_another_family(tmp_path):

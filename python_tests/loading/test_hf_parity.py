@@ -25,6 +25,10 @@ LLAMA3 = {
 LINEAR = {"rope_type": "linear", "rope_theta": 10000.0, "factor": 4.0}
 DYNAMIC = {"rope_type": "dynamic", "rope_theta": 10000.0, "factor": 4.0}
 
+GRANITE = {
+    "embedding_multiplier": 12.0, "attention_multiplier": 0.15, "residual_multiplier": 0.7,
+    "logits_scaling": 6.0,
+}  # fmt: skip
 YARN = {
     "rope_type": "yarn", "rope_theta": 10000.0, "factor": 4.0, "original_max_position_embeddings": 64,
 }  # fmt: skip
@@ -119,6 +123,10 @@ CASES = {
         SMALL | {"no_rope_layers": [0, 1, 0], "use_sliding_window": True, "sliding_window": 16},
     ),
     "qwen3, bias": ("qwen3", 24, {"head_dim": 16, "attention_bias": True}),
+    "granite": ("granite", 24, GRANITE),
+    "granite, bias": ("granite", 24, GRANITE | {"attention_bias": True}),
+    "granite, tied": ("granite", 24, GRANITE | {"tie_word_embeddings": True, "embedding_multiplier": 1.3}),
+    "granite, no multipliers": ("granite", 24, {}),
 }
 
 
@@ -168,8 +176,12 @@ def reference_greedy(directory, prompt: list[int]) -> tuple[list[int], torch.Ten
                 hidden=hidden, **vars(block), k_cache=k_cache[layer], v_cache=v_cache[layer], slots=slots,
                 positions=positions, cos=cos, sin=sin, query_scale=scales, sliding_window=window,
                 num_attention_heads=config.num_attention_heads, rms_norm_eps=config.rms_norm_eps,
+                softmax_scale=config.softmax_scale, residual_multiplier=config.residual_multiplier,
             )  # fmt: skip
-        return reference.lm_head(hidden[-1:], weights.norm, weights.lm_head, config.rms_norm_eps)
+        return reference.lm_head(
+            hidden[-1:], weights.norm, weights.lm_head, config.rms_norm_eps,
+            logits_scaling=config.logits_scaling,
+        )  # fmt: skip
 
     tokens, all_logits = [], []
     while len(tokens) < NEW_TOKENS:
@@ -287,6 +299,18 @@ def test_a_stored_head_counts_in_a_tied_model(hf_checkpoint):
     head = load_file(directory / "model.safetensors")["model.embed_tokens.weight"].flip(0) * 2
     edit(directory, lambda tensors: tensors.update({"lm_head.weight": head.contiguous()}))
     assert_equals_transformers(directory)
+
+
+def test_granite_in_every_mode(hf_checkpoint):
+    """Through the river's exit layers too: drafts that are right come from the same arithmetic."""
+    directory = hf_checkpoint("granite", **GRANITE)
+    assert_equals_transformers(directory)
+    model, prompt = river_ext.load(directory, device="cpu"), list(range(3, 20))
+    for options in ({}, {"temperature": 0.8, "seed": 5}, {"temperature": 1.2, "top_p": 0.9}):
+        options |= {"max_new_tokens": 40, "stop_tokens": ()}
+        full = model.generate(prompt, mode="full", **options)
+        lossless = model.generate(prompt, mode="lossless", draft_tokens=3, **options)
+        assert lossless.tokens == full.tokens and any(lossless.drafted)
 
 
 @pytest.mark.parametrize("size", [0.0, 1e-30, 1e-9, 1e-6])

@@ -72,6 +72,8 @@ def test_options(layer):
     check(block, layer, 3, slots, positions, kv_valid=valid)
     check(block, layer, 3, slots, positions, kv_valid=torch.zeros_like(valid))
     check(block, layer, 3, slots, positions, softmax_scale=0.3)
+    for multiplier in (0.22, 3.0, 0.0, -1.5):
+        check(block, layer, 3, slots, positions, residual_multiplier=multiplier)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -137,7 +139,7 @@ def test_rows_of_one_sequence_see_each_other(layer):
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("shape", ["odd sizes", "partial rotary, bias", "pads everywhere"])
+@pytest.mark.parametrize("shape", ["odd sizes", "partial rotary, bias, multiplier", "pads everywhere"])
 @pytest.mark.parametrize("layer", LAYERS)
 def test_any_number_of_rows_gives_the_same_bits(layer, shape, dtype, isa):
     """Rows of a prompt, with some of other slots and inactive ones between, all at once and in few calls."""
@@ -196,6 +198,8 @@ BAD_ARGUMENTS = {
     "eps": (dict(rms_norm_eps=float("nan")), "rms_norm_eps is nan"),
     "window": (dict(sliding_window=0), "sliding_window is 0, expected at least 1"),
     "scale": (dict(softmax_scale=float("inf")), "softmax_scale is inf"),
+    "multiplier": (dict(residual_multiplier=float("nan")), "residual_multiplier is nan, expected a finite"),
+    "large multiplier": (dict(residual_multiplier=1e39), "residual_multiplier is 1e\\+39, expected a finite"),
     "short tables": (dict(cos=torch.zeros(47, 16)), "cos has shape"),
     "cache layout": (dict(k_cache=torch.zeros(9, 2, 32, 48).transpose(2, 3)), "k_cache is not contiguous"),
     "cache shape": (dict(v_cache=torch.zeros(9, 2, 47, 32)), "v_cache has shape"),

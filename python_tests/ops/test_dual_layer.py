@@ -187,7 +187,7 @@ def test_options_reach_both_layers():
     block = Block(SHAPES["multi-query, qk norm, query scale"], torch.float32)
     hidden, previous, caches, slots, positions = case(block)
     valid = torch.rand(block.shape.slots, block.shape.max_len, generator=block.generator) < 0.7
-    options = {"softmax_scale": 0.3, "sliding_window": 4, "kv_valid": valid}
+    options = {"softmax_scale": 0.3, "sliding_window": 4, "kv_valid": valid, "residual_multiplier": 0.22}
     for threshold, layer in [(NEVER, "decoder_block"), (ALWAYS, "exit_layer")]:
         own = [c.clone() for c in caches]
         out = run(ops, block, 1, hidden, previous, Decision(3, threshold), own, slots, positions, **options)

@@ -119,6 +119,29 @@ def test_sampling_equals_reference(kind):
     assert torch.equal(head(hidden, norm, **greedy)[0], head(hidden, norm)[0])
 
 
+@pytest.mark.parametrize("scaling", [8.0, 0.3])
+def test_logits_are_divided_before_a_token_is_chosen(kind, scaling, isa):
+    hidden, norm, weight = inputs(torch.float32)
+    head = Head(kind, weight)
+    _, plain = head(hidden, norm)
+    draw = sampling(8, 0.8, list(range(8)), list(range(0, 80, 10)))
+    for options in ({}, draw):
+        tokens, logits = head(hidden, norm, logits_scaling=scaling, **options)
+        assert torch.equal(logits, plain / scaling)
+        assert torch.equal(tokens, head.reference(hidden, norm, logits_scaling=scaling, **options)[0])
+        alone, _ = head(hidden, norm, logits_scaling=scaling, return_logits=False, **options)
+        assert torch.equal(alone, tokens)
+
+
+def test_logits_that_a_division_makes_equal_are_a_tie(kind):
+    """What a user sees of the logits decides, and what `sample` does too."""
+    hidden, norm, weight = inputs(torch.float32)
+    head = Head(kind, weight)
+    tokens, logits = head(hidden, 1e-6 * norm, logits_scaling=1e38)  # so small that few bits are left
+    ties = logits == logits.amax(-1, keepdim=True)
+    assert (ties.sum(-1) > 1).any() and torch.equal(tokens, ties.int().argmax(-1))
+
+
 def test_sampling_depends_on_seed_and_position_only(kind):
     hidden, norm, weight = inputs(torch.float32)
     head = Head(kind, weight)
@@ -191,6 +214,9 @@ def test_bad_arguments():
         (sampling(8, -1.0, [0] * 8, [0] * 8), r"temperature\[0\] is -1, expected a finite number >= 0"),
         (sampling(8, float("nan"), [0] * 8, [0] * 8), r"temperature\[0\] is nan"),
         (sampling(7, 1.0, [0] * 8, [0] * 8), r"temperature has shape \[7\], expected \[8\]"),
+        (dict(logits_scaling=0.0), "logits_scaling is 0, expected a finite number > 0"),
+        (dict(logits_scaling=-8.0), "logits_scaling is -8, expected a finite number > 0"),
+        (dict(logits_scaling=float("nan")), "logits_scaling is nan, expected a finite number > 0"),
     ]:
         with pytest.raises(RuntimeError, match=message):
             ops.lm_head(hidden, norm, weight, 1e-5, **options)

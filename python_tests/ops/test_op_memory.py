@@ -43,7 +43,8 @@ def arguments(name: str) -> dict:
         places = int32([0, 3]), int32([5, 7])
         values += [*block.caches(), *places, *block.tables, s.num_attention_heads, 1e-5]
         values += [block.options[key] for key in ("q_bias", "k_bias", "v_bias", "o_bias", "q_norm", "k_norm")]
-        values += [block.options["query_scale"], None, None, torch.ones(s.slots, s.max_len, dtype=torch.bool)]
+        valid = torch.ones(s.slots, s.max_len, dtype=torch.bool)
+        values += [block.options["query_scale"], None, None, valid, 1.0]
         values += [False] if name == "dual_layer" else []
     return dict(zip((a.name for a in schema.arguments), values, strict=True))
 

@@ -16,7 +16,7 @@ HAS_CUDA = ops._C.build_info()["cuda"]
 
 
 def samples():
-    block = Block(SHAPES["partial rotary, bias"], torch.bfloat16)
+    block = Block(SHAPES["partial rotary, bias, multiplier"], torch.bfloat16)
     s, d, p = block.shape, block.dense, block.packed
     hidden, (k, v) = block.random(2, s.hidden_size), block.caches()
     tail = (k, v, int32([0, -1]), int32([5, 0]), *block.tables, s.num_attention_heads, 1e-5)

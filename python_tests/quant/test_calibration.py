@@ -37,6 +37,12 @@ def checkpoint(tiny_checkpoint):
     return load_checkpoint(tiny_checkpoint())
 
 
+GRANITE = {
+    "model_type": "granite", "embedding_multiplier": 2.0, "attention_multiplier": 0.4,
+    "residual_multiplier": 0.8, "logits_scaling": 0.5,
+}  # fmt: skip
+
+
 def calibrate(checkpoint, path, texts=TEXTS, group_size=64):
     built = build_river(checkpoint.config, checkpoint.weights, group_size, progress=False)
     return calibrate_river(checkpoint, built, texts, path, progress=False)
@@ -71,8 +77,10 @@ def test_the_demo_model_agrees_more_often(tmp_path):
         assert (said.agreement, said.kl) == (found[agreement], found[kl])
 
 
-def test_agreement_by_its_definition(checkpoint):
+@pytest.mark.parametrize("changes", [{}, GRANITE], ids=["llama", "granite"])
+def test_agreement_by_its_definition(tiny_checkpoint, changes):
     """Every position of every text, from the logits of teacher forcing; texts of more rows than one block."""
+    checkpoint = load_checkpoint(tiny_checkpoint(**changes))
     model = Model(checkpoint.config, checkpoint.weights, build_river(checkpoint.config, checkpoint.weights))
     texts = tokens(2, 150, seed=3) + tokens(1, 1, seed=4)
     same, divergence = 0, 0.0
@@ -91,7 +99,7 @@ def test_agreement_by_its_definition(checkpoint):
 UNEVEN = {"intermediate_size": 100, "head_dim": 6, "num_attention_heads": 5, "num_key_value_heads": 1}
 
 
-@pytest.mark.parametrize("changes", [{}, {"model_type": "qwen2"}, {"model_type": "qwen3"}, UNEVEN])
+@pytest.mark.parametrize("changes", [{}, {"model_type": "qwen2"}, {"model_type": "qwen3"}, UNEVEN, GRANITE])
 def test_of_random_weights_the_outputs_are_met_better(tiny_checkpoint, tmp_path, changes):
     """Biases, q and k norms, and padded tiles included."""
     checkpoint = load_checkpoint(tiny_checkpoint(**changes))
@@ -102,7 +110,7 @@ def test_of_random_weights_the_outputs_are_met_better(tiny_checkpoint, tmp_path,
 
 def test_a_projection_gets_the_inputs_that_the_layer_gives_it(tiny_checkpoint, monkeypatch):
     """On both ways: layer by layer they add up to the outputs, which other code computes."""
-    checkpoint = load_checkpoint(tiny_checkpoint(attention_bias=True))
+    checkpoint = load_checkpoint(tiny_checkpoint(**GRANITE, attention_bias=True))
     config, blocks = checkpoint.config, checkpoint.weights.layers
     built = build_river(config, checkpoint.weights, progress=False)
     refinement = refine.Refinement(Network(config, checkpoint.weights, built), TEXTS.used, 64)
@@ -120,12 +128,13 @@ def test_a_projection_gets_the_inputs_that_the_layer_gives_it(tiny_checkpoint, m
             for text in range(len(TEXTS.used)):
                 qkv, attended, gate_up, swiglu = (seen[names][text][way] for names in refine_order(seen))
                 hidden, after = before[text][way], refinement.hidden[text][way]
-                middle = hidden + attended @ dense["o_proj"].T + block.o_bias
+                o = attended @ dense["o_proj"].T + block.o_bias
+                middle = hidden + config.residual_multiplier * o
                 gate, up = gate_up @ dense["gate_proj"].T, gate_up @ dense["up_proj"].T
                 close(qkv, rms_norm(hidden, block.input_layernorm, config.rms_norm_eps))
                 close(gate_up, rms_norm(middle, block.post_attention_layernorm, config.rms_norm_eps))
                 close(swiglu, torch.nn.functional.silu(gate) * up)
-                close(after, middle + swiglu @ dense["down_proj"].T)
+                close(after, middle + config.residual_multiplier * (swiglu @ dense["down_proj"].T))
 
 
 def refine_order(seen: dict) -> list:

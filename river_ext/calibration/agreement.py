@@ -48,7 +48,9 @@ def _through(network: Network, hidden: Tensor, layer: str) -> Tensor:
 
 
 def _log_probabilities(network: Network, hidden: Tensor) -> Tensor:
-    logits = linear(rms_norm(hidden, network.norm, network.config.rms_norm_eps), network.lm_head)
+    config = network.config
+    logits = linear(rms_norm(hidden, network.norm, config.rms_norm_eps), network.lm_head)
+    logits = logits / config.logits_scaling
     if not logits.isfinite().all():
         raise RiverError(f"logits of a text became NaN or infinite in {network.dtype}; accepted: finite ones")
     return logits.log_softmax(-1)

@@ -61,7 +61,10 @@ class Refinement:
         river.fit(("o_proj",), attended)
         advance()
         middle = [
-            tuple(add(h, linear(x, way.o(), block.o_bias)) for way, h, x in zip(ways, *pairs, strict=True))
+            tuple(
+                add(h, linear(x, way.o(), block.o_bias), config.residual_multiplier)
+                for way, h, x in zip(ways, *pairs, strict=True)
+            )
             for pairs in zip(self.hidden, attended, strict=True)
         ]
         del attended

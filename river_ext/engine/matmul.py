@@ -102,7 +102,8 @@ class ManyRows:
     def attention_half(self, start: int, hidden: Tensor) -> Tensor:
         """Rows from position start on through norm, QKV, RoPE, attention, O and residual; writes K and V."""
         attended = self.attended(start, hidden)
-        return add(hidden, linear(attended, self.matrices.o(), self.options.get("o_bias")))
+        o = linear(attended, self.matrices.o(), self.options.get("o_bias"))
+        return add(hidden, o, self.config.residual_multiplier)
 
     def attended(self, start: int, hidden: Tensor) -> Tensor:
         """What O takes, [rows, heads * head_dim]; writes K and V."""
@@ -122,12 +123,15 @@ class ManyRows:
         if (scale := self.tables["query_scale"]) is not None:
             q = q * scale[start:stop, None, None]
         q = q.to(hidden.dtype)
-        attended = causal_attention(q, self.k, self.v, start, options.get("sliding_window"))
+        attended = causal_attention(
+            q, self.k, self.v, start, config.softmax_scale, options.get("sliding_window")
+        )
         return attended.to(hidden.dtype).flatten(1)
 
     def mlp_half(self, hidden: Tensor) -> Tensor:
         """Rows through norm, gate and up, SwiGLU, down and residual."""
-        return add(hidden, linear(self.swiglu(hidden), self.matrices.down()))
+        down = linear(self.swiglu(hidden), self.matrices.down())
+        return add(hidden, down, self.config.residual_multiplier)
 
     def swiglu(self, hidden: Tensor) -> Tensor:
         """What down takes, [rows, intermediate_size]."""
@@ -137,7 +141,12 @@ class ManyRows:
 
 
 def causal_attention(
-    query: Tensor, k_cache: Tensor, v_cache: Tensor, start: int, sliding_window: int | None
+    query: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    start: int,
+    softmax_scale: float | None,
+    sliding_window: int | None,
 ) -> Tensor:
     """fp32 [n, heads, head_dim]: queries at positions start.. against positions up to their own.
 
@@ -145,6 +154,7 @@ def causal_attention(
     """
     rows, heads, head_dim = query.shape
     kv_heads = k_cache.shape[0]
+    scale = head_dim**-0.5 if softmax_scale is None else softmax_scale
     group, queries_at_a_time = heads // kv_heads, max(1, SCORES_AT_A_TIME // (heads * (start + rows)))
     out = torch.empty(query.shape, dtype=torch.float32, device=query.device)
     for begin in range(0, rows, queries_at_a_time):
@@ -161,7 +171,7 @@ def causal_attention(
         part = (
             part.view(n, kv_heads, group, head_dim).permute(1, 2, 0, 3).reshape(kv_heads, group * n, head_dim)
         )
-        scores = (part @ k.transpose(1, 2) * head_dim**-0.5).view(kv_heads, group, n, -1)
+        scores = (part @ k.transpose(1, 2) * scale).view(kv_heads, group, n, -1)
         weights = torch.softmax(scores.masked_fill_(unseen, float("-inf")), dim=-1)
         attended = (weights.view(kv_heads, group * n, -1) @ v).view(kv_heads, group, n, head_dim)
         out[begin : begin + n] = attended.permute(2, 0, 1, 3).flatten(1, 2)
@@ -191,6 +201,6 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     return y if bias is None else y + bias.float()
 
 
-def add(hidden: Tensor, y: Tensor) -> Tensor:
-    """The residual: fp32 y onto hidden, in the model dtype."""
-    return (hidden.float() + y).to(hidden.dtype)
+def add(hidden: Tensor, y: Tensor, multiplier: float) -> Tensor:
+    """The residual: fp32 y, times the multiplier, onto hidden, in the model dtype."""
+    return (hidden.float() + multiplier * y).to(hidden.dtype)

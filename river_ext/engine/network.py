@@ -68,6 +68,8 @@ class Layer:
             "post_attention_layernorm": weights.post_attention_layernorm,
             "num_attention_heads": config.num_attention_heads,
             "rms_norm_eps": config.rms_norm_eps,
+            "softmax_scale": config.softmax_scale,
+            "residual_multiplier": config.residual_multiplier,
             **self.options,
         }
         names = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
@@ -150,11 +152,11 @@ class Network:
             of_logits = river_head[: len(logits), None]  # of none, where they are not wanted
             logits = torch.where(of_logits, river_logits, logits)
             return torch.where(river_head, river_tokens, tokens), logits
-        eps = self.config.rms_norm_eps
+        config = self.config
+        options |= {"rms_norm_eps": config.rms_norm_eps, "logits_scaling": config.logits_scaling}
         if river_head and self.lm_head_w4 is not None:
-            size = self.config.vocab_size
-            return ops.lm_head_w4(hidden, self.norm, self.lm_head_w4, size, eps, **options)
-        return ops.lm_head(hidden, self.norm, self.lm_head, eps, **options)
+            return ops.lm_head_w4(hidden, self.norm, self.lm_head_w4, config.vocab_size, **options)
+        return ops.lm_head(hidden, self.norm, self.lm_head, **options)
 
     def check_river_head(self) -> None:
         """Refuses a river that was saved without a head, where that is wanted."""

@@ -15,9 +15,16 @@ import torch
 
 from .. import ops
 from ..errors import RiverError
-from .families import FAMILIES, MULTIMODAL, refuse_foreign_architectures, refuse_foreign_keys
+from .families import (
+    FAMILIES,
+    MULTIMODAL,
+    refuse_foreign_architectures,
+    refuse_foreign_keys,
+    refuse_known_architectures,
+)
 from .files import is_regular, path_of
 from .json_object import Reader, read_json_object
+from .multipliers import with_multipliers
 from .rope_config import MAX_POSITIONS, read_nope_layers, read_rope, read_windows
 
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
@@ -35,7 +42,7 @@ class ModelConfig:
     num_key_value_heads: int
     head_dim: int
     rotary_dim: int  # dims of a head that rotate; the rest passes through
-    rms_norm_eps: float
+    rms_norm_eps: float  # of hidden vectors as they are kept, see multipliers.py
     max_position_embeddings: int
     rope_theta: float
     rope_scaling: dict | None  # None, or {"rope_type": "linear", "factor": ...}, say: see rope_config.py
@@ -51,6 +58,9 @@ class ModelConfig:
     query_scaling: tuple[float, int] | None = None
     multimodal: bool = False  # the checkpoint holds more than this model, which is read alone
     resident_layers: int | None = None  # `load` says it: backbone layers from this one on are offloaded
+    softmax_scale: float | None = None  # None: head_dim ** -0.5
+    residual_multiplier: float = 1.0  # of hidden vectors as they are kept, see multipliers.py
+    logits_scaling: float = 1.0  # logits are divided by it
 
     @property
     def max_length(self) -> int:
@@ -91,6 +101,7 @@ def read_config_file(path: Path) -> ModelConfig:
     generation_path = path.parent / "generation_config.json"
     generation = read_json_object(generation_path) if is_regular(generation_path) else {}
     top, generation = Reader(path, read_json_object(path)), Reader(generation_path, generation)
+    refuse_known_architectures(top)
     if top.choice("model_type", [*FAMILIES, *MULTIMODAL]) in FAMILIES:
         return model_config(top, generation)
     return replace(model_config(_text_model(top), generation), multimodal=True)
@@ -189,6 +200,8 @@ def model_config(top: Reader, generation: Reader) -> ModelConfig:
         nope_layers=nope_layers,
         **read_rope(top, family, head_dim, max_position_embeddings)._asdict(),
     )
+    if family.multipliers:
+        config = with_multipliers(config, top)
     refuse_foreign_architectures(top)
     refuse_foreign_keys(top, config)
     return config

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from .json_object import Reader
+from .multipliers import MULTIPLIERS
 
 if TYPE_CHECKING:
     from .config import ModelConfig
@@ -26,6 +27,7 @@ class Family:
     qkv_bias: bool | None = None  # None: the key attention_bias decides
     o_bias: bool = True  # o has a bias where q, k and v have one
     qk_norm: bool = False
+    multipliers: bool = False  # the keys of multipliers.py count
     # "key": sliding_window itself, which must be there; "optional": the same, or none; "switch": only if
     # use_sliding_window; None: no layer has one
     sliding_window: str | None = None
@@ -44,6 +46,7 @@ class Family:
 
 # A family belongs here once test_hf_parity.py compares it with transformers.
 FAMILIES = {
+    "granite": Family(multipliers=True),
     "llama": Family(),
     "mistral": Family(qkv_bias=False, sliding_window="key", layer_types=True),
     "qwen2": Family(qkv_bias=True, o_bias=False, sliding_window="switch", layer_types=True),
@@ -172,9 +175,31 @@ ARITHMETIC: tuple[tuple[str, Neutral], ...] = (
 _PATTERNS = [(re.compile(words), neutral) for words, neutral in ARITHMETIC]
 
 
+_GEMMA = "its activation is GELU, and its norms multiply by 1 + weight"
+_POST_NORMS = f"{_GEMMA}; what a part makes is normalised, too, before it is added to the hidden vector"
+# Architectures that people will try, and what they have that decoder blocks have not
+NOT_SUPPORTED = {
+    "gemma": _GEMMA,
+    "gemma2": _POST_NORMS,
+    "gemma3": _POST_NORMS,
+    "gemma3_text": _POST_NORMS,
+    "granitemoe": "it has layers of experts",
+    "granitemoeshared": "it has layers of experts",
+    "granitemoehybrid": "it has layers of experts, or of Mamba",
+}
+
+
+def refuse_known_architectures(top: Reader) -> None:
+    """Refuses those of `NOT_SUPPORTED` with the reason."""
+    name = top.values.get("model_type")
+    if isinstance(name, str) and name in NOT_SUPPORTED:
+        top.fail("model_type", f"{', '.join(FAMILIES)}. Not this one: {NOT_SUPPORTED[name]}")
+
+
 def refuse_foreign_keys(top: Reader, config: "ModelConfig") -> None:
     """Refuses a key that changes the arithmetic of the family's models, unless its value changes nothing."""
-    read = READ_KEYS | NOPE_KEYS if FAMILIES[config.model_type].nope else READ_KEYS
+    family = FAMILIES[config.model_type]
+    read = READ_KEYS.union(NOPE_KEYS if family.nope else (), MULTIPLIERS if family.multipliers else ())
     for key, value in top.values.items():
         if key in read:
             continue

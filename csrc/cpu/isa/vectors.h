@@ -25,12 +25,14 @@ void swiglu(DType dtype, const float* gate, const float* up, void* out, int n) {
   store_lanes(dtype, out, 0, n, g * (g >= 0.f ? splat(1) : e) / (1.f + e) * load<f32x16>(up));
 }
 
-void add_sums(DType dtype, const float* sums, const float* bias, const void* addend, void* out, int n) {
+void add_sums(DType dtype, const float* sums, const float* bias, float multiplier, const void* addend, void* out,
+              int n) {
   const auto lanes = [n](DType type, const void* p) {
     return n < 16 ? load_tail(type, p, 0, n) : load_as_float(type, p, 0);
   };
   f32x16 y = load<f32x16>(sums);
   if (bias) y += lanes(DType::kFloat32, bias);
+  y *= splat(multiplier);
   if (addend) y += lanes(dtype, addend);
   store_lanes(dtype, out, 0, n, y);
 }

@@ -79,6 +79,7 @@ void launch_layer(const BlockArgs& a, const Weights& weights, const Workspace& w
 
   const ResidualEpilogue<T> to_middle{.residual = hidden,
                                       .bias = static_cast<const T*>(a.o_bias),
+                                      .multiplier = a.residual_multiplier,
                                       .out = middle,
                                       .places = places_of(a),
                                       .rows = a.rows,
@@ -92,6 +93,7 @@ void launch_layer(const BlockArgs& a, const Weights& weights, const Workspace& w
 
   const ResidualEpilogue<T> to_out{.residual = middle,
                                    .bias = nullptr,
+                                   .multiplier = a.residual_multiplier,
                                    .out = static_cast<T*>(a.out),
                                    .places = places_of(a),
                                    .rows = a.rows,

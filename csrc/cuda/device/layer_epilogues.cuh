@@ -136,6 +136,7 @@ struct ResidualEpilogue : PlainEpilogue {
 
   const T* residual;  // [T, hidden]
   const T* bias;      // [hidden] or null
+  float multiplier;   // of what is added to the residual
   T* out;             // [T, hidden]; an inactive row keeps its residual
   Places places;
   int rows, hidden_size;
@@ -155,7 +156,7 @@ struct ResidualEpilogue : PlainEpilogue {
     const int output_row = output_row_of_thread(), t = row_of_thread(), n = strip * kTileRows + output_row;
     if (output_row >= kTileRows || t >= rows) return;
     const float before = to_float(asked.residual), sum = totals(output_row, t) + (bias ? to_float(bias[n]) : 0.f);
-    out[int64_t(t) * hidden_size + n] = from_float<T>(state.active ? before + sum : before);
+    out[int64_t(t) * hidden_size + n] = from_float<T>(state.active ? before + multiplier * sum : before);
   }
 };
 

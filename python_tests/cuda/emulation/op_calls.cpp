@@ -84,9 +84,9 @@ Call linear(const py::kwargs& values) {
 Call lm_head(const py::kwargs& values) {
   LmHeadArgs a{};
   Fields{values}("dtype", a.dtype)("packed", a.packed)("rows", a.rows)("hidden_size", a.hidden_size)(
-      "vocab_size", a.vocab_size)("rms_norm_eps", a.rms_norm_eps)("hidden", a.hidden)("norm", a.norm)(
-      "weight", a.weight)("temperature", a.temperature)("seeds", a.seeds)("positions", a.positions)("tokens", a.tokens)(
-      "logits", a.logits);
+      "vocab_size", a.vocab_size)("rms_norm_eps", a.rms_norm_eps)("logits_scaling", a.logits_scaling)(
+      "hidden", a.hidden)("norm", a.norm)("weight", a.weight)("temperature", a.temperature)("seeds", a.seeds)(
+      "positions", a.positions)("tokens", a.tokens)("logits", a.logits);
   return call(a, cuda::lm_head_workspace(a), cuda::launch_lm_head);
 }
 
@@ -111,10 +111,10 @@ Fields& block_fields(Fields& fields, BlockArgs& a) {
   return fields("dtype", a.dtype)("rows", a.rows)("hidden_size", a.hidden_size)("num_heads", a.num_heads)(
       "num_kv_heads", a.num_kv_heads)("head_dim", a.head_dim)("rotary_dim", a.rotary_dim)("num_slots", a.num_slots)(
       "max_len", a.max_len)("rms_norm_eps", a.rms_norm_eps)("softmax_scale", a.softmax_scale)(
-      "sliding_window", a.sliding_window)("hidden", a.hidden)("input_layernorm", a.input_layernorm)(
-      "post_attention_layernorm", a.post_attention_layernorm)("q_bias", a.q_bias)("k_bias", a.k_bias)(
-      "v_bias", a.v_bias)("o_bias", a.o_bias)("q_norm", a.q_norm)("k_norm", a.k_norm)("cos", a.cos)("sin", a.sin)(
-      "query_scale", a.query_scale)("slots", a.slots)("positions", a.positions)("kv_valid", a.kv_valid)(
+      "residual_multiplier", a.residual_multiplier)("sliding_window", a.sliding_window)("hidden", a.hidden)(
+      "input_layernorm", a.input_layernorm)("post_attention_layernorm", a.post_attention_layernorm)("q_bias", a.q_bias)(
+      "k_bias", a.k_bias)("v_bias", a.v_bias)("o_bias", a.o_bias)("q_norm", a.q_norm)("k_norm", a.k_norm)("cos", a.cos)(
+      "sin", a.sin)("query_scale", a.query_scale)("slots", a.slots)("positions", a.positions)("kv_valid", a.kv_valid)(
       "k_cache", a.k_cache)("v_cache", a.v_cache)("out", a.out)("similarity", a.similarity);
 }
 
