@@ -46,6 +46,8 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
         _check_eval(arguments)
     elif arguments.module == "calibrate" and not (arguments.prompts or arguments.demo):
         raise UsageError("what to calibrate on; accepted: --prompts FILE, or --demo for the bundled model")
+    elif arguments.module == "bench":
+        _check_bench(arguments)
     return arguments
 
 
@@ -123,6 +125,12 @@ def _check_eval(arguments) -> None:
             )
     elif not _names_a_model(arguments):
         raise UsageError("no model; accepted: its directory, or --demo for the bundled one")
+
+
+def _check_bench(arguments) -> None:
+    if arguments.chat and arguments.prompt_tokens is not None:
+        raise UsageError("--chat with --prompt-tokens, which are random ids; accepted: one of them")
+    arguments.prompts = read_prompts([], arguments.file or [])
 
 
 def _names_a_model(arguments) -> bool:
@@ -239,6 +247,23 @@ def _parser() -> tuple[argparse.ArgumentParser, Mapping[str, argparse.ArgumentPa
     _add_river(calibrate, "a saved river; without it one is built")
     _add_machine(calibrate)
     add_calibrate(calibrate)
+
+    bench = command("bench", "bench", "measure the speed of full depth, lossless, full W4 and River in turns")
+    _add_model(bench, "the bundled model", required=True)
+    _add_river(bench, "a saved river; without it one is built, for minutes if the model is large")
+    _add_machine(bench)
+    bench.set_defaults(resident_layers=None)
+    prompts = bench.add_mutually_exclusive_group()
+    _add_file(prompts)
+    prompts.add_argument(
+        "--prompt-tokens", type=int, metavar="N", help="a prompt of so many random token ids"
+    )
+    _add_chat(bench)
+    bench.add_argument("--new-tokens", type=int, default=64, metavar="N", help="at most, of each prompt (64)")
+    bench.add_argument("--turns", type=int, default=5, metavar="N", help="of all settings (5)")
+    bench.add_argument("--thresholds", metavar="S,S,...", help="of the River rows (0.5)")
+    bench.add_argument("--min-layers", type=int, metavar="N", help="of these, before an exit (1)")
+    bench.add_argument("--river-head", help="of full W4 and River: model (default) or w4")
     return parser, commands.choices
 
 
@@ -250,6 +275,11 @@ def _add_prompts(parser: argparse.ArgumentParser) -> None:
         help="any number of them; - is standard input. Without --model and --demo the first is the model's "
         "directory: river generate DIR PROMPT",
     )
+    _add_file(parser)
+    _add_chat(parser)
+
+
+def _add_file(parser) -> None:
     parser.add_argument(
         "--file",
         action="append",
@@ -257,6 +287,9 @@ def _add_prompts(parser: argparse.ArgumentParser) -> None:
         metavar="FILE",
         help="a file that holds a prompt; not of it: its last newline, \\r before \\n, a byte order mark",
     )
+
+
+def _add_chat(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--chat",
         action="store_true",

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from river_ext.checks import short
-from river_ext.engine.request import integer, number, request
+from river_ext.engine.request import integer, request
 from river_ext.errors import RiverError
 from river_ext.evaluation import measure
 from river_ext.evaluation.measure import (
@@ -33,24 +33,13 @@ def run(arguments) -> None:
 
 def _settings(arguments, default: Sequence[float]) -> tuple[Sequence[float], dict]:
     """The thresholds of the River rows and their other options, checked against the model's config."""
-    thresholds = _thresholds(arguments.thresholds, default)
+    thresholds = shared.thresholds(arguments.thresholds, default)
     config = shared.config(arguments)
     names = ("deep_tokens", "kv_strategy")
     own = {name: v for name in names if (v := getattr(arguments, name)) is not None}
     for threshold in thresholds:
         request(config, None, [0], own | {"threshold": threshold, "max_new_tokens": 1})
     return thresholds, own
-
-
-def _thresholds(text: str | None, default: Sequence[float]) -> Sequence[float]:
-    if text is None:
-        return default
-    try:
-        return [number("--thresholds", float(part)) for part in text.split(",")]
-    except ValueError:
-        raise RiverError(
-            f"--thresholds {short(text)}; accepted: numbers, not NaN, with commas between"
-        ) from None
 
 
 # --- the bundled items --------------------------------------------------------------------------------------

@@ -121,4 +121,4 @@ def test_a_figure_without_matplotlib_is_one_line(monkeypatch, capsys, tmp_path):
     with pytest.raises(SystemExit) as end:
         run(monkeypatch, "--plot", tmp_path / "a.json", tmp_path / "a.svg")
     assert end.value.code == 2
-    assert capsys.readouterr().err == "thresholds.py: --plot needs matplotlib; accepted: to install it\n"
+    assert capsys.readouterr().err == "thresholds.py: figures need matplotlib; accepted: to install it\n"

@@ -25,12 +25,14 @@ ORDER = (
     ("river_ext.engine",),
     ("river_ext.calibration",),
     ("river_ext.model",),
-    ("river_ext.evaluation", "river_ext.trace", "river_ext.thresholds"),
-    ("river_ext.serve",),
+    ("river_ext.evaluation", "river_ext.trace", "river_ext.thresholds", "river_ext.random_model"),
+    ("river_ext.serve", "river_ext.benchmark"),
     ("river_cli",),
     ("river_ext.cli",),
     ("bench.lib",),
     ("bench.cpu", "bench.gpu", "bench.memory"),
+    ("bench.figures",),
+    ("bench.report",),
 )
 LINES = {room: number for number, rooms in enumerate(ORDER) for room in rooms}
 FOLDERS = {room for room in LINES if (ROOT / room.replace(".", "/")).is_dir() and room != "river_ext"}

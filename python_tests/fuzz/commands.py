@@ -63,6 +63,11 @@ OPTIONS = {
         "--min-speedup": NUMBERS, "--max-new-tokens": NUMBERS, "--timed": NUMBERS, "--output": ["NEW", "OLD",
         "FILE", "", "/", ".", "/dev/null", "NEW/deep", "\u0000", "x" * 5000],
     },
+    "bench": {
+        "--thresholds": ["0.5", "-2,inf", "", "0.5,,1", "nan"], "--min-layers": NUMBERS, "--json": None,
+        "--prompt-tokens": NUMBERS, "--file": ["PROMPT", "nowhere", "/dev/null"], "--chat": None,
+        "--dtype": ["auto", "float32", "x"], "--river": ["RIVER", "MODEL", "nowhere"],
+    },
 }  # fmt: skip
 MODELS = ["MODEL"] * 6 + ["nowhere", "", "/dev/zero", "PROMPT", "RIVER", "\x00", "org/name"]
 
@@ -114,16 +119,19 @@ def command_line(state: State, random: Random) -> list[str]:
         return str(state.outputs / value) if first in ("NEW", "OLD", "FULL", "FILE") else value
 
     command = random.choice(
-        ["generate"] * 4 + ["info", "convert", "convert", "eval", "calibrate", "x", "--version", ""]
+        ["generate"] * 4 + ["info", "convert", "convert", "eval", "calibrate", "bench", "x", "--version", ""]
     )
     line = [command]
     options = dict(OPTIONS.get(command, {"--json": None, "--x": ["1"]}))
-    if command in ("generate", "info", "convert") and random.random() < 0.95:
+    if command in ("generate", "info", "convert", "bench") and random.random() < 0.95:
         line += random.choice([["--model"], []]) + [named(random.choice(MODELS))]
     if command == "eval":  # the bundled model takes its time: only what is refused before
         options = {name: [v for v in values if v not in ("0.5", "1")] for name, values in options.items()}
     if command == "convert":
         line += ["--output", named(random.choice(options.pop("--output")))]
+    if command == "bench":
+        line += ["--turns", random.choice(["1"] * 6 + NUMBERS[:6])]
+        line += ["--new-tokens", random.choice(["2"] * 6 + NUMBERS)]
     if command == "generate":
         line += ["--max-new-tokens", random.choice(["2"] * 6 + NUMBERS)]
         line += [
