@@ -22,7 +22,7 @@ from torch import Tensor
 
 from . import ops
 from .engine.sequence import GenerationOutput
-from .evaluate import Setting, Share, full_name
+from .evaluation.measure import Setting, Share, full_name
 from .loading.sizes import kv_bytes_per_token
 from .model import Model
 

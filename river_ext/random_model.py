@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from . import ops
-from .loading.checkpoint import layer_tensors
+from .loading.checkpoint import check_gpu_kernels, layer_tensors
 from .loading.config import ModelConfig
 from .loading.weights import BlockShape, DecoderBlockWeights, ExitLayerWeights, ModelWeights
 from .model import Model
@@ -64,5 +64,7 @@ def random_river(config: ModelConfig) -> ExitRiver:
 def random_model(config: ModelConfig, device: torch.device, directory: Path | None = None) -> Model:
     """A model without a tokenizer; of a config without a dtype in bfloat16, which most are stored in."""
     config = replace(config, dtype=config.dtype or torch.bfloat16)
+    if device.type == "cuda":
+        check_gpu_kernels(config)
     with torch.device(device):
         return Model(config, random_weights(config), random_river(config), directory=directory)

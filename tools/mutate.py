@@ -176,14 +176,14 @@ MUTANTS = [
     ),
     Mutant(
         "the second row of a W4 pair by the first one's nibbles",
-        "csrc/cpu/isa/strips.h",
+        "csrc/cpu/isa/w4_strip.h",
         "0, 0, 0, 0, 8, 8, 8, 8, 0, 0, 0, 0, 8, 8, 8, 8",
         "0, 0, 0, 0, 8, 8, 8, 8, 0, 0, 0, 0, 0, 0, 0, 0",
         "test_linear.py -k equals_reference",
     ),
     Mutant(
         "many rows forget the columns before",
-        "csrc/cpu/isa/strips.h",
+        "csrc/cpu/isa/dense_strip.h",
         "if (begin > 0) RIVER_UNROLL",
         "if (begin > end) RIVER_UNROLL",
         "test_linear.py -k any_number_of_rows",

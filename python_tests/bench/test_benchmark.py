@@ -209,6 +209,9 @@ def test_a_random_model_has_the_tensors_of_a_checkpoint(tmp_path, model_type):
                 assert (other.shape, other.dtype) == (tensor.shape, tensor.dtype), name
             elif name != "layers":
                 assert other is None, name
+    for name, tensor in vars(model.weights.layers[0]).items():
+        if tensor is not None and tensor.dim() == 1:
+            assert tensor.eq(0 if name.endswith("_bias") else 1).all(), name
     for setting in settings_of(model, [0.5]):
         output = model.generate([1, 2, 3], max_new_tokens=4, stop_tokens=(), **setting.options)
         assert len(output.tokens) == 4
