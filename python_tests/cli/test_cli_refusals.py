@@ -139,7 +139,7 @@ def test_the_name_that_was_meant(refused, arguments, meant):
 
 
 def test_a_name_that_is_close_to_none(refused):
-    assert refused("fly") == "no command 'fly'; accepted: generate, chat, info, convert, eval"
+    assert refused("fly") == "no command 'fly'; accepted: generate, chat, info, convert, eval, calibrate"
     assert refused("--", "info").startswith("no command '--'; accepted: ")
     assert refused("info", "--wxyz") == "unrecognized arguments: --wxyz (see river info --help)"
     assert "unrecognized arguments: -x" in refused("generate", "--demo", "hi", "--json", "-x")
