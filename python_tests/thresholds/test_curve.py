@@ -16,7 +16,7 @@ from river_ext.quant.exit_river import river_sha256
 from river_ext.thresholds import drafts
 from river_ext.thresholds.calibrate import calibrate, steps
 from river_ext.thresholds.choice import Targets, choose
-from river_ext.thresholds.curve import Point, full_depth, speed_by_bytes, speeds_over
+from river_ext.thresholds.curve import Answer, Point, curve, full_depth, speed_by_bytes, speeds_over
 
 NEW_TOKENS, THRESHOLDS = 12, (0.9, 0.6, -2.0)
 
@@ -60,6 +60,33 @@ def test_never_exiting_differs_nowhere():
     found = calibrate(random_model(), [random_prompt(4)], Targets(0.5), [1.0], max_new_tokens=6, timed=1)
     (point,) = found.points
     assert (point.different_tokens, point.different, point.exit_depth, point.by_bytes) == (0, 0, 4, 1)
+
+
+def test_right_is_what_free_generation_ends_with():
+    """Also where full depth's answer ends before the threshold's own."""
+    model, prompt, texts = random_model(), random_prompt(5, seed=5), []
+    own = model.generate(prompt, threshold=-2.0, max_new_tokens=NEW_TOKENS).tokens
+    full = model.generate(prompt, mode="full", max_new_tokens=NEW_TOKENS).tokens
+    first = next(i for i, tokens in enumerate(zip(own, full, strict=True)) if len(set(tokens)) > 1)
+    assert first + 1 < NEW_TOKENS
+
+    class Spelling:
+        """The model; its texts are its tokens, spelt out."""
+
+        config, network, score = model.config, model.network, staticmethod(model.score)
+
+        def generate(self, prompt, **options):
+            out = model.generate(prompt, **options)
+            return replace(out, text=str(out.tokens))
+
+    def is_right(number, text):
+        texts.append(text)
+        return True
+
+    for end in (first, first + 1):  # the same up to there, and not any more
+        answer = Answer(prompt, full[:end], "full")
+        curve(Spelling(), [answer], [-2.0], {-2.0: 1.0}, NEW_TOKENS, lambda: None, is_right)
+    assert texts == ["full", str(own)]
 
 
 def test_speed_by_bytes_counts_the_weights_of_the_layers_that_ran():

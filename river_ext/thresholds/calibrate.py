@@ -92,7 +92,7 @@ def calibrate(
     full, *runs = measured_runs(model, prompts[:timed], settings, max_new_tokens, advance)
     rivers, lossless = runs[: len(thresholds)], runs[len(thresholds) :]
     speeds = {t: median(speeds_over(run, full)) for t, run in zip(thresholds, rivers, strict=True)}
-    points = curve(model, answers, thresholds, speeds, advance, is_right, **options)
+    points = curve(model, answers, thresholds, speeds, max_new_tokens, advance, is_right, **options)
     lengths = draft_lengths(model, lossless, full)
     return Calibration(
         targets=targets,

@@ -10,8 +10,6 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from statistics import fmean
 
-import torch
-
 from ..engine.drafting import bytes_of
 from ..engine.sequence import GenerationOutput
 from ..errors import RiverError
@@ -84,6 +82,7 @@ def curve(
     answers: Sequence[Answer],
     thresholds: Sequence[float],
     speeds: Mapping[float, float],
+    max_new_tokens: int,
     advance: Callable[[], None],
     is_right: Callable[[int, str], bool] | None = None,
     **options,
@@ -91,7 +90,8 @@ def curve(
     """A point for each threshold.
 
     Args:
-        speeds: over full depth, of each threshold: what `measured_speeds` found.
+        speeds: over full depth, of each threshold: from `measured_runs`.
+        max_new_tokens: of an answer, as full depth had them.
         is_right: whether a text is right as the answer of this number.
         options: of `Model.generate`, beside the threshold.
     """
@@ -101,8 +101,10 @@ def curve(
         for number, answer in enumerate(answers):
             _feed(model, answer, own, tally)
             if is_right:
-                text = _text(model, answer, own) if any(tally.differs[-1]) else answer.text
-                tally.rights.append(is_right(number, text))
+                generated = answer
+                if any(tally.differs[-1]):  # else its own answer is full depth's
+                    generated = model.generate(answer.prompt, max_new_tokens=max_new_tokens, **own)
+                tally.rights.append(is_right(number, generated.text))
             advance()
         points.append(
             Point(
@@ -122,12 +124,9 @@ def curve(
 
 def _feed(model: Model, answer: Answer, options: dict, tally: _Tally) -> None:
     score = model.score(answer.prompt + answer.tokens, prompt_length=len(answer.prompt), **options)
-    tally.differs.append((score.logits.argmax(-1) != torch.tensor(answer.tokens)).tolist())
+    drawn = score.logits.argmax(-1).tolist()
+    tally.differs.append([own != token for own, token in zip(drawn, answer.tokens, strict=True)])
     tally.depths += score.exit_depths[1:]  # the first is the prompt's
-
-
-def _text(model: Model, answer: Answer, options: dict) -> str:
-    return model.generate(answer.prompt, max_new_tokens=len(answer.tokens), **options).text
 
 
 def speed_by_bytes(model: Model, depths: Sequence[int], river_head: bool) -> float:
