@@ -14,6 +14,7 @@ import math
 import os
 import re
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
 from itertools import groupby
 from pathlib import Path
 from typing import NamedTuple
@@ -164,7 +165,8 @@ def write(trace: dict, path: str | Path) -> None:
     except OSError as error:
         raise RiverError(f"{path}: cannot be written ({error.strerror})") from None
     finally:
-        scratch.unlink(missing_ok=True)
+        with suppress(OSError):  # it has become the file, or could not be written
+            scratch.unlink()
 
 
 def check_path(path: str | Path) -> Path:
@@ -172,7 +174,7 @@ def check_path(path: str | Path) -> Path:
     path = Path(os.path.realpath(path_of(path, "trace", f"the path of a file that {ENDS}")))
     if path.suffix not in (".html", ".json"):
         raise RiverError(f"{path}: no trace has this name; accepted: one that {ENDS}")
-    if path.exists() and not path.is_file():
+    if os.path.exists(path) and not os.path.isfile(path):  # False of a name that is too long
         raise RiverError(f"{path}: exists and is no file; accepted: a new file, or one to replace")
     if not path.parent.is_dir() or not os.access(path.parent, os.W_OK):
         raise RiverError(f"{path}: cannot be written, {path.parent} is no directory that can be written to")

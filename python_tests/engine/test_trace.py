@@ -199,6 +199,13 @@ def test_names_that_are_refused(generated, tmp_path, name, why):
     assert [path.name for path in tmp_path.iterdir()] == ["folder.html"]
 
 
+@pytest.mark.parametrize("length", [245, 300])
+def test_names_that_are_too_long(tmp_path, length):
+    with pytest.raises(RiverError, match=r"cannot be written \(File name too long\)"):
+        trace.write({}, tmp_path / f"{'a' * length}.html")
+    assert list(tmp_path.iterdir()) == []
+
+
 @pytest.mark.parametrize("path", [None, 5, "", "a\0.html", ["a.html"]], ids=repr)
 def test_what_is_no_path(path):
     with pytest.raises(RiverError, match=r"trace .*; accepted: the path of a file that ends in .html"):
