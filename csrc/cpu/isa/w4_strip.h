@@ -1,7 +1,7 @@
 // A strip of a W4 linear: sixteen output rows for T = 1..8 activation vectors, as in dense_strip.h.
 //
-// Nibbles become exact small numbers first; scale and zero are applied in fp32. Each (output row, t) has one accumulator
-// that runs over K in order, whatever T is.
+// Nibbles become exact small numbers first; scale and zero are applied in fp32. Each (output row, t) has one
+// accumulator that runs over K in order, whatever T is.
 #pragma once
 
 #include "lines.h"
