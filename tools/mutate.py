@@ -154,6 +154,13 @@ MUTANTS = [
         "test_cuda_kernels.py -k lm_head",
     ),
     Mutant(
+        "the second row of a W4 pair by the first one's nibbles",
+        "csrc/cpu/isa/strips.h",
+        "0, 0, 0, 0, 8, 8, 8, 8, 0, 0, 0, 0, 8, 8, 8, 8",
+        "0, 0, 0, 0, 8, 8, 8, 8, 0, 0, 0, 0, 0, 0, 0, 0",
+        "test_linear.py -k equals_reference",
+    ),
+    Mutant(
         "many rows forget the columns before",
         "csrc/cpu/isa/strips.h",
         "if (begin > 0) RIVER_UNROLL",

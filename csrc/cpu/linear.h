@@ -89,19 +89,18 @@ struct Weight {
   int64_t grain() const { return ceil_div(kPieceBytes, strip_bytes()); }
 
   // out[t][r] = row r of strip s . x[first + t], for a block of rows
-  void strip(int64_t s, const Activations& x, int first, StripOut& out) const {
-    const auto* start = static_cast<const uint8_t*>(data) + s * strip_bytes();
-    if (packed) kernels().w4_strip(dtype, start, x.operand(), first, out);
-    else kernels().dense_strip(dtype, start, strip_rows(s), x.operand(), first, out);
+  void strip(int64_t s, const Activations& x, int first, const Ahead& ahead, StripOut& out) const {
+    if (packed) kernels().w4_strip(dtype, at_strip(s), x.operand(), first, ahead, out);
+    else kernels().dense_strip(dtype, at_strip(s), strip_rows(s), x.operand(), first, ahead, out);
   }
 
-  // Asks L2 for a part of strip s.
-  void ask_for(int64_t s, int part, int parts) const {
-    if (s >= strips()) return;
-    const char* start = static_cast<const char*>(data) + s * strip_bytes();
-    const int64_t bytes = strip_rows(s) * strip_bytes() / kTileRows;
-    for (int64_t i = bytes * part / parts; i < bytes * (part + 1) / parts; i += 64) __builtin_prefetch(start + i, 0, 2);
+  // A part of strip s; of none past the last one
+  Ahead part(int64_t s, int part, int parts) const {
+    const int64_t bytes = s < strips() ? strip_rows(s) * strip_bytes() / kTileRows : 0;
+    return {.from = reinterpret_cast<const char*>(at_strip(s)) + bytes * part / parts, .bytes = bytes / parts};
   }
+
+  const uint8_t* at_strip(int64_t s) const { return static_cast<const uint8_t*>(data) + s * strip_bytes(); }
 };
 
 // Calls f(t, first output row, output rows, results) for every row of x and every strip of the weights, which have one
@@ -118,10 +117,7 @@ void for_strips(const Weight (&weights)[N], const Activations& x, const Parallel
       for (int block = 0; block < blocks; block++)
         for (int64_t s = first; s < std::min(first + hot, end); s++) {
           const int row = block * kMaxRows;
-          for (size_t i = 0; i < N; i++) {
-            if (blocks > 1) weights[i].ask_for(s + hot, block, blocks);
-            weights[i].strip(s, x, row, out[i]);
-          }
+          for (size_t i = 0; i < N; i++) weights[i].strip(s, x, row, weights[i].part(s + hot, block, blocks), out[i]);
           for (int t = 0; t < std::min(kMaxRows, x.rows() - row); t++) {
             const float* results[N];  // [output rows]
             for (size_t i = 0; i < N; i++) results[i] = out[i][t];

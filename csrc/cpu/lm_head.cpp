@@ -54,7 +54,7 @@ void launch_lm_head(const LmHeadArgs& a, const Parallel& parallel) {
     Best local[kMaxRows];
     StripOut sums;
     for (int64_t s = begin; s < end; s++) {
-      head.strip(s, x, 0, sums);
+      head.strip(s, x, 0, {}, sums);
       for (int t = 0; t < a.rows; t++) offer_strip(a, t, s * kTileRows, head.strip_rows(s), sums[t], local[t]);
     }
     std::lock_guard<std::mutex> lock(mutex);

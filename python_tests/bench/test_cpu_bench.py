@@ -5,11 +5,11 @@ import sys
 
 import pytest
 
-from bench.cpu import attention, decode, linear, prefill
+from bench.cpu import attention, decode, linear, peers, prefill
 from bench.lib import common
 
 # the first thing that takes long
-WORK = {attention: "measure", decode: "random_weights", linear: "measure", prefill: "measure"}
+WORK = dict.fromkeys([attention, linear, peers, prefill], "measure") | {decode: "random_weights"}
 
 
 class Started(Exception):
@@ -52,6 +52,11 @@ def test_results_are_replaced_only_when_asked_to(script, start, tmp_path, capsys
     assert f"{path} exists; accepted: another folder for --out, or --force" in written
     with pytest.raises(Started):
         start(script, "--force")
+
+
+def test_a_peer_that_is_not_there(start, tmp_path):
+    with pytest.raises(SystemExit, match="llama.cpp: .*nothing is no file; accepted: the path"):
+        start(peers, "--llama-bench", str(tmp_path / "nothing"))
 
 
 def test_save_is_whole_or_nothing(tmp_path):

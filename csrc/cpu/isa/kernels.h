@@ -53,6 +53,12 @@ struct SplitArgs {
   AttentionState* out;       // [queries]
 };
 
+// Bytes of later strips, which L2 is asked for while a strip is computed
+struct Ahead {
+  const char* from;
+  int64_t bytes;
+};
+
 struct Kernels {
   const char* name;
 
@@ -61,10 +67,11 @@ struct Kernels {
   // Fills row `row` of the operand from x [K]; packed: for w4_strip, else for dense_strip.
   void (*prepare)(DType dtype, const void* x, bool packed, int row, const Operand& operand);
   // out[t][r] = weight[r] . x[first + t] for `count` <= 16 rows of a dense weight [count, K], and a block of rows of x:
-  // those from `first` on, at most kMaxRows
-  void (*dense_strip)(DType dtype, const void* weight, int count, const Operand& x, int first, StripOut& out);
+  // those from `first` on, at most kMaxRows. If x has more blocks, the strip should be in L2 already.
+  void (*dense_strip)(DType dtype, const void* weight, int count, const Operand& x, int first, const Ahead& ahead,
+                      StripOut& out);
   // The same for one strip of tiles, [K / 64, 576]: 16 output rows
-  void (*w4_strip)(DType dtype, const uint8_t* tiles, const Operand& x, int first, StripOut& out);
+  void (*w4_strip)(DType dtype, const uint8_t* tiles, const Operand& x, int first, const Ahead& ahead, StripOut& out);
   // out = round(silu(gate) * up) for `n` <= 16 channels; gate, up: 16 entries, past the channels any
   void (*swiglu)(DType dtype, const float* gate, const float* up, void* out, int n);
   // out = round(multiplier * (sums + bias) + addend) for `n` <= 16 output rows; bias and addend may be null; sums: 16
