@@ -17,7 +17,6 @@ from torch.utils._pytree import tree_leaves
 
 from river_ext.engine import graph
 
-
 READS_NUMBER = ("aten::_local_scalar_dense", "aten::item")  # the latter in inference mode
 
 

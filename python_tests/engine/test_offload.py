@@ -113,7 +113,7 @@ def test_requests_among_others(streams, copied, control, resident):
 @pytest.mark.parametrize("strategy", OTHERS)
 def test_kv_strategies(streams, copied, strategy):
     """Whose steps run the backbone layer by layer, or parts of its layers."""
-    slots = 1 if strategy == "propagate" else 3  # who writes to rows of a cache by index is taken for all slots
+    slots = 1 if strategy == "propagate" else 3  # its writes to one slot are taken for writes to all of them
     requests = list(requests_of(strategy, 6, seed=30))
     outputs = run(offloading_model().engine(slots=slots, max_len=POSITIONS), requests, at_once=2)
     assert streams.races == []
