@@ -166,7 +166,7 @@ def one_demo_model(monkeypatch):
     load = shared.load
 
     def loaded(arguments):
-        plain = (arguments.model, arguments.river, arguments.resident_layers)
+        plain = (arguments.model, arguments.river, arguments.resident_layers or shared.calibrated(arguments))
         machine = (arguments.device, arguments.dtype)
         return demo_model() if (plain, machine) == ((None,) * 3, ("auto",) * 2) else load(arguments)
 
@@ -214,4 +214,4 @@ def refused(river):
 
 @pytest.fixture
 def short_answers(monkeypatch):
-    monkeypatch.setattr("river_ext.evaluate.DEMO_NEW_TOKENS", 6)
+    monkeypatch.setattr("river_ext.evaluation.measure.DEMO_NEW_TOKENS", 6)

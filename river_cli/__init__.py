@@ -6,7 +6,7 @@ and nothing else; `chat` writes one for each turn, in a line of its own.
 
 This package is not a part of river_ext because importing river_ext imports torch, which takes seconds:
 arguments and prompts are read, and refused, before that. Only the modules that run a command (generate, chat,
-info, convert, evaluate) and shared, which they share, import it.
+serve, info, convert, evaluate, calibrate) and shared, which they share, import it.
 """
 
 import importlib

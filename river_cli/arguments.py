@@ -6,9 +6,13 @@ import sys
 from collections.abc import Mapping, Sequence
 
 from .errors import UsageError, did_you_mean
+from .option_groups import add_calibrate, add_serving, add_tasks
 from .prompts import read_prompts, refuse_surrogates
+from .values import count_or_auto, given, threads, threshold
 
 KV_STRATEGIES = "share (default, the river's), mask, recompute, propagate or monotone"
+
+TASK_OPTIONS = ("data", "limit", "max_gen_toks", "chat", "run_code", "score_by_steps")  # of `eval --tasks`
 
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
@@ -38,10 +42,12 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
         raise UsageError("--river needs a model's directory or --demo, the model that it belongs to")
     elif arguments.module == "convert":
         _check_convert(arguments)
-    elif arguments.module == "evaluate" and not arguments.demo:
-        raise UsageError(
-            "what to evaluate on; accepted: --demo (with a model's directory: that model on its tasks)"
-        )
+    elif arguments.module == "evaluate":
+        _check_eval(arguments)
+    elif arguments.module == "calibrate" and not (arguments.prompts or arguments.demo):
+        raise UsageError("what to calibrate on; accepted: --prompts FILE, or --demo for the bundled model")
+    elif arguments.module == "bench":
+        _check_bench(arguments)
     return arguments
 
 
@@ -106,6 +112,27 @@ def _check_convert(arguments) -> None:
         raise UsageError(f"{given[1]} with --river-from, whose weights are quantised; accepted: one of them")
 
 
+def _check_eval(arguments) -> None:
+    if not arguments.tasks:
+        values = {name: getattr(arguments, name) for name in TASK_OPTIONS}
+        given = [name for name, value in values.items() if value is not None and value is not False]
+        if given:
+            raise UsageError(f"--{given[0].replace('_', '-')} needs --tasks, which it belongs to")
+        if not arguments.demo:
+            raise UsageError(
+                "what to evaluate on; accepted: --demo (with a model's directory: that model on its tasks), "
+                "or --tasks with a model's directory"
+            )
+    elif not _names_a_model(arguments):
+        raise UsageError("no model; accepted: its directory, or --demo for the bundled one")
+
+
+def _check_bench(arguments) -> None:
+    if arguments.chat and arguments.prompt_tokens is not None:
+        raise UsageError("--chat with --prompt-tokens, which are random ids; accepted: one of them")
+    arguments.prompts = read_prompts([], arguments.file or [])
+
+
 def _names_a_model(arguments) -> bool:
     return arguments.demo or arguments.model is not None
 
@@ -158,7 +185,7 @@ def _parser() -> tuple[argparse.ArgumentParser, Mapping[str, argparse.ArgumentPa
     )
     generate.add_argument(
         "--trace",
-        type=_given,
+        type=given,
         metavar="FILE",
         help="write each token's exit depth: .html to look at, or .json",
     )
@@ -169,8 +196,14 @@ def _parser() -> tuple[argparse.ArgumentParser, Mapping[str, argparse.ArgumentPa
     _add_river(chat, "a saved river; without it one is built")
     _add_machine(chat)
     _add_offloading(chat)
-    chat.add_argument("--system", type=_given, metavar="TEXT", help="what the model is told first")
+    chat.add_argument("--system", type=given, metavar="TEXT", help="what the model is told first")
     _add_options(chat)
+
+    serve = command("serve", "serve", "serve a model over HTTP, by OpenAI's API, with a page to talk with it")
+    _add_model(serve, "the bundled model, which has no chat template", required=True)
+    _add_river(serve, "a saved river; without it one is built")
+    _add_machine(serve)
+    add_serving(serve)
 
     info = command("info", "info", "show what this installation was built with, and the facts of a model")
     _add_model(info, "the bundled model")
@@ -181,19 +214,17 @@ def _parser() -> tuple[argparse.ArgumentParser, Mapping[str, argparse.ArgumentPa
     )
     _add_model(convert, "the bundled model", required=True)
     _add_machine(convert)
-    convert.add_argument(
-        "-o", "--output", type=_given, required=True, metavar="DIR", help="the new directory"
-    )
+    convert.add_argument("-o", "--output", type=given, required=True, metavar="DIR", help="the new directory")
     convert.add_argument("--group-size", type=int, choices=(64, 128), help="columns that share a scale (64)")
     convert.add_argument(
         "--river-from",
-        type=_given,
+        type=given,
         metavar="PATH",
         help="take the 4-bit weights of the same model in the format AWQ, GPTQ, compressed-tensors or GGUF",
     )
     convert.add_argument(
         "--calibrate",
-        type=_given,
+        type=given,
         metavar="FILE",
         help="refine it with texts: blank lines between, or .jsonl with a field text; takes minutes",
     )
@@ -209,6 +240,30 @@ def _parser() -> tuple[argparse.ArgumentParser, Mapping[str, argparse.ArgumentPa
     evaluate.add_argument("--thresholds", metavar="S,S,...", help="of the River rows")
     evaluate.add_argument("--kv-strategy", help=f"of these rows: {KV_STRATEGIES}")
     evaluate.add_argument("--seed", type=int, default=0, help="which held-out items (0)")
+    add_tasks(evaluate)
+
+    calibrate = command("calibrate", "calibrate", "choose a threshold for a target, on prompts of your own")
+    _add_model(calibrate, "the bundled model; without --prompts on its held-out problems", required=True)
+    _add_river(calibrate, "a saved river; without it one is built")
+    _add_machine(calibrate)
+    add_calibrate(calibrate)
+
+    bench = command("bench", "bench", "measure the speed of full depth, lossless, full W4 and River in turns")
+    _add_model(bench, "the bundled model", required=True)
+    _add_river(bench, "a saved river; without it one is built, for minutes if the model is large")
+    _add_machine(bench)
+    bench.set_defaults(resident_layers=None)
+    prompts = bench.add_mutually_exclusive_group()
+    _add_file(prompts)
+    prompts.add_argument(
+        "--prompt-tokens", type=int, metavar="N", help="a prompt of so many random token ids"
+    )
+    _add_chat(bench)
+    bench.add_argument("--new-tokens", type=int, default=64, metavar="N", help="at most, of each prompt (64)")
+    bench.add_argument("--turns", type=int, default=5, metavar="N", help="of all settings (5)")
+    bench.add_argument("--thresholds", metavar="S,S,...", help="of the River rows (0.5)")
+    bench.add_argument("--min-layers", type=int, metavar="N", help="of these, before an exit (1)")
+    bench.add_argument("--river-head", help="of full W4 and River: model (default) or w4")
     return parser, commands.choices
 
 
@@ -220,13 +275,21 @@ def _add_prompts(parser: argparse.ArgumentParser) -> None:
         help="any number of them; - is standard input. Without --model and --demo the first is the model's "
         "directory: river generate DIR PROMPT",
     )
+    _add_file(parser)
+    _add_chat(parser)
+
+
+def _add_file(parser) -> None:
     parser.add_argument(
         "--file",
         action="append",
-        type=_given,
+        type=given,
         metavar="FILE",
         help="a file that holds a prompt; not of it: its last newline, \\r before \\n, a byte order mark",
     )
+
+
+def _add_chat(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--chat",
         action="store_true",
@@ -237,12 +300,26 @@ def _add_prompts(parser: argparse.ArgumentParser) -> None:
 def _add_options(parser: argparse.ArgumentParser) -> None:
     """Of generation: what is not given is as `Options` has it."""
     parser.add_argument("--max-new-tokens", type=int, metavar="N", help="default 256")
-    parser.add_argument("--threshold", type=float, metavar="S", help="exit above this similarity (0.5)")
+    parser.add_argument(
+        "--threshold",
+        type=threshold,
+        metavar="S",
+        help="exit above this similarity (0.5), or calibrated",
+    )
+    parser.add_argument(
+        "--calibrated",
+        type=given,
+        metavar="FILE",
+        help="what river calibrate wrote: the threshold, unless another is given",
+    )
     parser.add_argument("--min-layers", type=int, metavar="N", help="backbone layers before an exit (1)")
     parser.add_argument("--prefill", metavar="POLICY", help="full (default), depth:K, min or last")
     parser.add_argument("--mode", help="river (default), lossless, full or full_w4")
     parser.add_argument(
-        "--draft-tokens", type=_count_or_auto, metavar="K", help="of lossless mode: 1 to 7, or auto (default)"
+        "--draft-tokens",
+        type=count_or_auto,
+        metavar="K",
+        help="of lossless mode: 1 to 7, auto (default) or calibrated",
     )
     parser.add_argument("--river-head", help="of the modes river and full_w4: model (default) or w4")
     parser.add_argument("--kv-strategy", help=KV_STRATEGIES)
@@ -265,26 +342,26 @@ def _add_model(
 ) -> None:
     group = parser.add_mutually_exclusive_group(required=required)
     if directory:
-        group.add_argument("directory", nargs="?", type=_given, metavar="DIR", help="the same as --model DIR")
-    group.add_argument("--model", type=_given, metavar="DIR", help="a Hugging Face checkpoint directory")
+        group.add_argument("directory", nargs="?", type=given, metavar="DIR", help="the same as --model DIR")
+    group.add_argument("--model", type=given, metavar="DIR", help="a Hugging Face checkpoint directory")
     (group if exclusive else parser).add_argument("--demo", action="store_true", help=demo)
 
 
 def _add_river(parser: argparse.ArgumentParser, text: str) -> None:
-    parser.add_argument("--river", type=_given, metavar="DIR", help=text)
+    parser.add_argument("--river", type=given, metavar="DIR", help=text)
 
 
 def _add_machine(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--device", type=_given, default="auto", help="cpu, cuda or auto (default)")
+    parser.add_argument("--device", type=given, default="auto", help="cpu, cuda or auto (default)")
     parser.add_argument(
         "--dtype",
-        type=_given,
+        type=given,
         default="auto",
         help="bfloat16, float16, float32; auto (default): the model's own",
     )
     parser.add_argument(
         "--threads",
-        type=_threads,
+        type=threads,
         metavar="N",
         help="of the CPU; default: all cores. Fewer may be faster where others use them",
     )
@@ -297,21 +374,3 @@ def _add_offloading(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--deep-tokens", help="what wants to run an offloaded layer: stream (default) it in, or exit before"
     )
-
-
-def _given(text: str) -> str:
-    """A shell's unset variable is no name of a file."""
-    if not text:
-        raise argparse.ArgumentTypeError("is empty; accepted: a value, or to leave the option out")
-    return text
-
-
-def _count_or_auto(text: str) -> int | str:
-    return int(text) if text.isascii() and text.isdigit() and len(text) < 6 else text
-
-
-def _threads(text: str) -> int:
-    cores = len(os.sched_getaffinity(0))
-    if not (text.isascii() and text.isdigit() and len(text) < 6 and 1 <= int(text) <= cores):
-        raise argparse.ArgumentTypeError(f"{text[:40]!r}; accepted: 1 to {cores}, the cores here")
-    return int(text)

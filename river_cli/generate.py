@@ -8,11 +8,13 @@ from dataclasses import fields
 
 from rich.text import Text
 
-from river_ext import evaluate, trace
+from river_ext import trace
 from river_ext.engine.engine import Engine
-from river_ext.engine.request import Options, integer, request, strings
+from river_ext.engine.request import Options, integer, is_calibrated, request, strings
 from river_ext.errors import RiverError
-from river_ext.evaluate import Item, demo_items, result_table, settings_of
+from river_ext.evaluation import measure
+from river_ext.evaluation.measure import Item, demo_items, result_table, settings_of
+from river_ext.loading.calibrated import CALIBRATED, read_calibrated
 from river_ext.loading.chat import read_template
 
 from . import shared
@@ -57,7 +59,18 @@ def run(arguments) -> None:
 def own_options(arguments) -> dict:
     """Those of `Model.generate` that the command line has."""
     names = {field.name for field in fields(Options)} | set(ENGINE_OPTIONS)
-    return {name: v for name, v in vars(arguments).items() if name in names and v is not None}
+    options = {name: v for name, v in vars(arguments).items() if name in names and v is not None}
+    return options if arguments.calibrated is None else _calibrated_options(arguments) | options
+
+
+def _calibrated_options(arguments) -> dict:
+    """What a calibrated threshold's file stands for, where the command line does not say anything else."""
+    if arguments.mode == "lossless":
+        return {"draft_tokens": CALIBRATED}
+    if arguments.mode not in (None, "river") or arguments.threshold not in (None, CALIBRATED):
+        return {}
+    found = read_calibrated(arguments.calibrated)
+    return {"threshold": CALIBRATED, "min_layers": found.min_layers, "river_head": found.river_head}
 
 
 def _check_request(arguments, options: dict) -> None:
@@ -117,7 +130,7 @@ def _summary(model, outputs: Sequence) -> str:
 def _generate_and_compare(arguments, model, prompts: list, options: dict) -> None:
     settings, common = _settings(model, options)
     shown = []
-    rows = evaluate.evaluate(
+    rows = measure.evaluate(
         model,
         [[Item(prompt) for prompt in prompts]],
         settings,
@@ -140,6 +153,8 @@ def _settings(model, options: dict) -> tuple[list, dict]:
     names = ("min_layers", "prefill", "river_head", "deep_tokens", "kv_strategy")
     own = {name: options[name] for name in names if name in options}
     threshold = options.get("threshold", Options.threshold)
+    if is_calibrated(threshold):
+        threshold = model.config.calibrated.threshold
     common = {name: v for name, v in options.items() if name not in ("mode", "threshold", *own)}
     return settings_of(model, [threshold], **own), common
 
@@ -148,7 +163,7 @@ def _show_demo(arguments, model, options: dict) -> None:
     """Held-out prompts through the river, then what that costs and gains."""
     seed = options.get("seed", 0)
     items = demo_items(DEMO_PROBLEMS, DEMO_FUNCTIONS, seed)
-    settings, common = _settings(model, {"max_new_tokens": evaluate.DEMO_NEW_TOKENS} | options)
+    settings, common = _settings(model, {"max_new_tokens": measure.DEMO_NEW_TOKENS} | options)
     river = settings[-1]
     shown = []
 
@@ -160,7 +175,7 @@ def _show_demo(arguments, model, options: dict) -> None:
 
     if not arguments.json:
         print(f"{model_line(model)}\n{river.name}, on prompts that are not in its training data:\n")
-    rows = evaluate.evaluate(
+    rows = measure.evaluate(
         model, [[item] for item in items], settings, divergence=False, on_batch=show, **common
     )
     _write_trace(arguments, model, [item.prompt for item in items], shown, options)

@@ -1,5 +1,6 @@
 """What commands share: the model that they run, and what they say of it and of the machine."""
 
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -7,6 +8,9 @@ import torch
 
 import river_ext
 from river_ext import __version__, ops
+from river_ext.checks import number, short
+from river_ext.errors import RiverError
+from river_ext.loading.calibrated import read_calibrated
 from river_ext.loading.config import ModelConfig, read_config
 from river_ext.loading.offloaded import checked_resident_layers
 from river_ext.model import DEMO
@@ -21,13 +25,24 @@ def load(arguments):
         arguments.dtype,
         arguments.river,
         resident_layers=arguments.resident_layers,
+        calibrated=calibrated(arguments),
     )
+
+
+def calibrated(arguments) -> str | None:
+    """The file of a calibrated threshold; not every command takes one."""
+    return getattr(arguments, "calibrated", None)
 
 
 def config(arguments) -> ModelConfig:
     """Of the model that `load` would load, but for its dtype; its weights are not read."""
     config = read_config(directory(arguments))
-    return replace(config, resident_layers=checked_resident_layers(arguments.resident_layers, config))
+    path = calibrated(arguments)
+    return replace(
+        config,
+        resident_layers=checked_resident_layers(arguments.resident_layers, config),
+        calibrated=None if path is None else read_calibrated(path),
+    )
 
 
 def directory(arguments) -> Path:
@@ -49,6 +64,18 @@ def model_facts(model) -> dict:
         "cpu_isa": build["cpu_isa"],
         "threads": torch.get_num_threads(),
     }
+
+
+def thresholds(text: str | None, default: Sequence[float]) -> Sequence[float]:
+    """What --thresholds says."""
+    if text is None:
+        return default
+    try:
+        return [number("--thresholds", float(part)) for part in text.split(",")]
+    except ValueError:
+        raise RiverError(
+            f"--thresholds {short(text)}; accepted: numbers, not NaN, with commas between"
+        ) from None
 
 
 def import_line(imported: dict) -> str:

@@ -1,6 +1,7 @@
 """The model that a user holds: load it, generate with it, save its river."""
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -13,6 +14,7 @@ from .engine.network import Network
 from .engine.offload import weights_on_device
 from .engine.sequence import GenerationOutput
 from .errors import RiverError, memory_for
+from .loading.calibrated import read_calibrated
 from .loading.checkpoint import load_checkpoint, parse_device
 from .loading.config import ModelConfig
 from .loading.offloaded import give_back_pages
@@ -34,6 +36,7 @@ def load(
     dtype: str | torch.dtype = "auto",
     river: str | Path | None = None,
     resident_layers: int | None = None,
+    calibrated: str | Path | None = None,
 ) -> "Model":
     """Loads a Hugging Face checkpoint directory and its exit river.
 
@@ -48,6 +51,8 @@ def load(
             offloaded. On a GPU their matrices lie in pinned memory of the host, and stream in where a token
             runs them; on the CPU they are pages of the mapped file, which the kernel may drop, and so need
             the stored dtype. The river stays. None offloads nothing. Results are the same.
+        calibrated: a file that `river calibrate` wrote for this checkpoint and this river: what
+            threshold="calibrated" and draft_tokens="calibrated" are.
 
     On the CPU a process may be forked after it has loaded a model, and its children generate. After it has
     generated itself, OpenMP's threads are missing in its children: there, call `torch.set_num_threads(1)`
@@ -56,20 +61,25 @@ def load(
     device = choose_device(device)
     # with a GPU, forks are out of the question, and the current device and stream are the calling thread's
     load = in_own_thread(_load) if device.type == "cpu" else _load
-    return load(path, device, dtype, river, resident_layers)
+    return load(path, device, dtype, river, resident_layers, calibrated)
 
 
-def _load(path, device: torch.device, dtype, river, resident_layers) -> "Model":
+def _load(path, device: torch.device, dtype, river, resident_layers, calibrated) -> "Model":
+    found = None if calibrated is None else read_calibrated(calibrated)
     checkpoint = load_checkpoint(
         DEMO if path is None else path, dtype=dtype, device=device, resident_layers=resident_layers
     )
-    config, weights = checkpoint.config, checkpoint.weights
+    config, weights = replace(checkpoint.config, calibrated=found), checkpoint.weights
+    if found:
+        found.check_model(calibrated, checkpoint.fingerprint, weights.embed_tokens.dtype)
     if river is None:
         exit_layers = exit_river.build_river(config, weights_on_device(weights))
     elif is_foreign(river):
         exit_layers = import_river(river, config, weights_on_device(weights))
     else:
         exit_layers = exit_river.load_river(river, config, checkpoint.fingerprint, device)
+    if found:
+        found.check_river(calibrated, exit_river.river_sha256(exit_layers))
     if config.resident_layers is not None and device.type == "cpu":
         give_back_pages(weights.layers[config.resident_layers :])  # read so far to check and to quantise them
     return Model(
@@ -127,7 +137,7 @@ class Model:
         prompt: str | Sequence,
         *,
         max_new_tokens: int | Sequence[int] = 256,
-        threshold: float | Sequence[float] = 0.5,
+        threshold: float | str | Sequence[float | str] = 0.5,
         min_layers: int | Sequence[int] = 1,
         batch_policy: str = "row",
         prefill: str = "full",
@@ -162,6 +172,7 @@ class Model:
             max_new_tokens: prompt and new tokens must fit the model's positions. For this and every other
                 number but logprobs, a list gives each prompt its own.
             threshold: exit when the similarity is above it (strictly); inf never exits, -2 always.
+                "calibrated": what `river calibrate` chose, if the model was loaded with its file.
             min_layers: backbone layers, 1 or more, that a token runs before it may exit.
             batch_policy: "row": each token exits on its own, and what a prompt gets does not depend on the
                 others. "min", the paper's: the tokens of a step exit together, when every one of them may.
@@ -171,7 +182,8 @@ class Model:
                 the backbone's own; "full", the backbone alone (threshold inf); "full_w4", the river alone
                 (depth 0). "lossless" gives the tokens of "full", bit for bit.
             draft_tokens: that the river proposes at a time in lossless mode, 1 to 7, as long as those of all
-                running requests together are at most 8 less one each; "auto" goes by how many were right.
+                running requests together are at most 8 less one each; "auto" goes by how many were right,
+                "calibrated" is what `river calibrate` found to be the fastest.
             river_head: the head that tokens are drawn by in the modes "river" and "full_w4": the "model"'s,
                 or the river's, "w4", which reads 0.28 of the bytes and is less exact. In mode "river" the
                 first token is by the model's in any case. Lossless mode drafts by the river's.
@@ -269,7 +281,8 @@ class Model:
         tokens: Sequence[int],
         *,
         prompt_length: int,
-        threshold: float = 0.5,
+        by: str = "steps",
+        threshold: float | str = 0.5,
         min_layers: int = 1,
         prefill: str = "full",
         mode: str = "river",
@@ -279,14 +292,18 @@ class Model:
     ) -> Score:
         """Logits and exit depths for given tokens, by the same prefill and decoding steps as `generate`.
 
-        Row i of the logits is the prediction of tokens[prompt_length + i] from all tokens before it; the
-        first prompt_length tokens are prefilled.
+        Row i of the logits is the prediction of tokens[prompt_length + i] from all tokens before it.
+
+        Args:
+            by: "steps": the first prompt_length tokens are prefilled, and each one after them is a decoding
+                step, which may exit on its own. "prefill": all of them are prefilled together, so that only
+                what `prefill` says may exit, and the mode "full_w4".
         """
         options = dict(
             threshold=threshold, min_layers=min_layers, prefill=prefill, mode=mode, river_head=river_head,
             kv_strategy=kv_strategy, deep_tokens=deep_tokens,
         )  # fmt: skip
-        return score(self.network, tokens, prompt_length, options)
+        return score(self.network, tokens, prompt_length, by, options)
 
     def save_river(self, path: str | Path) -> None:
         """Writes the river, to be loaded with `load(..., river=path)`."""

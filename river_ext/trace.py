@@ -183,12 +183,16 @@ def check_path(path: str | Path) -> Path:
 
 def _page(trace: dict) -> str:
     template = TEMPLATE.read_text(encoding="utf-8")
-    own = [f"{kind}-src {_hash_of(kind, template)}" for kind in ("script", "style")]
-    policy = "; ".join(["default-src 'none'", *own, "base-uri 'none'", "form-action 'none'"])
     # ASCII alone, and "<" escaped as well: no text can end the element that holds it
     data = json.dumps(trace, allow_nan=False).replace("<", "\\u003c")
-    head, tail = template.replace("{policy}", policy).split("{trace}")
+    head, tail = template.replace("{policy}", policy_of(template)).split("{trace}")
     return head + data + tail
+
+
+def policy_of(page: str) -> str:
+    """A Content-Security-Policy that allows a page its own script and its own style, and nothing else."""
+    own = [f"{kind}-src {_hash_of(kind, page)}" for kind in ("script", "style")]
+    return "; ".join(["default-src 'none'", *own, "base-uri 'none'", "form-action 'none'"])
 
 
 def _hash_of(kind: str, template: str) -> str:

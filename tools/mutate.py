@@ -28,6 +28,27 @@ class Mutant:
 
 MUTANTS = [
     Mutant(
+        "a client who goes keeps the slot",
+        "river_ext/serve/worker.py",
+        "self.engine.cancel(ticket)",
+        "pass",
+        "test_serve_faults.py -k frees_the_slot",
+    ),
+    Mutant(
+        "a stream tells tokens again",
+        "river_ext/serve/answer.py",
+        "                tokens = []\n",
+        "",
+        "test_serve.py -k depths_are_told",
+    ),
+    Mutant(
+        "true is as good as 1 where n is checked",
+        "river_ext/serve/schema.py",
+        "type(value) is type(one) and value == one",
+        "value == one",
+        "test_serve_refusals.py -k bodies_of_completions",
+    ),
+    Mutant(
         "scales between v and o go by KV heads one after the other",
         "river_ext/quant/imported/moved_scales.py",
         "arange(shape.num_key_value_heads).repeat_interleave(group)",
@@ -155,14 +176,14 @@ MUTANTS = [
     ),
     Mutant(
         "the second row of a W4 pair by the first one's nibbles",
-        "csrc/cpu/isa/strips.h",
+        "csrc/cpu/isa/w4_strip.h",
         "0, 0, 0, 0, 8, 8, 8, 8, 0, 0, 0, 0, 8, 8, 8, 8",
         "0, 0, 0, 0, 8, 8, 8, 8, 0, 0, 0, 0, 0, 0, 0, 0",
         "test_linear.py -k equals_reference",
     ),
     Mutant(
         "many rows forget the columns before",
-        "csrc/cpu/isa/strips.h",
+        "csrc/cpu/isa/dense_strip.h",
         "if (begin > 0) RIVER_UNROLL",
         "if (begin > end) RIVER_UNROLL",
         "test_linear.py -k any_number_of_rows",

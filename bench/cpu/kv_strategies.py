@@ -24,7 +24,7 @@ import river_ext
 from bench.lib.common import machine, parser, results_path, save
 from bench.lib.prompts import read_prompts
 from river_ext.engine.request import KV_STRATEGIES
-from river_ext.evaluate import DEMO_NEW_TOKENS, Item, demo_items, kl_divergence
+from river_ext.evaluation.measure import DEMO_NEW_TOKENS, Item, demo_items, kl_divergence
 
 DEMO_THRESHOLDS = (0.9, 0.99)
 WORK = ("backbone_rows", "recomputed_rows", "exit_rows", "projected_rows")  # of stats
@@ -112,7 +112,7 @@ def keep(output, item: Item, one: dict) -> None:
     one["depth"] += output.exit_depths[1:]
     for kind in WORK:
         one[kind].append(getattr(output.stats, kind) * (len(output.tokens) - 1))
-    if item.is_right:
+    if item.checks:
         one["right"].append(item.is_right(output.text))
 
 

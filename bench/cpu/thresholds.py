@@ -15,7 +15,6 @@ full depth come also, for each layer, percentiles of the similarity of its decod
 """
 
 import json
-import sys
 from dataclasses import dataclass, field
 from itertools import chain
 from pathlib import Path
@@ -24,16 +23,17 @@ from statistics import fmean, median
 import torch
 
 import river_ext
+from bench.lib import figures
 from bench.lib.common import machine, parser, results_path, save
+from bench.lib.figures import BLUE, GREY, ORANGE
 from bench.lib.prompts import read_prompts
-from river_ext.evaluate import kl_divergence
+from river_ext.evaluation.measure import kl_divergence
 from river_ext.model import Model
 
 THRESHOLDS = (0.3, 0.5, 0.8, 0.9, 0.95, 0.96, 0.97, 0.98, 0.99, 0.995)
 POLICY_THRESHOLDS = (0.5, 0.9, 0.98)  # at which the prompt's policies are compared
 FREE_THRESHOLDS = (0.5, 0.9, 0.95, 0.98)
 PERCENTILES = (5, 25, 50, 75, 95)
-BLUE, ORANGE = "#2f6db5", "#b35900"
 MODES = {"full depth": {"mode": "full"}, "full W4": {"mode": "full_w4"}}
 
 
@@ -178,24 +178,13 @@ def free(model: Model, prompts: list, new_tokens: int) -> list[dict]:
 
 def plot(results: Path, figure: Path) -> None:
     """Three panels: similarity by layer, exit depth by threshold, agreement by threshold and policy."""
-    try:
-        import matplotlib
-    except ImportError:
-        print("thresholds.py: --plot needs matplotlib; accepted: to install it", file=sys.stderr)
-        raise SystemExit(2) from None
-    matplotlib.use("svg")
-    matplotlib.rcParams.update(
-        {"svg.fonttype": "none", "svg.hashsalt": "river", "font.size": 9, "xtick.labelsize": 8}
-    )
-    from matplotlib import pyplot
-
+    pyplot = figures.pyplot()
     result = json.loads(results.read_text())
-    _, panels = pyplot.subplots(1, 3, figsize=(11, 3.6), layout="constrained")
+    drawn, panels = pyplot.subplots(1, 3, figsize=(11, 3.6), layout="constrained")
     similarity_panel(panels[0], result)
     depth_panel(panels[1], result)
     agreement_panel(panels[2], result)
-    pyplot.savefig(figure, metadata={"Date": None, "Creator": None})
-    print(figure)
+    figures.save(drawn, figure, [results])
 
 
 def similarity_panel(axes, result: dict) -> None:
@@ -220,7 +209,7 @@ def agreement_panel(axes, result: dict) -> None:
         same = [100 * line["same"] for line in lines]
         axes.plot(thresholds_of(lines), same, marker, label=f"prefill {policy}", **style)
     (w4,) = (line for line in result["forced"] if line["setting"] == "full W4")
-    axes.axhline(100 * w4["same"], color="#57606a", linestyle=":", label="full W4")
+    axes.axhline(100 * w4["same"], color=GREY, linestyle=":", label="full W4")
     axes.set(xlabel="threshold", title="same token as full depth, %")
     axes.legend(frameon=False)
 

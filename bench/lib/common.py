@@ -5,8 +5,6 @@ import ctypes
 import functools
 import json
 import math
-import os
-import platform
 import random
 import subprocess
 import sys
@@ -18,7 +16,7 @@ from statistics import fmean, median
 import torch
 from torch.utils.cpp_extension import load
 
-from river_ext import ops
+from river_ext import benchmark
 
 RESULTS = Path(__file__).parent.parent / "results"
 
@@ -33,21 +31,7 @@ def parser(description: str) -> argparse.ArgumentParser:
 
 def machine() -> dict:
     """The processor and everything that the numbers depend on."""
-    model = next((line.split(":")[1].strip() for line in _lines("/proc/cpuinfo") if "model name" in line), "")
-    return {
-        "processor": model or platform.processor(),
-        "cores": os.cpu_count(),
-        "threads": torch.get_num_threads(),
-        "cpu_isa": ops._C.build_info()["cpu_isa"],
-        "memory_gib": round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30, 1),
-        "torch": torch.__version__,
-        "river_ext": ops._C.build_info()["version"],
-        "commit": _commit(),
-    }
-
-
-def _lines(path: str) -> list[str]:
-    return Path(path).read_text().splitlines() if Path(path).exists() else []
+    return benchmark.machine() | {"commit": _commit()}
 
 
 def _commit() -> str | None:

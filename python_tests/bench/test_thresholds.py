@@ -11,7 +11,7 @@ from tiny_model import demo_model
 
 from bench.cpu import thresholds
 from bench.lib.prompts import read_prompts
-from river_ext.evaluate import kl_divergence
+from river_ext.evaluation.measure import kl_divergence
 
 PROMPTS = ["Question: Ana has 21 coins and buys 12 more. How many coins does Ana have?\nAnswer:", "def f"]
 LAYERS, NEW_TOKENS = 16, 6
@@ -121,4 +121,4 @@ def test_a_figure_without_matplotlib_is_one_line(monkeypatch, capsys, tmp_path):
     with pytest.raises(SystemExit) as end:
         run(monkeypatch, "--plot", tmp_path / "a.json", tmp_path / "a.svg")
     assert end.value.code == 2
-    assert capsys.readouterr().err == "thresholds.py: --plot needs matplotlib; accepted: to install it\n"
+    assert capsys.readouterr().err == "thresholds.py: figures need matplotlib; accepted: to install it\n"

@@ -31,6 +31,7 @@ sys.exit(f"{heavy} imported" if heavy else code)
         (["info", "--help"], 0, "--river DIR"),
         (["convert", "--help"], 0, "--output DIR"),
         (["eval", "--help"], 0, "--problems N"),
+        (["calibrate", "--help"], 0, "--guarantee SHARE"),
         (["fly"], 2, "'fly'"),
         (["generate", "--demo", "--seed", "x"], 2, "'x'"),
         (["generate", "--demo", ""], 2, "prompt is empty"),

@@ -8,7 +8,7 @@ from commands import SHORT, limited, subprocess_river
 from conftest import write_tiny_checkpoint
 
 from river_cli import shared
-from river_ext.evaluate import demo_items
+from river_ext.evaluation.measure import demo_items
 
 
 def test_models_that_are_refused(refused, tmp_path):
@@ -139,7 +139,8 @@ def test_the_name_that_was_meant(refused, arguments, meant):
 
 
 def test_a_name_that_is_close_to_none(refused):
-    assert refused("fly") == "no command 'fly'; accepted: generate, chat, info, convert, eval"
+    commands = "generate, chat, serve, info, convert, eval, calibrate, bench"
+    assert refused("fly") == f"no command 'fly'; accepted: {commands}"
     assert refused("--", "info").startswith("no command '--'; accepted: ")
     assert refused("info", "--wxyz") == "unrecognized arguments: --wxyz (see river info --help)"
     assert "unrecognized arguments: -x" in refused("generate", "--demo", "hi", "--json", "-x")
@@ -184,6 +185,10 @@ COMMANDS = {
     ("eval", "--demo", "--problems", "1", "--functions", "0", "--thresholds", "0.9"): (
         "--model --river --device --dtype --threads --problems --functions --thresholds --kv-strategy --seed"
     ),
+    ("calibrate", "--demo", "--count", "1"): (
+        "--prompts --count --max-new-tokens --thresholds --max-disagreement --min-speedup --guarantee "
+        "--confidence --timed --min-layers --river-head --output"
+    ),
 }
 
 
@@ -201,9 +206,10 @@ def test_hostile_values_of_every_option(command, river, short_answers, monkeypat
     before = torch.get_num_threads()
     monkeypatch.chdir(tmp_path)
     # nothing that the values leave to be done may take long
-    monkeypatch.setattr("river_ext.evaluate.demo_items", lambda *a: demo_items(1, 0))
+    monkeypatch.setattr("river_ext.evaluation.measure.demo_items", lambda *a: demo_items(1, 0))
     monkeypatch.setattr("river_cli.evaluate.demo_items", lambda *a: demo_items(1, 0))
     monkeypatch.setattr("river_cli.convert.build_river", accepted)
+    monkeypatch.setattr("river_cli.calibrate.calibrate", accepted)
     required = ["--output", "new"] if command[0] == "convert" else []
     refused = 0
     for option in COMMANDS[command].split():

@@ -464,7 +464,7 @@ def test_an_unknown_keyword_is_answered_with_the_closest_one():
             call(PROMPTS[1], **{keyword: 1})
     with pytest.raises(TypeError, match="did you mean prompt_length"):
         model.score(PROMPTS[1], promt_length=1)
-    with pytest.raises(TypeError, match="no argument 'dtyp'; accepted: path, device, dtype, river; did you"):
+    with pytest.raises(TypeError, match="no argument 'dtyp'; accepted: path, device, .*; did you mean dtype"):
         river_ext.load(dtyp="float32")
     with pytest.raises(TypeError, match="progress$"):
         model.generate(PROMPTS[1], wxyz=1)

@@ -54,7 +54,19 @@ OPTIONS = {
     },
     "eval": {
         "--thresholds": ["0.5", "", "x", "0.5,,1", "nan"], "--problems": ["1", "0", "-1", "x"], "--seed":
-        NUMBERS,
+        NUMBERS, "--tasks": ["gsm8k", "humaneval", "", ",", "x" * 5000], "--data": ["nowhere", "PROMPT", ""],
+        "--limit": NUMBERS, "--max-gen-toks": NUMBERS, "--chat": None,
+    },
+    "calibrate": {
+        "--prompts": ["PROMPT", "MODEL", "nowhere", "", "/dev/zero"], "--count": ["1", "0", "x", "-1"],
+        "--guarantee": ["5%", "0.05", "5", "x%", "nan", ""], "--confidence": ["95%", "1", "x"],
+        "--min-speedup": NUMBERS, "--max-new-tokens": NUMBERS, "--timed": NUMBERS, "--output": ["NEW", "OLD",
+        "FILE", "", "/", ".", "/dev/null", "NEW/deep", "\u0000", "x" * 5000],
+    },
+    "bench": {
+        "--thresholds": ["0.5", "-2,inf", "", "0.5,,1", "nan"], "--min-layers": NUMBERS, "--json": None,
+        "--prompt-tokens": NUMBERS, "--file": ["PROMPT", "nowhere", "/dev/null"], "--chat": None,
+        "--dtype": ["auto", "float32", "x"], "--river": ["RIVER", "MODEL", "nowhere"],
     },
 }  # fmt: skip
 MODELS = ["MODEL"] * 6 + ["nowhere", "", "/dev/zero", "PROMPT", "RIVER", "\x00", "org/name"]
@@ -106,15 +118,20 @@ def command_line(state: State, random: Random) -> list[str]:
             return str(state.folder / value)
         return str(state.outputs / value) if first in ("NEW", "OLD", "FULL", "FILE") else value
 
-    command = random.choice(["generate"] * 4 + ["info", "convert", "convert", "eval", "x", "--version", ""])
+    command = random.choice(
+        ["generate"] * 4 + ["info", "convert", "convert", "eval", "calibrate", "bench", "x", "--version", ""]
+    )
     line = [command]
     options = dict(OPTIONS.get(command, {"--json": None, "--x": ["1"]}))
-    if command in ("generate", "info", "convert") and random.random() < 0.95:
+    if command in ("generate", "info", "convert", "bench") and random.random() < 0.95:
         line += random.choice([["--model"], []]) + [named(random.choice(MODELS))]
     if command == "eval":  # the bundled model takes its time: only what is refused before
         options = {name: [v for v in values if v not in ("0.5", "1")] for name, values in options.items()}
     if command == "convert":
         line += ["--output", named(random.choice(options.pop("--output")))]
+    if command == "bench":
+        line += ["--turns", random.choice(["1"] * 6 + NUMBERS[:6])]
+        line += ["--new-tokens", random.choice(["2"] * 6 + NUMBERS)]
     if command == "generate":
         line += ["--max-new-tokens", random.choice(["2"] * 6 + NUMBERS)]
         line += [
@@ -124,7 +141,7 @@ def command_line(state: State, random: Random) -> list[str]:
     for name in random.sample(list(options), min(len(options), random.choice((0, 1, 1, 2, 3)))):
         values = options[name]
         line += [name] if values is None else [f"{name}={named(random.choice(values))}"]
-    if command == "eval":
+    if command in ("eval", "calibrate"):
         line += ["--demo", "--thresholds=x"]
     odd = ["--help", "--", "--x", "-x", "-", "--json=1"]
     if random.random() < 0.05:

@@ -11,7 +11,7 @@ from tiny_model import random_model, random_prompt
 
 import river_cli as cli
 from river_ext.errors import RiverError
-from river_ext.evaluate import Item, Setting, evaluate
+from river_ext.evaluation.measure import Item, Setting, evaluate
 from river_ext.model import DEMO
 
 CONTROLS = ["host", "device"]

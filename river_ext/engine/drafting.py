@@ -38,10 +38,11 @@ class Drafting:
 
 def draft_cost(network: Network) -> float:
     """Bytes of weights that a draft step reads, over those of a verification."""
-
-    def size(tensors) -> int:
-        return sum(tensor.nbytes for tensor in tensors if isinstance(tensor, Tensor))
-
-    river = sum(size(vars(layer.river).values()) for layer in network.layers)
-    backbone = sum(size(vars(layer.weights).values()) for layer in network.layers)
+    river = sum(bytes_of(layer.river) for layer in network.layers)
+    backbone = sum(bytes_of(layer.weights) for layer in network.layers)
     return (river + network.river_head_bytes) / (backbone + network.lm_head.nbytes)
+
+
+def bytes_of(weights) -> int:
+    """Of all tensors of a layer's weights."""
+    return sum(tensor.nbytes for tensor in vars(weights).values() if isinstance(tensor, Tensor))

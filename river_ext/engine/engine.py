@@ -116,6 +116,11 @@ class Engine:
                 f"a prompt of {prompt} tokens and max_new_tokens={sequence.request.max_new_tokens} need "
                 f"{needed} positions of a slot; this engine has {self.slots} slots of {self.max_len}"
             )
+        if sequence.request.calibrated and self.batch_policy == "min":
+            raise RiverError(
+                "batch_policy='min' with threshold='calibrated', which was measured row by row; accepted "
+                "there: 'row'"
+            )
         if sequence.request.river_head:
             self.network.check_river_head()
         with self._lock:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from .. import ops
-from ..checks import integer, short
+from ..checks import choice, integer, short
 from ..errors import RiverError
 from ..loading.text import Text
 from .decoder import HostDecoder, power_of_two
@@ -21,8 +21,9 @@ from .network import Network
 from .prefill import Prefill
 from .request import Request, is_batch, is_chat, prompt_tokens, request, requests
 from .sequence import GenerationOutput, Piece, Sequence
-from .step import Exits, Row, not_finite
+from .step import Exits, NewToken, Row, not_finite
 
+SCORE_BY = ("steps", "prefill")
 LEAST_POSITIONS = 256  # of an engine that is lent, so that most of the requests to come fit it
 
 
@@ -129,26 +130,30 @@ def _pieces(
             yield event.piece
 
 
-def score(network: Network, tokens, prompt_length: int, options: Mapping) -> Score:
+def score(network: Network, tokens, prompt_length: int, by: str, options: Mapping) -> Score:
     """Feeds given tokens instead of the model's own, through the same prefill and steps."""
     config = network.config
+    choice("by", by, SCORE_BY)
     if isinstance(tokens, str) or is_chat(tokens):
         raise RiverError(f"tokens is {short(tokens)}; accepted: token ids, as prompt_length counts them")
     tokens = prompt_tokens(config, None, tokens)
     if len(tokens) > config.max_length:
         raise RiverError(f"{len(tokens)} tokens need as many positions; the model has {config.max_length}")
     prompt_length = integer("prompt_length", prompt_length, 1, len(tokens) - 1)
-    options = {**options, "max_new_tokens": len(tokens) - prompt_length, "return_logits": True}
-    asked = request(config, None, tokens[:prompt_length], options)
+    prefilled = prompt_length if by == "steps" else len(tokens) - 1
+    options = {**options, "max_new_tokens": len(tokens) - prefilled, "return_logits": True}
+    asked = request(config, None, tokens[:prefilled], options)
     if asked.river_head:
         network.check_river_head()
     memory = Memory(network, slots=1, max_len=asked.positions)
     decoder = KV_DECODERS.get(asked.kv_strategy, HostDecoder)(memory, together=False)
-    news = []
-    for position in range(prompt_length - 1, len(tokens) - 1):
+    news, keep = [], 1 + prefilled - prompt_length
+    for position in range(prefilled - 1, len(tokens) - 1):
         if not news or position == asked.rotates_anew_after:
             known = replace(asked, prompt=tokens[: position + 1])
-            news.append(Prefill(memory.network, memory.cache, 0, known).advance())
+            prefill = Prefill(memory.network, memory.cache, 0, known, keep=keep)
+            new, keep = prefill.advance(), 1
+            news += [*_of_earlier(network, prefill.kept[:-1], asked, new), new]
             exits = Exits()
         else:
             decoder.start([Row(tokens[position], position, 0, asked, remaining=1, exits=exits)])
@@ -158,3 +163,17 @@ def score(network: Network, tokens, prompt_length: int, options: Mapping) -> Sco
         if new.token < 0:
             raise RiverError(not_finite(network.dtype, position, new.similarities))
     return Score(torch.stack([new.logits for new in news]), [new.exit_depth for new in news])
+
+
+@torch.inference_mode()
+def _of_earlier(network: Network, hidden: Tensor, asked: Request, first: NewToken) -> list[NewToken]:
+    """What follows prompt tokens before the last one, of which hidden [T, hidden_size] is after all layers.
+
+    The head and the exit depth are those of `first`, which follows the last one.
+    """
+    news = []
+    for block in hidden.split(ops.MAX_ROWS) if len(hidden) else ():
+        tokens, logits = network.head(block, asked.river_head and asked.rule.limit == 0)
+        rows = zip(tokens.tolist(), logits, strict=True)
+        news += [NewToken(token, first.exit_depth, [], row) for token, row in rows]
+    return news

@@ -54,7 +54,7 @@ class Prefill:
 
     Positions before `start` hold K and V already. The new token's exit depth is the prompt's, its
     similarities are those of the last prompt token. With `progress`, standard error shows how far it is, if
-    it takes long.
+    it takes long. Of the last `keep` tokens `kept` has the hidden states after all layers, in the end.
     """
 
     def __init__(
@@ -65,8 +65,10 @@ class Prefill:
         request: Request,
         start: int = 0,
         progress: bool = False,
+        keep: int = 1,
     ):
         self.network, self.request, self.start, self.progress = network, request, start, progress
+        self.keep, self.kept = keep, None  # [keep, hidden_size]
         kind = MatmulPrompt if network.device.type == "cuda" else OpsPrompt
         self._prompt = kind(network, cache, slot, start, len(request.prompt))
         self._pieces = self._run()
@@ -88,7 +90,8 @@ class Prefill:
         pieces = math.ceil(rows / self._prompt.rows_at_a_time) * self.network.config.num_hidden_layers
         with progress_bar("prompt", pieces, self.progress) as self._done_piece:
             hidden, similarities = yield from self._layers()
-        return self._first_token(hidden[-1:], similarities)
+        self.kept = hidden[-self.keep :].clone()  # without the rest of the prompt
+        return self._first_token(self.kept[-1:], similarities)
 
     def _layers(self) -> Iterator[int]:
         """The value: hidden states after all layers, and the last token's similarities of the backbone's."""

@@ -2,12 +2,11 @@
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from numbers import Integral, Real
 
 import torch
 
-from .. import ops
 from ..checks import (
     FP32_MAX,
     FP32_TINY,
@@ -25,6 +24,7 @@ from ..checks import (
     token_ids,
 )
 from ..errors import RiverError
+from ..loading.calibrated import CALIBRATED, MOST_DRAFTS, RIVER_HEADS
 from ..loading.config import ModelConfig
 from ..loading.text import Text
 from .exit_rule import ExitRule, PrefillPolicy
@@ -32,9 +32,8 @@ from .sampling import Sampling
 
 MODES = ("river", "lossless", "full", "full_w4")
 KV_STRATEGIES = ("share", "mask", "recompute", "propagate", "monotone")
-RIVER_HEADS = ("model", "w4")
 DEEP_TOKENS = ("stream", "exit")
-MOST_DRAFTS = ops.MAX_ROWS - 1  # one row of a verification is the token before them
+CALIBRATED_OPTIONS = ("threshold", "draft_tokens")  # that may be "calibrated"
 MAX_LOGPROBS = 20  # as many as servers of the same kind give
 
 
@@ -43,7 +42,7 @@ class Options:
     """What is asked for a prompt: keyword arguments of `Model.generate`, where each is described."""
 
     max_new_tokens: int = 256
-    threshold: float = 0.5
+    threshold: float | str = 0.5
     min_layers: int = 1
     prefill: str = "full"
     mode: str = "river"
@@ -84,6 +83,7 @@ class Request:
     return_logits: bool
     dtype: torch.dtype  # of the model
     rotates_anew_after: int | None = None  # see ModelConfig
+    calibrated: bool = False  # its threshold is the calibrated one, which was measured row by row
 
     @property
     def positions(self) -> int:
@@ -162,6 +162,8 @@ def requests(config: ModelConfig, text: Text | None, prompt, options: Mapping) -
 def request(config: ModelConfig, text: Text | None, prompt, options: Mapping) -> Request:
     """Checks a prompt and its options against the model."""
     options = names_keywords(Options)(**options)
+    calibrated = is_calibrated(options.threshold)
+    options = with_calibrated(config, options)
     prompt = prompt_tokens(config, text, prompt)
     max_new_tokens = integer("max_new_tokens", options.max_new_tokens, 1, 2**63 - 1)
     if (length := len(prompt) + max_new_tokens) > config.max_length:
@@ -190,7 +192,34 @@ def request(config: ModelConfig, text: Text | None, prompt, options: Mapping) ->
         return_logits=flag("return_logits", options.return_logits),
         dtype=config.dtype,
         rotates_anew_after=config.rotates_anew_after,
+        calibrated=calibrated,
     )
+
+
+def is_calibrated(value) -> bool:
+    """Whether an option is the word for what `river calibrate` found."""
+    return isinstance(value, str) and value == CALIBRATED
+
+
+def with_calibrated(config: ModelConfig, options: Options) -> Options:
+    """The options with the calibrated numbers in place of the word."""
+    names = [name for name in CALIBRATED_OPTIONS if is_calibrated(getattr(options, name))]
+    if not names:
+        return options
+    found = config.calibrated
+    if found is None:
+        raise RiverError(
+            f"{names[0]}='calibrated' needs a model that was loaded with calibrated=FILE, which "
+            "`river calibrate` writes"
+        )
+    if "threshold" in names and options.mode == "river":
+        for name, value in found.measured_with.items():
+            if (given := getattr(options, name)) != value:
+                raise RiverError(
+                    f"{name}={short(given)} with threshold='calibrated', which was measured with "
+                    f"{name}={value!r}; accepted there: that, or a number as threshold"
+                )
+    return replace(options, **{name: getattr(found, name) for name in names})
 
 
 def stop_tokens(config: ModelConfig, options: Options) -> frozenset[int]:

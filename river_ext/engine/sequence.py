@@ -94,14 +94,14 @@ class Sequence:
         self._stream = TextStream(text, request.prompt, StopStrings(request.stop)) if text else None
         drafts = request.draft_tokens
         self._drafting = None if drafts is None else Drafting(drafts)
-        self._drafted: list[bool] = []
+        self.drafted: list[bool] = []
         self._steps = self._drafts = 0
         self._draft_seconds: float | None = 0.0
         self._work = Work()
         self._exits = Exits()
         self._logits: list[Tensor] = []
-        self._logprobs: list[float] = []
-        self._top_logprobs: list[list[tuple[int, float]]] = []
+        self.logprobs: list[float] = []
+        self.top_logprobs: list[list[tuple[int, float]]] = []
 
     @property
     def known(self) -> list[int]:
@@ -174,7 +174,7 @@ class Sequence:
         self.exit_depths.append(new.exit_depth)
         self._exits.depths.append(new.exit_depth)
         self.similarities.append(new.similarities)
-        self._drafted.append(new.drafted)
+        self.drafted.append(new.drafted)
         if new.logits is not None:
             self._keep_logits(new.token, new.logits)
         added = self._text_of(new.token)
@@ -202,9 +202,9 @@ class Sequence:
             self._logits.append(logits)
         if (count := self.request.logprobs) is not None:
             logprobs = logits.log_softmax(-1)
-            self._logprobs.append(logprobs[token].item())
+            self.logprobs.append(logprobs[token].item())
             values, ids = logprobs.sort(descending=True, stable=True)  # ties to the lowest id
-            self._top_logprobs.append(list(zip(ids[:count].tolist(), values[:count].tolist(), strict=True)))
+            self.top_logprobs.append(list(zip(ids[:count].tolist(), values[:count].tolist(), strict=True)))
 
     def fail(self, error: str) -> None:
         """No token follows, for this reason."""
@@ -230,7 +230,7 @@ class Sequence:
             steps=self._steps,
             tokens_per_step=decoded / self._steps if decoded else 0.0,
             drafts=self._drafts,
-            accepted_drafts=sum(self._drafted),
+            accepted_drafts=sum(self.drafted),
             draft_seconds=self._draft_seconds,
             **{name: rows / max(1, decoded) for name, rows in self._work._asdict().items()},
         )
@@ -242,9 +242,9 @@ class Sequence:
             similarities=list(self.similarities),
             finish_reason=self.finish_reason,
             stats=stats,
-            drafted=list(self._drafted),
+            drafted=list(self.drafted),
             logits=torch.stack(self._logits) if self._logits else None,
-            logprobs=list(self._logprobs) if has_logprobs else None,
-            top_logprobs=list(self._top_logprobs) if has_logprobs else None,
+            logprobs=list(self.logprobs) if has_logprobs else None,
+            top_logprobs=list(self.top_logprobs) if has_logprobs else None,
             error=self.error,
         )

@@ -15,6 +15,7 @@ import torch
 
 from .. import ops
 from ..errors import RiverError
+from .calibrated import Calibrated
 from .families import (
     FAMILIES,
     MULTIMODAL,
@@ -58,6 +59,7 @@ class ModelConfig:
     query_scaling: tuple[float, int] | None = None
     multimodal: bool = False  # the checkpoint holds more than this model, which is read alone
     resident_layers: int | None = None  # `load` says it: backbone layers from this one on are offloaded
+    calibrated: Calibrated | None = None  # `load` says it, too: what `river calibrate` found
     softmax_scale: float | None = None  # None: head_dim ** -0.5
     residual_multiplier: float = 1.0  # of hidden vectors as they are kept, see multipliers.py
     logits_scaling: float = 1.0  # logits are divided by it

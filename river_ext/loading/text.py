@@ -57,6 +57,13 @@ class Text:
                 "tool_use" if there is one and `tools` are given, as transformers does.
             variables: those that the template knows, such as `tools` or `enable_thinking`.
         """
+        text = self.chat_text(messages, add_generation_prompt, chat_template, **variables)
+        return self._tokens(text, add_special_tokens=False)
+
+    def chat_text(
+        self, messages, add_generation_prompt: bool = True, chat_template: str | None = None, **variables
+    ) -> str:
+        """What `chat` gives the tokens of."""
         if self._directory is None:
             raise RiverError("chat messages need a checkpoint with a chat template; accepted: text")
         name = chat_template
@@ -67,8 +74,7 @@ class Text:
             raise RiverError(f"chat_template is a {type(name).__name__}; accepted: the name of a template")
         if name not in self._chat_templates:
             self._chat_templates[name] = ChatTemplate.read(self._directory, name)
-        text = self._chat_templates[name].render(messages, add_generation_prompt, **variables)
-        return self._tokens(text, add_special_tokens=False)
+        return self._chat_templates[name].render(messages, add_generation_prompt, **variables)
 
     @cached_property
     def _template_names(self) -> list[str]:

@@ -238,6 +238,11 @@ def _facts(river: ExitRiver, config: ModelConfig, fingerprint: str, sha256: str)
     return facts | {name: value for name, value in more.items() if value is not None}
 
 
+def river_sha256(river: ExitRiver) -> str:
+    """What tells this river from others of the same model."""
+    return sha256_of(_tensors(river))
+
+
 def _tensors(river: ExitRiver) -> dict[str, torch.Tensor]:
     layers = {
         f"layers.{index}.{field.name}": getattr(layer, field.name).cpu()

@@ -4,9 +4,11 @@
 #include "kernels.h"
 
 #include "attention.h"
+#include "dense_strip.h"
+#include "lines.h"
 #include "similarity.h"
-#include "strips.h"
 #include "vectors.h"
+#include "w4_strip.h"
 
 #define RIVER_JOIN_(a, b) a##b
 #define RIVER_JOIN(a, b) RIVER_JOIN_(a, b)

@@ -11,7 +11,7 @@ from rich.console import Console
 from tiny_model import demo_model
 
 from river_ext.engine.sequence import GenerationOutput, Stats
-from river_ext.evaluate import (
+from river_ext.evaluation.measure import (
     FUNCTIONS,
     PROBLEMS,
     Item,
@@ -81,7 +81,7 @@ def test_settings():
 
 def test_demo_items():
     items = demo_items(3, 2)
-    assert [item.task for item in items] == [PROBLEMS] * 3 + [FUNCTIONS] * 2
+    assert [list(item.checks) for item in items] == [[PROBLEMS]] * 3 + [[FUNCTIONS]] * 2
     assert [item.prompt for item in items] == [item.prompt for item in demo_items(3, 2)]
     assert items[0].prompt != demo_items(3, 2, seed=1)[0].prompt
     assert not any(item.is_right("") for item in items)
@@ -98,7 +98,7 @@ def test_the_reference_row(evaluated):
     rates = [of_settings[0].stats.tokens_per_second for of_settings in outputs]
     assert row.tokens_per_second == pytest.approx(statistics.median(rates))
     for task, count in ((PROBLEMS, 2), (FUNCTIONS, 1)):
-        rights = [i.is_right(o[0].text) for i, o in zip(items, outputs, strict=True) if i.task == task]
+        rights = [i.is_right(o[0].text) for i, o in zip(items, outputs, strict=True) if task in i.checks]
         assert row.accuracy[task] == Share(sum(rights), count)
 
 
@@ -180,11 +180,17 @@ def test_tokens_are_compared_place_by_place():
             "other": {"a": scripted([1, 9, 3], [16, 2, 3], 0.5), "b": scripted([5], [16], 0.0)},
         }
     )
-    items = [Item("a", "task", lambda text: text.startswith("12")), Item("b")]
+    items = [
+        Item("a", {"starts": lambda text: text[:2] == "12", "ends": lambda text: text[-1] == "3"}),
+        Item("b"),
+    ]
     settings = [Setting(name, {"name": name}) for name in ("full", "other")]
     for batches in ([items], [[item] for item in items]):
         full, other = evaluate(model, batches, settings, divergence=False)
-        assert full.accuracy == {"task": Share(1, 1)} and other.accuracy == {"task": Share(0, 1)}
+        assert full.accuracy == {"starts": Share(1, 1), "ends": Share(0, 1)}
+        assert other.accuracy == {"starts": Share(0, 1), "ends": Share(1, 1)}
+        assert [other.tokens_by_depth[depth] for depth in (2, 3, 16)] == [1, 1, 2]
+        assert len(other.tokens_by_depth) == 17 and sum(other.tokens_by_depth) == other.new_tokens
         assert other.equal_sequences == Share(1, 2)
         assert other.equal_tokens == Share(3, 5)
         assert other.equal_exited_tokens == Share(1, 2)
@@ -219,6 +225,6 @@ def test_table_and_json(evaluated):
 
 
 def test_columns_without_values_are_left_out():
-    row = Row("one", {}, {}, Share(1, 1), Share(1, 1), None, None, 1, 16.0, None)
+    row = Row("one", {}, {}, Share(1, 1), Share(1, 1), None, None, 1, 16.0, [0] * 16 + [1], None)
     heads = printed([row])[0]
     assert "exit depth" in heads and "tokens/s" not in heads and "KL" not in heads and "speed" not in heads

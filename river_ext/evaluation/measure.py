@@ -7,7 +7,7 @@ on every prompt, so that whatever else the machine does meets all of them alike.
 
 import math
 import statistics
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from itertools import chain, zip_longest
 
@@ -15,8 +15,8 @@ import torch
 from rich.table import Table
 from torch import Tensor
 
-from .engine.sequence import GenerationOutput
-from .model import Model
+from ..engine.sequence import GenerationOutput
+from ..model import Model
 
 DEMO_THRESHOLDS = (0.5, 0.9, 0.98, 0.99, 0.995)  # from the river's speed to near full depth
 DEMO_NEW_TOKENS = 128  # the longest of the demo's answers has 90 tokens
@@ -26,11 +26,14 @@ DTYPE_NAMES = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp
 
 @dataclass(frozen=True)
 class Item:
-    """A prompt of a task, and whether a text that continues it is right (None: there is no telling)."""
+    """A prompt, as `Model.generate` takes it, and by name what says whether a continuation is right."""
 
-    prompt: str
-    task: str = ""
-    is_right: Callable[[str], bool] | None = None
+    prompt: str | list
+    checks: Mapping[str, Callable[[str], bool]] = field(default_factory=dict)
+
+    def is_right(self, text: str) -> bool:
+        """By every check."""
+        return all(check(text) for check in self.checks.values())
 
 
 @dataclass(frozen=True)
@@ -72,13 +75,14 @@ class Row:
 
     name: str
     options: dict
-    accuracy: dict[str, Share]  # by task
-    equal_sequences: Share  # outputs that are the same from end to end
-    equal_tokens: Share  # tokens that are the same, position by position
+    accuracy: dict[str, Share]  # by check
+    equal_sequences: Share | None  # outputs that are the same from end to end; None if none are compared
+    equal_tokens: Share | None  # tokens that are the same, position by position
     equal_exited_tokens: Share | None  # the same, of the tokens that exited early; None if none did
     kl: float | None  # mean KL(first row || this) in nats per token, along the first row's tokens
     new_tokens: int
     mean_exit_depth: float  # over all new tokens; the first of a sequence has the prefill's depth
+    tokens_by_depth: list[int]  # the new tokens that left after 0, 1, ... backbone layers
     tokens_per_second: float | None  # decoded tokens per decoding second: the median over the batches
 
     def as_dict(self) -> dict:
@@ -88,7 +92,7 @@ class Row:
             for name, share in vars(self).items()
             if name in ("equal_sequences", "equal_tokens", "equal_exited_tokens")
         }
-        accuracy = {task: share.as_dict() for task, share in self.accuracy.items()}
+        accuracy = {name: share.as_dict() for name, share in self.accuracy.items()}
         return vars(self) | shares | {"accuracy": accuracy}
 
 
@@ -107,10 +111,10 @@ def settings_of(model: Model, thresholds: Sequence[float], **options) -> list[Se
 
 def demo_items(problems: int, functions: int, seed: int = 0) -> list[Item]:
     """Held-out word problems and functions. Functions are checked by an interpreter that runs no code."""
-    from .demo_tasks import generator  # only who asks for the demo's tasks needs it
+    from ..demo_tasks import generator  # only who asks for the demo's tasks needs it
 
     def items(task: str, found: Iterable, is_right: Callable) -> list[Item]:
-        return [Item(item.prompt, task, lambda text, item=item: is_right(text, item)) for item in found]
+        return [Item(item.prompt, {task: lambda text, item=item: is_right(text, item)}) for item in found]
 
     return items(PROBLEMS, generator.held_out_problems(problems, seed), generator.score_problem) + items(
         FUNCTIONS, generator.held_out_functions(functions, seed), generator.score_function
@@ -156,6 +160,23 @@ def evaluate(
     return [tally.row() for tally in tallies]
 
 
+def depth_row(
+    setting: Setting, accuracy: dict, depths: Sequence[int], speeds: Sequence[float], layers: int, **compared
+) -> Row:
+    """A row of what is known of all tokens, their exit depths, and what was compared with the reference."""
+    names = ("equal_sequences", "equal_tokens", "equal_exited_tokens", "kl")
+    return Row(
+        name=setting.name,
+        options=setting.options,
+        accuracy=accuracy,
+        new_tokens=len(depths),
+        mean_exit_depth=statistics.fmean(depths),
+        tokens_by_depth=[depths.count(depth) for depth in range(layers + 1)],
+        tokens_per_second=statistics.median(speeds) if speeds else None,
+        **dict.fromkeys(names) | compared,
+    )
+
+
 @dataclass
 class _Tally:
     """A row in the making."""
@@ -163,7 +184,7 @@ class _Tally:
     setting: Setting
     layers: int
     depths: list[int] = field(default_factory=list)  # by token
-    rights: dict[str, list[bool]] = field(default_factory=dict)
+    rights: dict[str, list[bool]] = field(default_factory=dict)  # by check
     equal: list[bool] = field(default_factory=list)  # by sequence
     same: list[tuple[bool, bool]] = field(default_factory=list)  # by token: (the same, it exited early)
     divergences: list[float] = field(default_factory=list)  # by token of the reference
@@ -175,8 +196,8 @@ class _Tally:
             # rows of a batch decode together: the one that stayed longest saw all of the steps
             self.speeds.append(decoded / max(output.stats.decode_seconds for output in outputs))
         for item, output, reference in zip(batch, outputs, references, strict=True):
-            if item.is_right:
-                self.rights.setdefault(item.task, []).append(item.is_right(output.text))
+            for name, is_right in item.checks.items():
+                self.rights.setdefault(name, []).append(is_right(output.text))
             self.equal.append(output.tokens == reference.tokens)
             self.depths += output.exit_depths
             exited = [depth < self.layers for depth in output.exit_depths]
@@ -187,17 +208,16 @@ class _Tally:
 
     def row(self) -> Row:
         exited = [same for same, early in self.same if early]
-        return Row(
-            name=self.setting.name,
-            options=self.setting.options,
-            accuracy={task: _share(rights) for task, rights in self.rights.items()},
+        return depth_row(
+            self.setting,
+            {name: _share(rights) for name, rights in self.rights.items()},
+            self.depths,
+            self.speeds,
+            self.layers,
             equal_sequences=_share(self.equal),
             equal_tokens=_share([same for same, _ in self.same]),
             equal_exited_tokens=_share(exited) if exited else None,
             kl=statistics.fmean(self.divergences) if self.divergences else None,
-            new_tokens=len(self.depths),
-            mean_exit_depth=statistics.fmean(self.depths),
-            tokens_per_second=statistics.median(self.speeds) if self.speeds else None,
         )
 
 
@@ -228,8 +248,8 @@ def kl_divergence(p_logits: Tensor, q_logits: Tensor) -> Tensor:
 def result_table(rows: Sequence[Row]) -> Table:
     """Rows as text; columns that no row has a value for are left out."""
     cells: dict[str, list[str]] = {"": [row.name for row in rows]}
-    for task in dict.fromkeys(task for row in rows for task in row.accuracy):
-        cells[task] = [str(row.accuracy[task]) if task in row.accuracy else "" for row in rows]
+    for name in dict.fromkeys(chain.from_iterable(row.accuracy for row in rows)):
+        cells[name] = [str(row.accuracy[name]) if name in row.accuracy else "" for row in rows]
     first = rows[0].tokens_per_second
     cells["same output"] = [_percent(row.equal_sequences) for row in rows]
     cells["KL, nats"] = [_number(row.kl, ".4f") for row in rows]
@@ -238,7 +258,26 @@ def result_table(rows: Sequence[Row]) -> Table:
     cells["speed"] = [
         f"{row.tokens_per_second / first:.2f} x" if first and row.tokens_per_second else "" for row in rows
     ]
-    cells = {head: column for head, column in cells.items() if any(column)}
+    return _table({head: column for head, column in cells.items() if any(column)})
+
+
+def depth_table(rows: Sequence[Row]) -> Table:
+    """Where the tokens of each row left: in percent, by ranges of depths."""
+    layers = len(rows[0].tokens_by_depth) - 1
+    width = max(1, math.ceil((layers - 1) / 6))
+    starts = [0, *range(1, layers, width), layers]
+    cells = {"": [row.name for row in rows]}
+    for start, end in zip(starts, [*starts[1:], layers + 1], strict=True):
+        head = str(start) if end == start + 1 else f"{start}-{end - 1}"
+        cells[head] = [_of_all(sum(row.tokens_by_depth[start:end]), row.new_tokens) for row in rows]
+    return _table(cells)
+
+
+def _of_all(count: int, total: int) -> str:
+    return f"{100 * count / total:.0f}" if count else "-"
+
+
+def _table(cells: Mapping[str, list[str]]) -> Table:
     table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="bold")
     for head in cells:
         table.add_column(head, justify="right" if head else "left", no_wrap=True)
@@ -247,7 +286,9 @@ def result_table(rows: Sequence[Row]) -> Table:
     return table
 
 
-def _percent(share: Share) -> str:
+def _percent(share: Share | None) -> str:
+    if share is None:
+        return ""
     return str(share) if share.total < 30 else f"{100 * share.value:.1f} %"
 
 

@@ -1,0 +1,389 @@
+"""The tables and figures of the documents, from the JSON in bench/results: none of their numbers is typed.
+
+A table stands in a document between `<!--report:NAME-->` and `<!--end-->`. NAME is one of TABLES.
+
+    python -m bench.report            writes all tables anew, and the figures whose numbers have changed
+    python -m bench.report --check    names what is not up to date, and then ends with 1; writes nothing
+"""
+
+import argparse
+import json
+import re
+import sys
+from collections.abc import Callable, Iterable, Sequence
+from functools import partial
+from pathlib import Path
+
+from bench import memory
+from bench.cpu import thresholds
+from bench.figures import paper
+from bench.lib import figures
+from bench.lib.common import RESULTS
+from bench.lib.models import LLAMA_1B
+
+ROOT = RESULTS.parent.parent
+DOCUMENTS = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+PLACE = re.compile(r"(<!--report:(\S+)-->\n)(.*?)(<!--end-->)", re.S)
+
+FILES = {
+    "decode": "decode_cpu_amd_epyc_2t.json",
+    "engine": "engine_cpu_amd_epyc_2t.json",
+    "kv-strategies": "kv_strategies_cpu_amd_epyc_1t.json",
+    "lossless": "lossless_cpu_amd_epyc_2t.json",
+    "cycle": "lossless_cycle_cpu_amd_epyc_2t.json",
+    "paper": "paper_cpu_amd_epyc_1t.json",
+    "memory": "memory_smollm2_cpu_amd_epyc_1t.json",
+    "peers": "peers_cpu_amd_epyc_2t.json",
+    "prefill": "prefill_cpu_amd_epyc_2t.json",
+    "thresholds": "thresholds_cpu_amd_epyc_1t.json",
+}
+# the names of rows that are not those of the results
+W4_HEAD = "full W4, the river's head"
+NAMES = {"full W4, W4 head": W4_HEAD, "transformers eager": "transformers, eager"}
+NAMES |= {f"exit depth {d}": f"exit depth {d} of {LLAMA_1B.num_hidden_layers}" for d in range(1, 16)}
+Rows = Iterable[Sequence[str]]
+
+
+def main() -> None:
+    p = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    p.add_argument("--check", action="store_true", help="write nothing")
+    args = p.parse_args()
+    stale = [path for path in DOCUMENTS if path.read_text() != rendered(path.read_text())]
+    stale_figures = [path for path, (sources, _) in FIGURES.items() if not figures.is_of(path, sources)]
+    for path in (*stale, *stale_figures):
+        print(path.relative_to(ROOT))
+    if args.check:
+        sys.exit(bool(stale or stale_figures))
+    for path in stale:
+        path.write_text(rendered(path.read_text()))
+    for path in stale_figures:
+        sources, draw = FIGURES[path]
+        draw(*sources, path)
+
+
+def rendered(document: str) -> str:
+    """The document with its tables as the results have them."""
+    return PLACE.sub(lambda place: f"{place[1]}{TABLES[place[2]]()}\n{place[4]}", document)
+
+
+def result(name: str) -> dict:
+    return json.loads((RESULTS / FILES[name]).read_text())
+
+
+# --- how a table looks --------------------------------------------------------------------------------------
+
+
+def block(head: Sequence[str], rows: Rows) -> str:
+    """Columns of text in a fence: names to the left, numbers to the right."""
+    lines = [head, *rows]
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    texts = [
+        "  ".join(cell.rjust(width) if i else cell.ljust(width) for i, (cell, width) in cells).rstrip()
+        for cells in (list(enumerate(zip(line, widths, strict=True))) for line in lines)
+    ]
+    return fenced("\n".join(texts))
+
+
+def fenced(text: str) -> str:
+    return f"```\n{text}\n```"
+
+
+def markdown(head: Sequence[str], rows: Rows, names: int = 1) -> str:
+    """The first `names` columns to the left."""
+    lines = [row(head), "|" + "---|" * names + "---:|" * (len(head) - names), *map(row, rows)]
+    return "\n".join(lines)
+
+
+def row(cells: Sequence[str]) -> str:
+    return "|" + "".join(f" {cell} |" if cell else " |" for cell in cells)
+
+
+def percent(share: float) -> str:
+    return f"{100 * share:.0f} %"
+
+
+# --- decoding -----------------------------------------------------------------------------------------------
+
+
+def decode_lines() -> list[dict]:
+    """From most bytes to fewest, peers last."""
+    lines = result("decode")["decode"]
+    return sorted(lines, key=lambda line: (line["run"].startswith("transformers"), -line["bytes"]))
+
+
+def decode_short() -> str:
+    shown = ("full", "exit depth 4", "exit depth 1", "transformers")
+    return block(
+        ("", "ms per token", "GB/s", "x full bf16", "allowed"),
+        [
+            (
+                NAMES.get(line["run"], line["run"]), f"{line['ms']:.1f}", f"{line['gb_s']:.1f}",
+                f"{line['x_full_bf16']:.2f}", f"{line['allowed']:.2f}",
+            )
+            for line in decode_lines()
+            if line["run"].startswith(shown)
+        ],
+    )  # fmt: skip
+
+
+def decode() -> str:
+    return markdown(
+        ("", "ms per token", "tokens/s", "GB/s", "x full bf16", "allowed"),
+        [
+            (
+                NAMES.get(line["run"], line["run"]), f"{line['ms']:.1f}", f"{line['tokens_per_second']:.1f}",
+                f"{line['gb_s']:.1f}", f"{line['x_full_bf16']:.2f}", f"{line['allowed']:.2f}",
+            )
+            for line in decode_lines()
+        ],
+    )  # fmt: skip
+
+
+# --- modes of a trained model -------------------------------------------------------------------------------
+
+LOSSLESS_NAMES = {
+    "full bf16": "full bf16",
+    "lossless auto": "lossless",
+    "lossless 1": "1 draft",
+    "river 0.9": "River 0.9",
+    "full W4": W4_HEAD,  # bench/cpu/lossless.py draws its tokens by that one
+} | {f"lossless {count}": f"{count} drafts" for count in (2, 3, 4)}
+
+
+def lossless_lines(file: str) -> dict[str, dict]:
+    """By name, for one of the files with prompts."""
+    (text,) = (text for text in result("lossless")["texts"] if text["file"].startswith(file))
+    return {LOSSLESS_NAMES[line["setting"]]: line for line in text["settings"]}
+
+
+def modes() -> str:
+    lines, count = lossless_lines("test"), result("lossless")["count"]
+    return block(
+        ("", "tokens/s", "speed", "per pass", "same"),
+        [
+            (
+                name, f"{line['tokens_per_second']:.0f}", f"{line['x_full_bf16']:.2f} x",
+                f"{line['tokens_per_step']:.2f}", f"{round(line['same'] * count)} of {count}",
+            )
+            for name in ("full bf16", "lossless", "River 0.9", W4_HEAD)
+            for line in [lines[name]]
+        ],
+    )  # fmt: skip
+
+
+def lossless() -> str:
+    problems, functions = lossless_lines("test"), lossless_lines("HumanEval")
+
+    def cells(line: dict, with_drafting: bool) -> list[str]:
+        if line["acceptance"] is None:
+            return [f"{line['x_full_bf16']:.2f}"] + [""] * (3 if with_drafting else 2)
+        drafting = [percent(line["drafting"])] if with_drafting else []
+        right = percent(line["acceptance"])
+        return [f"{line['x_full_bf16']:.2f}", f"{line['tokens_per_step']:.2f}", right, *drafting]
+
+    names = ("lossless", "1 draft", "2 drafts", "3 drafts", "4 drafts", "River 0.9", W4_HEAD)
+    return markdown(
+        ("", "GSM8K: x", "per pass", "right", "drafting", "HumanEval: x", "per pass", "right"),
+        [
+            (
+                "lossless, auto" if name == "lossless" else name,
+                *cells(problems[name], True),
+                *cells(functions[name], False),
+            )
+            for name in names
+        ],
+    )
+
+
+def cycle() -> str:
+    return markdown(
+        ("drafts", "ms", "its bytes allow", "time", "x at 80 % right", "at 93 %"),
+        [
+            (
+                str(line["drafts"]), f"{line['ms']:.1f}", f"{line['bytes']:.2f}", f"{line['time']:.2f}",
+                f"{line['allows']['0.8']:.2f}", f"{line['allows']['0.93']:.2f}",
+            )
+            for line in result("cycle")["cycle"]
+            if line["drafts"] in (1, 2, 3, 4, 7)
+        ],
+        names=0,
+    )  # fmt: skip
+
+
+def engine() -> str:
+    lines: dict[str, dict[int, dict]] = {}
+    for line in result("engine")["engine"]:
+        mode = W4_HEAD if line["mode"] == "full W4" else line["mode"]  # bench/cpu/engine.py draws by that
+        lines.setdefault(f"{line['shape']} shape, {mode}", {})[line["requests"]] = line
+    return markdown(
+        ("", "2 requests: x one", "of bytes", "4", "of bytes", "8", "of bytes", "tokens/s at 8"),
+        [
+            (
+                name,
+                *(
+                    cell
+                    for count in (2, 4, 8)
+                    for cell in (f"{by[count]['x_one']:.2f}", percent(by[count]["of_bytes"]))
+                ),
+                f"{by[8]['tokens_per_second']:.0f}",
+            )
+            for name, by in sorted(lines.items(), key=lambda item: not item[0].startswith("1B"))
+        ],
+    )
+
+
+def prefill() -> str:
+    return markdown(
+        ("", "tokens", "ms to the first token", "tokens/s", "x transformers", "of products"),
+        [
+            (
+                f"{line['shape']} shape", f"{line['tokens']:,}", f"{line['ms']:,.0f}",
+                f"{line['tokens_per_second']:,.0f}", f"{line['x_transformers']:.2f}",
+                f"{line['percent_of_products']:.0f} %",
+            )
+            for line in result("prefill")["prefill"]
+        ],
+    )  # fmt: skip
+
+
+def peers() -> str:
+    rows: dict[tuple[str, str], dict[str, dict]] = {}
+    for line in result("peers")["peers"]:
+        rows.setdefault((line["shape"], f"{line['runner']}, {line['bits']}"), {})[line["what"]] = line
+
+    def cells(runner: str, line: dict, form: str) -> tuple[str, str]:
+        return f"{line['tokens_per_second']:{form}}", "" if runner.startswith(
+            "river_ext"
+        ) else f"{line['x']:.2f}"
+
+    forms = {"prompt 128": ",.0f", "prompt 1024": ",.0f", "decoding": ".1f"}
+    return markdown(
+        ("", "", "prompt of 128", "x", "1,024", "x", "decoding", "x"),
+        [
+            (shape, runner, *(cell for what, form in forms.items() for cell in cells(runner, by[what], form)))
+            for (shape, runner), by in rows.items()
+        ],
+        names=2,
+    )
+
+
+# --- thresholds ---------------------------------------------------------------------------------------------
+
+
+def by_threshold() -> str:
+    found = result("thresholds")
+    speeds = {line["setting"]: f"{line['x_full_depth']:.2f} x" for line in found["free"]}
+    return block(
+        ("", "exit depth", "same", "KL, nats", "speed"),
+        [
+            (
+                line["setting"], f"{line['exit_depth']:.2f}", f"{100 * line['same']:.1f} %",
+                f"{line['kl']:.4f}", speeds.get(line["setting"], ""),
+            )
+            for line in found["forced"]
+            if line.get("prefill", "full") == "full"
+        ],
+    )  # fmt: skip
+
+
+def by_policy() -> str:
+    policies = thresholds.by_policy(result("thresholds"))
+    first, *others = policies
+    same = {
+        policy: {line["threshold"]: f"{100 * line['same']:.1f} %" for line in lines}
+        for policy, lines in policies.items()
+    }
+    others.sort(key=lambda policy: -int(policy.partition(":")[2] or 0))  # from the deepest on
+    return block(
+        ("", f"prefill {first}", *others),
+        [(f"River {t:g}", same[first][t], *(same[policy][t] for policy in others)) for t in same[others[0]]],
+    )
+
+
+# --- the paper's figures ------------------------------------------------------------------------------------
+
+
+def correlations() -> str:
+    lines = result("paper")["values"]
+    head = ("exit depth", *(str(line["depth"]) for line in lines))
+    return markdown(head, [("r", *(f"{line['r']:.2f}" for line in lines))])
+
+
+def drift() -> str:
+    found = result("paper")["drift"]
+    starts = [found["stretch"] * index for index in range(len(found["settings"][0]["kl"]))]
+    return markdown(
+        ("KL, nats, of tokens", *(f"{start} to {start + found['stretch'] - 1}" for start in starts)),
+        [(line["setting"], *(f"{kl:.3f}" for kl in line["kl"])) for line in found["settings"]],
+    )
+
+
+# --- KV strategies ------------------------------------------------------------------------------------------
+
+
+def kv_strategies(model: str) -> str:
+    (found,) = (found for found in result("kv-strategies")["models"] if found["model"] == model)
+    work = ("mean_exit_depth", "backbone_rows", "recomputed_rows", "exit_rows", "projected_rows")
+    return block(
+        ("", "ms", "x", "agree", "KL, nats", "depth", "backbone", "recomputed", "river", "K and V"),
+        [
+            (
+                line["setting"], f"{line['ms_per_token']:.2f}", f"{line['x_full_bf16']:.2f}",
+                f"{100 * line['agreement']:.1f} %", f"{line['kl']:.4f}",
+                *(f"{line[name]:.1f}" for name in work),
+            )
+            for line in found["settings"]
+        ],
+    )  # fmt: skip
+
+
+# --- memory -------------------------------------------------------------------------------------------------
+
+
+def memory_measured() -> str:
+    found: dict[str, list[str]] = {}
+    for line in result("memory")["memory"]:
+        found.setdefault(line["stage"], []).extend((f"{line['anonymous']:.0f}", f"{line['file']:.0f}"))
+    head = ("MiB", "whole: anonymous", "of files", "4 layers resident: anonymous", "of files")
+    return markdown(head, [(stage, *cells) for stage, cells in found.items()])
+
+
+def memory_of(name: str) -> str:
+    return fenced(memory.table(memory.SHAPES[name], memory.RESIDENT))
+
+
+def memory_as_the_paper() -> str:
+    return fenced(memory.text_of(memory.as_the_paper_counts(memory.SHAPES["Llama-3.1-8B"])))
+
+
+TABLES: dict[str, Callable[[], str]] = {
+    "modes": modes,
+    "decode-short": decode_short,
+    "decode": decode,
+    "lossless": lossless,
+    "cycle": cycle,
+    "engine": engine,
+    "prefill": prefill,
+    "peers": peers,
+    "thresholds": by_threshold,
+    "prefill-policies": by_policy,
+    "paper-correlations": correlations,
+    "paper-drift": drift,
+    "kv-strategies-demo": lambda: kv_strategies("bundled"),
+    "kv-strategies-135M": lambda: kv_strategies("smol"),
+    "memory-measured": memory_measured,
+    "memory-8B": lambda: memory_of("Llama-3.1-8B"),
+    "memory-1B": lambda: memory_of("Llama-3.2-1B"),
+    "memory-paper": memory_as_the_paper,
+}
+PAPER = [RESULTS / FILES["paper"], RESULTS / FILES["thresholds"]]
+# path: the results that it shows, and what draws it
+FIGURES: dict[Path, tuple[list[Path], Callable]] = {
+    ROOT / "docs" / "thresholds.svg": (PAPER[1:], thresholds.plot),
+}
+FIGURES |= {
+    ROOT / "docs" / "paper" / f"{name}.svg": (PAPER, partial(paper.plot, name)) for name in paper.DRAWN
+}
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,255 @@
+"""The model of lm-evaluation-harness: what it answers, and whole tasks on documents of this machine."""
+
+import math
+import socket
+from types import SimpleNamespace
+
+import pytest
+import torch
+from published_documents import BOOLQ, MATH, write_gsm8k, write_lines
+from tiny_model import demo_model
+
+import river_ext
+from river_ext.errors import RiverError
+from river_ext.evaluation.measure import Setting
+
+pytest.importorskip("lm_eval", reason="lm-evaluation-harness is not installed")
+
+from lm_eval.api.instance import Instance  # noqa: E402
+from lm_eval.api.registry import get_model  # noqa: E402
+from lm_eval.models.huggingface import HFLM  # noqa: E402
+
+from river_ext.evaluation import harness  # noqa: E402
+from river_ext.evaluation.harness import RiverLM, evaluate  # noqa: E402
+
+PAIRS = [
+    ("Question: Ana has 3 coins and buys 4 more. How many coins does Ana have?\nAnswer:", " 7"),
+    (
+        "Question: Ana has 3 coins and buys 4 more. How many coins does Ana have?\nAnswer:",
+        " She has 7 coins.",
+    ),
+    ("def add(a, b): ", "return a + b"),  # the space goes to the continuation
+    ("", "def add"),
+]
+EARLY = {"mode": "river", "threshold": -2.0}
+
+
+def requests(kind: str, arguments: list[tuple]) -> list[Instance]:
+    return [Instance(kind, {}, args, number) for number, args in enumerate(arguments)]
+
+
+def loglikelihoods(lm, pairs=PAIRS) -> list[tuple[float, bool]]:
+    return lm.loglikelihood(requests("loglikelihood", pairs), disable_tqdm=True)
+
+
+@pytest.fixture(scope="module")
+def exact():
+    """The demo in fp32, by river and by the harness's own model of transformers."""
+    transformers = pytest.importorskip("transformers")
+    model = river_ext.load(dtype="float32", device="cpu")
+    hf = transformers.AutoModelForCausalLM.from_pretrained(model.directory, dtype=torch.float32)
+    tokenizer = transformers.PreTrainedTokenizerFast(tokenizer_file=str(model.directory / "tokenizer.json"))
+    tokenizer.eos_token = tokenizer.convert_ids_to_tokens(min(model.config.eos_token_ids))
+    if model.config.bos_token_id is not None:
+        tokenizer.bos_token = tokenizer.convert_ids_to_tokens(model.config.bos_token_id)
+    max_length = model.config.max_length - 1  # of what is fed: theirs does not count the last token
+    return model, HFLM(pretrained=hf, tokenizer=tokenizer, device="cpu", batch_size=1, max_length=max_length)
+
+
+def test_it_is_registered():
+    assert get_model("river") is RiverLM
+
+
+@pytest.mark.parametrize("score_by", ["prefill", "steps"])
+def test_full_depth_scores_as_transformers_does(exact, score_by):
+    model, theirs = exact
+    lm = RiverLM(model=model, mode="full", score_by=score_by)
+    assert (lm.eot_token_id, lm.prefix_token_id) == (theirs.eot_token_id, theirs.prefix_token_id)
+    for (ours, greedy), (other, other_greedy) in zip(loglikelihoods(lm), loglikelihoods(theirs), strict=True):
+        assert ours == pytest.approx(other, abs=1e-3)
+        assert greedy == other_greedy
+    texts = requests("loglikelihood_rolling", [("def add(a, b):\n    return a + b\n",), ("word " * 700,)])
+    ours, theirs = lm.loglikelihood_rolling(texts, True), theirs.loglikelihood_rolling(texts, True)
+    assert ours == pytest.approx(theirs, rel=1e-4)
+
+
+def test_full_depth_generates_as_transformers_does(exact):
+    model, theirs = exact
+    lm = RiverLM(model=model, mode="full", batch_size=2)
+    asked = [
+        (PAIRS[0][0], {"until": ["Question:", "\n\n"], "max_gen_toks": 24}),
+        (PAIRS[2][0].rstrip(), {"until": ["Question:", "\n\n"], "max_gen_toks": 24}),
+        (PAIRS[0][0], {"until": ["coins"], "max_gen_toks": 24}),
+        (PAIRS[0][0], {"until": [], "max_gen_toks": 3}),
+    ]
+    ours = lm.generate_until(requests("generate_until", asked), disable_tqdm=True)
+    assert ours == theirs.generate_until(requests("generate_until", asked), disable_tqdm=True)
+    assert "coins" not in ours[2] and any(ours)
+    assert len(lm.speeds) == 3, "two prompts with the same rules go together"
+
+
+def test_exits_are_in_the_steps_alone():
+    """From the prefill, log-likelihoods of an early exit are those of full depth, bit for bit."""
+    model, one_token = demo_model(), ("def add(a, b):", "\n")
+    assert len(model.text.encode("".join(one_token))) == len(model.text.encode(one_token[0])) + 1
+    pairs = [*PAIRS, one_token]
+    full = loglikelihoods(RiverLM(model=model, mode="full"), pairs)
+    lms = {by: RiverLM(model=model, score_by=by, **EARLY) for by in ("prefill", "steps")}
+    answers = {by: loglikelihoods(lm, pairs) for by, lm in lms.items()}
+    assert answers["prefill"] == full
+    assert set(lms["prefill"].depths) == {16}
+    assert all(one != other for one, other in zip(answers["steps"], full, strict=True))
+    assert lms["steps"].depths.count(16) == 1  # there is nothing before the first token of a text
+    assert set(lms["steps"].depths) == {1, 16} and len(lms["steps"].depths) == len(lms["prefill"].depths)
+
+
+@pytest.mark.parametrize("options", [{"mode": "full"}, {"mode": "full_w4"}, EARLY | {"prefill": "depth:3"}])
+@pytest.mark.parametrize("by", ["prefill", "steps"])
+def test_scores_are_the_model_s_own(by, options):
+    model = demo_model()
+    tokens = model.text.encode(PAIRS[1][0] + PAIRS[1][1])
+    known = len(model.text.encode(PAIRS[1][0]))
+    score = model.score(tokens, prompt_length=known, by=by, **options)
+    assert len(score.logits) == len(score.exit_depths) == len(tokens) - known
+    for row, length in enumerate(range(known, len(tokens))):
+        if by == "prefill":  # each row as if the prompt ended there
+            alone = model.generate(tokens[:length], max_new_tokens=1, return_logits=True, **options)
+            assert torch.equal(score.logits[row], alone.logits[0])
+            assert score.exit_depths[row] == alone.exit_depths[0]
+    by_steps = model.score(tokens, prompt_length=known, by="steps", **options)
+    if by == "prefill" and options["mode"] != "river":
+        assert torch.equal(score.logits, by_steps.logits)
+
+
+def test_chat_messages_go_on_with_the_last_one(monkeypatch):
+    lm = RiverLM(model=demo_model())
+
+    def chat_text(messages, add_generation_prompt=True):
+        text = "".join(f"<{message['role']}>{message['content']}</>" for message in messages)
+        return text + ("<assistant>" if add_generation_prompt else "")
+
+    monkeypatch.setattr(lm.model.text, "chat_text", chat_text)
+    messages = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
+    assert lm.apply_chat_template(messages[:1]) == "<user>a</><assistant>"
+    assert lm.apply_chat_template(messages, add_generation_prompt=False) == "<user>a</><assistant>b"
+
+
+@pytest.mark.parametrize(
+    "options, complaint",
+    [
+        ({"score_by": "guess"}, "score_by='guess'"),
+        ({"batch_size": "auto"}, "batch_size='auto'"),
+        ({"batch_size": 9}, "batch_size=9"),
+        ({"max_gen_toks": 0}, "max_gen_toks=0"),
+        ({"mode": "fast"}, "mode='fast'"),
+    ],
+)
+def test_refusals(options, complaint):
+    with pytest.raises(RiverError, match=complaint):
+        RiverLM(model=demo_model(), **options)
+    with pytest.raises(TypeError, match="threshold"):
+        RiverLM(model=demo_model(), treshold=0.5)
+
+
+# --- whole tasks, without a network ---
+
+
+@pytest.fixture
+def no_network(monkeypatch):
+    def refuse(*_):
+        raise AssertionError("a connection is opened")
+
+    monkeypatch.setattr(socket.socket, "connect", refuse)
+
+
+def test_boolq(tmp_path, no_network):
+    write_lines(tmp_path / "boolq" / "validation.jsonl", BOOLQ)
+    write_lines(tmp_path / "boolq" / "train.jsonl", BOOLQ)
+    settings = [Setting("full", {"mode": "full"}), Setting("early", EARLY)]
+    full, early = evaluate(demo_model(), "boolq", settings, data=tmp_path, limit=3, score_by="steps")
+    assert full.accuracy.keys() == {"acc"}
+    estimate = full.accuracy["acc"]
+    assert estimate.total == 3
+    lm = RiverLM(model=demo_model(), mode="full")
+    right = 0
+    for document in BOOLQ[:3]:
+        context = f"{document['passage']}\nQuestion: {document['question']}?\nAnswer:"
+        no, yes = loglikelihoods(lm, [(context, " no"), (context, " yes")])
+        right += (yes[0] > no[0]) == bool(document["label"])
+    p = right / 3
+    assert estimate.value == pytest.approx(p)
+    assert estimate.standard_error == pytest.approx(math.sqrt(p * (1 - p) / 2))  # of a sample: n - 1
+    assert full.mean_exit_depth == 16 and early.mean_exit_depth < 16
+    assert sum(early.tokens_by_depth) == early.new_tokens == full.new_tokens
+    assert full.tokens_per_second is None and full.as_dict()["accuracy"]["acc"]["total"] == 3
+
+
+def test_gsm8k_is_the_same_by_river_and_by_the_harness(tmp_path, no_network):
+    from river_ext.evaluation import measure
+    from river_ext.evaluation.tasks import TASKS, fitted
+
+    data, model, task = write_gsm8k(tmp_path), demo_model(), TASKS["gsm8k"]
+    settings = [Setting("full", {"mode": "full"})]
+    (theirs,) = evaluate(model, "gsm8k", settings, data=data, limit=3, max_gen_toks=12)
+    items = [measure.Item(fitted(model, item.prompt, 12), item.checks) for item in task.items(data, 3, False)]
+    (ours,) = measure.evaluate(
+        model, [[item] for item in items], settings, divergence=False, max_new_tokens=12, stop=task.stop
+    )
+    names = {f"exact_match {name}": share.value for name, share in ours.accuracy.items()}
+    assert {name: estimate.value for name, estimate in theirs.accuracy.items()} == names
+    assert theirs.new_tokens == ours.new_tokens
+
+
+def test_minerva_math(tmp_path, no_network, monkeypatch):
+    pytest.importorskip("math_verify")
+    write_lines(tmp_path / "minerva_math" / "test.jsonl", MATH)
+    write_lines(tmp_path / "minerva_math" / "train.jsonl", MATH)
+    prompts = []
+    texts = {
+        "What is $1+1$?": "Final Answer: The final answer is $2$. I hope it is correct.",
+        "Half?": "$0.5$",
+    }
+
+    def answer(self, contexts, kwargs):
+        assert kwargs["until"] == ["Problem:"] and "max_gen_toks" not in kwargs
+        prompts.extend(contexts)
+        self.depths.append(16)
+        return [next(text for question, text in texts.items() if question in context) for context in contexts]
+
+    monkeypatch.setattr(RiverLM, "_generate", answer)
+    (row,) = evaluate(demo_model(), "minerva_math", [Setting("full", {"mode": "full"})], data=tmp_path)
+    assert {name: estimate.value for name, estimate in row.accuracy.items()} == {
+        "exact_match": 0.5,  # the second does not say "Final Answer"
+        "math_verify": 1.0,
+    }
+    assert all(prompt.count("Problem:") == 5 and prompt.endswith("Solution:") for prompt in prompts)
+
+
+@pytest.mark.parametrize(
+    "task, complaint",
+    [("boolq", "has no documents of boolq"), ("mmlu", "no group"), ("nonsense", "no group")],
+)
+def test_documents_that_are_missing(task, complaint, tmp_path):
+    with pytest.raises(RiverError, match=complaint):
+        evaluate(demo_model(), task, [Setting("full", {"mode": "full"})], data=tmp_path)
+
+
+def test_what_the_harness_says_is_passed_on():
+    with pytest.raises(RiverError, match="'nonsense'.*not a registered task"):
+        evaluate(demo_model(), "nonsense", [Setting("full", {"mode": "full"})])
+
+
+def test_a_tag_s_tasks_are_named():
+    results = {
+        "results": {
+            "a": {"alias": "a", "acc,none": 0.5, "acc_stderr,none": 0.25},
+            "b": {"alias": "b", "acc,none": 1.0, "acc_stderr,none": "N/A"},
+        },
+        "n-samples": {name: SimpleNamespace(effective=2).__dict__ for name in ("a", "b")},
+    }
+    estimates = harness._estimates("tag", results)
+    assert {name: (one.value, one.standard_error) for name, one in estimates.items()} == {
+        "a acc": (0.5, 0.25),
+        "b acc": (1.0, None),
+    }
+    assert str(estimates["a acc"]) == "50.0 ± 25.0 %" and str(estimates["b acc"]) == "100.0 %"

@@ -1,0 +1,249 @@
+"""What the server refuses: by name, with what is accepted, in OpenAI's form; and it goes on."""
+
+import json
+import socket
+
+import openai
+import pytest
+from serving import LONG, Server, shared_server
+
+from river_ext.serve.guard import MAX_BODY
+
+
+@pytest.fixture(scope="module")
+def server() -> Server:
+    return shared_server()
+
+
+@pytest.fixture(autouse=True)
+def goes_on(server):
+    yield
+    assert server.http.get("/health").status_code == 200
+    assert server.process.poll() is None and server.errors() == ""
+
+
+def error_of(reply, status: int = 400) -> dict:
+    """The error of an answer, whose form is OpenAI's."""
+    assert reply.status_code == status, reply.text
+    (error,) = reply.json().values()
+    assert set(error) == {"message", "type", "param", "code"} and "\n" not in error["message"]
+    return error
+
+
+COMPLETION = [
+    ({"n": 2}, "n=2 is not supported; accepted: 1", None),
+    ({"best_of": 3}, "best_of=3 is not supported", None),
+    ({"n": True}, "n=True is not supported", None),
+    ({"echo": True}, "echo=True", None),
+    ({"presence_penalty": 0.5}, "presence_penalty=0.5 is not supported; accepted: 0", None),
+    ({"frequency_penalty": -1}, "frequency_penalty=-1", None),
+    ({"logit_bias": {"5": 1}}, "logit_bias={'5': 1}", None),
+    ({"suffix": "x"}, "suffix='x'", None),
+    ({"temprature": 1}, "no field 'temprature'; accepted: model, temperature", None),
+    ({"\ud800": 1}, "no field '?ud800'; accepted:".replace("?", "\\"), None),
+    ({"temperature": "hot"}, "temperature='hot': input should be a valid number", "temperature"),
+    ({"temperature": True}, "temperature=True", "temperature"),
+    ({"temperature": -1}, "temperature=-1.0; accepted: a number from 0", None),
+    ({"temperature": 1e999}, "temperature=inf", None),
+    ({"top_p": 0}, "top_p=0.0; accepted", None),
+    ({"top_k": 1.5}, "top_k=1.5", "top_k"),
+    ({"top_k": -1}, "top_k=-1; accepted", None),
+    ({"min_p": 2}, "min_p=2.0; accepted", None),
+    ({"max_tokens": 0}, "max_tokens=0: input should be greater than or equal to 1", "max_tokens"),
+    ({"max_tokens": 10**30}, "max_tokens=1000000000000000000000000000000; accepted: 512", "prompt"),
+    ({"max_tokens": "9"}, "max_tokens='9'", "max_tokens"),
+    ({"seed": 2**63}, "seed=9223372036854775808; accepted", None),
+    ({"seed": "x"}, "seed='x'", "seed"),
+    ({"stop": 5}, "stop=5", "stop"),
+    ({"stop": ["a", 5]}, "stop.1=5", "stop.1"),
+    ({"stop": [""]}, "stop=['']; accepted", None),
+    ({"stop": "x" * 70_000}, "stop has 70000 characters", None),
+    ({"logprobs": 21}, "logprobs=21", "logprobs"),
+    ({"logprobs": True}, "logprobs=True", "logprobs"),
+    ({"stream": "yes"}, "stream='yes'", "stream"),
+    ({"stream_options": {"usage": True}}, "no field 'usage'; accepted: include_usage", "stream_options"),
+    ({"user": 5}, "user=5", "user"),
+    ({"mode": "full_w4"}, "mode='full_w4'; accepted: lossless, river, full", "mode"),
+    ({"threshold": 0.5}, "threshold with mode='lossless'", "threshold"),
+    ({"min_layers": 2, "mode": "full"}, "min_layers with mode='full'", "min_layers"),
+    ({"min_layers": 17, "mode": "river"}, "min_layers=17; accepted: an integer from 1 to 16", None),
+    ({"draft_tokens": 8}, "draft_tokens=8; accepted: an integer from 1 to 7", None),
+    ({"draft_tokens": 2, "mode": "full"}, "draft_tokens=2 needs mode='lossless'", None),
+    ({"prompt": ""}, "the prompt is empty", None),
+    ({"prompt": []}, "the prompt is empty", None),
+    ({"prompt": 5}, "prompt: accepted: text, or a list of token ids", "prompt"),
+    ({"prompt": None}, "prompt is missing", "prompt"),
+    ({"prompt": ["a", "b"]}, "prompt: 2 prompts; accepted: one a request", "prompt"),
+    ({"prompt": [1, 10**6]}, "prompt holds 1000000; accepted: token ids from 0 to", None),
+    ({"prompt": [1.5]}, "prompt: accepted", "prompt"),
+    ({"prompt": {"input_ids": [1]}}, "prompt: accepted", "prompt"),
+    ({"prompt": [{"role": "user", "content": "x"}]}, "prompt: accepted", "prompt"),
+    ({"prompt": "a\ud800"}, "lone surrogate", None),
+    ({"prompt": "x " * 600}, "accepted: 512 in all", "prompt"),
+    ({"prompt": "x" * 100_000}, "a text of 100000 characters; accepted", None),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("changes, message, param", COMPLETION, ids=lambda value: str(value)[:40])
+def test_bodies_of_completions(server, changes, message, param):
+    error = error_of(server.post(**{"prompt": "x", "max_tokens": 2} | changes))
+    assert message in error["message"] and len(error["message"]) < 400, error["message"]
+    assert (error["type"], error["param"]) == ("invalid_request_error", param)
+
+
+USER = {"role": "user", "content": "x"}
+IMAGE = {"type": "image_url", "image_url": {"url": "data:,"}}
+CHAT = [
+    ({"tools": [{"type": "function"}]}, "tools=[{'type': 'function'}] is not supported"),
+    ({"tool_choice": "required"}, "tool_choice='required' is not supported"),
+    ({"response_format": {"type": "json_object"}}, "response_format={'type': 'json_object'} is not"),
+    ({"modalities": ["audio"]}, "modalities=['audio'] is not"),
+    ({"messages": []}, "the prompt is empty"),
+    ({"messages": None}, "messages is missing"),
+    ({"messages": "hi"}, "messages: accepted: a list of objects with role and content"),
+    ({"messages": [USER, "hi"]}, "messages: accepted"),
+    ({"messages": [{"content": "x"}]}, "message 0 has the role None; accepted: system, developer, user"),
+    ({"messages": [{"role": "tool", "content": "x"}]}, "message 0 has the role 'tool'"),
+    ({"messages": [USER, {"role": "user"}]}, "message 1 has no 'content'"),
+    ({"messages": [{"role": "user", "content": 5}]}, "the content of message 0 is a int"),
+    ({"messages": [{"role": "user", "content": [IMAGE]}]}, "message 0 has a part of type 'image_url'"),
+    ({"messages": [{"role": "assistant", "tool_calls": [1]}]}, "message 0 has tool_calls"),
+    ({"messages": [{"role": "user", "content": "\ud800"}]}, "lone surrogate"),
+    ({"top_logprobs": 2}, "top_logprobs=2 needs logprobs=true"),
+    ({"logprobs": True, "top_logprobs": 21}, "top_logprobs=21"),
+    ({"logprobs": 2}, "logprobs=2: input should be a valid boolean"),
+    ({"max_tokens": 3, "max_completion_tokens": 4}, "max_tokens=3 and max_completion_tokens=4"),
+    ({"prompt": "x"}, "no field 'prompt'; accepted: model"),
+]
+
+
+@pytest.mark.parametrize("changes, message", CHAT, ids=lambda value: str(value)[:40])
+def test_bodies_of_chats(server, changes, message):
+    error = error_of(server.post("chat/completions", **{"messages": [USER]} | changes))
+    assert message in error["message"] and len(error["message"]) < 400, error["message"]
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_the_client_raises(server, stream):
+    with pytest.raises(openai.BadRequestError, match="n=2 is not supported"):
+        server.openai.completions.create(model=server.name, prompt="x", n=2, stream=stream)
+    with pytest.raises(openai.NotFoundError, match="model='gpt-x'; accepted: 'demo-chat'"):
+        server.openai.completions.create(model="gpt-x", prompt="x", stream=stream)
+
+
+JSON_HEADER = {"Content-Type": "application/json"}
+BODIES = [
+    (b"", {}, "JSON"),
+    (b"", JSON_HEADER, "JSON"),
+    (b"{", JSON_HEADER, "the body is no JSON"),
+    (b'{"prompt": "x"} x', JSON_HEADER, "the body is no JSON"),
+    (b"[1]", JSON_HEADER, "accepted: a JSON object"),
+    (b"null", JSON_HEADER, "JSON"),
+    (b"5", JSON_HEADER, "accepted: a JSON object"),
+    (b"\xff\xfe\x00", JSON_HEADER, "body"),
+    (b"[" * 100_000, JSON_HEADER, "body"),
+    (b'{"max_tokens": ' + b"9" * 5000 + b"}", JSON_HEADER, "body"),
+    (b'{"prompt": "x"}', {"Content-Type": "text/plain"}, "Content-Type: application/json"),
+    (b"prompt=x", {"Content-Type": "application/x-www-form-urlencoded"}, "Content-Type: application/json"),
+]
+
+
+@pytest.mark.parametrize("body, headers, message", BODIES, ids=lambda value: str(value)[:40])
+def test_bodies_that_are_no_json_object(server, body, headers, message):
+    reply = server.http.post("/v1/completions", content=body, headers=headers)
+    assert message in error_of(reply)["message"]
+
+
+def test_bodies_that_are_too_large(server):
+    """With their length in the header, and in chunks without one."""
+    large = b" " * (MAX_BODY + 1)
+
+    def in_chunks():
+        for start in range(0, len(large), 1 << 16):
+            yield large[start : start + (1 << 16)]
+
+    for content in large, in_chunks():
+        try:
+            reply = server.http.post("/v1/completions", content=content, headers=JSON_HEADER)
+        except OSError:  # it may have closed before all was written
+            continue
+        except Exception as error:
+            assert "httpx" in type(error).__module__
+            continue
+        assert "accepted: 8 MiB" in error_of(reply, 413)["message"]
+    head = b"POST /v1/completions HTTP/1.1\r\nHost: 127.0.0.1\r\nContent-Length: 999999999\r\n\r\n"
+    assert b" 413 " in raw(server, head)
+
+
+@pytest.mark.parametrize("method, path, status", [
+    ("GET", "/v1/completions", 405), ("POST", "/health", 405), ("GET", "/v1/embeddings", 404),
+    ("GET", "/v1/models/none", 404), ("GET", "/..%2f..%2fetc/passwd", 404),
+    ("OPTIONS", "/v1/completions", 405),
+])  # fmt: skip
+def test_paths_and_methods(server, method, path, status):
+    error_of(server.http.request(method, path), status)
+
+
+# --- headers, as no client sends them -------------------------------------------------------------------
+
+
+def raw(server: Server, data: bytes) -> bytes:
+    """What the server answers to bytes, until it closes."""
+    with socket.create_connection(server.address, timeout=20) as connection:
+        connection.sendall(data)
+        answer = b""
+        while part := connection.recv(1 << 16):
+            answer += part
+    return answer
+
+
+BODY = json.dumps(LONG | {"max_tokens": 2}).encode()
+
+
+def request_with(*headers: bytes) -> bytes:
+    first = b"POST /v1/completions HTTP/1.1", b"Content-Type: application/json", b"Connection: close"
+    return b"\r\n".join([*first, *headers, b"", BODY])
+
+
+LENGTH, HOST = b"Content-Length: %d" % len(BODY), b"Host: 127.0.0.1"
+
+
+@pytest.mark.parametrize("headers, status", [
+    ((HOST, LENGTH), 200),
+    ((b"host: LocalHost:99", LENGTH), 200),
+    ((HOST, LENGTH, b"Content-Length: 5"), 400),
+    ((HOST, b"Content-Length: -5"), 400),
+    ((HOST, b"Content-Length: 1e3"), 400),
+    ((HOST, b"Transfer-Encoding: gzip"), 400),
+    ((HOST, LENGTH, b"X: a\x00b"), 400),
+    ((HOST, LENGTH, b"Transfer-Encoding: chunked"), 400),
+    ((HOST, LENGTH, b"X: a", b" folded"), 200),
+    ((HOST, HOST, LENGTH), 400),
+    ((LENGTH,), 400),
+    ((b"Host: evil.example", LENGTH), 403),
+    ((b"Host: 127.0.0.1.evil.example:80", LENGTH), 403),
+    ((b"Host: [::1]:80", LENGTH), 200),
+    ((b"Host: [::1]", LENGTH), 200),
+])  # fmt: skip
+def test_headers(server, headers, status):
+    answer = raw(server, request_with(*headers))
+    assert answer.startswith(b"HTTP/1.1 %d " % status), answer[:200]
+
+
+def test_headers_without_an_end(server):
+    """Of which no more is kept than a packet."""
+    with socket.create_connection(server.address, timeout=20) as connection:
+        try:
+            for _ in range(100):
+                connection.sendall(b"GET / HTTP/1.1\r\nX: " + b"x" * 100_000)
+            answer = connection.recv(1 << 16)
+        except ConnectionError:  # it has closed already
+            answer = b"HTTP/1.1 400 "
+    assert answer.startswith(b"HTTP/1.1 400 ")
+
+
+def test_what_is_no_http(server):
+    assert raw(server, b"\x16\x03\x01\x02\x00\r\n\r\n").startswith(b"HTTP/1.1 400 ")
+    two = request_with(HOST, LENGTH).replace(b"Connection: close\r\n", b"", 1)
+    answers = raw(server, two + request_with(HOST, LENGTH))  # in one packet
+    assert answers.count(b"HTTP/1.1 200 ") == 2

@@ -1,0 +1,89 @@
+"""Options that one command alone has."""
+
+import argparse
+
+from .values import count, given, share
+
+
+def add_calibrate(parser: argparse.ArgumentParser) -> None:
+    parser.set_defaults(resident_layers=None)
+    parser.add_argument(
+        "--prompts",
+        type=given,
+        metavar="FILE",
+        help="blank lines between, or .jsonl with a field prompt, question or text",
+    )
+    parser.add_argument(
+        "--count", type=count, metavar="N", help="prompts of the file (all), or problems (60)"
+    )
+    parser.add_argument("--chat", action="store_true", help="a prompt is what a user says")
+    parser.add_argument("--max-new-tokens", type=int, default=64, metavar="N", help="of an answer (64)")
+    parser.add_argument("--thresholds", metavar="S,S,...", help="to choose from: 0.5 to 0.999")
+    parser.add_argument(
+        "--max-disagreement",
+        type=share,
+        metavar="SHARE",
+        help="of tokens that may be others than full depth's (1%%, if no target is given)",
+    )
+    parser.add_argument("--min-speedup", type=float, metavar="X", help="over full depth")
+    parser.add_argument(
+        "--by-bytes", action="store_true", help="judge speed by the weights that are read, not by the clock"
+    )
+    parser.add_argument(
+        "--guarantee",
+        type=share,
+        metavar="SHARE",
+        help="promise that no more of later answers differ from full depth's",
+    )
+    parser.add_argument(
+        "--confidence", type=share, default=0.95, metavar="SHARE", help="of that promise (95%%)"
+    )
+    parser.add_argument(
+        "--timed", type=int, default=4, metavar="N", help="prompts that speed is measured on (4)"
+    )
+    parser.add_argument("--min-layers", type=int, metavar="N", help="as in generate, and so is the next")
+    parser.add_argument("--river-head", help="model (default) or w4")
+    parser.add_argument("-o", "--output", type=given, metavar="FILE", help="where the choice is written")
+
+
+def add_tasks(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("published tasks")
+    group.add_argument(
+        "--tasks",
+        type=given,
+        metavar="NAME,NAME,...",
+        help="gsm8k and humaneval with --data; others, and without it, by lm-evaluation-harness "
+        "(pip install 'river_ext[eval]'), which loads their datasets from the network",
+    )
+    group.add_argument(
+        "--data", type=given, metavar="DIR", help="documents, <task>/<split>.jsonl; nothing is downloaded"
+    )
+    group.add_argument("--limit", type=int, metavar="N", help="only the first documents of each task")
+    group.add_argument("--max-gen-toks", type=int, metavar="N", help="new tokens (the task's, or 256)")
+    group.add_argument("--chat", action="store_true", help="prompts go through the model's chat template")
+    group.add_argument(
+        "--run-code", action="store_true", help="of humaneval: run what the model writes, in a sandbox"
+    )
+    group.add_argument(
+        "--score-by-steps",
+        action="store_true",
+        help="log-likelihoods token by token through the decoding path, so that tokens exit",
+    )
+
+
+def add_serving(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument
+    add("--host", type=given, default="127.0.0.1", help="address to listen at (127.0.0.1)")
+    add("--port", type=int, default=8000, metavar="N", help="8000; 0 is any free one, which it prints")
+    add("--mode", default="lossless", help="where a request names none: lossless (default), river or full")
+    add("--threshold", type=float, default=0.5, metavar="S", help="of mode river, where none is named (0.5)")
+    add("--slots", type=int, default=8, metavar="N", help="requests that run at once, 1 to 8 (8)")
+    add("--max-len", type=int, metavar="N", help="positions of a slot; the model's, up to 4096")
+    add("--queue", type=int, default=64, metavar="N", help="requests that may wait (64); more get code 429")
+    add("--timeout", type=float, default=600.0, metavar="S", help="seconds that a request may take (600)")
+    add(
+        "--reuse-prompts",
+        action="store_true",
+        help="keep earlier turns in the cache; then mode river may depend on earlier requests",
+    )
+    parser.set_defaults(resident_layers=None)

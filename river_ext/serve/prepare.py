@@ -1,0 +1,135 @@
+"""From a body to a checked request: tokens, room in a slot, the engine's options."""
+
+import secrets
+from dataclasses import dataclass
+from functools import cached_property
+
+from ..checks import short
+from ..engine.engine import Engine
+from ..engine.request import prompt_tokens, request
+from ..engine.sequence import Sequence
+from ..errors import RiverError
+from ..loading.chat import template_names
+from ..loading.text import Text
+from ..model import DEMO, Model
+from .errors import ApiError
+from .schema import ChatBody, CompletionBody
+
+MODES = ("lossless", "river", "full")
+SEED_BITS = 53  # JavaScript has no more in a number
+
+
+@dataclass(frozen=True)
+class Served:
+    """A model, its engine, and what requests get that do not say what they want."""
+
+    model: Model
+    engine: Engine
+    mode: str
+    threshold: float
+
+    @property
+    def name(self) -> str:
+        """Of the checkpoint's directory, without the folders above it, which are nobody's concern."""
+        directory = self.model.directory
+        return "river-demo" if directory in (None, DEMO) else directory.resolve().name
+
+    @property
+    def fingerprint(self) -> str:
+        return f"fp_{self.model.fingerprint[:12]}"
+
+    @property
+    def positions(self) -> int:
+        """Prompt and new tokens of a request, at most: the last token takes no place in a slot."""
+        return min(self.engine.max_len + 1, self.model.config.max_length)
+
+    def check_name(self, name: str) -> None:
+        if name != self.name:
+            raise ApiError(
+                404, f"model={short(name)}; accepted: {self.name!r}", param="model", code="model_not_found"
+            )
+
+    def sequence(self, body: CompletionBody | ChatBody) -> Sequence:
+        """Takes a while where the prompt is long; RiverErrors say what is wrong."""
+        prompt = self._prompt(body)
+        options = self._options(body) | {"max_new_tokens": self._new_tokens(body, len(prompt))}
+        return Sequence(request(self.model.config, self.model.text, prompt, options), self.model.text)
+
+    @cached_property
+    def names(self) -> "TokenNames":
+        return TokenNames(self.model.text)
+
+    @cached_property
+    def chats(self) -> bool:
+        """Whether the model has a chat template."""
+        directory = self.model.directory
+        return directory is not None and bool(template_names(directory))
+
+    def _prompt(self, body: CompletionBody | ChatBody) -> list[int]:
+        config, text = self.model.config, self.model.text
+        if isinstance(body, CompletionBody):
+            return prompt_tokens(config, text, body.prompt)
+        if not self.chats:
+            message = "this model has no chat template; accepted: /v1/completions"
+            raise ApiError(400, message, param="messages")
+        try:
+            return prompt_tokens(config, text, [_for_template(message) for message in body.messages])
+        except RiverError as error:  # may name the template's file, whose folders are nobody's concern
+            message = str(error).replace(f"{self.model.directory}/", "")
+            raise ApiError(400, message, param="messages") from None
+
+    def _new_tokens(self, body: CompletionBody | ChatBody, prompt: int) -> int:
+        room, wanted = self.positions - prompt, body.new_tokens
+        if room < 1 or (wanted or 1) > room:
+            raise ApiError(
+                400,
+                f"the prompt has {prompt} tokens, max_tokens={wanted}; accepted: {self.positions} in all, "
+                "and at least one new one",
+                param="messages" if isinstance(body, ChatBody) else "prompt",
+                code="context_length_exceeded",
+            )
+        return wanted or room
+
+    def _options(self, body: CompletionBody | ChatBody) -> dict:
+        mode = self.mode if body.mode is None else body.mode
+        if mode not in MODES:
+            raise ApiError(400, f"mode={mode!r}; accepted: {', '.join(MODES)}", param="mode")
+        if mode != "river":
+            for name in ("threshold", "min_layers"):
+                if getattr(body, name) is not None:
+                    raise ApiError(
+                        400, f"{name} with mode={mode!r}; accepted: it with mode='river'", param=name
+                    )
+        own = {name: getattr(body, name) for name in ("threshold", "min_layers", "draft_tokens")}
+        return {
+            "mode": mode,
+            "threshold": self.threshold,
+            "temperature": body.temperature,
+            "top_p": body.top_p,
+            "top_k": body.top_k,
+            "min_p": body.min_p,
+            "seed": secrets.randbits(SEED_BITS) if body.seed is None else body.seed,
+            "stop": body.stop,
+            "logprobs": body.likeliest,
+        } | {name: value for name, value in own.items() if value is not None}  # fmt: skip
+
+
+class TokenNames:
+    """What a token adds to a text, or the name of a special one. Parts of characters are U+FFFD."""
+
+    def __init__(self, text: Text):
+        self._text, self._known = text, {}
+        self._before = text.encode("a")[-1:]  # tokens behind another keep their blanks
+
+    def __getitem__(self, token: int) -> str:
+        if token not in self._known:
+            self._known[token] = self._text.special(token) or self._added(token)
+        return self._known[token]
+
+    def _added(self, token: int) -> str:
+        return self._text.decode([*self._before, token]).removeprefix(self._text.decode(self._before))
+
+
+def _for_template(message: dict) -> dict:
+    """Templates know no developers: what OpenAI calls so now was the system before."""
+    return message | {"role": "system"} if message["role"] == "developer" else message

@@ -1,0 +1,112 @@
+"""All of `river calibrate` but what it prints: the curve, the lengths of drafts, the choice, the file."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from statistics import median
+
+from ..errors import RiverError
+from ..loading.calibrated import Calibrated, write_calibrated
+from ..model import Model
+from ..quant.exit_river import river_sha256
+from . import drafts
+from .choice import Targets, choose
+from .curve import FULL, Point, curve, full_depth, measured_runs, speeds_over
+from .drafts import DraftLength, draft_lengths
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """What was measured on a model, and what was chosen."""
+
+    targets: Targets
+    options: dict  # of `Model.generate`, beside the threshold
+    max_new_tokens: int
+    tokens_per_second: float  # of full depth: the median of the timed prompts
+    right: int | None  # answers of full depth, where there is telling
+    points: list[Point]  # from the strictest threshold on
+    lengths: list[DraftLength]
+    chosen: Point | None  # None: no threshold meets the targets
+    draft_tokens: int | str
+
+    def as_dict(self) -> dict:
+        """For JSON: how the choice came about."""
+        return {
+            "targets": asdict(self.targets),
+            "max_new_tokens": self.max_new_tokens,
+            "full_depth": {"tokens_per_second": self.tokens_per_second, "right": self.right},
+            "curve": [point.as_dict() for point in self.points],
+            "drafts": [length.as_dict() for length in self.lengths],
+        }
+
+    def write(self, path: str | Path, model: Model) -> None:
+        """Writes the file that `load(..., calibrated=path)` takes; there must be a chosen threshold."""
+        write_calibrated(
+            path,
+            Calibrated(
+                threshold=self.chosen.threshold,
+                min_layers=self.options["min_layers"],
+                river_head=self.options["river_head"],
+                draft_tokens=self.draft_tokens,
+                fingerprint=model.fingerprint,
+                river_sha256=river_sha256(model.river),
+                dtype=model.network.dtype,
+            ),
+            self.as_dict(),
+        )
+
+
+def calibrate(
+    model: Model,
+    prompts: Sequence[Sequence[int]],
+    targets: Targets,
+    thresholds: Sequence[float],
+    *,
+    max_new_tokens: int = 64,
+    timed: int = 4,
+    min_layers: int = 1,
+    river_head: str = "model",
+    is_right: Callable[[int, str], bool] | None = None,
+    advance: Callable[[], None] = lambda: None,
+) -> Calibration:
+    """Measures the curve on prompts, given as token ids, and chooses for the targets.
+
+    Args:
+        prompts: for a guarantee, drawn as those will be that the model is used on.
+        thresholds: for a guarantee, chosen before anybody saw what they do on these prompts.
+        max_new_tokens: of an answer.
+        timed: prompts, the first ones, by which the speeds are measured.
+        min_layers, river_head: as in `Model.generate`; the threshold holds with these.
+        is_right: whether a text is right as the answer to the prompt of this number.
+        advance: called after each of the `steps`.
+    """
+    targets.check_answers(len(prompts))
+    thresholds = sorted(set(thresholds), reverse=True)
+    options = {"min_layers": min_layers, "river_head": river_head}
+    settings = [FULL, *({"threshold": t} | options for t in thresholds), *drafts.SETTINGS]
+    answers = full_depth(model, prompts, max_new_tokens, advance)
+    if all(len(answer.tokens) == 1 for answer in answers):
+        raise RiverError(
+            "every answer ends with its first token, which the prompt gives; accepted: other prompts"
+        )
+    full, *runs = measured_runs(model, prompts[:timed], settings, max_new_tokens, advance)
+    rivers, lossless = runs[: len(thresholds)], runs[len(thresholds) :]
+    speeds = {t: median(speeds_over(run, full)) for t, run in zip(thresholds, rivers, strict=True)}
+    points = curve(model, answers, thresholds, speeds, max_new_tokens, advance, is_right, **options)
+    lengths = draft_lengths(model, lossless, full)
+    return Calibration(
+        targets=targets,
+        options=options,
+        max_new_tokens=max_new_tokens,
+        tokens_per_second=median(output.stats.tokens_per_second for output in full),
+        right=sum(is_right(i, answer.text) for i, answer in enumerate(answers)) if is_right else None,
+        points=points,
+        lengths=lengths,
+        chosen=choose(points, targets),
+        draft_tokens=drafts.fastest(lengths, targets.by_bytes),
+    )
+
+
+def steps(prompts: int, thresholds: int, timed: int) -> int:
+    """How often `calibrate` calls `advance`."""
+    return prompts * (1 + thresholds) + min(timed, prompts) * (1 + thresholds + len(drafts.SETTINGS))
