@@ -17,6 +17,8 @@ from torch.utils._pytree import tree_leaves
 
 from river_ext.engine import graph
 
+READS_NUMBER = ("aten::_local_scalar_dense", "aten::item")  # the latter in inference mode
+
 
 class Agent:
     """A stream, or the host: what it has done, and what it knows to be done, by agent."""
@@ -143,7 +145,7 @@ class Streams(TorchDispatchMode):
         return storage.data_ptr(), first, first + length * size
 
     def _do(self, op, named: dict, accesses: list) -> None:
-        reads_number = op.name() == "aten::_local_scalar_dense"
+        reads_number = op.name() in READS_NUMBER
         by_host = (
             any(place[0] in self._polled for place, _ in accesses)
             and self.current.name != "the steps' stream"

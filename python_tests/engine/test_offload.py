@@ -9,8 +9,11 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import write_tiny_checkpoint
+from kv_oracle import assert_same, sequences
 from oracle import oracle, same
 from streams import Stream, Streams
+from test_kv_strategies import OTHERS, run
+from test_kv_strategies import some_requests as requests_of
 from tiny_model import random_model, random_prompt
 
 import river_ext
@@ -105,6 +108,18 @@ def test_requests_among_others(streams, copied, control, resident):
     for number, (prompt, options) in enumerate(some_requests()):
         options["mode"] = "full" if options["mode"] == "lossless" else options["mode"]
         assert same(outputs[number], oracle(model, prompt, **options)), number
+
+
+@pytest.mark.parametrize("strategy", OTHERS)
+def test_kv_strategies(streams, copied, strategy):
+    """Whose steps run the backbone layer by layer, or parts of its layers."""
+    slots = 1 if strategy == "propagate" else 3  # its writes to one slot are taken for writes to all of them
+    requests = list(requests_of(strategy, 6, seed=30))
+    outputs = run(offloading_model().engine(slots=slots, max_len=POSITIONS), requests, at_once=2)
+    assert streams.races == []
+    assert set(copied) == set(range(RESIDENT, LAYERS))
+    for output, expected in zip(outputs, sequences(whole_model(), requests), strict=True):
+        assert_same(output, expected)
 
 
 def test_a_prompt_streams_each_layer_once(streams, copied, monkeypatch):
