@@ -106,8 +106,9 @@ def _check_convert(arguments) -> None:
         "--calibrate": arguments.calibrate,
     }
     given = [name for name, value in options.items() if value is not None]
-    if (arguments.model or "").lower().endswith(".gguf") and given:
-        raise UsageError(f"{given[0]} with a GGUF file, of which a checkpoint is made; accepted: --dtype")
+    of_rivers = [*given, *["--force"] * arguments.force, *["--device"] * (arguments.device != "auto")]
+    if (arguments.model or "").lower().endswith(".gguf") and of_rivers:
+        raise UsageError(f"{of_rivers[0]} with a GGUF file, of which a checkpoint is made; accepted: --dtype")
     if given[:1] == ["--river-from"] and given[1:]:
         raise UsageError(f"{given[1]} with --river-from, whose weights are quantised; accepted: one of them")
 

@@ -361,6 +361,8 @@ def test_converting(parts, file, tmp_path, river, river_json, refused):
     assert "exists" in refused("convert", path, "-o", tmp_path / "two")
     for option in ("--calibrate", "--river-from", "--group-size"):
         assert f"{option} with a GGUF file" in refused("convert", path, "-o", tmp_path / "x", option, "64")
+    for option in (["--force"], ["--device", "cpu"]):
+        assert f"{option[0]} with a GGUF file" in refused("convert", path, "-o", tmp_path / "x", *option)
     assert "dtype 'int8'" in refused("convert", path, "-o", tmp_path / "x", "--dtype", "int8")
     assert f"river convert {path} --output DIR" in refused("info", path)
     with pytest.raises(RiverError, match="make a checkpoint of it first"):
