@@ -114,8 +114,8 @@ def _print(model: Model, results: Sequence[Result], facts: dict) -> None:
     print(
         "\nMedians of the runs. ms per token, of all tokens: the wait for those that come together, over\n"
         "their number. tokens/s, speed: after the first token. GB/s: weights and cache that steps read; of\n"
-        f"read: beside a plain read of the weights ({read:.1f} GB/s). right: drafts. same: outputs that equal\n"
-        f"those of {full}. weights: those that a setting uses; the whole process took up to {memory}."
+        f"read: beside a plain read of the weights ({read:.1f} GB/s). right: drafts. same: outputs that\n"
+        f"equal those of {full}. weights: those that a setting uses; the whole process took up to {memory}."
     )
     if facts["random_weights"]:
         print("Random weights: depths, drafts and outputs say nothing of a trained model.")

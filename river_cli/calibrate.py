@@ -71,7 +71,7 @@ def run(arguments) -> None:
                      "draft_tokens": found.draft_tokens, "output": found.chosen and arguments.output,
                      "seconds": time.perf_counter() - start})  # fmt: skip
     else:
-        _print(arguments, model, found, len(prompts), min(timed, len(prompts)))
+        _print(arguments, model, found, len(prompts))
     if found.chosen is None:
         raise RiverError(
             f"no threshold meets the target ({targets.text()}), so nothing is written; accepted: another "
@@ -112,7 +112,7 @@ def _tokens(model, prompt: str, arguments) -> list[int]:
     return tokens
 
 
-def _print(arguments, model, found: Calibration, prompts: int, timed: int) -> None:
+def _print(arguments, model, found: Calibration, prompts: int) -> None:
     right = "" if found.right is None else f", {found.right} answers right"
     print(
         f"{model_line(model)}\n{prompts} prompts, {found.points[0].tokens} tokens of full depth at "
@@ -124,11 +124,13 @@ def _print(arguments, model, found: Calibration, prompts: int, timed: int) -> No
     print(
         f"\nGreedy, on {machine(model)}. same tokens, same answers: what the threshold draws as full depth\n"
         "does; bound: with this confidence, at least so many of all answers to such prompts. by bytes: what\n"
-        f"reading fewer weights would give. speed: over full depth, the median of {timed} prompts in turns."
+        f"reading fewer weights would give. speed: over full depth, the median of {found.timed} prompts in\n"
+        "turns."
     )
     if found.chosen is None:
         return
-    print(f"\nFor {found.targets.text()}:\n  {_choice(found)}")
+    target = f"{found.targets.text()}, in answers of up to {found.max_new_tokens} tokens"
+    print(f"\nFor {target}:\n  {_choice(found)}")
     if arguments.output:
         print(f"{printable(arguments.output)} is used with\n  {printable(_use(arguments))}")
 

@@ -21,7 +21,8 @@ def test_the_table_and_the_choice(river, tmp_path):
     assert "3 prompts, 18 tokens of full depth at" in out
     assert "threshold  exit depth  same tokens  same answers  95 % bound" in out
     assert "drafts  tokens per pass" in out
-    assert "For at most 90 % of tokens different:\n  threshold 0.9; in lossless mode, draft_tokens" in out
+    assert "For at most 90 % of tokens different, in answers of up to 6 tokens:\n  threshold 0.9; in" in out
+    assert "; in lossless mode, draft_tokens" in out
     assert f"river generate --demo --calibrated {path} 'a prompt'" in out
     assert json.loads(path.read_text())["threshold"] == 0.9
 
@@ -87,6 +88,7 @@ def test_no_threshold_for_a_target_is_said_after_the_table(river, tmp_path):
             "58 prompts are too few to promise 5 %",
         ),
         (["calibrate", "--demo", "--guarantee", "5"], "--guarantee: '5'; accepted: above 0 and below 1"),
+        (["calibrate", "--demo", "--guarantee", "1e-300"], "guarantee=1e-300; accepted: a share from 1e-06"),
         (["calibrate", "--demo", "--guarantee", "x%"], "--guarantee: 'x%'; accepted"),
         (["calibrate", "--demo", "--confidence", "100%"], "--confidence: '100%'; accepted"),
         (["calibrate", "--demo", "--max-disagreement", "nan"], "--max-disagreement: 'nan'; accepted"),

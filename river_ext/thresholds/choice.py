@@ -8,6 +8,7 @@ from ..errors import RiverError
 from .curve import Point
 from .guarantee import fewest_answers, promised
 
+LEAST_GUARANTEE = 1e-6  # of a smaller share millions of prompts are not enough
 DISAGREEMENT = 0.01  # of tokens, where nobody says anything else
 
 
@@ -28,6 +29,10 @@ class Targets:
             value = getattr(self, name)
             if value is not None and not 0 < value < 1:
                 raise RiverError(f"{name}={value}; accepted: a share above 0 and below 1, such as 0.05")
+        if self.guarantee is not None and self.guarantee < LEAST_GUARANTEE:
+            raise RiverError(
+                f"guarantee={self.guarantee}; accepted: a share from {LEAST_GUARANTEE:g} on, such as 0.05"
+            )
         if self.min_speedup is not None and not 0 < self.min_speedup < math.inf:
             raise RiverError(f"min_speedup={self.min_speedup}; accepted: a number above 0, such as 1.5")
 
