@@ -63,20 +63,22 @@ def run(arguments) -> None:
             advance=advance,
             **own,
         )
-    if found.chosen and arguments.output:
-        found.write(arguments.output, model)
     if arguments.json:
         print_json({**model_facts(model), **found.as_dict(), "prompts": len(prompts),
                      "threshold": found.chosen and found.chosen.threshold,
                      "draft_tokens": found.draft_tokens, "output": found.chosen and arguments.output,
                      "seconds": time.perf_counter() - start})  # fmt: skip
     else:
-        _print(arguments, model, found, len(prompts))
+        _print(model, found, len(prompts))
     if found.chosen is None:
         raise RiverError(
             f"no threshold meets the target ({targets.text()}), so nothing is written; accepted: another "
             "target, other --thresholds, or --mode lossless, whose tokens are full depth's"
         )
+    if arguments.output:  # what was measured is shown by now, should there be no place for it
+        found.write(arguments.output, model)
+        if not arguments.json:
+            print(f"{printable(arguments.output)} is used with\n  {printable(_use(arguments))}")
 
 
 def _thresholds(text: str | None) -> Sequence[float]:
@@ -112,7 +114,7 @@ def _tokens(model, prompt: str, arguments) -> list[int]:
     return tokens
 
 
-def _print(arguments, model, found: Calibration, prompts: int) -> None:
+def _print(model, found: Calibration, prompts: int) -> None:
     right = "" if found.right is None else f", {found.right} answers right"
     print(
         f"{model_line(model)}\n{prompts} prompts, {found.points[0].tokens} tokens of full depth at "
@@ -131,8 +133,6 @@ def _print(arguments, model, found: Calibration, prompts: int) -> None:
         return
     target = f"{found.targets.text()}, in answers of up to {found.max_new_tokens} tokens"
     print(f"\nFor {target}:\n  {_choice(found)}")
-    if arguments.output:
-        print(f"{printable(arguments.output)} is used with\n  {printable(_use(arguments))}")
 
 
 def _choice(found: Calibration) -> str:

@@ -4,6 +4,9 @@ import json
 
 import pytest
 
+from river_ext.errors import RiverError
+from river_ext.thresholds.calibrate import Calibration
+
 DEMO = "calibrate", "--demo", "--max-new-tokens", "6", "--timed", "1", "--thresholds", "0.9,0.99"
 
 
@@ -76,6 +79,16 @@ def test_no_threshold_for_a_target_is_said_after_the_table(river, tmp_path):
     assert code == 2 and not path.exists()
     assert "same answers" in out and "--calibrated" not in out
     assert err.startswith("river: error: no threshold meets the target (1000 times as fast), so nothing is")
+
+
+def test_what_was_measured_is_shown_where_it_cannot_be_written(river, tmp_path, monkeypatch):
+    def full(self, path, model):
+        raise RiverError(f"{path}: cannot be written (No space left on device)")
+
+    monkeypatch.setattr(Calibration, "write", full)
+    code, out, err = river(*DEMO, "--count", "2", "--max-disagreement", "90%", "-o", tmp_path / "a.json")
+    assert code == 2 and "same answers" in out and "--calibrated" not in out
+    assert "No space left on device" in err
 
 
 @pytest.mark.parametrize(

@@ -11,6 +11,7 @@ from tiny_model import demo_model
 
 from river_ext.errors import RiverError
 from river_ext.evaluation.documents import read_documents
+from river_ext.evaluation.measure import Item, evaluate, settings_of
 from river_ext.evaluation.tasks import MAX_GEN_TOKS, TASKS, fitted
 
 DATA = Path(__file__).resolve().parents[3] / "shared" / "data"  # the real documents, where they are
@@ -97,6 +98,13 @@ def test_long_prompts_lose_their_beginning():
     assert fitted(model, "one two", 100) == model.text.encode("one two")
     with pytest.raises(RiverError, match="fewer new tokens"):
         fitted(model, "one", model.config.max_length)
+
+
+def test_a_prompt_may_leave_room_for_one_token():
+    model = demo_model()
+    item = Item(fitted(model, 400 * "one two ", 1))
+    (row,) = evaluate(model, [[item]], settings_of(model, [])[:1], divergence=False, max_new_tokens=1)
+    assert row.new_tokens == 1
 
 
 # --- the harness ---
