@@ -46,7 +46,7 @@ def run(arguments) -> None:
     if arguments.chat:
         read_template(shared.directory(arguments))
     prompts, is_right = _prompts(arguments)
-    targets.check_answers(len(prompts))
+    targets.check_prompts(prompts)
     model = shared.load(arguments)
     start = time.perf_counter()
     with progress_bar(

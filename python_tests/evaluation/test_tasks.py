@@ -2,6 +2,7 @@
 
 import gzip
 import json
+import os
 import re
 from pathlib import Path
 
@@ -179,6 +180,13 @@ def test_limits_are_the_harness_s():
 
 
 # --- documents ---
+
+
+def test_only_files_are_read(tmp_path):
+    """A FIFO would wait for ever."""
+    os.mkfifo(tmp_path / "test.jsonl.gz")
+    with pytest.raises(RiverError, match="is a FIFO; accepted: a regular file"):
+        read_documents(tmp_path, "gsm8k", "test", ("question",))
 
 
 def test_documents_are_found(tmp_path):

@@ -209,10 +209,12 @@ def test_targets_that_cannot_be_are_refused():
         with pytest.raises(RiverError, match=said):
             Targets(**options)
     with pytest.raises(RiverError, match="accepted: 2995731 or more"):
-        Targets(guarantee=1e-6).check_answers(60)
-    Targets(guarantee=0.05).check_answers(59)
+        Targets(guarantee=1e-6).check_prompts(range(60))
+    Targets(guarantee=0.05).check_prompts(range(59))
     with pytest.raises(RiverError, match="58 prompts are too few to promise 5 % .* accepted: 59 or more"):
-        Targets(guarantee=0.05).check_answers(58)
+        Targets(guarantee=0.05).check_prompts(range(58))
+    with pytest.raises(RiverError, match="1 prompts are too few .* or more, all different"):
+        calibrate(random_model(), [random_prompt(4)] * 59, Targets(guarantee=0.05), [0.9])
 
 
 # --- the file ---------------------------------------------------------------------------------------------

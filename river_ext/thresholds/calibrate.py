@@ -82,7 +82,7 @@ def calibrate(
         is_right: whether a text is right as the answer to the prompt of this number.
         advance: called after each of the `steps`.
     """
-    targets.check_answers(len(prompts))
+    targets.check_prompts(map(tuple, prompts))
     thresholds = sorted(set(thresholds), reverse=True)
     options = {"min_layers": min_layers, "river_head": river_head}
     settings = [FULL, *({"threshold": t} | options for t in thresholds), *drafts.SETTINGS]

@@ -1,7 +1,7 @@
 """Which threshold of a curve meets a user's targets."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Hashable, Iterable, Sequence
 from dataclasses import dataclass
 
 from ..errors import RiverError
@@ -36,15 +36,16 @@ class Targets:
         if self.min_speedup is not None and not 0 < self.min_speedup < math.inf:
             raise RiverError(f"min_speedup={self.min_speedup}; accepted: a number above 0, such as 1.5")
 
-    def check_answers(self, answers: int) -> None:
-        """Refuses so few prompts that nothing could be promised, before anything is measured."""
+    def check_prompts(self, prompts: Iterable[Hashable]) -> None:
+        """Refuses so few prompts that nothing could be promised, before anything is measured. Copies show
+        nothing of other prompts and are not counted."""
         if self.guarantee is None:
             return
-        fewest = fewest_answers(self.guarantee, self.confidence)
-        if answers < fewest:
+        different, fewest = len(set(prompts)), fewest_answers(self.guarantee, self.confidence)
+        if different < fewest:
             raise RiverError(
-                f"{answers} prompts are too few to promise {percent(self.guarantee)} with a confidence of "
-                f"{percent(self.confidence)}; accepted: {fewest} or more, or a larger share"
+                f"{different} prompts are too few to promise {percent(self.guarantee)} with a confidence of "
+                f"{percent(self.confidence)}; accepted: {fewest} or more, all different, or a larger share"
             )
 
     def speed(self, point: Point) -> float:
