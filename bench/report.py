@@ -28,6 +28,7 @@ PLACE = re.compile(r"(<!--report:(\S+)-->\n)(.*?)(<!--end-->)", re.S)
 FILES = {
     "decode": "decode_cpu_amd_epyc_2t.json",
     "engine": "engine_cpu_amd_epyc_2t.json",
+    "gsm8k": "gsm8k_smollm2_cpu_amd_epyc_1t.json",
     "kv-strategies": "kv_strategies_cpu_amd_epyc_1t.json",
     "lossless": "lossless_cpu_amd_epyc_2t.json",
     "cycle": "lossless_cycle_cpu_amd_epyc_2t.json",
@@ -63,7 +64,19 @@ def main() -> None:
 
 def rendered(document: str) -> str:
     """The document with its tables as the results have them."""
-    return PLACE.sub(lambda place: f"{place[1]}{TABLES[place[2]]()}\n{place[4]}", document)
+    return PLACE.sub(lambda place: f"{place[1]}{table(place[2])}\n{place[4]}", document)
+
+
+def table(name: str) -> str:
+    """One of TABLES; what stands in the way ends the script with a line."""
+    if name not in TABLES:
+        sys.exit(f"report.py: table {name!r}; accepted: {', '.join(TABLES)}")
+    try:
+        return TABLES[name]()
+    except KeyError as error:
+        sys.exit(f"report.py: table {name!r} needs {error}, which its results do not have")
+    except (OSError, ValueError) as error:
+        sys.exit(f"report.py: table {name!r}: {error}")
 
 
 def result(name: str) -> dict:
@@ -300,6 +313,38 @@ def by_policy() -> str:
     )
 
 
+# --- published tasks ----------------------------------------------------------------------------------------
+
+
+def gsm8k() -> str:
+    found = result("gsm8k")
+    (task,) = found["tasks"]
+    full = task["rows"][0]["tokens_per_second"]
+    scores = ("strict-match", "flexible-extract")
+    depth = f"mean exit depth of {found['num_hidden_layers']}"
+    return markdown(
+        ("", *scores, "same output", depth, "new tokens", "tokens/s", "speed"),
+        [
+            (
+                line["name"], *(score(line["accuracy"][name]) for name in scores),
+                of_total(line["equal_sequences"]), f"{line['mean_exit_depth']:.2f}", str(line["new_tokens"]),
+                f"{line['tokens_per_second']:.1f}", f"{line['tokens_per_second'] / full:.2f} x",
+            )
+            for line in task["rows"]
+        ],
+    )  # fmt: skip
+
+
+def of_total(share: dict) -> str:
+    return f"{share['count']} of {share['total']}"
+
+
+def score(share: dict) -> str:
+    """With its standard error, which has no meaning where all or none are right."""
+    error = share["standard_error"]
+    return of_total(share) + (f" (± {100 * error:.1f} %)" if error else "")
+
+
 # --- the paper's figures ------------------------------------------------------------------------------------
 
 
@@ -365,6 +410,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "engine": engine,
     "prefill": prefill,
     "peers": peers,
+    "gsm8k": gsm8k,
     "thresholds": by_threshold,
     "prefill-policies": by_policy,
     "paper-correlations": correlations,

@@ -112,10 +112,10 @@ def _print(model: Model, results: Sequence[Result], facts: dict) -> None:
     full, memory = results[0].name, size_text(facts["peak_memory_bytes"])
     read = median(run.read_gb_per_second for run in results[0].runs)
     print(
-        "\nMedians of the runs. ms per token: the wait for tokens that come together, over their number.\n"
-        "tokens/s, speed: after the first token. GB/s: weights and cache that steps read; of read: beside a\n"
-        f"plain read of the weights ({read:.1f} GB/s). right: drafts. same: outputs that equal those of\n"
-        f"{full}. weights: those that a setting uses; the whole process took up to {memory}."
+        "\nMedians of the runs. ms per token, of all tokens: the wait for those that come together, over\n"
+        "their number. tokens/s, speed: after the first token. GB/s: weights and cache that steps read; of\n"
+        f"read: beside a plain read of the weights ({read:.1f} GB/s). right: drafts. same: outputs that\n"
+        f"equal those of {full}. weights: those that a setting uses; the whole process took up to {memory}."
     )
     if facts["random_weights"]:
         print("Random weights: depths, drafts and outputs say nothing of a trained model.")

@@ -46,7 +46,7 @@ def run(arguments) -> None:
     if arguments.chat:
         read_template(shared.directory(arguments))
     prompts, is_right = _prompts(arguments)
-    targets.check_answers(len(prompts))
+    targets.check_prompts(prompts)
     model = shared.load(arguments)
     start = time.perf_counter()
     with progress_bar(
@@ -63,20 +63,22 @@ def run(arguments) -> None:
             advance=advance,
             **own,
         )
-    if found.chosen and arguments.output:
-        found.write(arguments.output, model)
     if arguments.json:
         print_json({**model_facts(model), **found.as_dict(), "prompts": len(prompts),
                      "threshold": found.chosen and found.chosen.threshold,
                      "draft_tokens": found.draft_tokens, "output": found.chosen and arguments.output,
                      "seconds": time.perf_counter() - start})  # fmt: skip
     else:
-        _print(arguments, model, found, len(prompts), min(timed, len(prompts)))
+        _print(model, found, len(prompts))
     if found.chosen is None:
         raise RiverError(
             f"no threshold meets the target ({targets.text()}), so nothing is written; accepted: another "
             "target, other --thresholds, or --mode lossless, whose tokens are full depth's"
         )
+    if arguments.output:  # what was measured is shown by now, should there be no place for it
+        found.write(arguments.output, model)
+        if not arguments.json:
+            print(f"{printable(arguments.output)} is used with\n  {printable(_use(arguments))}")
 
 
 def _thresholds(text: str | None) -> Sequence[float]:
@@ -112,7 +114,7 @@ def _tokens(model, prompt: str, arguments) -> list[int]:
     return tokens
 
 
-def _print(arguments, model, found: Calibration, prompts: int, timed: int) -> None:
+def _print(model, found: Calibration, prompts: int) -> None:
     right = "" if found.right is None else f", {found.right} answers right"
     print(
         f"{model_line(model)}\n{prompts} prompts, {found.points[0].tokens} tokens of full depth at "
@@ -124,13 +126,13 @@ def _print(arguments, model, found: Calibration, prompts: int, timed: int) -> No
     print(
         f"\nGreedy, on {machine(model)}. same tokens, same answers: what the threshold draws as full depth\n"
         "does; bound: with this confidence, at least so many of all answers to such prompts. by bytes: what\n"
-        f"reading fewer weights would give. speed: over full depth, the median of {timed} prompts in turns."
+        f"reading fewer weights would give. speed: over full depth, the median of {found.timed} prompts in\n"
+        "turns."
     )
     if found.chosen is None:
         return
-    print(f"\nFor {found.targets.text()}:\n  {_choice(found)}")
-    if arguments.output:
-        print(f"{printable(arguments.output)} is used with\n  {printable(_use(arguments))}")
+    target = f"{found.targets.text()}, in answers of up to {found.max_new_tokens} tokens"
+    print(f"\nFor {target}:\n  {_choice(found)}")
 
 
 def _choice(found: Calibration) -> str:

@@ -110,12 +110,12 @@ def _tasks(arguments) -> None:
 
 
 def _job(name: str, arguments, data: Path | None, limit: int | None):
+    if name in TASKS and TASKS[name].runs_code and (data is None or not arguments.run_code):
+        raise RiverError(
+            f"{name} runs programs that the model writes; accepted: with --data and --run-code, in a sandbox"
+        )
     if data is None or name not in TASKS:
         return HarnessJob(name, arguments, data, limit)
-    if TASKS[name].runs_code and not arguments.run_code:
-        raise RiverError(
-            f"{name} runs programs that the model writes; accepted: with --run-code, in a sandbox"
-        )
     return OwnJob(name, arguments, data, limit)
 
 

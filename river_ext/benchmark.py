@@ -35,7 +35,9 @@ class Run:
     tokens: list[int]
     first_token_ms: float
     prompt_tokens_per_second: float
-    token_ms: list[float]  # for each burst of tokens that come together: the wait for it over their number
+    token_ms: list[
+        float
+    ]  # of each token after the first: the wait for those that come with it, over their number
     tokens_per_second: float | None  # new tokens after the first, as the next two
     gb_per_second: float | None  # weights and KV cache that the steps read
     exit_depth: float | None  # mean
@@ -47,7 +49,7 @@ class Run:
 @dataclass(frozen=True)
 class Result:
     """What one setting did. Speeds and times are medians of the runs, `token_ms_*` percentiles of all
-    their bursts."""
+    their tokens."""
 
     name: str
     options: dict
@@ -107,7 +109,7 @@ def benchmark(
         on_run: called after each run.
         options: more keyword arguments of `Model.generate`, for all settings.
     """
-    runs: dict[str, list[Run]] = {setting.name: [] for setting in settings}
+    runs: list[list[Run]] = [[] for _ in settings]
     longest = max(prompts, key=len)
     for setting in settings:  # the first call of a path is slower, and a longer cache is made anew
         model.generate(longest, **options | setting.options)
@@ -115,13 +117,12 @@ def benchmark(
     for _ in range(turns):
         for number, prompt in enumerate(prompts):
             read = read_speed(model)
-            order = list(settings)
+            order = list(zip(settings, runs, strict=True))
             shuffle(order)
-            for setting in order:
-                runs[setting.name].append(_run(model, number, prompt, options | setting.options, read))
+            for setting, own in order:
+                own.append(_run(model, number, prompt, options | setting.options, read))
                 on_run()
-    full = runs[settings[0].name]
-    return [_result(model, setting, runs[setting.name], full) for setting in settings]
+    return [_result(model, setting, own, runs[0]) for setting, own in zip(settings, runs, strict=True)]
 
 
 # --- one run ------------------------------------------------------------------------------------------------
@@ -139,7 +140,7 @@ def _run(model: Model, number: int, prompt: Sequence[int], options: dict, read: 
         tokens=output.tokens,
         first_token_ms=1e3 * first,
         prompt_tokens_per_second=len(prompt) / first,
-        token_ms=[1e3 * (stamps[b] - stamps[a]) / (b - a) for a, b in pairwise(_bursts(stamps))],
+        token_ms=_waits(stamps),
         tokens_per_second=decoded / decoding if decoded else None,
         gb_per_second=_bytes_read(model, output, options) / decoding / 1e9 if decoded else None,
         exit_depth=fmean(output.exit_depths[1:]) if decoded else None,
@@ -147,6 +148,12 @@ def _run(model: Model, number: int, prompt: Sequence[int], options: dict, read: 
         accepted_drafts=output.stats.accepted_drafts,
         read_gb_per_second=read,
     )
+
+
+def _waits(stamps: Sequence[float]) -> list[float]:
+    """In ms, of each token after the first. A burst counts as often as it has tokens."""
+    bursts = ((1e3 * (stamps[b] - stamps[a]), b - a) for a, b in pairwise(_bursts(stamps)))
+    return [ms / tokens for ms, tokens in bursts for _ in range(tokens)]
 
 
 def _bursts(stamps: Sequence[float]) -> list[int]:

@@ -13,7 +13,9 @@ from bench.lib import figures
 
 ids = {"ids": lambda path: path.name}
 # documents in which every table of numbers is generated
-GENERATED = [report.ROOT / name for name in ("README.md", "docs/cpu.md", "docs/offloading.md")]
+GENERATED = [
+    report.ROOT / name for name in ("README.md", "docs/cpu.md", "docs/evaluation.md", "docs/offloading.md")
+]
 
 
 @pytest.mark.parametrize("document", report.DOCUMENTS, **ids)
@@ -61,6 +63,7 @@ def test_a_changed_digit_is_noticed():
         ("peers", lambda r: r["peers"][0].update(tokens_per_second=9999), ["peers"]),
         ("paper", lambda r: r["values"][0].update(r=0.999), ["paper-correlations"]),
         ("paper", lambda r: r["drift"]["settings"][1]["kl"].__setitem__(1, 9.9), ["paper-drift"]),
+        ("gsm8k", lambda r: r["tasks"][0]["rows"][3].update(tokens_per_second=99.9), ["gsm8k"]),
         ("prefill", lambda r: r["prefill"][0].update(ms=99), ["prefill"]),
         ("thresholds", lambda r: r["forced"][2].update(same=0.999), ["prefill-policies", "thresholds"]),
         ("memory", lambda r: r["memory"][0].update(file=999), ["memory-measured"]),
@@ -112,6 +115,21 @@ def test_writing_and_checking(one_document, monkeypatch, capsys):
     with pytest.raises(SystemExit) as end:
         report.main()
     assert not end.value.code
+
+
+def test_results_that_lack_something_are_said(tmp_path, monkeypatch):
+    with pytest.raises(SystemExit, match="table 'nothing'; accepted: modes, decode-short"):
+        report.rendered("<!--report:nothing-->\n<!--end-->")
+    monkeypatch.setattr(report, "RESULTS", tmp_path)
+    path = tmp_path / report.FILES["prefill"]
+    for text, said in [
+        ('{"prefill": [{"shape": "1B"}]}', "needs 'tokens'"),
+        ("{", "'prefill': Expecting"),
+        (None, "No such file"),
+    ]:
+        path.unlink() if text is None else path.write_text(text)
+        with pytest.raises(SystemExit, match=said):
+            report.rendered("<!--report:prefill-->\n<!--end-->")
 
 
 def test_a_figure_of_other_results_is_noticed(tmp_path):

@@ -4,6 +4,9 @@ import json
 
 import pytest
 
+from river_ext.errors import RiverError
+from river_ext.thresholds.calibrate import Calibration
+
 DEMO = "calibrate", "--demo", "--max-new-tokens", "6", "--timed", "1", "--thresholds", "0.9,0.99"
 
 
@@ -21,7 +24,8 @@ def test_the_table_and_the_choice(river, tmp_path):
     assert "3 prompts, 18 tokens of full depth at" in out
     assert "threshold  exit depth  same tokens  same answers  95 % bound" in out
     assert "drafts  tokens per pass" in out
-    assert "For at most 90 % of tokens different:\n  threshold 0.9; in lossless mode, draft_tokens" in out
+    assert "For at most 90 % of tokens different, in answers of up to 6 tokens:\n  threshold 0.9; in" in out
+    assert "; in lossless mode, draft_tokens" in out
     assert f"river generate --demo --calibrated {path} 'a prompt'" in out
     assert json.loads(path.read_text())["threshold"] == 0.9
 
@@ -77,6 +81,16 @@ def test_no_threshold_for_a_target_is_said_after_the_table(river, tmp_path):
     assert err.startswith("river: error: no threshold meets the target (1000 times as fast), so nothing is")
 
 
+def test_what_was_measured_is_shown_where_it_cannot_be_written(river, tmp_path, monkeypatch):
+    def full(self, path, model):
+        raise RiverError(f"{path}: cannot be written (No space left on device)")
+
+    monkeypatch.setattr(Calibration, "write", full)
+    code, out, err = river(*DEMO, "--count", "2", "--max-disagreement", "90%", "-o", tmp_path / "a.json")
+    assert code == 2 and "same answers" in out and "--calibrated" not in out
+    assert "No space left on device" in err
+
+
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
@@ -87,6 +101,7 @@ def test_no_threshold_for_a_target_is_said_after_the_table(river, tmp_path):
             "58 prompts are too few to promise 5 %",
         ),
         (["calibrate", "--demo", "--guarantee", "5"], "--guarantee: '5'; accepted: above 0 and below 1"),
+        (["calibrate", "--demo", "--guarantee", "1e-300"], "guarantee=1e-300; accepted: a share from 1e-06"),
         (["calibrate", "--demo", "--guarantee", "x%"], "--guarantee: 'x%'; accepted"),
         (["calibrate", "--demo", "--confidence", "100%"], "--confidence: '100%'; accepted"),
         (["calibrate", "--demo", "--max-disagreement", "nan"], "--max-disagreement: 'nan'; accepted"),

@@ -80,6 +80,7 @@ def test_without_the_harness(refused, tmp_path, monkeypatch):
         (["--demo", "--tasks", "gsm8k", "--data", "DATA", "--max-gen-toks", "512"], "max_gen_toks=512"),
         (["--demo", "--tasks", "gsm8k", "--data", "DATA", "--chat"], "has no chat template"),
         (["--demo", "--tasks", "humaneval", "--data", "DATA"], "--run-code"),
+        (["--demo", "--tasks", "humaneval", "--run-code"], "with --data and --run-code, in a sandbox"),
         (["--demo", "--tasks", "gsm8k", "--data", "DATA", "--thresholds", "x"], "--thresholds 'x'"),
     ],
 )

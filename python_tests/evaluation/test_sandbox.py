@@ -26,6 +26,7 @@ DATA = Path(__file__).resolve().parents[3] / "shared" / "data"
         ("print('passed')\nraise ValueError", FAILED),
         ("raise SystemExit(0)", FAILED),
         ("import os\nos._exit(0)", FAILED),
+        ("import numpy\nassert numpy.ones(3).sum() == 3", PASSED),
         ("input()", FAILED),
         ("def f(): return f()\nf()", FAILED),
         ("x = bytearray(3 << 30)", FAILED),
@@ -34,6 +35,30 @@ DATA = Path(__file__).resolve().parents[3] / "shared" / "data"
 )
 def test_verdicts(program, verdict):
     assert run(program) == verdict
+
+
+@pytest.mark.parametrize("end", ["raise ValueError", "os._exit(0)"])
+def test_a_program_cannot_just_write_that_it_passed(end):
+    writes = "import os\nfor file in range(10):\n  try: os.write(file, b'passed')\n  except OSError: pass\n"
+    assert run(writes + end) == FAILED
+
+
+def test_what_a_program_writes_to_the_verdict_has_a_limit():
+    """Else all of it would be in this process's memory. The rewound file takes the verdict that follows."""
+    program = """
+import os
+limited = False
+for file in range(3, 10):
+    try:
+        for _ in range(9):
+            os.write(file, bytes(1 << 16))
+    except OSError as error:
+        if error.errno == 27:  # EFBIG
+            limited = True
+            os.lseek(file, 0, os.SEEK_SET)
+assert limited
+"""
+    assert run(program) == PASSED
 
 
 @pytest.mark.parametrize(
@@ -78,6 +103,35 @@ def test_files_are_out_of_reach(program, tmp_path):
 )
 def test_other_processes_and_the_network_are_out_of_reach(program):
     assert run(program) == FAILED
+
+
+def test_the_kernel_keeps_processes_and_sockets_from_a_program(monkeypatch, tmp_path):
+    """Without the hook, which there are ways around."""
+    worker = tmp_path / "worker.py"
+    source = sandbox.WORKER.read_text()
+    assert source.count("    sys.addaudithook(refuse)\n") == 1
+    worker.write_text(source.replace("    sys.addaudithook(refuse)\n", ""))
+    monkeypatch.setattr(sandbox, "WORKER", worker)
+    assert run("import os\nos.getppid()") == PASSED
+    for call in ("os.fork()", "os.forkpty()", "os.posix_spawn('/bin/true', ['true'], {})",
+                 "threading.Thread(target=int).start()", "socket.socket()", "socket.socketpair()",
+                 "socket.socket(type=socket.SOCK_DGRAM)"):  # fmt: skip
+        program = f"import os, socket, threading\ntry:\n    {call}\nexcept (OSError, RuntimeError): pass\n"
+        assert run(f"{program}else: raise ValueError") == PASSED, call
+
+
+def test_what_else_python_imports_from_is_out_of_reach(monkeypatch, tmp_path):
+    """Such as a checkout that a .pth file names."""
+    (tmp_path / "file").write_text("kept")
+    worker = tmp_path / "worker.py"
+    worker.write_text(
+        sandbox.WORKER.read_text().replace(
+            "import sys\n", f"import sys\nsys.path.append({str(tmp_path)!r})\n", 1
+        )
+    )
+    monkeypatch.setattr(sandbox, "WORKER", worker)
+    assert run(f"import sys\nassert {str(tmp_path)!r} in sys.path") == PASSED
+    assert run(f"open({str(tmp_path / 'file')!r})") == FAILED
 
 
 def test_a_program_that_computes_for_ever_ends(monkeypatch):

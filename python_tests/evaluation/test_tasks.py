@@ -2,6 +2,7 @@
 
 import gzip
 import json
+import os
 import re
 from pathlib import Path
 
@@ -11,6 +12,7 @@ from tiny_model import demo_model
 
 from river_ext.errors import RiverError
 from river_ext.evaluation.documents import read_documents
+from river_ext.evaluation.measure import Item, evaluate, settings_of
 from river_ext.evaluation.tasks import MAX_GEN_TOKS, TASKS, fitted
 
 DATA = Path(__file__).resolve().parents[3] / "shared" / "data"  # the real documents, where they are
@@ -99,6 +101,13 @@ def test_long_prompts_lose_their_beginning():
         fitted(model, "one", model.config.max_length)
 
 
+def test_a_prompt_may_leave_room_for_one_token():
+    model = demo_model()
+    item = Item(fitted(model, 400 * "one two ", 1))
+    (row,) = evaluate(model, [[item]], settings_of(model, [])[:1], divergence=False, max_new_tokens=1)
+    assert row.new_tokens == 1
+
+
 # --- the harness ---
 
 
@@ -171,6 +180,13 @@ def test_limits_are_the_harness_s():
 
 
 # --- documents ---
+
+
+def test_only_files_are_read(tmp_path):
+    """A FIFO would wait for ever."""
+    os.mkfifo(tmp_path / "test.jsonl.gz")
+    with pytest.raises(RiverError, match="is a FIFO; accepted: a regular file"):
+        read_documents(tmp_path, "gsm8k", "test", ("question",))
 
 
 def test_documents_are_found(tmp_path):

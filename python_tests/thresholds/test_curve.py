@@ -62,6 +62,31 @@ def test_never_exiting_differs_nowhere():
     assert (point.different_tokens, point.different, point.exit_depth, point.by_bytes) == (0, 0, 4, 1)
 
 
+def test_speeds_are_of_prompts_that_decode(monkeypatch):
+    """An answer that ends with its first token has no speed."""
+    from river_ext.thresholds import calibrate as module
+
+    prompts, ran, runs = (
+        [random_prompt(length, seed=length) for length in (3, 5, 8)],
+        [],
+        module.measured_runs,
+    )
+
+    def answers(model, found, *more):
+        return [Answer(found[0], [7], ""), *full_depth(model, found[1:], *more)]
+
+    def recorded(model, found, *more):
+        ran.append(found)
+        return runs(model, found, *more)
+
+    monkeypatch.setattr(module, "full_depth", answers)
+    monkeypatch.setattr(module, "measured_runs", recorded)
+    for asked, timed in ((1, 1), (3, 2)):
+        found = calibrate(random_model(), prompts, Targets(0.99), [0.9], max_new_tokens=3, timed=asked)
+        assert ran.pop() == prompts[1 : 1 + timed]
+        assert found.timed == timed == found.as_dict()["timed"]
+
+
 def test_right_is_what_free_generation_ends_with():
     """Also where full depth's answer ends before the threshold's own."""
     model, prompt, texts = random_model(), random_prompt(5, seed=5), []
@@ -177,14 +202,19 @@ def test_targets_that_cannot_be_are_refused():
     for options, said in [
         ({"max_disagreement": 0}, "max_disagreement=0; accepted"),
         ({"guarantee": 1}, "guarantee=1; accepted"),
+        ({"guarantee": 5e-324}, "guarantee=5e-324; accepted: a share from 1e-06 on"),
         ({"guarantee": 0.1, "confidence": math.nan}, "confidence=nan; accepted"),
         ({"min_speedup": math.inf}, "min_speedup=inf; accepted"),
     ]:
         with pytest.raises(RiverError, match=said):
             Targets(**options)
-    Targets(guarantee=0.05).check_answers(59)
+    with pytest.raises(RiverError, match="accepted: 2995731 or more"):
+        Targets(guarantee=1e-6).check_prompts(range(60))
+    Targets(guarantee=0.05).check_prompts(range(59))
     with pytest.raises(RiverError, match="58 prompts are too few to promise 5 % .* accepted: 59 or more"):
-        Targets(guarantee=0.05).check_answers(58)
+        Targets(guarantee=0.05).check_prompts(range(58))
+    with pytest.raises(RiverError, match="1 prompts are too few .* or more, all different"):
+        calibrate(random_model(), [random_prompt(4)] * 59, Targets(guarantee=0.05), [0.9])
 
 
 # --- the file ---------------------------------------------------------------------------------------------

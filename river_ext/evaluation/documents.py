@@ -1,12 +1,13 @@
 """The documents of published tasks, from JSON lines on this machine."""
 
 import gzip
+import io
 import json
 import zlib
 from pathlib import Path
 
 from ..errors import RiverError
-from ..loading.files import read_text
+from ..loading.files import read_bytes, read_text
 
 MAX_BYTES = 256 << 20  # of a file, unpacked
 
@@ -46,7 +47,7 @@ def _text(path: Path) -> str:
     if path.suffix != ".gz":
         return read_text(path, MAX_BYTES)
     try:
-        with gzip.open(path) as file:
+        with gzip.open(io.BytesIO(read_bytes(path, MAX_BYTES))) as file:
             data = file.read(MAX_BYTES + 1)
         if len(data) > MAX_BYTES:
             raise RiverError(f"{path}: more than {MAX_BYTES >> 20} MiB; accepted: up to that")

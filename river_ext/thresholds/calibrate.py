@@ -24,6 +24,7 @@ class Calibration:
     max_new_tokens: int
     tokens_per_second: float  # of full depth: the median of the timed prompts
     right: int | None  # answers of full depth, where there is telling
+    timed: int  # prompts: the first ones whose answers have more than the token that the prompt gives
     points: list[Point]  # from the strictest threshold on
     lengths: list[DraftLength]
     chosen: Point | None  # None: no threshold meets the targets
@@ -35,6 +36,7 @@ class Calibration:
             "targets": asdict(self.targets),
             "max_new_tokens": self.max_new_tokens,
             "full_depth": {"tokens_per_second": self.tokens_per_second, "right": self.right},
+            "timed": self.timed,
             "curve": [point.as_dict() for point in self.points],
             "drafts": [length.as_dict() for length in self.lengths],
         }
@@ -75,21 +77,22 @@ def calibrate(
         prompts: for a guarantee, drawn as those will be that the model is used on.
         thresholds: for a guarantee, chosen before anybody saw what they do on these prompts.
         max_new_tokens: of an answer.
-        timed: prompts, the first ones, by which the speeds are measured.
+        timed: prompts by which the speeds are measured, at most: the first ones with a token to decode.
         min_layers, river_head: as in `Model.generate`; the threshold holds with these.
         is_right: whether a text is right as the answer to the prompt of this number.
         advance: called after each of the `steps`.
     """
-    targets.check_answers(len(prompts))
+    targets.check_prompts(map(tuple, prompts))
     thresholds = sorted(set(thresholds), reverse=True)
     options = {"min_layers": min_layers, "river_head": river_head}
     settings = [FULL, *({"threshold": t} | options for t in thresholds), *drafts.SETTINGS]
     answers = full_depth(model, prompts, max_new_tokens, advance)
-    if all(len(answer.tokens) == 1 for answer in answers):
+    decoded = [answer.prompt for answer in answers if len(answer.tokens) > 1]
+    if not decoded:
         raise RiverError(
             "every answer ends with its first token, which the prompt gives; accepted: other prompts"
         )
-    full, *runs = measured_runs(model, prompts[:timed], settings, max_new_tokens, advance)
+    full, *runs = measured_runs(model, decoded[:timed], settings, max_new_tokens, advance)
     rivers, lossless = runs[: len(thresholds)], runs[len(thresholds) :]
     speeds = {t: median(speeds_over(run, full)) for t, run in zip(thresholds, rivers, strict=True)}
     points = curve(model, answers, thresholds, speeds, max_new_tokens, advance, is_right, **options)
@@ -100,6 +103,7 @@ def calibrate(
         max_new_tokens=max_new_tokens,
         tokens_per_second=median(output.stats.tokens_per_second for output in full),
         right=sum(is_right(i, answer.text) for i, answer in enumerate(answers)) if is_right else None,
+        timed=len(full),
         points=points,
         lengths=lengths,
         chosen=choose(points, targets),
@@ -108,5 +112,5 @@ def calibrate(
 
 
 def steps(prompts: int, thresholds: int, timed: int) -> int:
-    """How often `calibrate` calls `advance`."""
+    """How often `calibrate` calls `advance`, at most."""
     return prompts * (1 + thresholds) + min(timed, prompts) * (1 + thresholds + len(drafts.SETTINGS))

@@ -1,13 +1,14 @@
 """Which threshold of a curve meets a user's targets."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Hashable, Iterable, Sequence
 from dataclasses import dataclass
 
 from ..errors import RiverError
 from .curve import Point
 from .guarantee import fewest_answers, promised
 
+LEAST_GUARANTEE = 1e-6  # of a smaller share millions of prompts are not enough
 DISAGREEMENT = 0.01  # of tokens, where nobody says anything else
 
 
@@ -28,18 +29,23 @@ class Targets:
             value = getattr(self, name)
             if value is not None and not 0 < value < 1:
                 raise RiverError(f"{name}={value}; accepted: a share above 0 and below 1, such as 0.05")
+        if self.guarantee is not None and self.guarantee < LEAST_GUARANTEE:
+            raise RiverError(
+                f"guarantee={self.guarantee}; accepted: a share from {LEAST_GUARANTEE:g} on, such as 0.05"
+            )
         if self.min_speedup is not None and not 0 < self.min_speedup < math.inf:
             raise RiverError(f"min_speedup={self.min_speedup}; accepted: a number above 0, such as 1.5")
 
-    def check_answers(self, answers: int) -> None:
-        """Refuses so few prompts that nothing could be promised, before anything is measured."""
+    def check_prompts(self, prompts: Iterable[Hashable]) -> None:
+        """Refuses so few prompts that nothing could be promised, before anything is measured. Copies show
+        nothing of other prompts and are not counted."""
         if self.guarantee is None:
             return
-        fewest = fewest_answers(self.guarantee, self.confidence)
-        if answers < fewest:
+        different, fewest = len(set(prompts)), fewest_answers(self.guarantee, self.confidence)
+        if different < fewest:
             raise RiverError(
-                f"{answers} prompts are too few to promise {percent(self.guarantee)} with a confidence of "
-                f"{percent(self.confidence)}; accepted: {fewest} or more, or a larger share"
+                f"{different} prompts are too few to promise {percent(self.guarantee)} with a confidence of "
+                f"{percent(self.confidence)}; accepted: {fewest} or more, all different, or a larger share"
             )
 
     def speed(self, point: Point) -> float:
