@@ -126,7 +126,7 @@ def command_line(state: State, random: Random) -> list[str]:
     if command in ("generate", "info", "convert", "bench") and random.random() < 0.95:
         line += random.choice([["--model"], []]) + [named(random.choice(MODELS))]
     if command == "eval":  # the bundled model takes its time: only what is refused before
-        options = {name: [v for v in values if v not in ("0.5", "1")] for name, values in options.items()}
+        options = {name: v and [one for one in v if one not in ("0.5", "1")] for name, v in options.items()}
     if command == "convert":
         line += ["--output", named(random.choice(options.pop("--output")))]
     if command == "bench":

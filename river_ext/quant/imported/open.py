@@ -53,7 +53,7 @@ def open_source(path: str | Path, config: ModelConfig) -> Source:
     settings = Reader(top.path, values, prefix=f"{key}.")
     kind = FORMATS[settings.choice("quant_method", FORMATS)]
     stored = stored_tensors(path)
-    if top.values.get("model_type") in MULTIMODAL:
+    if top.values.get("model_type") in list(MULTIMODAL):  # whatever type the value has
         top, stored = text_model(top), text_tensors(stored)
     _check_sizes(top, config)
     return kind(path, settings, stored, config)
