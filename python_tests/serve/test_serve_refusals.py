@@ -175,6 +175,12 @@ def test_bodies_that_are_too_large(server):
     assert b" 413 " in raw(server, head)
 
 
+def test_a_list_of_what_is_wrong_takes_no_memory(server):
+    before = server.resident_megabytes()
+    assert error_of(server.post(prompt="x", stop=[5] * 300_000))["param"] == "stop.0"
+    assert server.resident_megabytes() < before + 60
+
+
 @pytest.mark.parametrize("method, path, status", [
     ("GET", "/v1/completions", 405), ("POST", "/health", 405), ("GET", "/v1/embeddings", 404),
     ("GET", "/v1/models/none", 404), ("GET", "/..%2f..%2fetc/passwd", 404),

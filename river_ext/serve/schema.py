@@ -7,7 +7,7 @@ value asks for nothing. Ranges are the engine's to check.
 from collections.abc import Sequence
 from typing import Annotated, Any
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, FailFast, Field, model_validator
 
 from ..checks import short
 
@@ -102,7 +102,8 @@ class Body(Fields):
     top_k: int = 0
     min_p: float = 0.0
     seed: int | None = None
-    stop: Annotated[list[str], BeforeValidator(some_strings)] = []
+    # an error for each of millions of items would take gigabytes
+    stop: Annotated[list[str], FailFast(), BeforeValidator(some_strings)] = []
     stream: bool = False
     stream_options: StreamOptions = StreamOptions()
     user: str | None = None
