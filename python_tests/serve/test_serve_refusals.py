@@ -2,6 +2,8 @@
 
 import json
 import socket
+import time
+from contextlib import suppress
 
 import openai
 import pytest
@@ -234,6 +236,34 @@ LENGTH, HOST = b"Content-Length: %d" % len(BODY), b"Host: 127.0.0.1"
 def test_headers(server, headers, status):
     answer = raw(server, request_with(*headers))
     assert answer.startswith(b"HTTP/1.1 %d " % status), answer[:200]
+
+
+def test_other_loopback_addresses_have_names_too():
+    with Server("--host", "127.0.0.2") as other:
+        for host, status in (b"127.0.0.2", 200), (b"localhost", 200), (b"evil.example", 403):
+            answer = raw(other, request_with(b"Host: " + host, LENGTH))
+            assert answer.startswith(b"HTTP/1.1 %d " % status), answer[:200]
+
+
+def test_heads_that_do_not_come():
+    """Not at all, or byte by byte; also where a request came before."""
+    with Server(idle=0.6) as slow:
+        head = request_with(HOST, LENGTH).replace(b"Connection: close\r\n", b"", 1)
+        for before in b"", head:
+            for bytes_of_head in 0, 1000:
+                with socket.create_connection(slow.address, timeout=20) as connection:
+                    connection.sendall(before)
+                    if before:
+                        answer = b""
+                        while not answer.endswith(b"}}"):
+                            answer += connection.recv(1 << 16)
+                    start = time.monotonic()
+                    with suppress(ConnectionError):
+                        for _ in range(bytes_of_head):
+                            connection.sendall(b"G")
+                            time.sleep(0.02)
+                        assert connection.recv(1 << 16) == b""
+                    assert 0.4 < time.monotonic() - start < 6
 
 
 def test_headers_without_an_end(server):
