@@ -169,6 +169,7 @@ def test_what_asks_for_nothing_is_accepted(server):
         "n": 1, "best_of": 1, "echo": False, "presence_penalty": 0, "frequency_penalty": 0.0,
         "logit_bias": {}, "suffix": None, "stop": None, "seed": None, "logprobs": None, "user": "someone",
         "threshold": None, "tools": [], "response_format": {"type": "text"}, "stream_options": None,
+        "reasoning_effort": None,
     }  # fmt: skip
     assert server.post(**plain, **filled).json()["choices"] == server.post(**plain).json()["choices"]
 

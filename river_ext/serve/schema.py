@@ -73,12 +73,13 @@ class Fields(BaseModel):
             raise ValueError("accepted: a JSON object, with the header Content-Type: application/json")
         known = {}
         for name, value in values.items():
+            if value is None:
+                continue
             if name in cls.model_fields:
-                if value is not None:
-                    known[name] = value
+                known[name] = value
             elif name not in LACKING:
                 raise ValueError(f"no field {short(name)}; accepted: {', '.join(cls.model_fields)}")
-            elif value is not None and not asks_for_nothing(value, LACKING[name]):
+            elif not asks_for_nothing(value, LACKING[name]):
                 accepted = " or ".join(map(repr, LACKING[name]))
                 raise ValueError(f"{name}={short(value)} is not supported; accepted: {accepted}")
         return known
