@@ -29,6 +29,8 @@ LONG = {"prompt": "def", "temperature": 3, "seed": 4, "mode": "full"}
 STEPS = """
 import os, time
 from river_ext.engine.engine import Engine
+from river_ext.serve import server
+server.KEEP_ALIVE_SECONDS = float(os.environ.get("IDLE", 30))
 step, steps, fails = Engine.step, 0, int(os.environ.get("FAILS", 0))
 def changed(self):
     global steps
@@ -56,12 +58,23 @@ def chat_demo() -> Path:
 class Server:
     """A process that serves the demo model."""
 
-    def __init__(self, *options, model: str | Path = "", sleeps: float = 0, fails: int = 0, key: str = ""):
-        """sleeps: seconds, before every step of the engine; fails: the number of the step that raises."""
-        program = ["-c", STEPS] if sleeps or fails else ["-m", "river_cli"]
+    def __init__(
+        self,
+        *options,
+        model: str | Path = "",
+        sleeps: float = 0,
+        fails: int = 0,
+        key: str = "",
+        idle: float = 0,
+    ):
+        """sleeps: seconds, before every step of the engine; fails: the number of the step that raises;
+        idle: seconds of a connection without a request, where not 30.
+        """
+        program = ["-c", STEPS] if sleeps or fails or idle else ["-m", "river_cli"]
         command = [sys.executable, *program, "serve", str(model or chat_demo()), "--port", "0", "--json"]
         environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
         environment |= {"SLEEPS": str(sleeps), "FAILS": str(fails)} | ({"RIVER_API_KEY": key} if key else {})
+        environment |= {"IDLE": str(idle)} if idle else {}
         self.log = tempfile.TemporaryFile()  # noqa: SIM115 (it stays open)
         self.process = subprocess.Popen(
             [*command, *map(str, options)],

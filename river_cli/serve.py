@@ -2,6 +2,7 @@
 
 import os
 import sys
+from ipaddress import ip_address
 
 from river_ext.checks import integer, number
 from river_ext.engine.request import request
@@ -23,7 +24,7 @@ def run(arguments) -> None:
         raise RiverError(f"--timeout {seconds:g}; accepted: seconds above 0, up to {MOST_SECONDS:.0f}")
     key = _key()
     _check_options(arguments, prepare.MODES)
-    bound = server.bound_socket(arguments.host, port)
+    bound = server.bound_socket(arguments.host, port, seconds)
     model = shared.load(arguments)
     if model.text is None:
         raise RiverError(f"{model.directory}: has no tokenizer.json; accepted: a model with a tokenizer")
@@ -31,9 +32,9 @@ def run(arguments) -> None:
         slots=arguments.slots, max_len=arguments.max_len, reuse_prompts=arguments.reuse_prompts
     ) as engine:
         served = prepare.Served(model, engine, arguments.mode, arguments.threshold)
-        hosts = None
-        if bound.getsockname()[0] in ("127.0.0.1", "::1"):
-            hosts = sorted({*guard.LOOPBACK, arguments.host.lower()})
+        address, hosts = bound.getsockname()[0], None
+        if ip_address(address).is_loopback:
+            hosts = sorted({*guard.LOOPBACK, address, arguments.host.lower()})
         made = app.make_app(served, waiting=waiting, seconds=seconds, key=key, hosts=hosts)
         server.run(made, bound, lambda: _say_ready(arguments, served, server.url_of(bound), key))
 

@@ -88,7 +88,11 @@ def test_completions_end_after_16_tokens_where_no_limit_is_given(server):
 def test_content_in_parts_and_a_prompt_of_tokens(server):
     parts = [{"role": "user", "content": [{"type": "text", "text": QUESTION}]}]
     asked = {"temperature": 0, "max_tokens": 4}
-    assert server.post("chat/completions", messages=parts, **asked).status_code == 200
+    whole = [{"role": "user", "content": f"{QUESTION}\nHow many?"}]
+    parts[0]["content"].append({"type": "text", "text": "How many?"})
+    answers = [server.post("chat/completions", messages=said, **asked).json() for said in (parts, whole)]
+    assert answers[0]["choices"] == answers[1]["choices"]
+    assert answers[0]["usage"] == answers[1]["usage"]
     tokens = demo_model().text.encode(PROMPT)
     texts = [
         server.post(prompt=prompt, **asked).json()["choices"][0]["text"]
@@ -131,6 +135,23 @@ def test_log_probabilities(server):
     assert [entry for chunk in streamed for entry in chunk.choices[0].logprobs.content] == content
 
 
+def test_the_drawn_token_is_among_the_log_probabilities_of_completions(server):
+    """As one more, where it is not one of the likeliest."""
+    for count in 0, 2:
+        told = server.post(**LONG, max_tokens=9, logprobs=count).json()["choices"][0]["logprobs"]
+        drawn = zip(told["tokens"], told["token_logprobs"], told["top_logprobs"], strict=True)
+        assert all(top[token] == logprob for token, logprob, top in drawn)
+        assert max(map(len, told["top_logprobs"])) == count + 1
+
+
+def test_chunks_before_that_of_the_usage_have_none(server):
+    for path, prompt in ("completions", {"prompt": PROMPT}), ("chat/completions", {"messages": MESSAGES}):
+        asked = prompt | {"max_tokens": 3, "stream": True}
+        *chunks, last = events_of(server.post(path, **asked, stream_options={"include_usage": True}).text)
+        assert [chunk["usage"] for chunk in chunks] == [None] * len(chunks) and last["usage"]
+        assert not any("usage" in chunk for chunk in events_of(server.post(path, **asked).text))
+
+
 def test_a_seed_is_drawn_and_told(server):
     asked = {"prompt": "def", "max_tokens": 12, "temperature": 1.5}
     outputs = [server.post(**asked).json() for _ in range(3)]
@@ -148,6 +169,7 @@ def test_what_asks_for_nothing_is_accepted(server):
         "n": 1, "best_of": 1, "echo": False, "presence_penalty": 0, "frequency_penalty": 0.0,
         "logit_bias": {}, "suffix": None, "stop": None, "seed": None, "logprobs": None, "user": "someone",
         "threshold": None, "tools": [], "response_format": {"type": "text"}, "stream_options": None,
+        "reasoning_effort": None,
     }  # fmt: skip
     assert server.post(**plain, **filled).json()["choices"] == server.post(**plain).json()["choices"]
 

@@ -2,6 +2,7 @@
 
 import argparse
 import asyncio
+import json
 import random
 import signal
 import socket
@@ -220,6 +221,24 @@ def test_sigterm_lets_requests_end_and_a_second_one_does_not():
         with suppress(ConnectionError):
             answer = read_to_end(connection)
         assert b"[DONE]" not in answer
+
+
+def test_a_client_who_reads_nothing_does_not_keep_the_server_from_its_end():
+    asked = {"messages": [{"role": "user", "content": "x"}], "logprobs": True, "top_logprobs": 20, **LONG}
+    del asked["prompt"]
+    content = json.dumps(asked).encode()
+    head = f"POST /v1/chat/completions HTTP/1.1\r\nHost: 127.0.0.1\r\nContent-Length: {len(content)}\r\n"
+    with Server("--timeout", 2) as server, socket.socket() as connection:
+        connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 2048)
+        connection.connect(server.address)
+        request = head.encode() + b"Content-Type: application/json\r\n\r\n" + content
+        connection.sendall(20 * request)  # whose answers are more than sockets hold
+        answered = -1
+        while (now := server.outcomes("stop")) > answered:
+            answered = now
+            time.sleep(1.5)
+        server.process.send_signal(signal.SIGTERM)
+        assert server.process.wait(20) == 0
 
 
 def test_an_engine_that_fails_ends_all_requests_with_an_error():

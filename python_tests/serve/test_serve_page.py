@@ -175,3 +175,9 @@ def test_a_key_is_asked_for_and_an_answer_can_be_stopped(tab):
         assert facts_of_last(tab).endswith("; stopped")
         server.wait_for("river_requests_running", 0)
         assert server.outcomes("disconnected") == 1
+        say(tab, QUESTION)
+        tab.wait_for("document.querySelectorAll('article').length === 2")
+        tab.wait_for("at('log').lastChild.querySelectorAll('.token').length > 0")
+        tab.run("at('anew').click()")
+        tab.wait_for("at('stop').hidden")
+        assert tab.run("messages") == [] and tab.run("at('log').childElementCount") == 0

@@ -2,6 +2,8 @@
 
 import json
 import socket
+import time
+from contextlib import suppress
 
 import openai
 import pytest
@@ -175,6 +177,12 @@ def test_bodies_that_are_too_large(server):
     assert b" 413 " in raw(server, head)
 
 
+def test_a_list_of_what_is_wrong_takes_no_memory(server):
+    before = server.resident_megabytes()
+    assert error_of(server.post(prompt="x", stop=[5] * 300_000))["param"] == "stop.0"
+    assert server.resident_megabytes() < before + 60
+
+
 @pytest.mark.parametrize("method, path, status", [
     ("GET", "/v1/completions", 405), ("POST", "/health", 405), ("GET", "/v1/embeddings", 404),
     ("GET", "/v1/models/none", 404), ("GET", "/..%2f..%2fetc/passwd", 404),
@@ -228,6 +236,34 @@ LENGTH, HOST = b"Content-Length: %d" % len(BODY), b"Host: 127.0.0.1"
 def test_headers(server, headers, status):
     answer = raw(server, request_with(*headers))
     assert answer.startswith(b"HTTP/1.1 %d " % status), answer[:200]
+
+
+def test_other_loopback_addresses_have_names_too():
+    with Server("--host", "127.0.0.2") as other:
+        for host, status in (b"127.0.0.2", 200), (b"localhost", 200), (b"evil.example", 403):
+            answer = raw(other, request_with(b"Host: " + host, LENGTH))
+            assert answer.startswith(b"HTTP/1.1 %d " % status), answer[:200]
+
+
+def test_heads_that_do_not_come():
+    """Not at all, or byte by byte; also where a request came before."""
+    with Server(idle=0.6) as slow:
+        head = request_with(HOST, LENGTH).replace(b"Connection: close\r\n", b"", 1)
+        for before in b"", head:
+            for bytes_of_head in 0, 1000:
+                with socket.create_connection(slow.address, timeout=20) as connection:
+                    connection.sendall(before)
+                    if before:
+                        answer = b""
+                        while not answer.endswith(b"}}"):
+                            answer += connection.recv(1 << 16)
+                    start = time.monotonic()
+                    with suppress(ConnectionError):
+                        for _ in range(bytes_of_head):
+                            connection.sendall(b"G")
+                            time.sleep(0.02)
+                        assert connection.recv(1 << 16) == b""
+                    assert 0.4 < time.monotonic() - start < 6
 
 
 def test_headers_without_an_end(server):

@@ -131,5 +131,14 @@ class TokenNames:
 
 
 def _for_template(message: dict) -> dict:
-    """Templates know no developers: what OpenAI calls so now was the system before."""
-    return message | {"role": "system"} if message["role"] == "developer" else message
+    """Most templates know no developers, whom OpenAI called the system before, and no text in parts."""
+    if message["role"] == "developer":
+        message = message | {"role": "system"}
+    parts = message.get("content")
+    if isinstance(parts, list) and all(map(_is_text, parts)):  # what is none is refused by its type
+        message = message | {"content": "\n".join(part["text"] for part in parts)}
+    return message
+
+
+def _is_text(part) -> bool:
+    return isinstance(part, dict) and part.get("type") == "text" and isinstance(part.get("text"), str)

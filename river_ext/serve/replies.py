@@ -38,6 +38,8 @@ class Reply(ABC):
         text = "".join(token.text for token in tokens)
         choice = self._choice(self.delta(text, first), tokens, output)
         ending = {"river": self._river(output)} if output else {}
+        if self.body.stream_options.include_usage:
+            ending["usage"] = None  # that of the last chunk counts
         return self._head | {"object": self.chunk_kind, "choices": [choice]} | ending
 
     def usage_chunk(self, output: GenerationOutput) -> dict:
@@ -91,9 +93,9 @@ class Completion(Reply):
         for token in tokens:
             columns["tokens"].append(self.served.names[token.id])
             columns["token_logprobs"].append(finite(token.logprob))
-            columns["top_logprobs"].append(
-                dict(reversed(self.likeliest(token)))
-            )  # of equal names the likeliest stays
+            # the drawn one, too, as OpenAI has it; of equal names the likeliest stays
+            drawn = columns["tokens"][-1], columns["token_logprobs"][-1]
+            columns["top_logprobs"].append(dict([drawn, *reversed(self.likeliest(token))]))
             columns["text_offset"].append(self._characters)
             self._characters += len(token.text)
         return columns

@@ -7,7 +7,7 @@ value asks for nothing. Ranges are the engine's to check.
 from collections.abc import Sequence
 from typing import Annotated, Any
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, FailFast, Field, model_validator
 
 from ..checks import short
 
@@ -73,12 +73,13 @@ class Fields(BaseModel):
             raise ValueError("accepted: a JSON object, with the header Content-Type: application/json")
         known = {}
         for name, value in values.items():
+            if value is None:
+                continue
             if name in cls.model_fields:
-                if value is not None:
-                    known[name] = value
+                known[name] = value
             elif name not in LACKING:
                 raise ValueError(f"no field {short(name)}; accepted: {', '.join(cls.model_fields)}")
-            elif value is not None and not asks_for_nothing(value, LACKING[name]):
+            elif not asks_for_nothing(value, LACKING[name]):
                 accepted = " or ".join(map(repr, LACKING[name]))
                 raise ValueError(f"{name}={short(value)} is not supported; accepted: {accepted}")
         return known
@@ -102,7 +103,8 @@ class Body(Fields):
     top_k: int = 0
     min_p: float = 0.0
     seed: int | None = None
-    stop: Annotated[list[str], BeforeValidator(some_strings)] = []
+    # an error for each of millions of items would take gigabytes
+    stop: Annotated[list[str], FailFast(), BeforeValidator(some_strings)] = []
     stream: bool = False
     stream_options: StreamOptions = StreamOptions()
     user: str | None = None

@@ -1,5 +1,7 @@
 """The process: a socket, uvicorn around the app, and its end by signals."""
 
+import asyncio
+import math
 import os
 import socket
 import sys
@@ -7,20 +9,27 @@ from collections.abc import Callable
 
 import uvicorn
 from fastapi import FastAPI
+from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from ..errors import RiverError
 
-KEEP_ALIVE_SECONDS = 30  # of a connection on which nothing is asked
+KEEP_ALIVE_SECONDS = 30  # of a connection without a request whose head is whole
 
 
-def bound_socket(host: str, port: int) -> socket.socket:
-    """That nobody can reach until the server listens. Port 0 is any free one."""
+def bound_socket(host: str, port: int, seconds: float) -> socket.socket:
+    """That nobody can reach until the server listens. Port 0 is any free one.
+
+    A connection ends once its client has taken nothing of what was sent for `seconds`: a server that closes
+    it would wait for that client, and could not come to its end. Linux alone can do so.
+    """
     try:
         (family, kind, protocol, _, address), *_ = socket.getaddrinfo(
             host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
         )
         bound = socket.socket(family, kind, protocol)
         bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        if hasattr(socket, "TCP_USER_TIMEOUT"):
+            bound.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, math.ceil(1000 * seconds))
         bound.bind(address)
     except (OSError, OverflowError) as error:
         why = getattr(error, "strerror", None) or error
@@ -40,7 +49,7 @@ def run(app: FastAPI, bound: socket.socket, ready: Callable[[], None]) -> None:
     """
     config = uvicorn.Config(
         app,
-        http="h11",
+        http=_Connection,
         ws="none",
         lifespan="on",
         log_level="error",  # clients that speak no HTTP are nobody's concern,
@@ -50,6 +59,24 @@ def run(app: FastAPI, bound: socket.socket, ready: Callable[[], None]) -> None:
         timeout_keep_alive=KEEP_ALIVE_SECONDS,
     )
     _Server(config, ready).run(sockets=[bound])
+
+
+class _Connection(H11Protocol):
+    """Waits for a request's head as long as for its first byte, which alone uvicorn has a limit for."""
+
+    def connection_made(self, transport: asyncio.Transport) -> None:
+        super().connection_made(transport)
+        self._end_at(self.loop.time() + self.timeout_keep_alive)
+
+    def data_received(self, data: bytes) -> None:
+        timer = self.timeout_keep_alive_task
+        super().data_received(data)
+        waits = self.cycle is None or self.cycle.response_complete
+        if waits and timer and self.timeout_keep_alive_task is None:
+            self._end_at(timer.when())
+
+    def _end_at(self, time: float) -> None:
+        self.timeout_keep_alive_task = self.loop.call_at(time, self.timeout_keep_alive_handler)
 
 
 class _Server(uvicorn.Server):
