@@ -19,7 +19,7 @@ from .errors import ApiError
 from .guard import Guard
 from .metrics import Metrics
 from .prepare import Served
-from .schema import ChatBody, CompletionBody
+from .schema import ChatBody, CompletionBody, FieldError
 from .worker import Worker
 
 PAGE = Path(__file__).with_name("page.html")
@@ -167,4 +167,6 @@ def body_error(error: RequestValidationError) -> ApiError:
         message = f"{param}={short(first['input'])}: {message[:1].lower()}{message[1:]}"
     elif param:
         message = f"{param}: {message}"
+    if isinstance(cause := first.get("ctx", {}).get("error"), FieldError):
+        param = f"{param}.{cause.field}" if param else cause.field
     return ApiError(400, message, param=param)

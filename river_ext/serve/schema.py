@@ -62,6 +62,14 @@ def messages(value) -> list[dict]:
     return value
 
 
+class FieldError(ValueError):
+    """Of a field that there is not, whose name pydantic does not tell."""
+
+    def __init__(self, message: str, field: str):
+        super().__init__(message)
+        self.field = field[:60]  # what a client calls it may be of any length
+
+
 class Fields(BaseModel):
     model_config = ConfigDict(extra="forbid", strict=True)
 
@@ -78,10 +86,10 @@ class Fields(BaseModel):
             if name in cls.model_fields:
                 known[name] = value
             elif name not in LACKING:
-                raise ValueError(f"no field {short(name)}; accepted: {', '.join(cls.model_fields)}")
+                raise FieldError(f"no field {short(name)}; accepted: {', '.join(cls.model_fields)}", name)
             elif not asks_for_nothing(value, LACKING[name]):
                 accepted = " or ".join(map(repr, LACKING[name]))
-                raise ValueError(f"{name}={short(value)} is not supported; accepted: {accepted}")
+                raise FieldError(f"{name}={short(value)} is not supported; accepted: {accepted}", name)
         return known
 
 
