@@ -18,7 +18,7 @@ import torch
 import river_ext
 from bench.lib.common import machine, parser, results_path, save
 from bench.lib.models import LLAMA_1B
-from bench.lib.prompts import read_prompts
+from bench.lib.prompts import add_prompts, read_prompts
 from bench.lib.weights import random_network
 from river_ext.engine.drafting import draft_cost
 from river_ext.engine.graph import Memory
@@ -42,11 +42,7 @@ RIGHT = (0.6, 0.8, 0.93)  # shares of right drafts
 
 def main() -> None:
     p = parser(__doc__.splitlines()[0])
-    p.add_argument("--model", type=Path, help="a checkpoint's directory")
-    p.add_argument("--river", type=Path, help="its saved river")
-    p.add_argument("--prompts", type=Path, nargs="+", default=[], help="JSON lines")
-    p.add_argument("--chat", action="store_true", help="prompts go through the chat template")
-    p.add_argument("--count", type=int, default=8, help="prompts of each file")
+    add_prompts(p, count=8)
     p.add_argument("--new-tokens", type=int, default=128)
     p.add_argument("--turns", type=int, default=9, help="of a cycle's cost")
     args = p.parse_args()

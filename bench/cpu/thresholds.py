@@ -26,7 +26,7 @@ import river_ext
 from bench.lib import figures
 from bench.lib.common import machine, parser, results_path, save
 from bench.lib.figures import BLUE, GREY, ORANGE
-from bench.lib.prompts import read_prompts
+from bench.lib.prompts import add_prompts, read_prompts
 from river_ext.evaluation.measure import kl_divergence
 from river_ext.model import Model
 
@@ -39,11 +39,7 @@ MODES = {"full depth": {"mode": "full"}, "full W4": {"mode": "full_w4"}}
 
 def main() -> None:
     p = parser(__doc__.splitlines()[0])
-    p.add_argument("--model", type=Path, help="a checkpoint's directory")
-    p.add_argument("--river", type=Path, help="its saved river")
-    p.add_argument("--prompts", type=Path, nargs="+", default=[], help="JSON lines")
-    p.add_argument("--chat", action="store_true", help="prompts go through the chat template")
-    p.add_argument("--count", type=int, default=10, help="prompts of each file")
+    add_prompts(p, count=10)
     p.add_argument("--free-count", type=int, default=4, help="of these, that are generated freely")
     p.add_argument("--new-tokens", type=int, default=48)
     p.add_argument("--plot", type=Path, nargs=2, metavar=("RESULTS", "FIGURE"), help="only draw a figure")

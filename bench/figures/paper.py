@@ -18,18 +18,14 @@ from bench.cpu import thresholds
 from bench.figures import caches, drift, front
 from bench.lib import figures
 from bench.lib.common import machine, parser, results_path, save
-from bench.lib.prompts import read_prompts
+from bench.lib.prompts import add_prompts, read_prompts
 
 DEPTHS = list(range(1, 9))  # where tokens leave, for Fig. 7
 
 
 def main() -> None:
     p = parser(__doc__.splitlines()[0])
-    p.add_argument("--model", type=Path, help="a checkpoint's directory")
-    p.add_argument("--river", type=Path, help="its saved river")
-    p.add_argument("--prompts", type=Path, nargs="+", default=[], help="JSON lines")
-    p.add_argument("--chat", action="store_true", help="prompts go through the chat template")
-    p.add_argument("--count", type=int, default=3, help="prompts of each file")
+    add_prompts(p, count=3)
     p.add_argument("--new-tokens", type=int, default=40)
     p.add_argument("--long-count", type=int, default=1, help="of these, that are generated at length")
     p.add_argument("--long-tokens", type=int, default=256)
