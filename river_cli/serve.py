@@ -1,6 +1,5 @@
 """`river serve`: a model behind OpenAI's HTTP API, and a page to talk with it."""
 
-import os
 import sys
 from ipaddress import ip_address
 
@@ -11,18 +10,15 @@ from river_ext.errors import RiverError
 from . import shared
 from .terminal import note, print_json
 
-KEY = "RIVER_API_KEY"  # an environment variable: a command line can be read by all users of a machine
-MOST_WAITING, MOST_SECONDS = 100_000, 7 * 24 * 3600.0
-
 
 def run(arguments) -> None:
     server, app, prepare, guard = _modules()
-    waiting = integer("--queue", arguments.queue, 0, MOST_WAITING)
+    waiting = integer("--queue", arguments.queue, 0, app.MOST_WAITING)
     port = integer("--port", arguments.port, 0, 65535)
     seconds = number("--timeout", arguments.timeout)
-    if not 0 < seconds <= MOST_SECONDS:
-        raise RiverError(f"--timeout {seconds:g}; accepted: seconds above 0, up to {MOST_SECONDS:.0f}")
-    key = _key()
+    if not 0 < seconds <= app.MOST_SECONDS:
+        raise RiverError(f"--timeout {seconds:g}; accepted: seconds above 0, up to {app.MOST_SECONDS:.0f}")
+    key = guard.environment_key()
     _check_options(arguments, prepare.MODES)
     bound = server.bound_socket(arguments.host, port, seconds)
     model = shared.load(arguments)
@@ -36,7 +32,8 @@ def run(arguments) -> None:
         if ip_address(address).is_loopback:
             hosts = sorted({*guard.LOOPBACK, address, arguments.host.lower()})
         made = app.make_app(served, waiting=waiting, seconds=seconds, key=key, hosts=hosts)
-        server.run(made, bound, lambda: _say_ready(arguments, served, server.url_of(bound), key))
+        url, variable = server.url_of(bound), guard.KEY if key else None
+        server.run(made, bound, lambda: _say_ready(arguments, served, url, variable))
 
 
 def _modules() -> tuple:
@@ -47,13 +44,6 @@ def _modules() -> tuple:
             f"river serve needs the module {error.name}; accepted: after pip install 'river_ext[serve]'"
         ) from None
     return server, app, prepare, guard
-
-
-def _key() -> str | None:
-    key = os.environ.get(KEY)
-    if key is not None and (not key.isascii() or not key.isprintable() or key != key.strip() or not key):
-        raise RiverError(f"{KEY} is no key; accepted: printable ASCII characters without blanks around them")
-    return key
 
 
 def _check_options(arguments, modes: tuple[str, ...]) -> None:
@@ -68,20 +58,21 @@ def _check_options(arguments, modes: tuple[str, ...]) -> None:
         integer("--max-len", arguments.max_len, 1, config.max_length)
 
 
-def _say_ready(arguments, served, url: str, key: str | None) -> None:
+def _say_ready(arguments, served, url: str, variable: str | None) -> None:
+    """variable: of the environment, which holds the API key; None where there is no key."""
     facts = {
         "url": url,
         "model": served.name,
         "mode": served.mode,
         "slots": served.engine.slots,
         "positions": served.positions,
-        "api_key": key is not None,
+        "api_key": variable is not None,
     }
     if arguments.json:
         print_json(facts)
         sys.stdout.flush()
         return
-    locked = f"the API key of {KEY}" if key else "no API key"
+    locked = f"the API key of {variable}" if variable else "no API key"
     note(
         f"{shared.model_line(served.model)}\n{url} (the API under {url}/v1), mode {served.mode}, "
         f"{served.engine.slots} slots of up to {served.positions} tokens, {locked}"

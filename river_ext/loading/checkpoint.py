@@ -73,10 +73,7 @@ def load_checkpoint(
     """
     directory = checkpoint_directory(directory)
     config = read_config(directory)
-    stored = stored_tensors(directory)
-    if config.multimodal:
-        stored = text_tensors(stored)
-    _check_tensors(stored, tensor_shapes(config), directory)
+    stored = _checked_tensors(directory, config)
     auto = config.dtype or stored["model.embed_tokens.weight"].dtype
     config = replace(
         config,
@@ -312,6 +309,15 @@ def _open_safetensors(path: Path) -> dict[str, StoredTensor]:
         raise RiverError(f"{path}: not a complete safetensors file ({str(error)[:160]})") from None
 
 
+def _checked_tensors(directory: Path, config: ModelConfig) -> dict[str, StoredTensor]:
+    """Those of the text model, which have the names and shapes that its config says."""
+    stored = stored_tensors(directory)
+    if config.multimodal:
+        stored = text_tensors(stored)
+    _check_tensors(stored, tensor_shapes(config), directory)
+    return stored
+
+
 def _check_tensors(stored: dict, shapes: dict[str, tuple[int, ...]], directory: Path) -> None:
     """Refuses tensors that are missing, surplus, or of another shape or dtype than config.json says."""
     files = {tensor.path for tensor in stored.values()}
@@ -349,6 +355,14 @@ def _more(names: list[str]) -> str:
 def _all_finite(tensor: Tensor) -> bool:
     # NaN and Inf show in the extremes; 20 times faster than isfinite, and without temporaries
     return all(extreme.isfinite().item() for extreme in torch.aminmax(tensor))
+
+
+def fingerprint(directory: str | Path) -> str:
+    """That of `load_checkpoint`, which also checks all of the weights, and so reads them."""
+    directory = checkpoint_directory(directory)
+    config = read_config(directory)
+    stored = _checked_tensors(directory, config)
+    return _fingerprint({name: stored[name] for name in tensor_shapes(config)})
 
 
 def _fingerprint(tensors: dict[str, StoredTensor]) -> str:

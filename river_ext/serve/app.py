@@ -23,6 +23,7 @@ from .schema import ChatBody, CompletionBody, FieldError
 from .worker import Worker
 
 PAGE = Path(__file__).with_name("page.html")
+MOST_WAITING, MOST_SECONDS = 100_000, 7 * 24 * 3600.0  # that a server may be told to allow
 
 
 def make_app(
@@ -32,6 +33,7 @@ def make_app(
     seconds: float,
     key: str | None = None,
     hosts: Iterable[str] | None = None,
+    replica: str | None = None,
 ) -> FastAPI:
     """The ASGI app around a model. Its thread runs from its startup to its shutdown.
 
@@ -40,8 +42,9 @@ def make_app(
         seconds: of a request, from its arrival to its last byte.
         key: that requests must have; None asks for none.
         hosts: names that the header Host may have; None allows all.
+        replica: the name of this server among others that answer at the same address.
     """
-    metrics = Metrics(served.model.config.num_hidden_layers, served.engine.slots)
+    metrics = Metrics(served.model.config.num_hidden_layers, served.engine.slots, replica)
     worker = Worker(served.engine, waiting, metrics)
 
     @asynccontextmanager
@@ -51,6 +54,7 @@ def make_app(
         worker.stop()
 
     app = FastAPI(title="river serve", lifespan=lifespan, docs_url=None, redoc_url=None)
+    app.state.worker = worker
     app.add_middleware(Guard, metrics=metrics, key=key, hosts=hosts)
     _add_errors(app, metrics)
     _add_generation(app, served, worker, metrics, seconds)

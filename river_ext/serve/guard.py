@@ -1,21 +1,32 @@
 """What a request has to pass before the app sees it: its host, its key, the size and time of its body."""
 
 import hmac
+import os
 import re
 from collections.abc import Iterable
 
 import anyio
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from ..errors import RiverError
 from .answer import error_response, outcome_of
 from .errors import ApiError
 from .metrics import Metrics
 
+KEY = "RIVER_API_KEY"  # an environment variable: a command line can be read by all users of a machine
 MAX_BODY = 8 << 20  # bytes
 BODY_SECONDS = 30  # for all of it
 OPEN = ("/", "/health")  # without a key: the page asks for one, and probes have none
 PORT = re.compile(r":\d*$")
 LOOPBACK = ("127.0.0.1", "[::1]", "localhost")
+
+
+def environment_key() -> str | None:
+    """The key that requests must have; None where there is none."""
+    key = os.environ.get(KEY)
+    if key is not None and (not key.isascii() or not key.isprintable() or key != key.strip() or not key):
+        raise RiverError(f"{KEY} is no key; accepted: printable ASCII characters without blanks around them")
+    return key
 
 
 class Guard:

@@ -2,9 +2,10 @@
 
 import math
 import time
+from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
-from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, Metric, generate_latest
 
 if TYPE_CHECKING:
     from .worker import News, Ticket, Worker
@@ -18,7 +19,9 @@ OUTCOMES = ("stop", "length", "disconnected", "timeout", "refused", "full", "err
 class Metrics:
     """Of one server, in a registry of their own."""
 
-    def __init__(self, layers: int, slots: int):
+    def __init__(self, layers: int, slots: int, replica: str | None = None):
+        """replica: its name becomes a label of all, where several servers answer at one address."""
+        self._labels = {} if replica is None else {"replica": replica}
         registry = {"registry": CollectorRegistry()}
         self._registry = registry["registry"]
         self._requests = Counter("river_requests", "Requests by how they ended", ["outcome"], **registry)
@@ -72,4 +75,10 @@ class Metrics:
         self._running.set(running)
         self._waiting.set(worker.taken - running)
         self._failed.set(worker.failure is not None)
-        return generate_latest(self._registry)
+        return generate_latest(self)
+
+    def collect(self) -> Iterator[Metric]:
+        """What is to be written, as the registry has it, with the labels of all."""
+        for metric in self._registry.collect():
+            metric.samples = [s._replace(labels=s.labels | self._labels) for s in metric.samples]
+            yield metric

@@ -1,0 +1,221 @@
+"""A file of prompts to a file of answers, by replicas that Ray Data feeds.
+
+Ray Data starts a replica anew that has died, gives its rows to another one, and hands the answers over in
+the order of the prompts. So the file of answers is at any time what a single process would have written so
+far, and a run that was ended is gone on with at its end.
+"""
+
+import hashlib
+import json
+import logging
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import NamedTuple
+
+import ray
+from ray.exceptions import RayError
+
+from .. import __version__
+from ..checks import flag, integer
+from ..engine.engine import Engine
+from ..engine.request import request
+from ..errors import RiverError
+from ..loading.calibrated import read_calibrated
+from ..loading.checkpoint import fingerprint
+from ..loading.config import ModelConfig, read_config
+from ..progress import progress_bar
+from .lines import Answers, Line, prompt_of, read_lines
+from .replica import MOST_REPLICAS, Replica, checked_replica
+
+ROWS = 64  # that a replica takes at a time
+STORE_BYTES = 128 << 20  # of a cluster for one file, whose rows are texts
+OUTPUT = ("text", "tokens", "exit_depths", "finish_reason", "logprobs", "top_logprobs")
+
+
+class Summary(NamedTuple):
+    """What a file of answers holds now."""
+
+    lines: int
+    resumed: int  # of these, from an earlier run
+    errors: list[int]  # numbers of the lines of prompts whose answer is an error
+
+
+def generate_file(
+    prompts: str | Path,
+    answers: str | Path,
+    model: str | Path | None = None,
+    *,
+    replicas: int = 1,
+    resume: bool = False,
+    force: bool = False,
+    address: str | None = None,
+    river: str | Path | None = None,
+    device: str = "auto",
+    dtype: str = "auto",
+    threads: int | None = None,
+    slots: int = 8,
+    max_len: int | None = None,
+    calibrated: str | Path | None = None,
+    progress: bool = False,
+    **options,
+) -> Summary:
+    """Answers every line of a file, in its order, each as `Model.generate` would answer it alone.
+
+    Args:
+        prompts: JSON lines: {"prompt": text or token ids} or {"messages": [...]}, beside them `options`, an
+            object with options of this line alone, and any other fields, which the answer repeats.
+        answers: JSON lines: the fields of the prompt's line, "run", and "output": text, tokens, exit_depths
+            and finish_reason; "error" in its place, a text, where a prompt is too long, say.
+        model: a checkpoint's directory, the same path on all machines; None is the bundled one.
+        replicas: processes with the model, each with `threads` cores, and a GPU if the device is "cuda".
+        resume: go on with a file of answers; without one begin it.
+        force: replace a file of answers.
+        address: of a Ray cluster; None is the environment's RAY_ADDRESS, or else a cluster of this machine's
+            own that ends with the call. Ray is used as it is where it has been initialised.
+        device: "cpu", "cuda" or "auto".
+        threads: None shares out the cores of this machine; 1 beside a GPU.
+        river, dtype, calibrated: as in `river_ext.load`.
+        slots, max_len: as in `Model.engine`.
+        progress: show on standard error how far it is.
+        options: those of `Model.generate`, for all lines. Engine options and return_logits are not among
+            them: requests do not see each other, and logits are no text.
+
+    Raises:
+        RiverError: before any work, where a line, an option or a file is not accepted; or, with the answers
+            so far in the file, where replicas cannot be had or used.
+    """
+    replicas = integer("replicas", replicas, 1, MOST_REPLICAS)
+    replica = checked_replica(
+        model, replicas=replicas, river=river, device=device, dtype=dtype, threads=threads, slots=slots,
+        max_len=max_len, calibrated=calibrated,
+    )  # fmt: skip
+    if flag("resume", resume) and flag("force", force):
+        raise RiverError("resume and force; accepted: one of them")
+    lines = read_lines(prompts)
+    _check_options(replica, prompts, lines, options)
+    how = "resume" if resume else "replace" if force else "new"
+    with Answers(answers, prompts, lines, _run(replica, options), how) as file:
+        left = lines[file.done :]
+        if left:
+            with _cluster(address, replica, replicas), progress_bar("lines", len(left), progress) as advance:
+                for answered in _answered(replica, replicas, left, options):
+                    file.append(answered)
+                    for _ in answered:
+                        advance()
+        return Summary(len(lines), file.resumed, file.errors)
+
+
+class Answering:
+    """A replica: Ray Data makes one in each process, and calls it with rows."""
+
+    def __init__(self, replica: Replica, options: Mapping):
+        self.model, self.engine = replica.load()
+        self.options = options
+
+    def __call__(self, rows: Mapping[str, Sequence[str]]) -> dict[str, list[str]]:
+        lines = [json.loads(line) for line in rows["line"]]
+        return {"answer": [json.dumps(answer) for answer in answers_of(self.engine, lines, self.options)]}
+
+
+def answers_of(engine: Engine, lines: Sequence[dict], options: Mapping) -> list[dict]:
+    """Of some lines, through the slots of an engine."""
+    answers = [{}] * len(lines)
+    for index, fields in enumerate(lines):
+        try:
+            engine.submit(prompt_of(fields), id=index, **(options | fields.get("options", {})))
+        except RiverError as error:
+            answers[index] = {"error": str(error)}
+    for event in engine:
+        if event.output:
+            found = event.output.to_dict()
+            output = {name: found[name] for name in OUTPUT if found[name] is not None}
+            answers[event.id] = {"error": found["error"]} if found["error"] else {"output": output}
+    return answers
+
+
+def _answered(
+    replica: Replica, replicas: int, lines: Sequence[Line], options: Mapping
+) -> Iterator[list[dict]]:
+    """Answers in the order of the lines, as many at a time as come."""
+    context = ray.data.DataContext.get_current()
+    context.execution_options.preserve_order = True
+    context.enable_progress_bars = False
+    rows = [{"line": json.dumps(line.fields)} for line in lines]
+    data = ray.data.from_items(rows, override_num_blocks=-(-len(rows) // ROWS)).map_batches(
+        Answering,
+        fn_constructor_kwargs={"replica": replica, "options": dict(options)},
+        batch_size=ROWS,
+        compute=ray.data.ActorPoolStrategy(size=replicas, max_tasks_in_flight_per_actor=2),
+        **replica.resources,
+    )
+    try:
+        for batch in data.iter_batches(batch_size=None, prefetch_batches=0):
+            yield [json.loads(answer) for answer in batch["answer"]]
+    except RayError as error:
+        raise RiverError(f"a replica failed: {_cause(error)}") from error
+
+
+@contextmanager
+def _cluster(address: str | None, replica: Replica, replicas: int) -> Iterator[None]:
+    if ray.is_initialized():
+        yield
+        return
+    quiet = {"logging_level": "error", "log_to_driver": False}
+    address = address or os.environ.get("RAY_ADDRESS")
+    own = {} if address else {
+        "num_cpus": replica.threads * replicas, "include_dashboard": False, "object_store_memory": STORE_BYTES
+    }  # fmt: skip
+    try:
+        ray.init(address or "local", **quiet, **own)
+    except (ConnectionError, ValueError, RuntimeError) as error:
+        raise RiverError(f"Ray cannot be started or reached: {error}") from None
+    logging.getLogger("ray.data").setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        ray.shutdown()
+
+
+def _check_options(replica: Replica, prompts: str | Path, lines: Sequence[Line], options: Mapping) -> None:
+    """What the config alone can refuse, with the number of the line whose options they are."""
+    config = read_config(replica.directory)
+    if replica.calibrated is not None:
+        config = replace(config, calibrated=read_calibrated(replica.calibrated))
+    _check(config, options)
+    for line in lines:
+        if own := line.fields.get("options"):
+            try:
+                _check(config, options | own)
+            except (RiverError, TypeError) as error:
+                raise RiverError(f"{prompts}: line {line.number}: {error}") from None
+
+
+def _check(config: ModelConfig, options: Mapping) -> None:
+    if options.get("return_logits"):
+        raise RiverError("return_logits=True; accepted: logprobs, which fit a line")
+    integer("max_new_tokens", options.get("max_new_tokens", 1), 1, config.max_length - 1)
+    request(config, None, [0], options | {"max_new_tokens": 1, "stop": ()})
+
+
+def _run(replica: Replica, options: Mapping) -> str:
+    """Names what the answers depend on, beside the prompts."""
+    calibrated = None if replica.calibrated is None else Path(replica.calibrated).read_text()
+    facts = {
+        "version": __version__,
+        "fingerprint": fingerprint(replica.directory),
+        "river": replica.river,
+        "dtype": replica.dtype,
+        "max_len": replica.max_len,
+        "calibrated": calibrated,
+        "options": options,
+    }
+    return hashlib.sha256(json.dumps(facts, sort_keys=True, default=str).encode()).hexdigest()[:12]
+
+
+def _cause(error: BaseException) -> str:
+    """The last line of what Ray tells: the error in the replica."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return lines[-1][:300] if lines else type(error).__name__
