@@ -6,7 +6,7 @@ import sys
 from collections.abc import Mapping, Sequence
 
 from .errors import UsageError, did_you_mean
-from .option_groups import add_calibrate, add_serving, add_tasks
+from .option_groups import add_batch, add_calibrate, add_serving, add_tasks
 from .prompts import read_prompts, refuse_surrogates
 from .values import count_or_auto, given, threads, threshold
 
@@ -206,6 +206,13 @@ def _parser() -> tuple[argparse.ArgumentParser, Mapping[str, argparse.ArgumentPa
     _add_machine(serve)
     add_serving(serve)
 
+    batch = command("batch", "batch", "answer a file of prompts, by several processes or machines")
+    _add_model(batch, "the bundled model", required=True)
+    _add_river(batch, "a saved river; without it each replica builds one")
+    _add_machine(batch)
+    add_batch(batch)
+    _add_options(batch, engine=False)
+
     info = command("info", "info", "show what this installation was built with, and the facts of a model")
     _add_model(info, "the bundled model")
     _add_river(info, "a saved river of that model, whose facts are shown too")
@@ -298,8 +305,8 @@ def _add_chat(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def _add_options(parser: argparse.ArgumentParser) -> None:
-    """Of generation: what is not given is as `Options` has it."""
+def _add_options(parser: argparse.ArgumentParser, engine: bool = True) -> None:
+    """Of generation: what is not given is as `Options` has it. `engine`: those of all requests together, too."""
     parser.add_argument("--max-new-tokens", type=int, metavar="N", help="default 256")
     parser.add_argument(
         "--threshold",
@@ -330,8 +337,9 @@ def _add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--min-p", type=float, metavar="P", help="draw above P x the best chance; 0 is all")
     parser.add_argument("--seed", type=int, help="of sampling, and of the demo's prompts (0)")
     parser.add_argument("--stop", action="append", metavar="TEXT", help="end before this text")
-    parser.add_argument("--batch-policy", help="of several prompts: row (default) or min")
-    parser.add_argument("--exit-control", help="where exits are decided: auto (default), host or device")
+    if engine:
+        parser.add_argument("--batch-policy", help="of several prompts: row (default) or min")
+        parser.add_argument("--exit-control", help="where exits are decided: auto (default), host or device")
 
 
 def _add_model(

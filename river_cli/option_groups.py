@@ -71,6 +71,26 @@ def add_tasks(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def add_batch(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument
+    parser.set_defaults(resident_layers=None)
+    add(
+        "--prompts",
+        type=given,
+        required=True,
+        metavar="FILE",
+        help="JSON lines: prompt (text or token ids) or messages; options of its own; other fields are repeated",
+    )
+    add("-o", "--output", type=given, required=True, metavar="FILE", help="where the answers go, in order")
+    there = parser.add_mutually_exclusive_group()
+    there.add_argument("--resume", action="store_true", help="go on with answers that are there")
+    there.add_argument("--force", action="store_true", help="replace them")
+    add("--replicas", type=count, default=1, metavar="N", help="processes with the model (1)")
+    add("--slots", type=int, default=8, metavar="N", help="prompts that run at once in each, 1 to 8 (8)")
+    add("--max-len", type=int, metavar="N", help="positions of a slot; the model's, up to 4096")
+    add("--address", type=given, help="of a Ray cluster; none: RAY_ADDRESS, or else this machine alone")
+
+
 def add_serving(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("--host", type=given, default="127.0.0.1", help="address to listen at (127.0.0.1)")

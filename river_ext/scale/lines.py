@@ -19,7 +19,7 @@ from typing import NamedTuple
 from ..checks import short
 from ..engine.request import is_chat
 from ..errors import RiverError
-from ..loading.files import open_regular
+from ..loading.files import is_regular, open_regular
 from ..loading.json_object import same
 
 PROMPTS = ("prompt", "messages")
@@ -89,7 +89,7 @@ class Answers:
         self.errors: list[int] = []  # numbers of the lines that have one
         if os.path.exists(path) and os.path.samefile(path, prompts):
             raise RiverError(f"{path}: holds the prompts; accepted: another file for the answers")
-        open_regular(path).close() if os.path.exists(path) else None
+        is_regular(path)  # or refused: to open a FIFO would wait for its reader
         self._file = open(path, "a+b")  # noqa: SIM115 (it stays open)
         try:
             self._lock()
@@ -114,6 +114,8 @@ class Answers:
         return self
 
     def __exit__(self, *_) -> None:
+        if not self.done:  # an empty file would be in the way of the next run
+            self.path.unlink(missing_ok=True)
         self._file.close()
 
     def _lock(self) -> None:

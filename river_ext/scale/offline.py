@@ -7,7 +7,6 @@ far, and a run that was ended is gone on with at its end.
 
 import hashlib
 import json
-import logging
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -32,7 +31,9 @@ from .replica import MOST_REPLICAS, Replica, checked_replica
 
 ROWS = 64  # that a replica takes at a time
 STORE_BYTES = 128 << 20  # of a cluster for one file, whose rows are texts
-OUTPUT = ("text", "tokens", "exit_depths", "finish_reason", "logprobs", "top_logprobs")
+# Ray would print every error with its stack, and a warning for every replica. What the environment says holds.
+QUIET = {"RAY_DATA_LOG_LEVEL": "CRITICAL", "RAY_BACKEND_LOG_LEVEL": "fatal"}
+OUTPUT = ("text", "tokens", "exit_depths", "finish_reason", "logprobs", "top_logprobs")  # where it is asked for
 
 
 class Summary(NamedTuple):
@@ -163,6 +164,8 @@ def _cluster(address: str | None, replica: Replica, replicas: int) -> Iterator[N
     if ray.is_initialized():
         yield
         return
+    for name, level in QUIET.items():
+        os.environ.setdefault(name, level)
     quiet = {"logging_level": "error", "log_to_driver": False}
     address = address or os.environ.get("RAY_ADDRESS")
     own = {} if address else {
@@ -172,7 +175,6 @@ def _cluster(address: str | None, replica: Replica, replicas: int) -> Iterator[N
         ray.init(address or "local", **quiet, **own)
     except (ConnectionError, ValueError, RuntimeError) as error:
         raise RiverError(f"Ray cannot be started or reached: {error}") from None
-    logging.getLogger("ray.data").setLevel(logging.ERROR)
     try:
         yield
     finally:
@@ -217,5 +219,5 @@ def _run(replica: Replica, options: Mapping) -> str:
 
 def _cause(error: BaseException) -> str:
     """The last line of what Ray tells: the error in the replica."""
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return lines[-1][:300] if lines else type(error).__name__
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
+    return lines[-1].removeprefix(f"{RiverError.__module__}.{RiverError.__name__}: ")[:300]

@@ -7,9 +7,10 @@ from pathlib import Path
 import torch
 
 from .. import model as models
-from ..checks import choice, integer
+from ..checks import choice, integer, short
 from ..engine.engine import Engine
-from ..loading.config import read_config
+from ..errors import RiverError
+from ..loading.config import parse_dtype, read_config
 
 DEVICES = ("auto", "cpu", "cuda")
 MOST_REPLICAS = 10_000
@@ -67,6 +68,10 @@ def checked_replica(
     config = read_config(models.DEMO if model is None else model)
     if max_len is not None:
         max_len = integer("max_len", max_len, 1, config.max_length)
+    if dtype != "auto":
+        parse_dtype(dtype, "load")
+    if river is not None and not os.path.exists(river):
+        raise RiverError(f"river={short(river)}: there is nothing; accepted: a saved river")
     if threads is None:
         cores = len(os.sched_getaffinity(0))
         threads = 1 if device == "cuda" else max(1, cores // replicas)

@@ -1,6 +1,5 @@
 """The API of `river serve` in front of replicas: an application of Ray Serve."""
 
-import os
 from typing import Literal
 
 import click
@@ -154,5 +153,3 @@ def _check_model(replica: Replica, asked: Arguments) -> None:
     request(read_config(replica.directory), None, [0], options)
     if not is_regular(replica.directory / "tokenizer.json"):
         raise RiverError(f"{replica.directory}: has no tokenizer.json; accepted: a model with a tokenizer")
-    if replica.river is not None and not os.path.exists(replica.river):
-        raise RiverError(f"river={replica.river!r}: there is nothing; accepted: a saved river")
