@@ -167,10 +167,12 @@ def test_places_that_are_no_files(answers, prompts, tmp_path):
     assert read_lines(prompts) == lines
 
 
-def test_a_run_without_answers_leaves_no_file(answers):
+def test_a_run_without_answers_is_in_nobodys_way(answers):
     with answers():
-        assert answers.path.exists()
-    assert not answers.path.exists()
+        pass
+    with answers() as file:
+        file.append(GIVEN)
+    assert written(answers.path) == whole()
 
 
 WITHOUT_RAY = """

@@ -114,8 +114,6 @@ class Answers:
         return self
 
     def __exit__(self, *_) -> None:
-        if not self.done:  # an empty file would be in the way of the next run
-            self.path.unlink(missing_ok=True)
         self._file.close()
 
     def _lock(self) -> None:

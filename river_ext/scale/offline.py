@@ -8,6 +8,7 @@ far, and a run that was ended is gone on with at its end.
 import hashlib
 import json
 import os
+import socket
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
@@ -18,7 +19,7 @@ import ray
 from ray.exceptions import RayError
 
 from .. import __version__
-from ..checks import flag, integer
+from ..checks import flag, integer, short
 from ..engine.engine import Engine
 from ..engine.request import request
 from ..errors import RiverError
@@ -30,6 +31,7 @@ from .lines import Answers, Line, prompt_of, read_lines
 from .replica import MOST_REPLICAS, Replica, checked_replica
 
 ROWS = 64  # that a replica takes at a time
+REACHED_SECONDS = 5  # by a cluster that is there
 STORE_BYTES = 128 << 20  # of a cluster for one file, whose rows are texts
 # Ray would print every error with its stack, and a warning for every replica. What the environment says holds.
 QUIET = {"RAY_DATA_LOG_LEVEL": "CRITICAL", "RAY_BACKEND_LOG_LEVEL": "fatal"}
@@ -171,6 +173,8 @@ def _cluster(address: str | None, replica: Replica, replicas: int) -> Iterator[N
     own = {} if address else {
         "num_cpus": replica.threads * replicas, "include_dashboard": False, "object_store_memory": STORE_BYTES
     }  # fmt: skip
+    if address:
+        _check_reachable(address)
     try:
         ray.init(address or "local", **quiet, **own)
     except (ConnectionError, ValueError, RuntimeError) as error:
@@ -179,6 +183,18 @@ def _cluster(address: str | None, replica: Replica, replicas: int) -> Iterator[N
         yield
     finally:
         ray.shutdown()
+
+
+def _check_reachable(address: str) -> None:
+    """Ray itself would try for minutes."""
+    host, _, port = address.removeprefix("ray://").rpartition(":")
+    try:
+        if port.isdigit():
+            socket.create_connection((host.strip("[]"), int(port)), timeout=REACHED_SECONDS).close()
+    except (OSError, OverflowError) as error:
+        raise RiverError(
+            f"address={short(address)}: {error}; accepted: that of a running Ray cluster, HOST:PORT or auto"
+        ) from None
 
 
 def _check_options(replica: Replica, prompts: str | Path, lines: Sequence[Line], options: Mapping) -> None:

@@ -1,0 +1,175 @@
+"""Files of prompts through replicas on a local Ray cluster: the answers are those of one process."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from threading import Thread
+
+import pytest
+from clusters import descendants, kill_one, start_cluster, wait_until
+from commands import ROOT
+from serving import chat_demo
+from tiny_model import demo_model
+
+import river_ext
+from river_ext import RiverError, scale
+from river_ext.scale import offline
+
+COUNT = 96
+OPTIONS = {"mode": "river", "threshold": 0.9, "temperature": 2.0, "max_new_tokens": 24}
+
+
+def row(number: int) -> dict:
+    return {"id": str(number), "prompt": f"Question: {number}", "options": {"seed": number}}
+
+
+@pytest.fixture
+def prompts(tmp_path):
+    path = tmp_path / "prompts.jsonl"
+    path.write_text("".join(json.dumps(row(number)) + "\n" for number in range(COUNT)))
+    return path
+
+
+@pytest.fixture(scope="module")
+def expected() -> list[dict]:
+    """What one process says, each prompt alone."""
+    outputs = [
+        demo_model().generate(row(number)["prompt"], **OPTIONS, seed=number) for number in range(COUNT)
+    ]
+    names = ("text", "tokens", "exit_depths", "finish_reason")
+    return [{name: getattr(output, name) for name in names} for output in outputs]
+
+
+@pytest.fixture
+def short_batches(monkeypatch):
+    monkeypatch.setattr(offline, "ROWS", 8)
+
+
+def check(path, expected: list[dict]) -> None:
+    """Every answer once, in order, with the fields of its prompt."""
+    lines = [json.loads(line) for line in path.read_text().splitlines()]
+    assert len({line.pop("run") for line in lines}) == 1
+    assert lines == [row(number) | {"output": output} for number, output in enumerate(expected)]
+
+
+def test_a_replica_is_killed_in_mid_run(prompts, expected, tmp_path, short_batches):
+    """Its rows go to the other one, or to the one in its place."""
+    start_cluster()
+    path, killed = tmp_path / "answers.jsonl", []
+
+    def kill() -> None:
+        wait_until(lambda: path.exists() and path.stat().st_size)
+        killed.append((path.read_bytes().count(b"\n"), kill_one("MapWorker(MapBatches(Answering))")))
+
+    thread = Thread(target=kill)
+    thread.start()
+    summary = scale.generate_file(prompts, path, replicas=2, threads=1, **OPTIONS)
+    thread.join()
+    assert summary == (COUNT, 0, [])
+    ((written, _),) = killed
+    assert written < COUNT - 2 * 8  # there was work left for both
+    check(path, expected)
+
+
+def test_a_run_is_killed_and_gone_on_with(prompts, expected, tmp_path):
+    """By the command, with a cluster of its own, which ends with it."""
+    path = tmp_path / "answers.jsonl"
+    options = "--mode river --threshold 0.9 --temperature 2 --max-new-tokens 24 --threads 1".split()
+    command = [sys.executable, "-c", "from river_ext.scale import offline; offline.ROWS = 8; "
+               "import river_cli; river_cli.program()", "batch", "--demo", "--replicas", "2", "--prompts",
+               str(prompts), "-o", str(path), *options]  # fmt: skip
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    with open(tmp_path / "log", "wb") as log, subprocess.Popen(command, env=environment, stderr=log) as run:
+        wait_until(lambda: path.exists() and path.stat().st_size)
+        started = descendants("MapWorker(", run.pid)
+        run.send_signal(signal.SIGKILL)
+        run.wait()
+    assert len(started) == 2
+    before = path.read_bytes()
+    lines = before.splitlines(keepends=True)
+    assert 0 < len(lines) < COUNT and all(json.loads(line)["output"] for line in lines)
+    wait_until(lambda: not any(os.path.exists(f"/proc/{process}") for process in started))
+    path.write_bytes(before + b'{"id": "')  # as a full disk would have left it
+    start_cluster()
+    summary = scale.generate_file(prompts, path, replicas=2, threads=1, resume=True, **OPTIONS)
+    assert summary == (COUNT, len(lines), [])
+    assert path.read_bytes().startswith(before)
+    check(path, expected)
+    done = scale.generate_file(prompts, path, replicas=2, threads=1, resume=True, **OPTIONS)
+    assert done == (COUNT, COUNT, [])  # at once: there is nothing left to do
+
+
+def test_prompts_of_every_kind(tmp_path):
+    """Text, ids and chats; a prompt that cannot be answered is told of in its place."""
+    start_cluster()
+    model = river_ext.load(chat_demo(), device="cpu")
+    chat = [{"role": "user", "content": "2 + 2"}]
+    rows = [
+        {"prompt": "def", "options": {"mode": "lossless", "max_new_tokens": 9}},
+        {"prompt": "def", "options": {"max_new_tokens": 500}},
+        {"prompt": [5, 6, 7], "options": {"logprobs": 2}},
+        {"prompt": ""},
+        {"messages": chat, "options": {"stop": "3"}},
+        {"messages": [{"role": "nobody"}]},
+        {"prompt": "\ud800"},
+    ]
+    (tmp_path / "prompts").write_text("\n".join(map(json.dumps, rows)))
+    summary = scale.generate_file(
+        tmp_path / "prompts", tmp_path / "answers", chat_demo(), threads=1, max_new_tokens=5, max_len=64
+    )
+    answers = [json.loads(line) for line in (tmp_path / "answers").read_text().splitlines()]
+    assert summary.errors == [2, 4, 6, 7]
+    errors = [answer["error"] for answer in answers if "error" in answer]
+    assert [error.split()[:3] for error in errors[:2]] == [["a", "prompt", "of"], ["the", "prompt", "is"]]
+    ways = [("def", {"mode": "lossless", "max_new_tokens": 9}), ([5, 6, 7], {"logprobs": 2}), (chat, {"stop": "3"})]
+    for number, (prompt, options) in zip((0, 2, 4), ways, strict=True):
+        output = model.generate(prompt, **{"max_new_tokens": 5} | options).to_dict()
+        given = answers[number]["output"]
+        assert given == json.loads(json.dumps({name: output[name] for name in given}))
+        assert ("logprobs" in given) == ("logprobs" in options)
+
+
+def test_a_model_that_a_replica_cannot_load(tmp_path, prompts):
+    """Where only the weights themselves can tell."""
+    start_cluster()
+    (tmp_path / "river").mkdir()
+    with pytest.raises(RiverError, match="^a replica failed: .*river.*; |^a replica failed: .*missing"):
+        scale.generate_file(prompts, tmp_path / "answers", river=tmp_path / "river", threads=1)
+    assert not (tmp_path / "answers").read_bytes()
+
+
+@pytest.mark.parametrize(
+    "options, why",
+    [
+        ({"replicas": 0}, "replicas=0; accepted: an integer from 1"),
+        ({"device": "tpu"}, "device='tpu'; accepted: 'auto', 'cpu', 'cuda'"),
+        ({"dtype": "int3"}, "dtype 'int3' is not supported"),
+        ({"threads": 0}, "threads=0; accepted"),
+        ({"slots": 9}, "slots=9; accepted: an integer from 1 to 8"),
+        ({"max_len": 99999}, "max_len=99999; accepted"),
+        ({"river": "/nowhere"}, "river='/nowhere': there is nothing"),
+        ({"model": "/nowhere"}, "/nowhere: no such directory"),
+        ({"resume": True, "force": True}, "resume and force; accepted: one of them"),
+        ({"address": "127.0.0.1:1"}, "address='127.0.0.1:1': .*refused; accepted: that of a running"),
+        ({"mode": "fast"}, "mode='fast'; accepted"),
+        ({"return_logits": True}, "return_logits=True; accepted: logprobs"),
+        ({"max_new_tokens": 0}, "max_new_tokens=0; accepted"),
+        ({"line": {"threshold": "x"}}, "prompts.jsonl: line 2: threshold='x'; accepted"),
+        ({"line": {"tempratur": 1}}, "prompts.jsonl: line 2: no argument 'tempratur'; .*temperature"),
+    ],
+)
+def test_refused_before_any_work(prompts, tmp_path, options, why):
+    if line := options.pop("line", None):
+        prompts.write_text(json.dumps(row(0)) + "\n" + json.dumps(row(1) | {"options": line}) + "\n")
+    with pytest.raises(RiverError, match=why):
+        scale.generate_file(prompts, tmp_path / "answers", **options)
+    assert not (tmp_path / "answers").exists() or "address" in options
+
+
+def test_answers_of_other_options_are_not_gone_on_with(prompts, tmp_path):
+    run = offline._run(offline.checked_replica(None, replicas=1), {"seed": 1})
+    (tmp_path / "answers").write_text(json.dumps(row(0) | {"run": run, "output": {}}) + "\n")
+    with pytest.raises(RiverError, match="line 1 is of another run"):
+        scale.generate_file(prompts, tmp_path / "answers", resume=True, seed=2)
