@@ -18,6 +18,7 @@ from river_ext import RiverError, scale
 from river_ext.scale import offline
 
 COUNT = 96
+REPLICA = "MapWorker(MapBatches(Answering))"
 OPTIONS = {"mode": "river", "threshold": 0.9, "temperature": 2.0, "max_new_tokens": 24}
 
 
@@ -42,11 +43,6 @@ def expected() -> list[dict]:
     return [{name: getattr(output, name) for name in names} for output in outputs]
 
 
-@pytest.fixture
-def short_batches(monkeypatch):
-    monkeypatch.setattr(offline, "ROWS", 8)
-
-
 def check(path, expected: list[dict]) -> None:
     """Every answer once, in order, with the fields of its prompt."""
     lines = [json.loads(line) for line in path.read_text().splitlines()]
@@ -54,51 +50,49 @@ def check(path, expected: list[dict]) -> None:
     assert lines == [row(number) | {"output": output} for number, output in enumerate(expected)]
 
 
-def test_a_replica_is_killed_in_mid_run(prompts, expected, tmp_path, short_batches):
-    """Its rows go to the other one, or to the one in its place."""
-    start_cluster()
-    path, killed = tmp_path / "answers.jsonl", []
-
-    def kill() -> None:
-        wait_until(lambda: path.exists() and path.stat().st_size)
-        killed.append((path.read_bytes().count(b"\n"), kill_one("MapWorker(MapBatches(Answering))")))
-
-    thread = Thread(target=kill)
-    thread.start()
-    summary = scale.generate_file(prompts, path, replicas=2, threads=1, **OPTIONS)
-    thread.join()
-    assert summary == (COUNT, 0, [])
-    ((written, _),) = killed
-    assert written < COUNT - 2 * 8  # there was work left for both
-    check(path, expected)
-
-
-def test_a_run_is_killed_and_gone_on_with(prompts, expected, tmp_path):
-    """By the command, with a cluster of its own, which ends with it."""
-    path = tmp_path / "answers.jsonl"
+def run_and_kill(prompts, path, log) -> None:
+    """The command, with a cluster of its own, which ends with it; when there are answers it is killed."""
     options = "--mode river --threshold 0.9 --temperature 2 --max-new-tokens 24 --threads 1".split()
     command = [sys.executable, "-c", "from river_ext.scale import offline; offline.ROWS = 8; "
                "import river_cli; river_cli.program()", "batch", "--demo", "--replicas", "2", "--prompts",
                str(prompts), "-o", str(path), *options]  # fmt: skip
     environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-    with open(tmp_path / "log", "wb") as log, subprocess.Popen(command, env=environment, stderr=log) as run:
+    with open(log, "wb") as errors, subprocess.Popen(command, env=environment, stderr=errors) as run:
         wait_until(lambda: path.exists() and path.stat().st_size)
-        started = descendants("MapWorker(", run.pid)
+        replicas = descendants(REPLICA, run.pid)
         run.send_signal(signal.SIGKILL)
         run.wait()
-    assert len(started) == 2
+    assert len(replicas) == 2
+    wait_until(lambda: not any(os.path.exists(f"/proc/{process}") for process in replicas))
+
+
+def test_a_run_is_killed_and_gone_on_with_while_a_replica_is_killed(prompts, expected, tmp_path, monkeypatch):
+    """The second run answers what is missing, and the rows of the replica go to another one."""
+    path = tmp_path / "answers.jsonl"
+    run_and_kill(prompts, path, tmp_path / "log")
     before = path.read_bytes()
     lines = before.splitlines(keepends=True)
-    assert 0 < len(lines) < COUNT and all(json.loads(line)["output"] for line in lines)
-    wait_until(lambda: not any(os.path.exists(f"/proc/{process}") for process in started))
+    assert 0 < len(lines) < COUNT - 4 * 8 and all(json.loads(line)["output"] for line in lines)
     path.write_bytes(before + b'{"id": "')  # as a full disk would have left it
+    killed = []
+
+    def kill() -> None:
+        wait_until(lambda: path.read_bytes().count(b"\n") > len(lines))
+        killed.append((kill_one(REPLICA), path.read_bytes().count(b"\n")))
+
+    thread = Thread(target=kill)
+    thread.start()
     start_cluster()
+    monkeypatch.setattr(offline, "ROWS", 8)
     summary = scale.generate_file(prompts, path, replicas=2, threads=1, resume=True, **OPTIONS)
+    thread.join()
     assert summary == (COUNT, len(lines), [])
+    ((_, written),) = killed
+    assert written < COUNT - 2 * 8  # there was work left for both replicas
     assert path.read_bytes().startswith(before)
     check(path, expected)
     done = scale.generate_file(prompts, path, replicas=2, threads=1, resume=True, **OPTIONS)
-    assert done == (COUNT, COUNT, [])  # at once: there is nothing left to do
+    assert done == (COUNT, COUNT, [])  # at once: nothing is missing
 
 
 def test_prompts_of_every_kind(tmp_path):
@@ -152,7 +146,6 @@ def test_a_model_that_a_replica_cannot_load(tmp_path, prompts):
         ({"river": "/nowhere"}, "river='/nowhere': there is nothing"),
         ({"model": "/nowhere"}, "/nowhere: no such directory"),
         ({"resume": True, "force": True}, "resume and force; accepted: one of them"),
-        ({"address": "127.0.0.1:1"}, "address='127.0.0.1:1': .*refused; accepted: that of a running"),
         ({"mode": "fast"}, "mode='fast'; accepted"),
         ({"return_logits": True}, "return_logits=True; accepted: logprobs"),
         ({"max_new_tokens": 0}, "max_new_tokens=0; accepted"),
@@ -165,7 +158,13 @@ def test_refused_before_any_work(prompts, tmp_path, options, why):
         prompts.write_text(json.dumps(row(0)) + "\n" + json.dumps(row(1) | {"options": line}) + "\n")
     with pytest.raises(RiverError, match=why):
         scale.generate_file(prompts, tmp_path / "answers", **options)
-    assert not (tmp_path / "answers").exists() or "address" in options
+    assert not (tmp_path / "answers").exists()
+
+
+def test_a_cluster_that_is_not_there(prompts, tmp_path, monkeypatch):
+    monkeypatch.setattr(offline.ray, "is_initialized", lambda: False)
+    with pytest.raises(RiverError, match="address='127.0.0.1:1': .*refused; accepted: that of a running"):
+        scale.generate_file(prompts, tmp_path / "answers", address="127.0.0.1:1")
 
 
 def test_answers_of_other_options_are_not_gone_on_with(prompts, tmp_path):

@@ -150,7 +150,7 @@ def _answered(
     data = ray.data.from_items(rows, override_num_blocks=-(-len(rows) // ROWS)).map_batches(
         Answering,
         fn_constructor_kwargs={"replica": replica, "options": dict(options)},
-        batch_size=ROWS,
+        batch_size=None,  # a block at a time
         compute=ray.data.ActorPoolStrategy(size=replicas, max_tasks_in_flight_per_actor=2),
         **replica.resources,
     )
