@@ -16,7 +16,7 @@ ray = pytest.importorskip("ray", reason="Ray is not installed: pip install 'ray[
 
 @cache
 def start_cluster() -> None:
-    """Once for all tests of this process. Four cores, whatever the machine has: the tests' models are small."""
+    """Once for all tests of this process. It has four cores, whatever the machine has: the model is small."""
     os.environ.setdefault("RAY_DATA_LOG_LEVEL", "ERROR")
     quiet = {"include_dashboard": False, "log_to_driver": False, "logging_level": "error"}
     ray.init("local", num_cpus=4, object_store_memory=100 << 20, **quiet)

@@ -39,6 +39,6 @@ def run(arguments) -> None:
         note(f"{arguments.output}: {lines} answers{before}")
     if errors:
         raise RiverError(
-            f"{arguments.output}: {count} of {lines} answers are errors, the first is that of line {errors[0]} "
-            f"of {arguments.prompts}; accepted: prompts as their answers say"
+            f"{arguments.output}: {count} of {lines} answers are errors, the first is that of line "
+            f"{errors[0]} of {arguments.prompts}; accepted: prompts as their answers say"
         )

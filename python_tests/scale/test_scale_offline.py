@@ -52,10 +52,10 @@ def check(path, expected: list[dict]) -> None:
 
 def run_and_kill(prompts, path, log) -> None:
     """The command, with a cluster of its own, which ends with it; when there are answers it is killed."""
-    options = "--mode river --threshold 0.9 --temperature 2 --max-new-tokens 24 --threads 1".split()
+    given = {**OPTIONS, "threads": 1, "replicas": 2, "prompts": prompts, "output": path}
+    options = [word for name, value in given.items() for word in (f"--{name.replace('_', '-')}", str(value))]
     command = [sys.executable, "-c", "from river_ext.scale import offline; offline.ROWS = 8; "
-               "import river_cli; river_cli.program()", "batch", "--demo", "--replicas", "2", "--prompts",
-               str(prompts), "-o", str(path), *options]  # fmt: skip
+               "import river_cli; river_cli.program()", "batch", "--demo", *options]  # fmt: skip
     environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
     with open(log, "wb") as errors, subprocess.Popen(command, env=environment, stderr=errors) as run:
         wait_until(lambda: path.exists() and path.stat().st_size)
@@ -117,8 +117,8 @@ def test_prompts_of_every_kind(tmp_path):
     assert summary.errors == [2, 4, 6, 7]
     errors = [answer["error"] for answer in answers if "error" in answer]
     assert [error.split()[:3] for error in errors[:2]] == [["a", "prompt", "of"], ["the", "prompt", "is"]]
-    ways = [("def", {"mode": "lossless", "max_new_tokens": 9}), ([5, 6, 7], {"logprobs": 2}), (chat, {"stop": "3"})]
-    for number, (prompt, options) in zip((0, 2, 4), ways, strict=True):
+    for number, prompt in ((0, "def"), (2, [5, 6, 7]), (4, chat)):
+        options = rows[number]["options"]
         output = model.generate(prompt, **{"max_new_tokens": 5} | options).to_dict()
         given = answers[number]["output"]
         assert given == json.loads(json.dumps({name: output[name] for name in given}))

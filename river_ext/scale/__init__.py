@@ -1,7 +1,7 @@
 """More than one process, or more than one machine, with Ray: replicas of the engine.
 
-    serve run river_ext.scale:app model=DIR replicas=2         OpenAI's API, as `river serve` has it: serving.py
-    river_ext.scale.generate_file("in.jsonl", "out.jsonl")     a file of prompts: offline.py, lines.py
+    serve run river_ext.scale:app model=DIR replicas=2       OpenAI's API, as of `river serve`: serving.py
+    river_ext.scale.generate_file("in.jsonl", "out.jsonl")   a file of prompts: offline.py, lines.py
 
 A *replica* is a process with a copy of the model, on cores or a GPU of its own: replica.py. What a request
 gets is what a single process gives it, bit for bit. Ray starts replicas, spreads the work over them, and

@@ -84,7 +84,7 @@ class Answers:
     """The file of answers, open to append to it. Nobody else writes to it meanwhile."""
 
     def __init__(self, path: str | Path, prompts: str | Path, lines: Sequence[Line], run: str, how: str):
-        """how: "new": no answers are there yet; "resume": those there are gone on from; "replace": they go."""
+        """how: "new": no answers are there yet; "resume": there may be some; "replace": they go."""
         self.path, self.lines, self.run = Path(path), lines, run
         self.errors: list[int] = []  # numbers of the lines that have one
         if os.path.exists(path) and os.path.samefile(path, prompts):
@@ -99,7 +99,7 @@ class Answers:
             raise
 
     def append(self, answers: Sequence[dict]) -> None:
-        """Of the next lines, each {"output": ...} or {"error": ...}; they are in the file when this returns."""
+        """Of the next lines, each {"output": ...} or {"error": ...}. The file has them when this returns."""
         whole = []
         for answer in answers:
             line = self.lines[self.done + len(whole)]
@@ -120,7 +120,7 @@ class Answers:
         try:
             fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
-            raise RiverError(f"{self.path}: another run writes to it; accepted: to wait for its end") from None
+            raise RiverError(f"{self.path}: another run writes to it; accepted: after its end") from None
 
     def _begin(self, how: str, prompts: str | Path) -> int:
         """The number of answers that are there."""
@@ -149,8 +149,8 @@ class Answers:
             raise RiverError(f"{where} answers no line of {prompts} in its order; accepted: --force")
         if answer.get("run") != self.run:
             raise RiverError(
-                f"{where} is of another run: another model, river, dtype, version or other options; accepted: "
-                f"the same, or --force"
+                f"{where} is of another run, with another model, river, dtype, version or other options; "
+                "accepted: the same, or --force"
             )
         if "error" in answer:
             self.errors.append(self.lines[index].number)

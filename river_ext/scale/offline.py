@@ -33,9 +33,9 @@ from .replica import MOST_REPLICAS, Replica, checked_replica
 ROWS = 64  # that a replica takes at a time
 REACHED_SECONDS = 5  # by a cluster that is there
 STORE_BYTES = 128 << 20  # of a cluster for one file, whose rows are texts
-# Ray would print every error with its stack, and a warning for every replica. What the environment says holds.
+# Ray would print a stack for every error and a warning for every replica. What the environment says holds.
 QUIET = {"RAY_DATA_LOG_LEVEL": "CRITICAL", "RAY_BACKEND_LOG_LEVEL": "fatal"}
-OUTPUT = ("text", "tokens", "exit_depths", "finish_reason", "logprobs", "top_logprobs")  # where it is asked for
+OUTPUT = ("text", "tokens", "exit_depths", "finish_reason", "logprobs", "top_logprobs")
 
 
 class Summary(NamedTuple):
