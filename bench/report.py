@@ -13,6 +13,7 @@ import sys
 from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from pathlib import Path
+from statistics import median
 
 from bench import memory
 from bench.cpu import thresholds
@@ -36,6 +37,7 @@ FILES = {
     "memory": "memory_smollm2_cpu_amd_epyc_1t.json",
     "peers": "peers_cpu_amd_epyc_2t.json",
     "prefill": "prefill_cpu_amd_epyc_2t.json",
+    "scale": "scale_smollm2_cpu_amd_epyc_1t.json",
     "thresholds": "thresholds_cpu_amd_epyc_1t.json",
 }
 # the names of rows that are not those of the results
@@ -401,6 +403,42 @@ def memory_as_the_paper() -> str:
     return fenced(memory.text_of(memory.as_the_paper_counts(memory.SHAPES["Llama-3.1-8B"])))
 
 
+# --- replicas -----------------------------------------------------------------------------------------------
+
+
+def scale_serving() -> str:
+    lines = result("scale")["serving"]
+    engine = ("engine", f"{lines[0]['engine_requests_per_second']:.1f}", "", "")
+    return markdown(
+        ("", "requests/s", "x engine", "in each turn"),
+        [engine]
+        + [
+            (
+                replicas(line), f"{line['requests_per_second']:.1f}", f"{median(line['shares']):.2f}",
+                ", ".join(f"{share:.2f}" for share in line["shares"]),
+            )
+            for line in lines
+        ],
+    )  # fmt: skip
+
+
+def scale_offline() -> str:
+    return markdown(
+        ("", "lines/s", "in each turn", "start, s"),
+        [
+            (
+                replicas(line), f"{line['lines_per_second']:.1f}",
+                ", ".join(f"{speed:.1f}" for speed in line["turns"]), f"{line['start_seconds']:.0f}",
+            )
+            for line in result("scale")["offline"]
+        ],
+    )  # fmt: skip
+
+
+def replicas(line: dict) -> str:
+    return "one replica" if line["replicas"] == 1 else f"{line['replicas']} replicas"
+
+
 TABLES: dict[str, Callable[[], str]] = {
     "modes": modes,
     "decode-short": decode_short,
@@ -418,6 +456,8 @@ TABLES: dict[str, Callable[[], str]] = {
     "kv-strategies-demo": lambda: kv_strategies("bundled"),
     "kv-strategies-135M": lambda: kv_strategies("smol"),
     "memory-measured": memory_measured,
+    "scale-serving": scale_serving,
+    "scale-offline": scale_offline,
     "memory-8B": lambda: memory_of("Llama-3.1-8B"),
     "memory-1B": lambda: memory_of("Llama-3.2-1B"),
     "memory-paper": memory_as_the_paper,

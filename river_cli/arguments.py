@@ -306,7 +306,7 @@ def _add_chat(parser: argparse.ArgumentParser) -> None:
 
 
 def _add_options(parser: argparse.ArgumentParser, engine: bool = True) -> None:
-    """Of generation: what is not given is as `Options` has it. engine: also those of all requests together."""
+    """Of generation: what is not given is as `Options` has it. engine: also those of an engine."""
     parser.add_argument("--max-new-tokens", type=int, metavar="N", help="default 256")
     parser.add_argument(
         "--threshold",

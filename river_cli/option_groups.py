@@ -79,7 +79,7 @@ def add_batch(parser: argparse.ArgumentParser) -> None:
         type=given,
         required=True,
         metavar="FILE",
-        help="JSON lines: prompt (text or token ids) or messages, options of their own; other fields are kept",
+        help="JSON lines: prompt (text or token ids) or messages, own options; other fields are kept",
     )
     add("-o", "--output", type=given, required=True, metavar="FILE", help="where the answers go, in order")
     there = parser.add_mutually_exclusive_group()

@@ -14,7 +14,8 @@ from bench.lib import figures
 ids = {"ids": lambda path: path.name}
 # documents in which every table of numbers is generated
 GENERATED = [
-    report.ROOT / name for name in ("README.md", "docs/cpu.md", "docs/evaluation.md", "docs/offloading.md")
+    report.ROOT / "README.md",
+    *(report.ROOT / "docs" / f"{name}.md" for name in ("cpu", "evaluation", "offloading", "scale")),
 ]
 
 
@@ -66,6 +67,8 @@ def test_a_changed_digit_is_noticed():
         ("gsm8k", lambda r: r["tasks"][0]["rows"][3].update(tokens_per_second=99.9), ["gsm8k"]),
         ("prefill", lambda r: r["prefill"][0].update(ms=99), ["prefill"]),
         ("thresholds", lambda r: r["forced"][2].update(same=0.999), ["prefill-policies", "thresholds"]),
+        ("scale", lambda r: r["serving"][1]["shares"].__setitem__(0, 9.9), ["scale-serving"]),
+        ("scale", lambda r: r["offline"][0].update(start_seconds=99), ["scale-offline"]),
         ("memory", lambda r: r["memory"][0].update(file=999), ["memory-measured"]),
     ],
 )
