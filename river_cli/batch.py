@@ -9,27 +9,22 @@ from river_ext.errors import RiverError
 from .generate import own_options
 from .terminal import note, print_json
 
+# arguments of generate_file that are options
+OWN = (
+    "replicas", "resume", "force", "address", "river", "device", "dtype", "threads", "slots", "max_len",
+    "calibrated",
+)  # fmt: skip
+
 
 def run(arguments) -> None:
-    generate_file = scale.generate_file
     with redirect_stdout(sys.stderr):  # Ray's notes on what it does are no result
-        summary = generate_file(
+        summary = scale.generate_file(
             arguments.prompts,
             arguments.output,
             arguments.model,
-            replicas=arguments.replicas,
-            resume=arguments.resume,
-            force=arguments.force,
-            address=arguments.address,
-            river=arguments.river,
-            device=arguments.device,
-            dtype=arguments.dtype,
-            threads=arguments.threads,
-            slots=arguments.slots,
-            max_len=arguments.max_len,
-            calibrated=arguments.calibrated,
-            progress=True,
+            **{name: getattr(arguments, name) for name in OWN},
             **own_options(arguments),
+            progress=True,
         )
     count, (lines, resumed, errors) = len(summary.errors), summary
     if arguments.json:

@@ -8,9 +8,11 @@ far, and a run that was ended is gone on with at its end.
 import hashlib
 import json
 import os
+import signal
 import socket
+import threading
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
@@ -24,6 +26,7 @@ from ..engine.engine import Engine
 from ..engine.request import request
 from ..errors import RiverError
 from ..loading.calibrated import read_calibrated
+from ..loading.chat import read_template
 from ..loading.checkpoint import fingerprint
 from ..loading.config import ModelConfig, read_config
 from ..progress import progress_bar
@@ -103,10 +106,14 @@ def generate_file(
     with Answers(answers, prompts, lines, _run(replica, options), how) as file:
         left = lines[file.done :]
         if left:
-            with _cluster(address, replica, replicas), progress_bar("lines", len(left), progress) as advance:
-                for answered in _answered(replica, replicas, left, options):
-                    file.append(answered)
-                    for _ in answered:
+            with (
+                _cluster(address, replica, replicas),
+                progress_bar("lines", len(left), progress) as advance,
+                closing(_answered(replica, replicas, left, options)) as parts,  # Ray Data, before Ray itself
+            ):
+                for part in parts:
+                    file.append(part)
+                    for _ in part:
                         advance()
         return Summary(len(lines), file.resumed, file.errors)
 
@@ -175,11 +182,15 @@ def _cluster(address: str | None, replica: Replica, replicas: int) -> Iterator[N
     }  # fmt: skip
     if address:
         _check_reachable(address)
+    on_sigterm = signal.getsignal(signal.SIGTERM)
     try:
         ray.init(address or "local", **quiet, **own)
     except (ConnectionError, ValueError, RuntimeError) as error:
         raise RiverError(f"Ray cannot be started or reached: {error}") from None
+    if threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGTERM, on_sigterm)  # Ray's own handler aborts; without it the cluster ends, too
     try:
+        _check_room(replica, 1 if address else replicas)
         yield
     finally:
         ray.shutdown()
@@ -197,12 +208,26 @@ def _check_reachable(address: str) -> None:
         ) from None
 
 
+def _check_room(replica: Replica, replicas: int) -> None:
+    """Ray would wait for more machines, and say so nowhere."""
+    has = ray.cluster_resources()
+    for name, kind in (("num_cpus", "CPU"), ("num_gpus", "GPU")):
+        needed = replicas * replica.resources[name]
+        if needed > has.get(kind, 0):
+            raise RiverError(
+                f"{replicas} x {replica.resources[name]} {kind} needed for replicas; the cluster has "
+                f"{has.get(kind, 0):g}; accepted: fewer replicas or threads, or another device"
+            )
+
+
 def _check_options(replica: Replica, prompts: str | Path, lines: Sequence[Line], options: Mapping) -> None:
     """What the config alone can refuse, with the number of the line whose options they are."""
     config = read_config(replica.directory)
     if replica.calibrated is not None:
         config = replace(config, calibrated=read_calibrated(replica.calibrated))
     _check(config, options)
+    if any("messages" in line.fields for line in lines):
+        read_template(replica.directory)
     for line in lines:
         if own := line.fields.get("options"):
             try:
