@@ -125,6 +125,43 @@ def test_prompts_of_every_kind(tmp_path):
         assert ("logprobs" in given) == ("logprobs" in options)
 
 
+def test_the_command(prompts, expected, tmp_path, river):
+    """Standard output has the summary alone; errors in place of outputs end it with code 2."""
+    start_cluster()
+    lines = prompts.read_text().splitlines()[:3]
+    prompts.write_text("\n".join([*lines, json.dumps({"prompt": ""})]))
+    options = [word for name, value in OPTIONS.items() for word in (f"--{name.replace('_', '-')}", value)]
+    path = tmp_path / "answers.jsonl"
+    command = ["batch", "--demo", "--prompts", prompts, "-o", path, "--threads", "1", *options]
+    code, out, err = river(*command, "--json")
+    assert code == 2 and err.endswith(
+        f"river: error: {path}: 1 of 4 answers are errors, the first is that of line 4 of {prompts}; "
+        "accepted: prompts as their answers say\n"
+    )
+    assert json.loads(out) == {"output": str(path), "lines": 4, "resumed": 0, "errors": [4]}
+    answers = [json.loads(line) for line in path.read_text().splitlines()]
+    assert [answer.get("output") for answer in answers] == [*expected[:3], None]
+    code, out, err = river(*command)
+    assert (code, out) == (2, "") and "holds something; accepted: --resume, --force, or another file" in err
+    code, out, err = river(*command, "--resume")
+    assert (code, out) == (2, "") and f"{path}: 4 answers, 4 of them by an earlier run\n" in err
+
+
+def test_a_cluster_without_room(prompts, tmp_path):
+    start_cluster()
+    with pytest.raises(RiverError, match="a replica takes 1 GPU, the cluster has 0; accepted"):
+        scale.generate_file(prompts, tmp_path / "answers", device="cuda")
+    with pytest.raises(RiverError, match="a replica takes 5 CPU, the cluster has 4; accepted"):
+        scale.generate_file(prompts, tmp_path / "answers", threads=5)
+
+
+def test_a_chat_without_a_template(prompts, tmp_path):
+    prompts.write_text(json.dumps({"messages": [{"role": "user", "content": "a"}]}))
+    with pytest.raises(RiverError, match="template"):
+        scale.generate_file(prompts, tmp_path / "answers")
+    assert not (tmp_path / "answers").exists()
+
+
 def test_a_model_that_a_replica_cannot_load(tmp_path, prompts):
     """Where only the weights themselves can tell."""
     start_cluster()

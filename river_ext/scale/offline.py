@@ -107,7 +107,7 @@ def generate_file(
         left = lines[file.done :]
         if left:
             with (
-                _cluster(address, replica, replicas),
+                _cluster(address, replica.threads * replicas),
                 progress_bar("lines", len(left), progress) as advance,
                 closing(_answered(replica, replicas, left, options)) as parts,  # Ray Data, before Ray itself
             ):
@@ -150,6 +150,7 @@ def _answered(
     replica: Replica, replicas: int, lines: Sequence[Line], options: Mapping
 ) -> Iterator[list[dict]]:
     """Answers in the order of the lines, as many at a time as come."""
+    _check_room(replica)
     context = ray.data.DataContext.get_current()
     context.execution_options.preserve_order = True
     context.enable_progress_bars = False
@@ -169,7 +170,8 @@ def _answered(
 
 
 @contextmanager
-def _cluster(address: str | None, replica: Replica, replicas: int) -> Iterator[None]:
+def _cluster(address: str | None, cores: int) -> Iterator[None]:
+    """cores: of one for this call alone."""
     if ray.is_initialized():
         yield
         return
@@ -177,20 +179,17 @@ def _cluster(address: str | None, replica: Replica, replicas: int) -> Iterator[N
         os.environ.setdefault(name, level)
     quiet = {"logging_level": "error", "log_to_driver": False}
     address = address or os.environ.get("RAY_ADDRESS")
-    own = {} if address else {
-        "num_cpus": replica.threads * replicas, "include_dashboard": False, "object_store_memory": STORE_BYTES
-    }  # fmt: skip
+    own = {"num_cpus": cores, "include_dashboard": False, "object_store_memory": STORE_BYTES}
     if address:
         _check_reachable(address)
     on_sigterm = signal.getsignal(signal.SIGTERM)
     try:
-        ray.init(address or "local", **quiet, **own)
+        ray.init(address or "local", **quiet, **{} if address else own)
     except (ConnectionError, ValueError, RuntimeError) as error:
         raise RiverError(f"Ray cannot be started or reached: {error}") from None
     if threading.current_thread() is threading.main_thread():
-        signal.signal(signal.SIGTERM, on_sigterm)  # Ray's own handler aborts; without it the cluster ends, too
+        signal.signal(signal.SIGTERM, on_sigterm)  # Ray's aborts; the cluster ends without it
     try:
-        _check_room(replica, 1 if address else replicas)
         yield
     finally:
         ray.shutdown()
@@ -208,15 +207,14 @@ def _check_reachable(address: str) -> None:
         ) from None
 
 
-def _check_room(replica: Replica, replicas: int) -> None:
-    """Ray would wait for more machines, and say so nowhere."""
+def _check_room(replica: Replica) -> None:
+    """For one at least: Ray would wait for more machines, and say so nowhere."""
     has = ray.cluster_resources()
     for name, kind in (("num_cpus", "CPU"), ("num_gpus", "GPU")):
-        needed = replicas * replica.resources[name]
-        if needed > has.get(kind, 0):
+        if (needed := replica.resources[name]) > has.get(kind, 0):
             raise RiverError(
-                f"{replicas} x {replica.resources[name]} {kind} needed for replicas; the cluster has "
-                f"{has.get(kind, 0):g}; accepted: fewer replicas or threads, or another device"
+                f"a replica takes {needed} {kind}, the cluster has {has.get(kind, 0):g}; accepted: a cluster "
+                "with room for one"
             )
 
 
