@@ -12,7 +12,7 @@ RUN names all that the answers depend on, so that a file is not gone on with by 
 import fcntl
 import json
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -129,18 +129,22 @@ class Answers:
         elif how == "new" and os.fstat(self._file.fileno()).st_size:
             raise RiverError(f"{self.path}: holds something; accepted: --resume, --force, or another file")
         done, end = 0, 0
-        for end, answer in self._whole_lines():  # noqa: B007 (the last one is used)
-            self._check_answer(done, answer, prompts)
-            done += 1
+        self._file.seek(0)
+        for data in self._file:
+            if data.endswith(b"\n"):
+                self._check_answer(done, _object(f"{self.path}: line {done + 1}", data), prompts)
+                done, end = done + 1, end + len(data)
+            else:
+                self._check_torn(done, data)
         self._file.truncate(end)
         return done
 
-    def _whole_lines(self) -> Iterator[tuple[int, dict]]:
-        """Where each ends, and what it holds. A last one that a kill has cut off has no newline."""
-        self._file.seek(0)
-        for number, data in enumerate(self._file, start=1):
-            if data.endswith(b"\n"):
-                yield self._file.tell(), _object(f"{self.path}: line {number}", data)
+    def _check_torn(self, index: int, data: bytes) -> None:
+        """What a kill has left of an answer is cut off; anything else is somebody's."""
+        fields = self.lines[index].fields if index < len(self.lines) else {}
+        begin = json.dumps(fields | {"run": self.run})[:-1].encode()
+        if not begin.startswith(data) and not data.startswith(begin):
+            raise RiverError(f"{self.path}: line {index + 1} is no beginning of an answer; accepted: --force")
 
     def _check_answer(self, index: int, answer: dict, prompts: str | Path) -> None:
         where = f"{self.path}: line {index + 1}"
