@@ -15,6 +15,7 @@ import torch
 from rich.table import Table
 from torch import Tensor
 
+from ..engine.exit_rule import threshold_name
 from ..engine.sequence import GenerationOutput
 from ..model import Model
 
@@ -100,11 +101,14 @@ def full_name(model: Model) -> str:
     return f"full {DTYPE_NAMES[model.network.dtype]}"
 
 
-def settings_of(model: Model, thresholds: Sequence[float], **options) -> list[Setting]:
+def settings_of(model: Model, thresholds: Sequence[float | Sequence[float]], **options) -> list[Setting]:
     """Full depth, the same by lossless decoding, full W4, and the river at some thresholds and options."""
     strategy = options.get("kv_strategy", "share")
     river = "River" if strategy == "share" else strategy
-    rivers = [Setting(f"{river} {t:g}", {"mode": "river", "threshold": t, **options}) for t in thresholds]
+    rivers = [
+        Setting(f"{river} {threshold_name(t)}", {"mode": "river", "threshold": t, **options})
+        for t in thresholds
+    ]
     modes = {full_name(model): "full", "lossless": "lossless", "full W4": "full_w4"}
     return [Setting(name, {"mode": mode}) for name, mode in modes.items()] + rivers
 

@@ -118,7 +118,7 @@ class Body(Fields):
     user: str | None = None
 
     mode: str | None = None
-    threshold: float | None = None
+    threshold: float | Annotated[list[float], FailFast()] | None = None  # a list is by layer
     min_layers: int | None = None
     draft_tokens: int | str | None = None
     exit_depths: bool = False  # whether the answer has each token's
