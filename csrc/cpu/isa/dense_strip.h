@@ -141,12 +141,12 @@ inline void dense_vectors(const char* weight, int count, const Operand& x, int t
   }
 }
 
-// A strip from memory. As long as L1 holds all of the rows of x beside what comes, output rows go by one after the
-// other, in memory's order; else several share what L2 gives of x.
+// A strip from memory. As long as L1 holds all of the rows of x beside what comes, output rows go by almost one
+// by one, in memory's order; else several share what L2 gives of x.
 template <DType D, int T>
 inline void cold_vectors(const char* weight, int count, const Operand& x, int t0, Walk& ahead, StripOut& out) {
   constexpr int kNear = (26 << 10) / (T * int(sizeof(Line))) * Columns<D>::kCount;
-  constexpr int kAlone = T == 1 || kPieces > 1 ? 2 : 1;  // more than one, so that sums need not wait for each other
+  constexpr int kAlone = kPieces == 1 ? 1 : 2;  // where x takes two loads for a product, two share them
   constexpr int kShared = T <= 6 ? kSums / 4 : kSums / 8;
   const int part = T <= 6 ? x.cols : 64 * Columns<D>::kCount;  // whole pages of an output row
   if (x.cols <= kNear) dense_vectors<D, false, kAlone, T>(weight, count, x, t0, x.cols, ahead, out);
