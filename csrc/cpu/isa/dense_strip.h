@@ -45,8 +45,8 @@ struct Columns<DType::kBFloat16> {
 #endif
 
 // The walk over the output rows that a cold strip reads next, line by line as they lie in memory. One stream in the
-// order of the addresses gets all that memory can give, since the processor's own prefetchers join in: asking for a line
-// of each of several rows in turn got four fifths of it.
+// order of the addresses gets all that memory can give, since the processor's own prefetchers join in: asking for a
+// line of each of several rows in turn got four fifths of it.
 struct RowWalk {
   const char *at, *end;  // of the part of an output row that is asked for
   int64_t part_bytes, row_bytes;
