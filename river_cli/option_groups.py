@@ -84,6 +84,6 @@ def add_serving(parser: argparse.ArgumentParser) -> None:
     add(
         "--reuse-prompts",
         action="store_true",
-        help="keep earlier turns in the cache; then mode river may depend on earlier requests",
+        help="take over of earlier prompts also what the river wrote: tokens may then depend on them",
     )
     parser.set_defaults(resident_layers=None)
