@@ -10,11 +10,11 @@ from rich.text import Text
 
 from river_ext import trace
 from river_ext.engine.engine import Engine
-from river_ext.engine.request import Options, integer, is_calibrated, request, strings
+from river_ext.engine.request import Options, integer, request, strings
 from river_ext.errors import RiverError
 from river_ext.evaluation import measure
 from river_ext.evaluation.measure import Item, demo_items, result_table, settings_of
-from river_ext.loading.calibrated import CALIBRATED, read_calibrated
+from river_ext.loading.calibrated import read_calibrated
 from river_ext.loading.chat import read_template
 
 from . import shared
@@ -60,17 +60,9 @@ def own_options(arguments) -> dict:
     """Those of `Model.generate` that the command line has."""
     names = {field.name for field in fields(Options)} | set(ENGINE_OPTIONS)
     options = {name: v for name, v in vars(arguments).items() if name in names and v is not None}
-    return options if arguments.calibrated is None else _calibrated_options(arguments) | options
-
-
-def _calibrated_options(arguments) -> dict:
-    """What a calibrated threshold's file stands for, where the command line does not say anything else."""
-    if arguments.mode == "lossless":
-        return {"draft_tokens": CALIBRATED}
-    if arguments.mode not in (None, "river") or arguments.threshold not in (None, CALIBRATED):
-        return {}
-    found = read_calibrated(arguments.calibrated)
-    return {"threshold": CALIBRATED, "min_layers": found.min_layers, "river_head": found.river_head}
+    if arguments.calibrated is None:
+        return options
+    return read_calibrated(arguments.calibrated).options(arguments.mode, arguments.threshold) | options
 
 
 def _check_request(arguments, options: dict) -> None:
@@ -153,8 +145,6 @@ def _settings(model, options: dict) -> tuple[list, dict]:
     names = ("min_layers", "prefill", "river_head", "deep_tokens", "kv_strategy")
     own = {name: options[name] for name in names if name in options}
     threshold = options.get("threshold", Options.threshold)
-    if is_calibrated(threshold):
-        threshold = model.config.calibrated.threshold
     common = {name: v for name, v in options.items() if name not in ("mode", "threshold", *own)}
     return settings_of(model, [threshold], **own), common
 

@@ -10,6 +10,7 @@ from .. import model as models
 from ..checks import choice, integer, short
 from ..engine.engine import Engine
 from ..errors import RiverError
+from ..loading.calibrated import read_calibrated
 from ..loading.config import parse_dtype, read_config
 
 DEVICES = ("auto", "cpu", "cuda")
@@ -72,6 +73,8 @@ def checked_replica(
         parse_dtype(dtype, "load")
     if river is not None and not os.path.exists(river):
         raise RiverError(f"river={short(river)}: there is nothing; accepted: a saved river")
+    if calibrated is not None:
+        read_calibrated(calibrated)
     if threads is None:
         cores = len(os.sched_getaffinity(0))
         threads = 1 if device == "cuda" else max(1, cores // replicas)

@@ -35,7 +35,8 @@ class Arguments(BaseModel):
     slots: int = Field(8, ge=1, le=8)
     max_len: int | None = Field(None, ge=1)
     mode: Literal[MODES] = "lossless"
-    threshold: float = 0.5
+    threshold: float | None = None
+    calibrated: str | None = Field(None, min_length=1)
     queue: int = Field(64, ge=0, le=MOST_WAITING)
     timeout: float = Field(600.0, gt=0, le=MOST_SECONDS)
     hosts: str = ",".join(LOOPBACK)
@@ -55,8 +56,8 @@ def app(arguments: dict) -> serve.Application:
 
     Args:
         arguments: by name, as numbers or as text:
-            model, river, device, dtype, slots, max_len, mode, threshold, timeout: as in `river serve`. Paths
-                are the same on all machines; device is "auto", "cpu" or "cuda".
+            model, river, device, dtype, slots, max_len, mode, threshold, calibrated, timeout: as in `river
+                serve`. Paths are the same on all machines; device is "auto", "cpu" or "cuda".
             replicas: that run; with max_replicas those that run at least.
             max_replicas: there are more than `replicas`, up to so many, while more than `slots` requests
                 come to each. None starts no more.
@@ -69,7 +70,7 @@ def app(arguments: dict) -> serve.Application:
     """
     asked = _checked(arguments)
     most = asked.max_replicas or asked.replicas
-    names = ("river", "device", "dtype", "threads", "slots", "max_len")
+    names = ("river", "device", "dtype", "threads", "slots", "max_len", "calibrated")
     try:
         own = {name: getattr(asked, name) for name in names}
         replica = checked_replica(asked.model, replicas=most, **own)
@@ -149,7 +150,9 @@ def _first_line(error: ValidationError) -> str:
 
 def _check_model(replica: Replica, asked: Arguments) -> None:
     """What its directory alone can refuse, before replicas start."""
-    options = {"mode": asked.mode, "threshold": asked.threshold, "max_new_tokens": 1}
+    options = {"mode": asked.mode, "max_new_tokens": 1}
+    if asked.threshold is not None:
+        options["threshold"] = asked.threshold
     request(read_config(replica.directory), None, [0], options)
     if not is_regular(replica.directory / "tokenizer.json"):
         raise RiverError(f"{replica.directory}: has no tokenizer.json; accepted: a model with a tokenizer")
