@@ -6,7 +6,7 @@ and where there are two cores, two replicas have none of their own. Two parts:
 - serving: the same requests at once to one replica, to two, and by an engine in this process, in turns. The
   share is of the engine's requests per second.
 - offline: the lines of a file by one replica and by two, in turns. The start of Ray and of the replicas is
-  counted for itself: it ends with the first answers.
+  counted for itself: it ends with the first answers. The speed is that after the first answers of each.
 """
 
 import asyncio
@@ -20,7 +20,7 @@ import httpx
 import torch
 
 import river_ext
-from bench.cpu.serve import body_of, engine_speed, request_of, server_speed
+from bench.cpu.serve import body_of, engine_speed, request_of
 from bench.lib.common import machine, parser, results_path, save
 from river_ext import scale
 
@@ -78,9 +78,8 @@ def serving_turns(args) -> list[dict]:
             engine_speed(engine, at_once, args.requests, args.new_tokens)
             speeds[0].append(args.requests / (time.perf_counter() - start))
             for count in REPLICAS:
-                client = client_of(f"http://127.0.0.1:{args.port}/r{count}", args.requests)
-                _, seconds, _ = asyncio.run(server_speed(client, bodies, at_once))
-                speeds[count].append(args.requests / seconds)
+                url = f"http://127.0.0.1:{args.port}/r{count}/v1/completions"
+                speeds[count].append(args.requests / asyncio.run(seconds_of(url, bodies, at_once)))
     engine, *_ = (turns[1:] for turns in speeds.values())  # the first turn warms up
     return [
         {
@@ -92,9 +91,18 @@ def serving_turns(args) -> list[dict]:
     ]  # fmt: skip
 
 
-def client_of(url: str, connections: int):
-    limits = httpx.Limits(max_connections=connections)
-    return lambda: httpx.AsyncClient(base_url=url, timeout=600, limits=limits)
+async def seconds_of(url: str, bodies: list[dict], at_once: int) -> float:
+    """Of requests that are no streams."""
+    places = asyncio.Semaphore(at_once)
+
+    async def one(body: dict) -> None:
+        async with places:
+            (await client.post(url, json=body)).raise_for_status()
+
+    async with httpx.AsyncClient(timeout=600) as client:
+        start = time.perf_counter()
+        await asyncio.gather(*map(one, bodies))
+        return time.perf_counter() - start
 
 
 # --- offline --------------------------------------------------------------------------------------------
@@ -104,20 +112,19 @@ def offline(args) -> list[dict]:
     from river_ext.scale import offline as module
 
     module.ROWS = 16  # so that both replicas have work to the end
-    seconds = {count: [] for count in REPLICAS}  # to the first answers, and from there to the last, by turns
+    turns = {count: [] for count in REPLICAS}  # seconds to the first answers, and lines per second after them
     with tempfile.TemporaryDirectory() as folder:
         prompts = Path(folder, "prompts.jsonl")
         prompts.write_text("".join(json.dumps(line_of(n, args)) + "\n" for n in range(args.lines)))
         for _ in range(args.turns):
             for count in REPLICAS:
-                seconds[count].append(file_seconds(args, module, prompts, Path(folder, "answers"), count))
+                turns[count].append(file_speed(args, module, prompts, Path(folder, "answers"), count))
     return [
         {
-            "replicas": count, "lines": args.lines, "start_seconds": median(s for s, _ in turns),
-            "lines_per_second": median((args.lines - module.ROWS) / s for _, s in turns),
-            "turns": [(args.lines - module.ROWS) / s for _, s in turns],
+            "replicas": count, "lines": args.lines, "start_seconds": median(start for start, _ in found),
+            "lines_per_second": median(speed for _, speed in found), "turns": [speed for _, speed in found],
         }
-        for count, turns in seconds.items()
+        for count, found in turns.items()
     ]  # fmt: skip
 
 
@@ -126,7 +133,7 @@ def line_of(number: int, args) -> dict:
     return {"prompt": options.pop("prompt"), "options": options}
 
 
-def file_seconds(args, module, prompts: Path, answers: Path, replicas: int) -> tuple[float, float]:
+def file_speed(args, module, prompts: Path, answers: Path, replicas: int) -> tuple[float, float]:
     times, append = [], module.Answers.append
 
     def timed(self, given) -> None:
@@ -140,7 +147,8 @@ def file_seconds(args, module, prompts: Path, answers: Path, replicas: int) -> t
         )
     finally:
         module.Answers.append = append
-    return times[0] - start, times[-1] - times[0]
+    lines = args.lines - replicas * module.ROWS  # when one has the first answers, so has the other one
+    return times[0] - start, lines / (times[-1] - times[replicas - 1])
 
 
 if __name__ == "__main__":
