@@ -45,9 +45,7 @@ def checkpoint_in_memory(
     """
     where = Path(f"{type(module).__name__} in memory")
     if resident_layers is not None:
-        raise RiverError(
-            f"resident_layers={resident_layers} for a {where}; accepted: a checkpoint's directory"
-        )
+        raise RiverError(f"resident_layers={resident_layers} for a model in memory; accepted: None")
     config = _config(module, where)
     stored = _stored(module, where)
     if config.multimodal:
