@@ -150,17 +150,17 @@ class Rows:
     def follow(self, engine: Engine) -> None:
         """Takes what an engine has for the rows, whose numbers are the ids of their requests."""
         while engine.busy:
-            over = set()
-            for event in engine.step():
-                if event.piece and not self._ended[event.id]:
-                    self._append(event.id, event.piece.token)
-                    over |= {event.id} if self._ended[event.id] else set()
-                if event.output:
-                    self._ended[event.id] = True
-                    self.logits[event.id] = event.output.checked().logits
-                    over.discard(event.id)
-            for row in over:
-                engine.cancel(row)
+            events = engine.step()
+            for row, piece, output in events:
+                if piece and not self._ended[row]:
+                    self._append(row, piece.token)
+                if output:
+                    self._ended[row] = True
+                    self.logits[row] = output.checked().logits
+            still_running = {event.id for event in events} - {event.id for event in events if event.output}
+            for row in still_running:
+                if self._ended[row]:
+                    engine.cancel(row)
             self._show()
 
     def _append(self, row: int, token: int) -> None:

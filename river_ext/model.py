@@ -59,7 +59,8 @@ def load(
         path: None loads the bundled demo model. A model of transformers in memory will do as well: its
             weights are used where they are, in its dtype on its device, and none is copied. What is returned
             has no tokenizer then, and is kept beside the model, for `custom_generate`.
-        device: "cpu", "cuda", or "auto": a GPU if there is one and this build has kernels for it.
+        device: "cpu", "cuda", or "auto": a GPU if there is one and this build has kernels for it. A model in
+            memory stays where it is.
         dtype: "bfloat16", "float16", on the CPU also "float32"; "auto" takes the checkpoint's.
         river: a directory that `Model.save_river` wrote for this checkpoint; None quantises the model now. Or
             the same model in 4 bits by others, whose weights become the river: a directory in the format AWQ,

@@ -12,6 +12,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
 import river_ext
 from river_ext import RiverError, custom_generate, huggingface
+from river_ext.engine.engine import Engine
 from river_ext.huggingface import river_of
 
 transformers = pytest.importorskip("transformers")
@@ -119,8 +120,10 @@ def characters() -> transformers.PreTrainedTokenizerFast:
 
 
 @pytest.mark.parametrize("mode", ["lossless", "full"])
-def test_criteria_of_ones_own_end_rows(llama, mode):
+def test_criteria_of_ones_own_end_rows(llama, mode, monkeypatch):
     """A draft that goes on behind the end is cut. An end of sequence lets transformers pad what has ended."""
+    cancelled, cancel = [], Engine.cancel
+    monkeypatch.setattr(Engine, "cancel", lambda engine, id: cancelled.append(id) or cancel(engine, id))
     inputs = prompts([12, 9, 5])
     whole = llama.generate(**inputs, max_new_tokens=30, do_sample=False)
     often = whole[0, 12:].mode().values.item()
@@ -132,6 +135,7 @@ def test_criteria_of_ones_own_end_rows(llama, mode):
             **inputs, **options, stopping_criteria=[criterion], custom_generate=custom_generate, mode=mode
         )
         assert torch.equal(ours, theirs) and not torch.equal(ours, whole)
+    assert cancelled, "rows that have ended are not computed any longer"
     if mode == "lossless":
         alone = river_of(llama).generate(inputs["input_ids"][0], max_new_tokens=30, mode=mode, stop_tokens=())
         assert any(alone.drafted)

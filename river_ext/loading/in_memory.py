@@ -98,7 +98,7 @@ def _check_is_usable(stored: StoredTensor, dtype: torch.dtype, device: torch.dev
     found = None
     if tensor.dtype != dtype:
         found, accepted = tensor.dtype, dtype
-    elif tensor.device != device:
+    elif tensor.device.type != device.type or device.index not in (None, tensor.device.index):
         found, accepted = tensor.device, device
     elif not tensor.is_contiguous():
         found, accepted = "not contiguous", "contiguous weights"
