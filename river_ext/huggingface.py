@@ -137,7 +137,8 @@ class Rows:
     def __init__(self, input_ids: Tensor, ends: Ends, streamer):
         rows, self.start = input_ids.shape
         self._ends, self._streamer, self._shown = ends, streamer, 0
-        self.ids = input_ids.new_full((rows, self.start + ends.max_new_tokens), ends.padding)
+        size = (rows, self.start + ends.max_new_tokens)
+        self.ids = input_ids.new_full(size, ends.padding, dtype=torch.long)
         self.ids[:, : self.start] = input_ids
         self.counts = [0] * rows  # of new tokens
         self._ended = [False] * rows

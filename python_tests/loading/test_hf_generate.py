@@ -316,18 +316,25 @@ def test_results_with_logits_and_scores(llama, sampling):
     assert transitions.shape == (2, 20) and transitions.isfinite().all()
 
 
+class Once(AfterThree):
+    def __call__(self, input_ids, scores, **kwargs):
+        return (input_ids[:, 12:] == self.token).any(-1)
+
+
 def test_logits_of_a_row_that_has_ended_are_zeros(llama):
+    """Row 1 ends by a draft that was right, so that a token behind it was computed in the same step."""
     inputs = prompts([12, 9])
-    whole = llama.generate(**inputs, max_new_tokens=12, do_sample=False)
-    end = AfterThree(int(whole[1, 15]))
-    end.__class__ = type(
-        "Once", (AfterThree,), {"__call__": lambda self, ids, _: (ids == self.token).any(-1)}
+    drafts = dict(mode="lossless", draft_tokens=1, max_new_tokens=30)
+    alone = river_of(llama).generate(inputs["input_ids"][1, 3:], stop_tokens=(), **drafts)
+    count = next(i for i in range(4, 30) if alone.drafted[i] and alone.tokens.index(alone.tokens[i]) == i) + 1
+    options = dict(return_dict_in_generate=True, output_logits=True, do_sample=False)
+    end = [Once(alone.tokens[count - 1])]
+    ours = llama.generate(
+        **inputs, **options, **drafts, stopping_criteria=end, custom_generate=custom_generate
     )
-    options = dict(max_new_tokens=12, do_sample=False, return_dict_in_generate=True, output_logits=True)
-    ours = llama.generate(**inputs, **options, stopping_criteria=[end], custom_generate=custom_generate)
-    count = int((whole[1, 12:] == end.token).int().argmax()) + 1
     zeros = [bool((logits[1] == 0).all()) for logits in ours.logits]
     assert zeros == [False] * count + [True] * (len(zeros) - count) and count < len(zeros)
+    assert ours.sequences[1, 12 : 12 + count].tolist() == alone.tokens[:count]
     assert (ours.sequences[1, 12 + count :] == PADDING).all()
     plain = llama.generate(
         **inputs, max_new_tokens=2, return_dict_in_generate=True, custom_generate=custom_generate

@@ -161,11 +161,19 @@ def test_refused(change, options, complaint):
     assert "\n" not in str(error.value) and module not in KEPT
 
 
+def of_another_class():
+    """What it computes nobody knows."""
+    module = in_memory("gqa 4/2")
+    module.__class__ = type("Mine", (type(module),), {})
+    return module
+
+
 @pytest.mark.parametrize(
     "module, complaint",
     [
         (lambda: torch.nn.Linear(2, 2), "Linear in memory: it has no config of transformers"),
         (lambda: in_memory("gqa 4/2").model, "LlamaModel in memory: tensor model.embed_tokens.weight"),
+        (of_another_class, r'architectures is \["Mine"\]; accepted: a class of llama models'),
         (lambda: random_hf_model("gpt_neox", **SMALL), "model_type is \"gpt_neox\"; accepted: "),
     ],
 )  # fmt: skip

@@ -78,7 +78,7 @@ def _config(module: nn.Module, where: Path) -> ModelConfig:
     config = getattr(module, "config", None)
     if not hasattr(config, "to_json_string"):
         raise RiverError(f"{where}: it has no config of transformers; accepted: LlamaForCausalLM, say")
-    values = json.loads(config.to_json_string()) | {"architectures": [type(module).__name__], "dtype": None}
+    values = json.loads(config.to_json_string()) | {"architectures": [type(module).__name__]}
     generation = getattr(module, "generation_config", None)
     ids = {key: getattr(generation, key, None) for key in ("bos_token_id", "eos_token_id")}
     return read_config_objects(Reader(where, values), Reader(where, ids))
