@@ -205,7 +205,7 @@ def test_documents_are_found(tmp_path):
         ("test.jsonl", b"", "no documents in it"),
         ("test.jsonl", b'{"a": "1"}\nx', "line 2 is not valid JSON"),
         ("test.jsonl", b'{"b": "1"}', "line 1 has no text 'a'"),
-        ("test.jsonl", b"[1]", "line 1 has no text 'a'"),
+        ("test.jsonl", b"[1]", "line 1 is no object; accepted: objects with a"),
         ("test.jsonl", b'{"a": "\xff"}', "UTF-8"),
         ("test.jsonl.gz", b"no gzip", "is no valid gzip file"),
         ("test.jsonl.gz", gzip.compress(b"x" * 999, mtime=0)[:-9], "is no valid gzip file"),
