@@ -1,7 +1,7 @@
 """A dozen documents for each of five published tasks, in the columns of their datasets.
 
-All are made up here. Odd ones are among them: marks that a task removes, answers of one letter or digit, braces
-of templates, letters beyond ASCII, spaces at either end.
+All are made up here. Odd ones are among them: marks that a task removes, answers of one letter or digit,
+braces of templates, letters beyond ASCII, spaces at either end.
 """
 
 from dataclasses import dataclass, field

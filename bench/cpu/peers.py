@@ -3,7 +3,7 @@
 Random weights in the shape of a 135M model and of Llama-3.2-1B. llama.cpp reads them from a GGUF of the same
 bf16 tensors, and 4-bit ones from a GGUF of random Q4_0 blocks: time does not depend on the values. Its
 programs are yours to build and to name; which build it was stands in the results. transformers runs eagerly
-with its default cache, and with --compile also under torch.compile with a static cache (decoding alone, as its
+with its default cache, and with --compile also under torch.compile with a static cache (decoding alone: its
 prompts are eager in either case).
 
 Tokens per second of a prompt (to the first token), and of decoding after a prompt of 32, llama.cpp's from an
@@ -11,7 +11,6 @@ empty cache: medians of turns. x is river_ext's speed over the peer's with weigh
 of what each turn says. What drafts tokens depends on the text: bench/cpu/peers_text.py.
 """
 
-import sys
 import tempfile
 import time
 from functools import partial

@@ -1,7 +1,7 @@
 """Whole tasks of lm-evaluation-harness on documents of this machine, without a network.
 
-What a task asks is compared with what the harness's own task asks, untouched, where the call that would load its
-dataset gives it the same documents. Log-likelihoods are those of the bundled model, so right answers are chance.
+What a task asks is compared with what the harness's own, untouched task asks, where the call that would load
+its dataset gives it the same documents. Log-likelihoods are the bundled model's: right answers are chance.
 """
 
 import math
@@ -144,7 +144,7 @@ def test_gsm8k_is_the_same_by_river_and_by_the_harness(tmp_path):
 
 
 def test_a_group_is_scored_as_one(tmp_path, monkeypatch):
-    """The seven subjects of MATH. What the model says is right for some of them, and not always as asked for."""
+    """The seven subjects of MATH. Some answers are right, and not all of these as asked for."""
     pytest.importorskip("math_verify", reason="the harness's math extra is not installed")
     subjects = tasks_of(task_manager(), "minerva_math")
     math_documents = PUBLISHED["minerva_math_algebra"].documents

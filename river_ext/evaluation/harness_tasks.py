@@ -1,4 +1,4 @@
-"""The tasks of lm-evaluation-harness on documents of this machine: all is the harness's, but for the dataset."""
+"""The tasks of lm-evaluation-harness on documents of this machine: all but these is the harness's."""
 
 import json
 import tempfile
@@ -24,7 +24,7 @@ def task_manager() -> TaskManager:
 
 @contextmanager
 def with_documents(manager: TaskManager, name: str, data: Path | None) -> Iterator[None]:
-    """Within it a task, or every task of a group or tag, reads its documents from `data`, if that is a folder.
+    """Within it a task, or every task of a group or tag, has its documents from a folder, if there is one.
 
     The index then names a file for each of the tasks, which includes the harness's own.
     """
@@ -68,8 +68,8 @@ def tasks_of(manager: TaskManager, name: str) -> list[str]:
             members = [_member(one) for one in entry.cfg["task"]]
         case _:  # one that is a Python class loads its dataset by itself
             raise RiverError(
-                f"task {name[:80]!r} with documents; accepted: a task of lm-evaluation-harness that is written "
-                "in YAML, or a group or tag of such tasks"
+                f"task {name[:80]!r} with documents; accepted: a task of lm-evaluation-harness that is "
+                "written in YAML, or a group or tag of such tasks"
             )
     return [task for member in members for task in tasks_of(manager, member)]
 
