@@ -64,6 +64,8 @@ def test_a_changed_digit_is_noticed():
         ("paper", lambda r: r["values"][0].update(r=0.999), ["paper-correlations"]),
         ("paper", lambda r: r["drift"]["settings"][1]["kl"].__setitem__(1, 9.9), ["paper-drift"]),
         ("gsm8k", lambda r: r["tasks"][0]["rows"][3].update(tokens_per_second=99.9), ["gsm8k"]),
+        ("peers-text", lambda r: r["peers"][1].update(x=9.99), ["peers-text"]),
+        ("gsm8k", lambda r: r["tasks"][0].update(shots=9), ["gsm8k"]),
         ("prefill", lambda r: r["prefill"][0].update(ms=99), ["prefill"]),
         ("thresholds", lambda r: r["forced"][2].update(same=0.999), ["prefill-policies", "thresholds"]),
         ("memory", lambda r: r["memory"][0].update(file=999), ["memory-measured"]),

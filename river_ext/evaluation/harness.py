@@ -29,7 +29,7 @@ from ..loading.chat import read_template
 from ..model import Model, load
 from .harness_tasks import task_manager, with_documents
 from .measure import Row, Setting, depth_row
-from .tasks import MAX_GEN_TOKS, fitted
+from .tasks import MAX_GEN_TOKS, continued, fitted
 
 # what the harness raises where a task or its documents are not as it expects
 ODD = (ValueError, LookupError, TypeError, AttributeError, OSError, ImportError, TemplateError, DatasetsError)
@@ -104,11 +104,8 @@ class RiverLM(TemplateLM):
         return read_template(self.model.directory, *names)[1] if chat_template else None
 
     def apply_chat_template(self, chat_history: list[dict], add_generation_prompt: bool = True) -> str:
-        text = self.model.text.chat_text(chat_history, add_generation_prompt)
-        if add_generation_prompt:
-            return text
-        last = chat_history[-1]["content"]  # which the model goes on with
-        return text[: text.rindex(last) + len(last)]
+        text = self.model.text
+        return text.chat_text(chat_history) if add_generation_prompt else continued(text, chat_history)
 
     def generate_until(self, requests, disable_tqdm: bool = False) -> list[str]:
         texts = []
