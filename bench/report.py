@@ -1,13 +1,13 @@
-"""The tables and figures of the documents, from the JSON in bench/results: none of their numbers is typed.
+"""The tables, numbers and figures of the documents, from the JSON in bench/results: none of it is typed.
 
-A table stands in a document between `<!--report:NAME-->` and `<!--end-->`. NAME is one of TABLES.
+A table stands in a document between lines with `<!--report:NAME-->` and `<!--end-->`, where NAME is one of
+TABLES; a number in a sentence stands between the same, where NAME is one of VALUES.
 
-    python -m bench.report            writes all tables anew, and the figures whose numbers have changed
+    python -m bench.report            writes all of them anew, and the figures whose numbers have changed
     python -m bench.report --check    names what is not up to date, and then ends with 1; writes nothing
 """
 
 import argparse
-import json
 import re
 import sys
 from collections.abc import Callable, Iterable, Sequence
@@ -20,25 +20,14 @@ from bench.figures import paper
 from bench.lib import figures
 from bench.lib.common import RESULTS
 from bench.lib.models import LLAMA_1B
+from bench.lib.prose import VALUES, demo_rows
+from bench.lib.results import FILES, result
+from river_ext.thresholds.guarantee import fewest_answers, upper_bound
 
 ROOT = RESULTS.parent.parent
 DOCUMENTS = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
-PLACE = re.compile(r"(<!--report:(\S+)-->\n)(.*?)(<!--end-->)", re.S)
+PLACE = re.compile(r"(<!--report:(\S+?)-->)(.*?)(<!--end-->)", re.S)
 
-FILES = {
-    "decode": "decode_cpu_amd_epyc_2t.json",
-    "engine": "engine_cpu_amd_epyc_2t.json",
-    "gsm8k": "gsm8k_smollm2_cpu_amd_epyc_1t.json",
-    "kv-strategies": "kv_strategies_cpu_amd_epyc_1t.json",
-    "lossless": "lossless_cpu_amd_epyc_2t.json",
-    "cycle": "lossless_cycle_cpu_amd_epyc_2t.json",
-    "paper": "paper_cpu_amd_epyc_1t.json",
-    "memory": "memory_smollm2_cpu_amd_epyc_1t.json",
-    "peers": "peers_cpu_amd_epyc_2t.json",
-    "peers-text": "peers_text_cpu_amd_epyc_1t.json",
-    "prefill": "prefill_cpu_amd_epyc_2t.json",
-    "thresholds": "thresholds_cpu_amd_epyc_1t.json",
-}
 # the names of rows that are not those of the results
 W4_HEAD = "full W4, the river's head"
 NAMES = {"full W4, W4 head": W4_HEAD, "transformers eager": "transformers, eager"}
@@ -64,24 +53,22 @@ def main() -> None:
 
 
 def rendered(document: str) -> str:
-    """The document with its tables as the results have them."""
-    return PLACE.sub(lambda place: f"{place[1]}{table(place[2])}\n{place[4]}", document)
+    """The document with its tables and numbers as the results have them."""
+    return PLACE.sub(lambda place: f"{place[1]}{shown(place[2])}{place[4]}", document)
 
 
-def table(name: str) -> str:
-    """One of TABLES; what stands in the way ends the script with a line."""
-    if name not in TABLES:
-        sys.exit(f"report.py: table {name!r}; accepted: {', '.join(TABLES)}")
+def shown(name: str) -> str:
+    """What stands at a place; what stands in the way ends the script with a line."""
     try:
-        return TABLES[name]()
+        if name in TABLES:
+            return f"\n{TABLES[name]()}\n"
+        if name in VALUES:
+            return VALUES[name]()
     except KeyError as error:
-        sys.exit(f"report.py: table {name!r} needs {error}, which its results do not have")
+        sys.exit(f"report.py: {name!r} needs {error}, which its results do not have")
     except (OSError, ValueError) as error:
-        sys.exit(f"report.py: table {name!r}: {error}")
-
-
-def result(name: str) -> dict:
-    return json.loads((RESULTS / FILES[name]).read_text())
+        sys.exit(f"report.py: {name!r}: {error}")
+    sys.exit(f"report.py: {name!r}; accepted: {', '.join([*TABLES, *VALUES])}")
 
 
 # --- how a table looks --------------------------------------------------------------------------------------
@@ -344,6 +331,72 @@ def by_policy() -> str:
     )
 
 
+# --- what `river calibrate` and `river eval` print ----------------------------------------------------------
+
+
+def calibrated(name: str) -> str:
+    """The curve. A speed over full depth by the clock says little on a busy machine, and is left out."""
+    found = result(name)
+    confidence = found["targets"]["confidence"]
+    with_right = found["full_depth"]["right"] is not None
+
+    def cells(point: dict) -> list[str]:
+        answers, different = point["answers"], point["different"]
+        single = isinstance(point["threshold"], float)
+        right = [f"{point['right']} of {answers}"] if with_right else []
+        return [
+            f"{point['threshold']:g}" if single else "by layer", f"{point['exit_depth']:.2f}",
+            f"{100 * (1 - point['disagreement']):.1f} %", f"{answers - different} of {answers}",
+            f"{100 * (1 - upper_bound(different, answers, confidence)):.1f} %", *right,
+            f"{point['by_bytes']:.2f} x",
+        ]  # fmt: skip
+
+    head = ["threshold", "exit depth", "same tokens", "same answers", f"{100 * confidence:g} % bound"]
+    return block((*head, *(["right"] if with_right else []), "by bytes"), map(cells, found["curve"]))
+
+
+def calibrated_rivers() -> str:
+    """What `river convert --calibrate` prints."""
+    models = {"SmolLM2-135M": "river-135M", "the bundled model": "river-demo"}
+    found = {model: result(name)["calibration"] for model, name in models.items()}
+    return markdown(
+        ("", "tokens", "measured on", "agreement, HQQ", "calibrated", "KL, HQQ", "calibrated"),
+        [
+            (
+                model, f"{line['tokens']:,}", f"{line['held_out_tokens']:,}",
+                *(f"{100 * line[name]:.1f} %" for name in ("agreement_before", "agreement")),
+                *(f"{line[name]:.3f}" for name in ("kl_before", "kl")),
+            )
+            for model, line in found.items()
+        ],
+    )  # fmt: skip
+
+
+def promises() -> str:
+    """How many prompts a promise takes at least."""
+    shares = (0.2, 0.1, 0.05, 0.02, 0.01)
+    return markdown(("promise", "prompts"), [(percent(s), str(fewest_answers(s, 0.95))) for s in shares])
+
+
+def eval_demo() -> str:
+    """Its quality. The speeds of a model of so few bytes are those of the calls, and of other programs."""
+    return block(
+        ("", "problems", "functions", "same output", "KL, nats", "exit depth"),
+        [
+            (
+                name, *(with_error(row["accuracy"][kind]) for kind in ("problems", "functions")),
+                f"{100 * row['equal_sequences']['value']:.1f} %", f"{row['kl']:.4f}",
+                f"{row['mean_exit_depth']:.2f}",
+            )
+            for name, row in demo_rows().items()
+        ],
+    )  # fmt: skip
+
+
+def with_error(share: dict) -> str:
+    return f"{100 * share['value']:.1f} ± {100 * share['standard_error']:.1f} %"
+
+
 # --- published tasks ----------------------------------------------------------------------------------------
 
 
@@ -448,6 +501,11 @@ TABLES: dict[str, Callable[[], str]] = {
     "prefill": prefill,
     "peers": peers,
     "peers-text": peers_text,
+    "calibrate-demo": lambda: calibrated("calibrate-demo"),
+    "calibrate-135M": lambda: calibrated("calibrate-135M"),
+    "calibrated-rivers": calibrated_rivers,
+    "promises": promises,
+    "eval-demo": eval_demo,
     "gsm8k": gsm8k,
     "thresholds": by_threshold,
     "prefill-policies": by_policy,

@@ -90,7 +90,8 @@ class Sequence:
     @property
     def may_leave(self):
         similarity, rule = self.own_similarities[-1], self.asked.rule
-        return self.must_leave or (self.depth >= rule.min_layers and similarity > rule.threshold)
+        above = similarity > rule.thresholds[self.depth - 1]
+        return self.must_leave or (self.depth >= rule.min_layers and above)
 
     def end(self):
         """The token leaves, and the next one is drawn."""

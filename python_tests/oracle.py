@@ -59,7 +59,7 @@ def oracle(model, prompt, **options):
             hidden, similarity = layer(index, exits, hidden, position)
             if not exits:
                 similarities.append(similarity.item())
-                exits = index + 1 >= asked.rule.min_layers and similarities[-1] > asked.rule.threshold
+                exits = index + 1 >= asked.rule.min_layers and similarities[-1] > asked.rule.thresholds[index]
                 exits = exits or index + 1 == asked.rule.limit
         reason = draw(hidden, position + 1, len(similarities), similarities)
     return (*map(list, zip(*drawn, strict=True)), reason, cache)
@@ -85,7 +85,7 @@ def _prefill(asked, network, layer):
             continue
         last.append(outputs[-1][1].item())
         lowest = last[-1] if policy.judged == "last" else min(s.item() for _, s in outputs)
-        if policy.judged and index + 1 >= rule.min_layers and lowest > rule.threshold:
+        if policy.judged and index + 1 >= rule.min_layers and lowest > rule.thresholds[index]:
             depth = index + 1
     return hidden[-1], depth, last
 

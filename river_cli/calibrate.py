@@ -8,13 +8,14 @@ from rich.table import Table
 
 from river_ext.checks import short
 from river_ext.demo_tasks import generator
+from river_ext.engine.exit_rule import threshold_name
 from river_ext.engine.request import integer, number, request
 from river_ext.errors import RiverError
 from river_ext.loading.calibrated import check_output
 from river_ext.loading.chat import read_template
 from river_ext.loading.texts import read_texts
 from river_ext.progress import progress_bar
-from river_ext.thresholds.calibrate import Calibration, calibrate, steps
+from river_ext.thresholds.calibrate import Calibration, calibrate, split, steps
 from river_ext.thresholds.choice import Targets, percent
 from river_ext.thresholds.curve import THRESHOLDS, Point
 from river_ext.thresholds.guarantee import upper_bound
@@ -46,11 +47,13 @@ def run(arguments) -> None:
     if arguments.chat:
         read_template(shared.directory(arguments))
     prompts, is_right = _prompts(arguments)
-    targets.check_prompts(prompts)
+    _, measured = split(prompts, arguments.per_layer)
+    targets.check_prompts(prompts[number] for number in measured)
+    depths = config.num_hidden_layers - (arguments.min_layers or 1) if arguments.per_layer else 0
     model = shared.load(arguments)
     start = time.perf_counter()
     with progress_bar(
-        "calibrating", steps(len(prompts), len(thresholds), timed), not arguments.json
+        "calibrating", steps(len(prompts), len(thresholds), timed, depths), not arguments.json
     ) as advance:
         found = calibrate(
             model,
@@ -59,6 +62,7 @@ def run(arguments) -> None:
             thresholds,
             max_new_tokens=arguments.max_new_tokens,
             timed=timed,
+            per_layer=arguments.per_layer,
             is_right=is_right,
             advance=advance,
             **own,
@@ -116,8 +120,9 @@ def _tokens(model, prompt: str, arguments) -> list[int]:
 
 def _print(model, found: Calibration, prompts: int) -> None:
     right = "" if found.right is None else f", {found.right} answers right"
+    learnt = f", {found.learnt} of them to learn from" if found.learnt else ""
     print(
-        f"{model_line(model)}\n{prompts} prompts, {found.points[0].tokens} tokens of full depth at "
+        f"{model_line(model)}\n{prompts} prompts{learnt}, {found.points[0].tokens} tokens of full depth at "
         f"{found.tokens_per_second:.3g} tokens/s{right}\n"
     )
     print_table(_curve_table(found))
@@ -136,7 +141,9 @@ def _print(model, found: Calibration, prompts: int) -> None:
 
 
 def _choice(found: Calibration) -> str:
-    return f"threshold {found.chosen.threshold:g}; in lossless mode, draft_tokens {found.draft_tokens}"
+    chosen = found.chosen.threshold
+    values = " ".join(f"{value:.4g}" for value in chosen) if isinstance(chosen, tuple) else f"{chosen:g}"
+    return f"threshold {values}; in lossless mode, draft_tokens {found.draft_tokens}"
 
 
 def _use(arguments) -> str:
@@ -161,7 +168,7 @@ def _curve_table(found: Calibration) -> Table:
 def _cells(point: Point, confidence: float) -> list[str]:
     bound = 1 - upper_bound(point.different, point.answers, confidence)
     cells = [
-        f"{point.threshold:g}",
+        threshold_name(point.threshold),
         f"{point.exit_depth:.2f}",
         f"{100 * (1 - point.disagreement):.1f} %",
         f"{point.answers - point.different} of {point.answers}",

@@ -10,7 +10,7 @@ from rich.text import Text
 
 from river_ext import trace
 from river_ext.engine.engine import Engine
-from river_ext.engine.request import Options, integer, is_calibrated, request, strings
+from river_ext.engine.request import Options, integer, request, strings
 from river_ext.errors import RiverError
 from river_ext.evaluation import measure
 from river_ext.evaluation.measure import Item, demo_items, result_table, settings_of
@@ -153,8 +153,6 @@ def _settings(model, options: dict) -> tuple[list, dict]:
     names = ("min_layers", "prefill", "river_head", "deep_tokens", "kv_strategy")
     own = {name: options[name] for name in names if name in options}
     threshold = options.get("threshold", Options.threshold)
-    if is_calibrated(threshold):
-        threshold = model.config.calibrated.threshold
     common = {name: v for name, v in options.items() if name not in ("mode", "threshold", *own)}
     return settings_of(model, [threshold], **own), common
 

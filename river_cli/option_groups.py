@@ -20,6 +20,11 @@ def add_calibrate(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--max-new-tokens", type=int, default=64, metavar="N", help="of an answer (64)")
     parser.add_argument("--thresholds", metavar="S,S,...", help="to choose from: 0.5 to 0.999")
     parser.add_argument(
+        "--per-layer",
+        action="store_true",
+        help="choose among thresholds by layer, too, which are learnt from every second prompt",
+    )
+    parser.add_argument(
         "--max-disagreement",
         type=share,
         metavar="SHARE",

@@ -137,7 +137,7 @@ class Model:
         prompt: str | Sequence,
         *,
         max_new_tokens: int | Sequence[int] = 256,
-        threshold: float | str | Sequence[float | str] = 0.5,
+        threshold: float | str | Sequence[float | str | Sequence[float]] = 0.5,
         min_layers: int | Sequence[int] = 1,
         batch_policy: str = "row",
         prefill: str = "full",
@@ -171,8 +171,10 @@ class Model:
                 template; `model.text.chat` gives their token ids, and takes the template's own variables.
             max_new_tokens: prompt and new tokens must fit the model's positions. For this and every other
                 number but logprobs, a list gives each prompt its own.
-            threshold: exit when the similarity is above it (strictly); inf never exits, -2 always.
-                "calibrated": what `river calibrate` chose, if the model was loaded with its file.
+            threshold: exit when the similarity is above it (strictly); inf never exits, -2 always. A list of
+                num_hidden_layers numbers has one for each layer, after which it decides; in a list for
+                several prompts, an item may be such a list. "calibrated": what `river calibrate` chose, if
+                the model was loaded with its file.
             min_layers: backbone layers, 1 or more, that a token runs before it may exit.
             batch_policy: "row": each token exits on its own, and what a prompt gets does not depend on the
                 others. "min", the paper's: the tokens of a step exit together, when every one of them may.
@@ -282,7 +284,7 @@ class Model:
         *,
         prompt_length: int,
         by: str = "steps",
-        threshold: float | str = 0.5,
+        threshold: float | str | Sequence[float] = 0.5,
         min_layers: int = 1,
         prefill: str = "full",
         mode: str = "river",

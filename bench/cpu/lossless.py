@@ -4,9 +4,9 @@ With --model, on that checkpoint: every prompt of each file (--prompts: JSON lin
 "prompt" or "text") through every setting in turn, batch 1, greedy. x is the speed over full bf16, the median
 of the prompts; `same` is the share of prompts whose tokens are those of full bf16.
 
-Without it, the cost of a cycle by the number of drafts, in the shape of Llama-3.2-1B with random weights: ms,
-the bytes of its weights over a full bf16 step's, its time over that step's, and the speed over full bf16 that
-this time allows where so many of a hundred drafts are right.
+Without it, the cost of a cycle by the number of drafts, in the shape of Llama-3.2-1B with random weights: ms;
+over a full bf16 step, the bytes of its weights, its time, and its verification's time alone; the speed over
+full bf16 that the cycle's time allows where so many of a hundred drafts are right.
 """
 
 import time
@@ -112,24 +112,34 @@ def cycle_costs(turns: int) -> list[dict]:
     memory = Memory(network, slots=1, max_len=512)
     decoders = {drafts: decoder_of(memory, drafts) for drafts in range(MOST_DRAFTS + 1)}
     seconds = {drafts: [] for drafts in decoders}
+    checking = {drafts: [] for drafts in decoders}
     for turn in range(turns + 1):
         for drafts, decoder in decoders.items():
             start = time.perf_counter()
-            decoder.step()
+            (output,) = decoder.step()
             if turn:  # the first warms up
                 seconds[drafts].append(time.perf_counter() - start)
+                checking[drafts].append(seconds[drafts][-1] - output.draft_seconds)
     cost, plain, lines = draft_cost(network), median(seconds[0]), []
-    print(f"{'drafts':<8}{'ms':>8}{'bytes':>8}{'time':>7}" + "".join(f"{f'x at {r:.0%}':>10}" for r in RIGHT))
+    print(
+        f"{'drafts':<8}{'ms':>8}{'bytes':>8}{'time':>7}{'check':>7}"
+        + "".join(f"{f'x at {r:.0%}':>10}" for r in RIGHT)
+    )
     for drafts, times in seconds.items():
         typical = median(times)
         line = {
             "drafts": drafts, "ms": 1e3 * typical, "bytes": 1 + drafts * cost, "time": typical / plain,
+            "verification": median(checking[drafts]) / plain,
             "allows": {str(right): expected(drafts, right) * plain / typical for right in RIGHT},
             "ms_all": [1e3 * value for value in times],
         }  # fmt: skip
         lines.append(line)
         allows = "".join(f"{value:10.2f}" for value in line["allows"].values())
-        print(f"{drafts:<8}{line['ms']:8.1f}{line['bytes']:8.2f}{line['time']:7.2f}{allows}", flush=True)
+        print(
+            f"{drafts:<8}{line['ms']:8.1f}{line['bytes']:8.2f}{line['time']:7.2f}"
+            f"{line['verification']:7.2f}{allows}",
+            flush=True,
+        )
     return lines
 
 

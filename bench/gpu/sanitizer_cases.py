@@ -108,7 +108,7 @@ def start(runner: Runner, hidden, slots, thresholds: tuple[float, float], limit:
     runner.positions.copy_(int32(40, 50))
     runner.draw_positions.copy_(int32(41, 51))
     runner.remaining.fill_(100)
-    runner.decision.thresholds.copy_(torch.tensor(thresholds))
+    runner.thresholds.copy_(torch.tensor(thresholds))
     runner.decision.min_layers.fill_(1)
     runner.decision.limit.fill_(limit)
 

@@ -85,9 +85,8 @@ class Step:
         """By the rule itself, as a caller would; one depth per row."""
         decision = self.runner.decision
         decision.limit.copy_(torch.tensor([self.layers if depth else 0 for depth in depths]))
-        decision.thresholds.copy_(
-            torch.tensor([-2.0 if depth < self.layers else math.inf for depth in depths])
-        )
+        own = torch.tensor([-2.0 if depth < self.layers else math.inf for depth in depths])
+        self.runner.thresholds.copy_(own)  # the same for each layer
         decision.min_layers.copy_(torch.tensor([max(depth, 1) for depth in depths]))
         self.reset()
 

@@ -64,6 +64,23 @@ def test_options_of_the_measurement_come_with_the_file(river_json, river, tmp_pa
     assert code == 2 and "min_layers=2 with threshold='calibrated'" in err
 
 
+def test_thresholds_by_layer(river, river_json, tmp_path):
+    path = tmp_path / "demo.json"
+    document = river_json(*DEMO, "--count", "6", "--per-layer", "--max-disagreement", "90%", "-o", path)
+    assert (document["learnt"], document["prompts"]) == (3, 6)
+    by_layer = [point for point in document["curve"] if isinstance(point["threshold"], list)]
+    assert by_layer and {len(point["threshold"]) for point in by_layer} == {16}
+    facts = json.loads(path.read_text())
+    facts["threshold"] = by_layer[0]["threshold"]
+    path.write_text(json.dumps(facts))
+    short = "generate", "--demo", "Question:", "--max-new-tokens", "6", "--calibrated", path
+    assert river_json(*short)["outputs"][0]["tokens"]
+    code, out, err = river(*short, "--compare")
+    assert code == 0 and "River by layer" in out, err
+    code, out, _ = river(*DEMO, "--count", "6", "--per-layer", "--max-disagreement", "90%")
+    assert code == 0 and "6 prompts, 3 of them to learn from, " in out and "by layer  " in out
+
+
 def test_prompts_of_a_file(river_json, tmp_path):
     path = tmp_path / "prompts.jsonl"
     lines = [{"question": "Question: Ana"}, {"prompt": "def f", "text": "x"}, {"text": "Answer:"}]
@@ -99,6 +116,11 @@ def test_what_was_measured_is_shown_where_it_cannot_be_written(river, tmp_path, 
         (
             ["calibrate", "--demo", "--guarantee", "5%", "--count", "58"],
             "58 prompts are too few to promise 5 %",
+        ),
+        (["calibrate", "--demo", "--per-layer", "--count", "1"], "1 prompts for thresholds by layer"),
+        (
+            ["calibrate", "--demo", "--per-layer", "--guarantee", "5%", "--count", "116"],
+            "too few to promise 5 %",
         ),
         (["calibrate", "--demo", "--guarantee", "5"], "--guarantee: '5'; accepted: above 0 and below 1"),
         (["calibrate", "--demo", "--guarantee", "1e-300"], "guarantee=1e-300; accepted: a share from 1e-06"),

@@ -22,6 +22,7 @@ from river_ext.engine.request import KV_STRATEGIES
 from river_ext.model import Model
 
 LAYERS, VOCAB, REQUESTS = 3, 80, 26
+BY_LAYER = ([0.8, 0.5, math.inf], [0.5, 1.0, -2], [1.0, 0.6, -2])  # thresholds
 BY_THE_KERNELS = (
     "decoder_block", "exit_layer", "dual_layer", "state_similarity", "lm_head", "lm_head_w4", "sample",
     "advance", "draft_advance", "accept", "linear",
@@ -61,7 +62,7 @@ def some_requests(modes):
             {
                 "max_new_tokens": generator.randint(1, 5),
                 "mode": generator.choice(modes),
-                "threshold": generator.choice([-2, 0.5, 0.6, 0.7, 0.8, math.inf]),
+                "threshold": generator.choice([-2, 0.5, 0.6, 0.7, 0.8, math.inf, *BY_LAYER]),
                 "min_layers": generator.randint(1, LAYERS),
                 "temperature": generator.choice([0.0, 0.0, 1.5]),
                 "top_k": generator.choice([0, 0, 5]),

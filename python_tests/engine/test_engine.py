@@ -22,6 +22,7 @@ from river_ext.errors import RiverError
 
 LAYERS, VOCAB, POSITIONS = 4, 80, 64
 CONTROLS = ("host", "device")
+BY_LAYER = ([math.inf, 0.6, -2, 0.5], [0.7, 1.0, 0.4, -2], [0.5, 0.7, 0.9, math.inf])  # thresholds
 QUESTION = "Question: Ana has 21 coins and buys 12 more at the fair. How many coins does Ana have?\nAnswer:"
 
 
@@ -31,7 +32,7 @@ def random_request(generator: random.Random):
     mode = generator.choice(["river"] * 4 + ["full", "full_w4"])
     options = {
         "max_new_tokens": generator.randint(1, 24),
-        "threshold": generator.choice([-2, 0.4, 0.5, 0.6, 0.7, 0.8, 0.95, math.inf]),
+        "threshold": generator.choice([-2, 0.4, 0.5, 0.6, 0.7, 0.8, 0.95, math.inf, *BY_LAYER]),
         "min_layers": generator.randint(1, LAYERS),
         "mode": mode,
         "temperature": generator.choice([0.0, 0.0, 0.7, 1.5]),

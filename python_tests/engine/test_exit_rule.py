@@ -1,6 +1,7 @@
 """The exit rule alone, and in the engine."""
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -13,7 +14,7 @@ LAYERS = random_model().config.num_hidden_layers
 
 
 def rule(threshold, min_layers=1, limit=LAYERS):
-    return ExitRule(threshold, min_layers, limit)
+    return ExitRule((threshold,) * LAYERS, min_layers, limit)
 
 
 def test_exit_is_strictly_above_the_threshold():
@@ -26,7 +27,7 @@ def test_thresholds_are_compared_as_fp32():
     similarity = torch.tensor(0.9).item()  # fp32 0.9 is below 0.9; fp32 0.1 above 0.1
     assert not rule(0.9).leaves(1, similarity)
     assert not rule(0.1).leaves(1, torch.tensor(0.1).item())
-    assert rule(0.1).threshold == torch.tensor(0.1).item()
+    assert rule(0.1).thresholds == (torch.tensor(0.1).item(),) * LAYERS
 
 
 def test_min_layers():
@@ -39,6 +40,19 @@ def test_a_row_leaves_at_its_limit():
         assert rule(math.inf, 3, limit=2).leaves(depth, -1.0) == leaves
         assert rule(math.inf, 3, limit=2).may_leave(depth) == leaves
     assert rule(math.inf, limit=0).leaves(0, -math.inf)
+
+
+def test_each_layer_has_its_own_threshold():
+    by_layer = ExitRule((0.9, 1.0, 0.5, -2), 1, LAYERS)
+    assert [by_layer.leaves(depth, 0.7) for depth in (1, 2, 3, 4)] == [False, False, True, True]
+    assert [by_layer.may_leave(depth) for depth in range(LAYERS)] == [False, True, False, True]
+    assert next_decision([by_layer], 1, [True], False, LAYERS) == 3
+    assert not by_layer.never_leaves
+    assert not replace(by_layer, limit=0).never_leaves
+    for only_last in ((1, 2, math.inf, -2), (1, 2, -2, -2)):  # what the last one says decides nothing
+        rule = ExitRule(only_last, 1, LAYERS)
+        assert rule.never_leaves == (only_last[2] == math.inf)
+    assert replace(by_layer, thresholds=(-2, 1, 1, 1), min_layers=2).never_leaves
 
 
 def test_infinite_thresholds_need_no_similarity():
@@ -134,6 +148,32 @@ def test_decisions_follow_from_the_reported_similarities():
         met = [i + 1 for i, s in enumerate(similarities) if s > threshold and i + 1 >= 2]
         assert depth == (met[0] if met else LAYERS)
     assert len(set(out.exit_depths[1:])) > 1, "a threshold at which depths vary"
+
+
+def test_decisions_by_layer_follow_from_the_reported_similarities():
+    thresholds = [0.6, 0.8, 0.85, -2]
+    for control in ("host", "device"):
+        out = random_model().generate(
+            random_prompt(6), max_new_tokens=40, threshold=thresholds, exit_control=control
+        )
+        for depth, similarities in zip(out.exit_depths[1:], out.similarities[1:], strict=True):
+            met = [i + 1 for i, s in enumerate(similarities[:3]) if s > thresholds[i]]
+            assert depth == (met[0] if met else LAYERS)
+        assert set(out.exit_depths[1:]) == {1, 2, 3, 4}
+
+
+def test_equal_thresholds_of_all_layers_are_one_threshold():
+    prompts = [random_prompt(4, 1), random_prompt(5, 2)]
+    options = {"max_new_tokens": 20, "return_logits": True}
+    for policy in BATCH_POLICIES:
+        one = random_model().generate(prompts, threshold=0.7, batch_policy=policy, **options)
+        listed = random_model().generate(
+            prompts, threshold=[[0.7] * LAYERS] * 2, batch_policy=policy, **options
+        )
+        for a, b in zip(one, listed, strict=True):
+            assert (a.tokens, a.similarities) == (b.tokens, b.similarities) and torch.equal(
+                a.logits, b.logits
+            )
 
 
 def test_batch_rows_exit_together_when_all_may():

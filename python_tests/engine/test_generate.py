@@ -109,6 +109,16 @@ def test_values_per_request_as_arrays():
         **options,
     )
     assert [out.tokens for out in arrays] == [out.tokens for out in lists]
+    by_layer = [[0.5, 0.7, 0.9, 2], [2, 0.6, 0.6, 0.6], [1, 1, -2, 0], [0.7] * 4]
+    lists = model.generate(PROMPTS, threshold=by_layer, **options)
+    arrays = model.generate(PROMPTS, threshold=np.array(by_layer), **options)
+    singles = [
+        model.generate(prompt, threshold=torch.tensor(own), **options)
+        for prompt, own in zip(PROMPTS, by_layer, strict=True)
+    ]
+    for found in (arrays, singles):
+        assert [out.exit_depths for out in found] == [out.exit_depths for out in lists]
+    assert model.generate(PROMPTS[:1], threshold=[by_layer[0]], **options)[0].tokens == lists[0].tokens
     one = model.generate(PROMPTS, threshold=torch.tensor(0.7), seed=np.int64(3), **options)
     assert [out.tokens for out in one] == [
         out.tokens for out in model.generate(PROMPTS, threshold=0.7, seed=3, **options)
@@ -559,6 +569,16 @@ REFUSED = {
     "text threshold": ([1], {"threshold": "0.5"}, "threshold='0.5'"),
     "huge threshold": ([1], {"threshold": 10**400}, "threshold=1000"),
     "endless threshold": ([1], {"threshold": 10**5000}, "threshold=a int that cannot be shown"),
+    "thresholds of some layers": (
+        [1],
+        {"threshold": [0.5, 0.6, 0.7]},
+        r"threshold=\[0.5, 0.6, 0.7\], a list of 3; accepted: a number, or a list of 4, one for each layer",
+    ),
+    "thresholds of too many layers": ([[1]], {"threshold": [[0.5] * 5]}, "a list of 5; accepted"),
+    "threshold of no layer": ([[1]], {"threshold": [[]]}, r"threshold=\[\], a list of 0; accepted"),
+    "nan threshold of a layer": ([1], {"threshold": [0.5, math.nan, 1, 1]}, "threshold=nan"),
+    "word for a layer": ([1], {"threshold": [0.5, "calibrated", 1, 1]}, "threshold='calibrated'; accepted"),
+    "layers for all prompts": ([[1], [2]], {"threshold": [0.5] * 4}, "threshold has 4 values for 2 prompts"),
     "set of thresholds": (
         [[1], [2]],
         {"threshold": {0.5, 0.7}},

@@ -75,7 +75,9 @@ def test_every_strategy_has_a_decoder():
 def test_one_request(model, strategy):
     """Its tokens, and the cache: where nothing was to be written, nothing was."""
     model, depths = random_model(**MODELS[model]), Counter()
-    for one in some_requests(strategy, 5, return_logits=True):
+    by_layer = {"threshold": [1.0, 0.75, -2, 0]}
+    requests = [*some_requests(strategy, 5), *some_requests(strategy, 1, seed=1, **by_layer)]
+    for one in ((prompt, options | {"return_logits": True}) for prompt, options in requests):
         engine = poisoned(model, slots=1)
         (output,) = run(engine, [one])
         (expected,) = sequences(model, [one])

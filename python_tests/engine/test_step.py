@@ -122,7 +122,9 @@ def first_depth(rules, similarities):
         return 0
     for depth in range(1, ran + 1):
         pairs = zip(rules, similarities, strict=True)
-        if all(depth >= rule.min_layers and row[depth - 1] > rule.threshold for rule, row in pairs):
+        if all(
+            depth >= rule.min_layers and row[depth - 1] > rule.thresholds[depth - 1] for rule, row in pairs
+        ):
             return depth
     return LAYERS
 
@@ -145,7 +147,10 @@ def test_random_rows_as_specified(new_decoder, by_specification, shape, together
     """Requests of random rules, in random slots: depths by the rule, values by the specification."""
     network, choose = random_model(**shape).network, random.Random(seed)
     own = [
-        {"threshold": choose.choice([-2, 0.5, 0.6, 0.7, 0.8]), "min_layers": choose.randint(1, LAYERS)}
+        {
+            "threshold": choose.choice([-2, 0.5, 0.6, 0.7, 0.8, [0.9, 0.5, 0.7, -2], [0.6, 1.0, -2, 0]]),
+            "min_layers": choose.randint(1, LAYERS),
+        }
         for _ in range(SLOTS)
     ]
     memory, rows = filled(network, own)

@@ -28,6 +28,7 @@ WAYS = [
     ({"temperature": 0}, {"mode": "full"}),
     ({"temperature": 0}, {"mode": "lossless", "draft_tokens": 3}),
     ({"temperature": 0.7, "seed": -5}, {"mode": "river", "threshold": 0.9, "min_layers": 2}),
+    ({"temperature": 0}, {"mode": "river", "threshold": [1, 1, 0.98, *[0.9] * 13]}),
     ({"temperature": 0, "stop": ["="]}, {}),
     ({"temperature": 0, "stop": "33"}, {}),
 ]

@@ -244,6 +244,7 @@ def test_a_file_comes_back(file):
     assert found.dtype == demo_model().network.dtype
     assert json.loads(path.read_text())["measured"] == {"curve": []}
     assert read_calibrated(file(draft_tokens="auto", threshold=0.5)).threshold == 0.5  # replaced
+    assert read_calibrated(file(threshold=(1.0, -2.0, 0.5))).threshold == (1.0, -2.0, 0.5)
     assert [p.name for p in path.parent.iterdir()] == [path.name]
 
 
@@ -270,6 +271,22 @@ def test_the_word_stands_for_the_numbers(file):
     ]:
         with pytest.raises(RiverError, match=said):
             model.generate("Question:", **{"threshold": "calibrated", **options, **changes})
+
+
+def test_a_file_with_a_threshold_for_each_layer(file):
+    by_layer = (1.0, 1.0, 0.98, *[0.9] * 13)
+    model = river_ext.load(device="cpu", calibrated=file(threshold=by_layer))
+    options = {"max_new_tokens": 8, "min_layers": 2}
+    expected = model.generate("Question:", threshold=by_layer, **options)
+    assert model.generate("Question:", threshold="calibrated", **options).exit_depths == expected.exit_depths
+    assert set(expected.exit_depths) == {4, 16}  # a threshold of 0.9 leaves after 2 or 3
+    several = model.generate(["Question:", "def"], threshold="calibrated", **options)
+    assert several[0].exit_depths == expected.exit_depths
+    model = river_ext.load(device="cpu", calibrated=file(threshold=by_layer[1:]))
+    with pytest.raises(
+        RiverError, match="a list of 15; accepted: a number, or a list of 16, one for each layer"
+    ):
+        model.generate("Question:", threshold="calibrated", **options)
 
 
 def test_without_a_file_the_word_is_refused():
@@ -300,6 +317,7 @@ def test_a_file_of_something_else_is_refused(file, changes, said):
         ("format_version", 2, "format_version is 2"),
         ("threshold", "0.5", "a number from -2 to 1"),
         ("threshold", 1.5, "a number from -2 to 1"),
+        ("threshold", [0.5, 1.5], "threshold.1 is 1.5; accepted: a number from -2 to 1"),
         ("min_layers", 0, "min_layers is 0"),
         ("river_head", "w8", "model, w4"),
         ("draft_tokens", 8, "an integer from 1 to 7"),

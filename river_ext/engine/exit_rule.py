@@ -1,8 +1,9 @@
 """The exit rule: after which backbone layer a token may leave for the exit river.
 
-A row may leave after `depth` backbone layers when the similarity of the last one is strictly above its
-threshold and `depth >= min_layers`; it must when `depth` is its limit. The batch policy says what becomes of
-that: by "row", each row leaves on its own; by "min", the paper's, all rows leave together or none of them.
+A row may leave after `depth` backbone layers when the similarity of the last one is strictly above the
+threshold that the row has for that depth, and `depth >= min_layers`; it must when `depth` is its limit. The
+batch policy says what becomes of that: by "row", each row leaves on its own; by "min", the paper's, all rows
+leave together or none of them.
 """
 
 from collections.abc import Sequence
@@ -19,34 +20,42 @@ PREFILL_POLICIES = "'full', 'depth:k', 'min' or 'last'"
 
 @dataclass(frozen=True)
 class ExitRule:
-    """The rule of one row. The threshold is rounded to fp32, what the similarities are in.
+    """The rule of one row. Thresholds are rounded to fp32, what the similarities are in.
 
-    `limit` is the number of backbone layers that the row's tokens may run: the model's depth, 0 for the pure
-    river, or the resident layers, if no token is to run an offloaded one.
+    There is one for each layer, after which it decides; the last one has nothing to decide. `limit` is the
+    number of backbone layers that the row's tokens may run: the model's depth, 0 for the pure river, or the
+    resident layers, if no token is to run an offloaded one.
     """
 
-    threshold: float
+    thresholds: tuple[float, ...]
     min_layers: int
     limit: int
 
     def __post_init__(self):
-        rounded = torch.tensor(self.threshold, dtype=torch.float64).float().item()
-        if rounded != rounded:
+        rounded = torch.tensor(self.thresholds, dtype=torch.float64).float()
+        if rounded.isnan().any():
             raise RiverError("threshold is NaN; accepted: any number, inf (never exit) included")
-        object.__setattr__(self, "threshold", rounded)
+        object.__setattr__(self, "thresholds", tuple(rounded.tolist()))
 
     @property
     def never_leaves(self) -> bool:
-        """Before the limit; no similarity exceeds 1."""
-        return self.limit > 0 and self.threshold >= 1
+        """Before the limit."""
+        return self.limit > 0 and not any(map(self.may_leave, range(self.limit)))
 
     def may_leave(self, depth: int) -> bool:
         """Whether any similarity lets the row leave after `depth` layers; none exceeds 1."""
-        return depth >= self.limit or (depth >= self.min_layers and self.threshold < 1)
+        return depth >= self.limit or (depth >= self.min_layers and self.thresholds[depth - 1] < 1)
 
     def leaves(self, depth: int, similarity: float) -> bool:
         """Whether the row is ready to leave after `depth` layers, the last of which had this similarity."""
-        return depth >= self.limit or (depth >= self.min_layers and similarity > self.threshold)
+        if depth >= self.limit:
+            return True
+        return depth >= self.min_layers and similarity > self.thresholds[depth - 1]
+
+
+def threshold_name(threshold: float | Sequence[float]) -> str:
+    """For tables."""
+    return "by layer" if isinstance(threshold, Sequence) else f"{threshold:g}"
 
 
 def next_decision(

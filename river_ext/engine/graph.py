@@ -141,14 +141,17 @@ class Runner(Graphs):
         self.drawing = Drawing.greedy(self.draw_positions)
         self.river_heads = zeros(rows, dtype=torch.bool)  # rows that draw by the river's head
         self.stop_tokens = zeros(rows, stop_tokens, dtype=torch.int64) - 1
+        # by layer: what has to be exceeded after the layer before it; layer 0 comes after none
+        self.thresholds = zeros(layers, rows, dtype=torch.float32)
         self.decision = Decision(
-            thresholds=zeros(rows, dtype=torch.float32),
+            thresholds=self.thresholds[0],
             min_layers=zeros(rows),
             limit=zeros(rows),
             exited=zeros(layers, rows),
             similarities=zeros(layers, rows, dtype=torch.float32),
             together=together,
         )
+        self.decisions = [self.decision._replace(thresholds=own) for own in self.thresholds]  # by layer
         self.steps_taken = zeros(1)
         host = {"device": "cpu", "pin_memory": device.type == "cuda"}  # whatever torch's default device is
         self.records = torch.zeros(RECORDS, 1 + 2 * rows + layers * rows, dtype=torch.int32, **host)
@@ -182,11 +185,12 @@ class Runner(Graphs):
             (self.draw_positions, [row.position + 1 for row in rows]),
             (self.remaining, [row.remaining for row in rows]),
             (self.river_heads, [row.request.river_head for row in rows]),
-            (decision.thresholds, [row.request.rule.threshold for row in rows]),
             (decision.min_layers, [row.request.rule.min_layers for row in rows]),
             (decision.limit, [row.request.rule.limit for row in rows]),
         ):
             tensor[:count] = tensor.new_tensor(values)
+        by_row = self.thresholds.new_tensor([row.request.rule.thresholds for row in rows])
+        self.thresholds[1:, :count] = by_row.T[:-1]
         for index, row in enumerate(rows):
             stop_tokens = sorted(row.request.stop_tokens)
             self.stop_tokens[index, : len(stop_tokens)] = self.stop_tokens.new_tensor(stop_tokens)
@@ -276,8 +280,8 @@ def whole_steps(
     """
     for _ in range(count):
         before, hidden = None, runner.hidden
-        for layer in runner.network.layers:
-            before, hidden = hidden, layer.dual(hidden, before, runner.decision, runner.place)
+        for layer, decision in zip(runner.network.layers, runner.decisions, strict=True):
+            before, hidden = hidden, layer.dual(hidden, before, decision, runner.place)
         outputs = draw_and_advance(runner, before, hidden, filters, logits, river_head)
     return outputs
 

@@ -42,7 +42,7 @@ class Options:
     """What is asked for a prompt: keyword arguments of `Model.generate`, where each is described."""
 
     max_new_tokens: int = 256
-    threshold: float | str = 0.5
+    threshold: float | str | Sequence[float] = 0.5
     min_layers: int = 1
     prefill: str = "full"
     mode: str = "river"
@@ -148,15 +148,25 @@ def encoded(encoding: Mapping):
 
 def requests(config: ModelConfig, text: Text | None, prompt, options: Mapping) -> list[Request]:
     """A request for each of the prompts; some options may be lists of one value for each."""
-    prompts, _ = prompt_list(prompt)
-    columns = {
-        name: one_each(name, value, len(prompts)) if name in BY_PROMPT else [value] * len(prompts)
-        for name, value in options.items()
-    }
+    prompts, many = prompt_list(prompt)
+
+    def column(name: str, value) -> list:
+        """An option's value for each prompt. For one that is in no list, a list of thresholds is by layer."""
+        if name not in BY_PROMPT or (name == "threshold" and not many and is_by_layer(value)):
+            return [value] * len(prompts)
+        return one_each(name, value, len(prompts))
+
+    columns = {name: column(name, value) for name, value in options.items()}
     return [
         request(config, text, prompt, {name: values[number] for name, values in columns.items()})
         for number, prompt in enumerate(prompts)
     ]
+
+
+def is_by_layer(threshold) -> bool:
+    """Whether an option is a list of thresholds; one of a single number may be that of the only prompt."""
+    value = listed("threshold", threshold)
+    return isinstance(value, (list, tuple)) and len(value) > 1
 
 
 def request(config: ModelConfig, text: Text | None, prompt, options: Mapping) -> Request:
@@ -253,31 +263,44 @@ def exit_rule(config: ModelConfig, options: Options) -> ExitRule:
     With deep_tokens="exit" no token runs an offloaded layer.
     """
     choice("mode", options.mode, MODES)
-    threshold = number("threshold", options.threshold)
+    by_layer = thresholds(config, options.threshold)
     min_layers = integer("min_layers", options.min_layers, 1, config.num_hidden_layers)
     if options.mode in ("full", "lossless"):
-        threshold = math.inf
-    deepest = deepest_exit(config, options, fp32(threshold))
+        by_layer = thresholds(config, math.inf)
+    deepest = deepest_exit(config, options, min(map(fp32, by_layer)))
     if min_layers > deepest:
         raise RiverError(
             f"min_layers={min_layers} with deep_tokens='exit' and resident_layers={deepest}; accepted: 1 to "
             f"{deepest}"
         )
     return ExitRule(
-        threshold=threshold,
+        thresholds=by_layer,
         min_layers=min_layers,
         limit=0 if options.mode == "full_w4" else deepest,
     )
 
 
-def deepest_exit(config: ModelConfig, options: Options, threshold: float) -> int:
+def thresholds(config: ModelConfig, value) -> tuple[float, ...]:
+    """One for each layer, from one for all or a list."""
+    value, layers = listed("threshold", value), config.num_hidden_layers
+    if not isinstance(value, (list, tuple)):
+        return (number("threshold", value),) * layers
+    if len(value) != layers:
+        raise RiverError(
+            f"threshold={short(value)}, a list of {len(value)}; accepted: a number, or a list of {layers}, "
+            "one for each layer"
+        )
+    return tuple(number("threshold", one) for one in value)
+
+
+def deepest_exit(config: ModelConfig, options: Options, lowest_threshold: float) -> int:
     """Backbone layers that a token may run while it decodes: all of them, or those that are resident."""
     choice("deep_tokens", options.deep_tokens, DEEP_TOKENS)
     if options.deep_tokens == "stream":
         return config.num_hidden_layers
     if config.resident_layers is None:
         raise RiverError("deep_tokens='exit' needs a model that was loaded with resident_layers")
-    if threshold == math.inf and options.mode != "full_w4":
+    if lowest_threshold == math.inf and options.mode != "full_w4":
         which = "threshold=inf" if options.mode == "river" else f"mode={options.mode!r}"
         raise RiverError(
             f"deep_tokens='exit' with {which}, where no token exits; accepted there: deep_tokens='stream'"

@@ -15,6 +15,8 @@ import torch
 from rich.table import Table
 from torch import Tensor
 
+from ..engine.exit_rule import threshold_name
+from ..engine.request import is_calibrated
 from ..engine.sequence import GenerationOutput
 from ..model import Model
 
@@ -100,11 +102,16 @@ def full_name(model: Model) -> str:
     return f"full {DTYPE_NAMES[model.network.dtype]}"
 
 
-def settings_of(model: Model, thresholds: Sequence[float], **options) -> list[Setting]:
+def settings_of(model: Model, thresholds: Sequence[float | str], **options) -> list[Setting]:
     """Full depth, the same by lossless decoding, full W4, and the river at some thresholds and options."""
     strategy = options.get("kv_strategy", "share")
     river = "River" if strategy == "share" else strategy
-    rivers = [Setting(f"{river} {t:g}", {"mode": "river", "threshold": t, **options}) for t in thresholds]
+    found = model.config.calibrated  # whose number, or numbers, "calibrated" stands for
+    names = [threshold_name(found.threshold if is_calibrated(t) else t) for t in thresholds]
+    rivers = [
+        Setting(f"{river} {name}", {"mode": "river", "threshold": t, **options})
+        for name, t in zip(names, thresholds, strict=True)
+    ]
     modes = {full_name(model): "full", "lossless": "lossless", "full W4": "full_w4"}
     return [Setting(name, {"mode": mode}) for name, mode in modes.items()] + rivers
 

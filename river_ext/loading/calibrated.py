@@ -27,7 +27,7 @@ MOST_DRAFTS = MAX_ROWS - 1  # one row of a verification is the token before them
 class Calibrated:
     """What a file says that generation goes by."""
 
-    threshold: float
+    threshold: float | tuple[float, ...]  # one for all layers, or for each
     min_layers: int  # the option that the threshold was measured with, and so are these
     river_head: str
     draft_tokens: int | str  # of lossless mode: 1 to 7, or "auto"
@@ -76,7 +76,7 @@ def read_calibrated(path: str | Path) -> Calibrated:
     }
     drafts = reader.values.get("draft_tokens")
     return Calibrated(
-        threshold=reader.number("threshold", -2, 1),
+        threshold=_threshold(reader),
         min_layers=reader.integer("min_layers", 1, 1 << 16),
         river_head=reader.choice("river_head", RIVER_HEADS),
         draft_tokens=drafts if drafts == "auto" else reader.integer("draft_tokens", 1, MOST_DRAFTS),
@@ -84,6 +84,13 @@ def read_calibrated(path: str | Path) -> Calibrated:
         river_sha256=_text(reader, "river_sha256"),
         dtype=names[reader.choice("dtype", names)],
     )
+
+
+def _threshold(reader: Reader) -> float | tuple[float, ...]:
+    by_layer = reader.values.get("threshold")
+    if isinstance(by_layer, list):  # how many there have to be is the model's to say
+        return reader.numbers("threshold", len(by_layer), -2, 1)
+    return reader.number("threshold", -2, 1)
 
 
 def _text(reader: Reader, key: str) -> str:

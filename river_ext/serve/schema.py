@@ -45,6 +45,13 @@ def one_prompt(value) -> str | list[int]:
     raise ValueError("accepted: text, or a list of token ids")
 
 
+def one_or_by_layer(value) -> float | list[float]:
+    values = value if isinstance(value, list) else [value]
+    if not all(type(one) in (int, float) for one in values):
+        raise ValueError(f"{short(value)}; accepted: a number, or a list of one for each layer")
+    return value
+
+
 def some_strings(value) -> list:
     return [value] if isinstance(value, str) else value
 
@@ -118,7 +125,7 @@ class Body(Fields):
     user: str | None = None
 
     mode: str | None = None
-    threshold: float | None = None
+    threshold: Annotated[Any, BeforeValidator(one_or_by_layer)] = None
     min_layers: int | None = None
     draft_tokens: int | str | None = None
     exit_depths: bool = False  # whether the answer has each token's

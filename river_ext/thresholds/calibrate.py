@@ -1,6 +1,6 @@
 """All of `river calibrate` but what it prints: the curve, the lengths of drafts, the choice, the file."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from statistics import median
@@ -10,6 +10,7 @@ from ..loading.calibrated import Calibrated, write_calibrated
 from ..model import Model
 from ..quant.exit_river import river_sha256
 from . import drafts
+from .by_layer import PRICES, candidates, exit_table
 from .choice import Targets, choose
 from .curve import FULL, Point, curve, full_depth, measured_runs, speeds_over
 from .drafts import DraftLength, draft_lengths
@@ -23,6 +24,7 @@ class Calibration:
     options: dict  # of `Model.generate`, beside the threshold
     max_new_tokens: int
     tokens_per_second: float  # of full depth: the median of the timed prompts
+    learnt: int  # prompts that thresholds by layer were learnt from, and that nothing else was measured on
     right: int | None  # answers of full depth, where there is telling
     timed: int  # prompts: the first ones whose answers have more than the token that the prompt gives
     points: list[Point]  # from the strictest threshold on
@@ -35,6 +37,7 @@ class Calibration:
         return {
             "targets": asdict(self.targets),
             "max_new_tokens": self.max_new_tokens,
+            "learnt": self.learnt,
             "full_depth": {"tokens_per_second": self.tokens_per_second, "right": self.right},
             "timed": self.timed,
             "curve": [point.as_dict() for point in self.points],
@@ -66,6 +69,7 @@ def calibrate(
     *,
     max_new_tokens: int = 64,
     timed: int = 4,
+    per_layer: bool = False,
     min_layers: int = 1,
     river_head: str = "model",
     is_right: Callable[[int, str], bool] | None = None,
@@ -78,15 +82,21 @@ def calibrate(
         thresholds: for a guarantee, chosen before anybody saw what they do on these prompts.
         max_new_tokens: of an answer.
         timed: prompts by which the speeds are measured, at most: the first ones with a token to decode.
+        per_layer: whether to learn thresholds by layer, too, from `learnt_prompts`; all that is reported is
+            then measured on the others.
         min_layers, river_head: as in `Model.generate`; the threshold holds with these.
         is_right: whether a text is right as the answer to the prompt of this number.
         advance: called after each of the `steps`.
     """
-    targets.check_prompts(map(tuple, prompts))
-    thresholds = sorted(set(thresholds), reverse=True)
+    learnt, measured = split([tuple(prompt) for prompt in prompts], per_layer)
+    targets.check_prompts(tuple(prompts[number]) for number in measured)
     options = {"min_layers": min_layers, "river_head": river_head}
+    thresholds = sorted(set(thresholds), reverse=True)
+    if per_layer:
+        answers = full_depth(model, [prompts[number] for number in learnt], max_new_tokens, advance)
+        thresholds = candidates(exit_table(model, answers, advance, **options), thresholds)
     settings = [FULL, *({"threshold": t} | options for t in thresholds), *drafts.SETTINGS]
-    answers = full_depth(model, prompts, max_new_tokens, advance)
+    answers = full_depth(model, [prompts[number] for number in measured], max_new_tokens, advance)
     decoded = [answer.prompt for answer in answers if len(answer.tokens) > 1]
     if not decoded:
         raise RiverError(
@@ -95,14 +105,16 @@ def calibrate(
     full, *runs = measured_runs(model, decoded[:timed], settings, max_new_tokens, advance)
     rivers, lossless = runs[: len(thresholds)], runs[len(thresholds) :]
     speeds = {t: median(speeds_over(run, full)) for t, run in zip(thresholds, rivers, strict=True)}
-    points = curve(model, answers, thresholds, speeds, max_new_tokens, advance, is_right, **options)
+    right = is_right and (lambda number, text: is_right(measured[number], text))
+    points = curve(model, answers, thresholds, speeds, max_new_tokens, advance, right, **options)
     lengths = draft_lengths(model, lossless, full)
     return Calibration(
         targets=targets,
         options=options,
         max_new_tokens=max_new_tokens,
+        learnt=len(learnt),
         tokens_per_second=median(output.stats.tokens_per_second for output in full),
-        right=sum(is_right(i, answer.text) for i, answer in enumerate(answers)) if is_right else None,
+        right=sum(right(number, answer.text) for number, answer in enumerate(answers)) if right else None,
         timed=len(full),
         points=points,
         lengths=lengths,
@@ -111,6 +123,25 @@ def calibrate(
     )
 
 
-def steps(prompts: int, thresholds: int, timed: int) -> int:
-    """How often `calibrate` calls `advance`, at most."""
-    return prompts * (1 + thresholds) + min(timed, prompts) * (1 + thresholds + len(drafts.SETTINGS))
+def split(prompts: Sequence[Hashable], per_layer: bool) -> tuple[Sequence[int], Sequence[int]]:
+    """The numbers of the prompts to learn thresholds by layer from, every second one, and of those to measure
+    on: the others, but for copies of the first."""
+    if not per_layer:
+        return (), range(len(prompts))
+    learnt = range(1, len(prompts), 2)
+    known = {prompts[number] for number in learnt}
+    measured = [number for number in range(0, len(prompts), 2) if prompts[number] not in known]
+    if not learnt or not measured:
+        raise RiverError(
+            f"{len(set(prompts))} prompts for thresholds by layer, which are learnt from half of them; "
+            "accepted: 2 or more, all different"
+        )
+    return learnt, measured
+
+
+def steps(prompts: int, thresholds: int, timed: int, depths: int = 0) -> int:
+    """How often `calibrate` calls `advance`, at most. depths: that thresholds by layer are learnt for."""
+    learnt, rules = (prompts // 2, len(PRICES)) if depths else (0, 0)
+    measured, candidates = prompts - learnt, thresholds + rules
+    runs = 1 + candidates + len(drafts.SETTINGS)
+    return prompts + learnt * depths + measured * candidates + min(timed, measured) * runs

@@ -72,12 +72,14 @@ def percent(share: float) -> str:
 
 def choose(points: Sequence[Point], targets: Targets) -> Point | None:
     """The point that meets the targets, or None. Of several, the one with the fewest layers; where the speed
-    is all that is asked for, the one with the fewest different tokens."""
+    is all that is asked for, the one with the fewest different tokens.
+
+    Args:
+        points: the strictest first, in an order that the answers they are from have no say in.
+    """
     met = list(points)
     if targets.guarantee is not None:
-        # the order is that of the thresholds, which no answer has a say in
-        strict_first = sorted(points, key=lambda point: -point.threshold)
-        met = promised(strict_first, targets.guarantee, targets.confidence)
+        met = promised(points, targets.guarantee, targets.confidence)
     if targets.max_disagreement is not None:
         met = [point for point in met if point.disagreement <= targets.max_disagreement]
     if targets.min_speedup is not None:

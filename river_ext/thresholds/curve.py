@@ -23,7 +23,7 @@ FULL = {"mode": "full"}
 class Point:
     """A threshold's result. Tokens and answers are full depth's, exit depths those of its decoded tokens."""
 
-    threshold: float
+    threshold: float | tuple[float, ...]  # one for all layers, or for each
     exit_depth: float
     tokens: int
     different_tokens: int  # that it would have drawn otherwise
@@ -50,6 +50,7 @@ class Answer:
     prompt: list[int]
     tokens: list[int]
     text: str
+    similarities: list[list[float]] = field(default_factory=list)  # of each token, after each layer
 
 
 def full_depth(
@@ -65,7 +66,7 @@ def full_depth(
                 f"a prompt of {len(prompt)} tokens and its answer pass position {anew}, from which the model "
                 "rotates anew; accepted: prompts that end well before it, or behind it"
             )
-        answers.append(Answer(list(prompt), out.tokens, out.text))
+        answers.append(Answer(list(prompt), out.tokens, out.text, out.similarities))
         advance()
     return answers
 
@@ -80,8 +81,8 @@ class _Tally:
 def curve(
     model: Model,
     answers: Sequence[Answer],
-    thresholds: Sequence[float],
-    speeds: Mapping[float, float],
+    thresholds: Sequence[float | tuple[float, ...]],
+    speeds: Mapping[float | tuple[float, ...], float],
     max_new_tokens: int,
     advance: Callable[[], None],
     is_right: Callable[[int, str], bool] | None = None,
@@ -99,10 +100,12 @@ def curve(
     for threshold in thresholds:
         tally, own = _Tally(), options | {"threshold": threshold}
         for number, answer in enumerate(answers):
-            _feed(model, answer, own, tally)
+            differs, depths = feed(model, answer, own)
+            tally.differs.append(differs)
+            tally.depths += depths[1:]  # the first is the prompt's
             if is_right:
                 generated = answer
-                if any(tally.differs[-1]):  # else its own answer is full depth's
+                if any(differs):  # else its own answer is full depth's
                     generated = model.generate(answer.prompt, max_new_tokens=max_new_tokens, **own)
                 tally.rights.append(is_right(number, generated.text))
             advance()
@@ -122,11 +125,11 @@ def curve(
     return points
 
 
-def _feed(model: Model, answer: Answer, options: dict, tally: _Tally) -> None:
+def feed(model: Model, answer: Answer, options: dict) -> tuple[list[bool], list[int]]:
+    """By token of an answer: whether another one would have been drawn, and the exit depth."""
     score = model.score(answer.prompt + answer.tokens, prompt_length=len(answer.prompt), **options)
     drawn = score.logits.argmax(-1).tolist()
-    tally.differs.append([own != token for own, token in zip(drawn, answer.tokens, strict=True)])
-    tally.depths += score.exit_depths[1:]  # the first is the prompt's
+    return [own != token for own, token in zip(drawn, answer.tokens, strict=True)], score.exit_depths
 
 
 def speed_by_bytes(model: Model, depths: Sequence[int], river_head: bool) -> float:

@@ -5,6 +5,8 @@
 // neighbours. With AVX512_BF16, bf16 products go through vdpbf16ps; all other cases run in fp32.
 #pragma once
 
+#include <algorithm>
+
 #include "lines.h"
 
 namespace {
@@ -42,19 +44,36 @@ struct Columns<DType::kBFloat16> {
 };
 #endif
 
-constexpr int kRowsAhead = 8;  // output rows from those in use to those asked for, into L2
+// The walk over the output rows that a cold strip reads next, line by line as they lie in memory. One stream in the
+// order of the addresses gets all that memory can give, since the processor's own prefetchers join in: asking for a
+// line of each of several rows in turn got four fifths of it.
+struct RowWalk {
+  const char *at, *end;  // of the part of an output row that is asked for
+  int64_t part_bytes, row_bytes;
+
+  void step(int bytes) {
+    __builtin_prefetch(at);
+    at += bytes;
+  }
+  void next_row_if_done() {
+    if (at < end) return;
+    end += row_bytes;
+    at = end - part_bytes;
+  }
+};
 
 // Adds the products of columns `begin` to `end` - 1 of R output rows with T rows of a block: acc[r * T + t]. A hot
-// strip is in L2 already, and asks for later ones.
+// strip is in L2 already, and asks for what lies at `ahead`; a cold one asks for the output rows from `next` on.
 template <DType D, bool kHot, int R, int T>
-[[gnu::always_inline]] inline void add_products(const char* weight, const Operand& x, int t0, int begin, int end,
-                                                Walk& ahead, Sum (&acc)[R * T]) {
+[[gnu::always_inline]] inline void add_products(const char* weight, const char* next, const Operand& x, int t0,
+                                                int begin, int end, Walk& ahead, Sum (&acc)[R * T]) {
   using Columns = ::Columns<D>;
-  const int64_t row_bytes = x.cols * river::size_of(D);
+  constexpr int64_t kSize = river::size_of(D);
+  const int64_t row_bytes = x.cols * kSize, part_bytes = (end - begin) * kSize;
   const Line* line = x.lines + int64_t(begin / Columns::kCount) * x.rows + t0;
   Walk walk = ahead;  // in a register
+  RowWalk rows{.at = next, .end = next + part_bytes, .part_bytes = part_bytes, .row_bytes = row_bytes};
   const auto step = [&](auto load_weight) {
-    if (kHot) walk.step();
     typename Columns::Vector w[R];
     RIVER_UNROLL for (int r = 0; r < R; r++) w[r] = load_weight(weight + r * row_bytes);
     RIVER_UNROLL for (int t = 0; t < T; t++) {
@@ -64,11 +83,14 @@ template <DType D, bool kHot, int R, int T>
     line += x.rows;
   };
   int k = begin;
-  for (; k + Columns::kCount <= end; k += Columns::kCount)
-    step([&](const char* row) {
-      if (!kHot) __builtin_prefetch(row + kRowsAhead * row_bytes + k * river::size_of(D), 0, 2);
-      return Columns::load_weight(row, k);
-    });
+  for (; k + Columns::kCount <= end; k += Columns::kCount) {
+    if constexpr (kHot) walk.step();
+    else {
+      RIVER_UNROLL for (int r = 0; r < R; r++) rows.step(Columns::kCount * kSize);
+      rows.next_row_if_done();
+    }
+    step([&](const char* row) { return Columns::load_weight(row, k); });
+  }
   if (k < end) step([&](const char* row) { return Columns::load_last(row, k, end); });
   ahead = walk;
 }
@@ -81,9 +103,6 @@ inline void for_rows(int count, F f) {
   for (; r < count; r++) f.template operator()<1>(r);
 }
 
-template <DType D>
-constexpr int kPart = 48 * Columns<D>::kCount;  // columns that L1 holds of a block of rows
-
 template <int R, int T>
 inline void put_sums(const Sum (&acc)[R * T], int t0, int r0, StripOut& out) {
   float sum[R * T];
@@ -92,35 +111,46 @@ inline void put_sums(const Sum (&acc)[R * T], int t0, int r0, StripOut& out) {
     for (int r = 0; r < R; r++) out[t0 + t][r0 + r] = sum[r * T + t];
 }
 
-// As many rows and output rows at a time as there are registers for their sums
+// Rows and output rows at a time: as many as there are registers for their sums.
 constexpr int kDenseVectors = kPieces == 1 ? river::kMaxRows : kSums / 4;
 constexpr int rows_at_once(int vectors) { return vectors <= 2 ? kSums / 2 : vectors <= 6 ? kSums / 4 : 3; }
 
-// All columns at once: out[t0 + t][r] for T rows of a block
-template <DType D, bool kHot, int T>
-inline void dense_vectors(const char* weight, int count, const Operand& x, int t0, Walk& ahead, StripOut& out) {
-  for_rows<rows_at_once(T)>(count, [&]<int R>(int r0) {
-    Sum acc[R * T];
-    add_products<D, kHot, R, T>(weight + r0 * x.cols * river::size_of(D), x, t0, 0, x.cols, ahead, acc);
-    put_sums<R, T>(acc, t0, r0, out);
-  });
-}
-
-// The same of a hot strip, with so many columns at once that L1 holds those of the rows while all output rows go by
-template <DType D, int T>
-inline void dense_vectors_by_parts(const char* weight, int count, const Operand& x, int t0, Walk& ahead,
-                                   StripOut& out) {
+// out[t0 + t][r] for T rows of a block, R output rows and `part` columns at a time. Parts are for what L1 should hold
+// while all output rows go by: those columns of the rows of x.
+template <DType D, bool kHot, int R, int T>
+inline void dense_vectors(const char* weight, int count, const Operand& x, int t0, int part, Walk& ahead,
+                          StripOut& out) {
+  constexpr int64_t kSize = river::size_of(D);
+  const int64_t row_bytes = x.cols * kSize;
+  const int rows_ahead = std::max(R, int(river::ceil_div(kBytesAhead, std::min(part, x.cols) * kSize)));
   f32x16 sums[river::kTileRows * T];  // of the columns before `begin`
   for (int begin = 0, end; begin < x.cols; begin = end) {
-    end = x.cols - begin <= kPart<D> ? x.cols : begin + kPart<D>;
-    for_rows<rows_at_once(T)>(count, [&]<int R>(int r0) {
-      Sum acc[R * T];
-      if (begin > 0) RIVER_UNROLL for (int i = 0; i < R * T; i++) acc[i] = Sum{sums[r0 * T + i]};
-      add_products<D, true, R, T>(weight + r0 * x.cols * river::size_of(D), x, t0, begin, end, ahead, acc);
-      if (end == x.cols) return put_sums<R, T>(acc, t0, r0, out);
-      RIVER_UNROLL for (int i = 0; i < R * T; i++) sums[r0 * T + i] = acc[i].all();
+    end = x.cols - begin <= part ? x.cols : begin + part;
+    const char* next_part = weight + (end < x.cols ? end * kSize : count * row_bytes);
+    for_rows<R>(count, [&]<int r>(int r0) {
+      Sum acc[r * T];
+      if (begin > 0) RIVER_UNROLL for (int i = 0; i < r * T; i++) acc[i] = Sum{sums[r0 * T + i]};
+      const int next = r0 + rows_ahead;
+      add_products<D, kHot, r, T>(
+          weight + r0 * row_bytes,
+          next < count ? weight + next * row_bytes + begin * kSize : next_part + (next - count) * row_bytes, x, t0,
+          begin, end, ahead, acc);
+      if (end == x.cols) return put_sums<r, T>(acc, t0, r0, out);
+      RIVER_UNROLL for (int i = 0; i < r * T; i++) sums[r0 * T + i] = acc[i].all();
     });
   }
+}
+
+// A strip from memory. As long as L1 holds all of the rows of x beside what comes, output rows go by almost one
+// by one, in memory's order; else several share what L2 gives of x.
+template <DType D, int T>
+inline void cold_vectors(const char* weight, int count, const Operand& x, int t0, Walk& ahead, StripOut& out) {
+  constexpr int kNear = (26 << 10) / (T * int(sizeof(Line))) * Columns<D>::kCount;
+  constexpr int kAlone = kPieces == 1 ? 1 : 2;  // where x takes two loads for a product, two share them
+  constexpr int kShared = T <= 6 ? kSums / 4 : kSums / 8;
+  const int part = T <= 6 ? x.cols : 64 * Columns<D>::kCount;  // whole pages of an output row
+  if (x.cols <= kNear) dense_vectors<D, false, kAlone, T>(weight, count, x, t0, x.cols, ahead, out);
+  else dense_vectors<D, false, kShared, T>(weight, count, x, t0, part, ahead, out);
 }
 
 // Steps of a whole block, as many rows at a time as can be
@@ -133,14 +163,14 @@ int64_t dense_steps(int count, int cols) {
 void dense_strip(DType dtype, const void* weight, int count, const Operand& x, int first, const Ahead& ahead,
                  StripOut& out) {
   const Operand block = block_of(dtype, x, first);
-  const bool hot = x.rows > river::kMaxRows;  // else it comes from memory, best in one go
+  const bool hot = x.rows > river::kMaxRows;  // else it comes from memory
   with_dtype(dtype, [&]<DType D>() {
     Walk walk(ahead, dense_steps<D>(count, x.cols));
     for_vectors<kDenseVectors>(block.rows, [&]<int T>(int t0) {
+      constexpr int kPart = 48 * Columns<D>::kCount;
       const auto* rows = static_cast<const char*>(weight);
-      if (!hot) dense_vectors<D, false, T>(rows, count, block, t0, walk, out);
-      else if (x.cols <= kPart<D>) dense_vectors<D, true, T>(rows, count, block, t0, walk, out);
-      else dense_vectors_by_parts<D, T>(rows, count, block, t0, walk, out);
+      if (hot) dense_vectors<D, true, rows_at_once(T), T>(rows, count, block, t0, kPart, walk, out);
+      else cold_vectors<D, T>(rows, count, block, t0, walk, out);
     });
   });
 }
