@@ -247,6 +247,29 @@ def prefill() -> str:
     )  # fmt: skip
 
 
+def serve() -> str:
+    """What HTTP leaves of the engine's speed."""
+    lines = [
+        (str(line["at_once"]), percent(line["share"]), ", ".join(map(percent, line["shares"])))
+        for line in result("serve")["speed"]
+    ]
+    return markdown(("requests at once", "of the engine's tokens/s", "in each turn"), lines)
+
+
+def pace() -> str:
+    """Times to the first token."""
+    found = result("serve")["pace"]
+    long, (first, *later) = found["long_prompt_tokens"], found["turns_ms"]
+    named = {
+        f"a prompt of {long:,} tokens, alone": found["long_alone_ms"],
+        "the same beside the next line's": found["long_beside_ms"],
+        f"{found['short_prompt_tokens']} tokens that come meanwhile": found["short_ms"],
+        "the first turn of a conversation": first,
+        f"its later turns, up to {found['last_prompt_tokens']:,} tokens, the longest": max(later),
+    }
+    return markdown(("what", "first token after"), [(name, f"{ms:,.0f} ms") for name, ms in named.items()])
+
+
 def peers() -> str:
     rows: dict[tuple[str, str], dict[str, dict]] = {}
     for line in result("peers")["peers"]:
@@ -499,6 +522,8 @@ TABLES: dict[str, Callable[[], str]] = {
     "cycle": cycle,
     "engine": engine,
     "prefill": prefill,
+    "serve": serve,
+    "serve-pace": pace,
     "peers": peers,
     "peers-text": peers_text,
     "calibrate-demo": lambda: calibrated("calibrate-demo"),

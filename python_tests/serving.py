@@ -114,20 +114,26 @@ class Server:
         headers = {"Content-Type": "application/json"}  # httpx's own JSON has no infinities and no surrogates
         return self.http.post(f"/v1/{path}", content=json.dumps(body), headers=headers)
 
-    def connect(self, path: str = "completions", receive_buffer: int | None = None, **body) -> socket.socket:
+    def connect(
+        self,
+        path: str = "completions",
+        receive_buffer: int | None = None,
+        connection: str = "close",
+        **body,
+    ) -> socket.socket:
         """A connection on which a request has been sent, and nothing been read."""
-        connection = socket.socket()
+        opened = socket.socket()
         if receive_buffer:
-            connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, receive_buffer)
-        connection.connect(self.address)
+            opened.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, receive_buffer)
+        opened.connect(self.address)
         content = json.dumps(body).encode()
         head = (
-            f"POST /v1/{path} HTTP/1.1\r\nHost: {self.address[0]}\r\nConnection: close\r\n"
+            f"POST /v1/{path} HTTP/1.1\r\nHost: {self.address[0]}\r\nConnection: {connection}\r\n"
             f"Authorization: Bearer {self.key}\r\n"
             f"Content-Type: application/json\r\nContent-Length: {len(content)}\r\n\r\n"
         )
-        connection.sendall(head.encode() + content)
-        return connection
+        opened.sendall(head.encode() + content)
+        return opened
 
     def metric(self, name: str) -> float:
         text = self.http.get("/metrics").text

@@ -6,7 +6,7 @@ import sys
 from collections.abc import Mapping, Sequence
 
 from .errors import UsageError, did_you_mean
-from .option_groups import add_calibrate, add_serving, add_tasks
+from .option_groups import add_calibrate, add_calibrated_file, add_serving, add_tasks
 from .prompts import read_prompts, refuse_surrogates
 from .values import count_or_auto, given, threads, threshold
 
@@ -307,12 +307,7 @@ def _add_options(parser: argparse.ArgumentParser) -> None:
         metavar="S",
         help="exit above this similarity (0.5), or calibrated",
     )
-    parser.add_argument(
-        "--calibrated",
-        type=given,
-        metavar="FILE",
-        help="what river calibrate wrote: the threshold, unless another is given",
-    )
+    add_calibrated_file(parser)
     parser.add_argument("--min-layers", type=int, metavar="N", help="backbone layers before an exit (1)")
     parser.add_argument("--prefill", metavar="POLICY", help="full (default), depth:K, min or last")
     parser.add_argument("--mode", help="river (default), lossless, full or full_w4")

@@ -14,7 +14,7 @@ from river_ext.engine.request import Options, integer, request, strings
 from river_ext.errors import RiverError
 from river_ext.evaluation import measure
 from river_ext.evaluation.measure import Item, demo_items, result_table, settings_of
-from river_ext.loading.calibrated import CALIBRATED, read_calibrated
+from river_ext.loading.calibrated import read_calibrated
 from river_ext.loading.chat import read_template
 
 from . import shared
@@ -60,17 +60,9 @@ def own_options(arguments) -> dict:
     """Those of `Model.generate` that the command line has."""
     names = {field.name for field in fields(Options)} | set(ENGINE_OPTIONS)
     options = {name: v for name, v in vars(arguments).items() if name in names and v is not None}
-    return options if arguments.calibrated is None else _calibrated_options(arguments) | options
-
-
-def _calibrated_options(arguments) -> dict:
-    """What a calibrated threshold's file stands for, where the command line does not say anything else."""
-    if arguments.mode == "lossless":
-        return {"draft_tokens": CALIBRATED}
-    if arguments.mode not in (None, "river") or arguments.threshold not in (None, CALIBRATED):
-        return {}
-    found = read_calibrated(arguments.calibrated)
-    return {"threshold": CALIBRATED, "min_layers": found.min_layers, "river_head": found.river_head}
+    if arguments.calibrated is None:
+        return options
+    return read_calibrated(arguments.calibrated).options(arguments.mode, arguments.threshold) | options
 
 
 def _check_request(arguments, options: dict) -> None:

@@ -2,7 +2,7 @@
 
 import argparse
 
-from .values import count, given, share
+from .values import count, given, share, threshold
 
 
 def add_calibrate(parser: argparse.ArgumentParser) -> None:
@@ -51,6 +51,15 @@ def add_calibrate(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("-o", "--output", type=given, metavar="FILE", help="where the choice is written")
 
 
+def add_calibrated_file(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--calibrated",
+        type=given,
+        metavar="FILE",
+        help="what river calibrate wrote: the threshold, unless another is given",
+    )
+
+
 def add_tasks(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("published tasks")
     group.add_argument(
@@ -81,7 +90,8 @@ def add_serving(parser: argparse.ArgumentParser) -> None:
     add("--host", type=given, default="127.0.0.1", help="address to listen at (127.0.0.1)")
     add("--port", type=int, default=8000, metavar="N", help="8000; 0 is any free one, which it prints")
     add("--mode", default="lossless", help="where a request names none: lossless (default), river or full")
-    add("--threshold", type=float, default=0.5, metavar="S", help="of mode river, where none is named (0.5)")
+    add("--threshold", type=threshold, metavar="S", help="of mode river, where none is named (0.5)")
+    add_calibrated_file(parser)
     add("--slots", type=int, default=8, metavar="N", help="requests that run at once, 1 to 8 (8)")
     add("--max-len", type=int, metavar="N", help="positions of a slot; the model's, up to 4096")
     add("--queue", type=int, default=64, metavar="N", help="requests that may wait (64); more get code 429")
@@ -89,6 +99,6 @@ def add_serving(parser: argparse.ArgumentParser) -> None:
     add(
         "--reuse-prompts",
         action="store_true",
-        help="keep earlier turns in the cache; then mode river may depend on earlier requests",
+        help="take over of earlier prompts also what the river wrote: tokens may then depend on them",
     )
     parser.set_defaults(resident_layers=None)

@@ -60,7 +60,9 @@ def _check_options(arguments, modes: tuple[str, ...]) -> None:
     """What the config alone can refuse, before weights are loaded."""
     if arguments.mode not in modes:
         raise RiverError(f"--mode {arguments.mode!r}; accepted: {', '.join(modes)}")
-    options = {"mode": arguments.mode, "threshold": arguments.threshold, "max_new_tokens": 1}
+    options = {"mode": arguments.mode, "max_new_tokens": 1}
+    if arguments.threshold is not None:
+        options["threshold"] = arguments.threshold
     config = shared.config(arguments)
     request(config, None, [0], options)
     integer("--slots", arguments.slots, 1, 8)

@@ -262,9 +262,10 @@ class Model:
             max_len: positions of a slot, which prompt and new tokens of a request must fit; None is the
                 model's, up to 4,096. The memory, slots x max_len, is taken now.
             batch_policy, exit_control: as in `generate`.
-            reuse_prompts: a new prompt may take over what a free slot holds of its beginning, an earlier turn
-                of the same conversation say, as it was computed then. Then tokens may depend on earlier
-                requests, unless all of them run at full depth.
+            reuse_prompts: a prompt takes over what a slot holds of its beginning, an earlier turn of the same
+                conversation say. By False that is only what changes no bit: what the backbone wrote, for
+                prompts with prefill="full", on a CPU. By True it is also what exit layers wrote, and what a
+                GPU did; then tokens may depend on earlier requests.
         """
         return Engine(
             self.network,

@@ -1,12 +1,14 @@
 """The server under load: its speed over the engine's, faults of its clients, and its memory.
 
-The server is a process of its own, as users start it; the clients share the machine with it. Three parts:
+The server is a process of its own, as users start it; the clients share the machine with it. Four parts:
 
 - speed: the same requests by HTTP, many at once, and by an engine in this process, in turns. The share is
   what HTTP, the event loop and the clients leave of the engine's tokens per second. The time to the first
   token is the clients' own.
 - faults: streams of which a third are cut off at random. `wrong` are streams of the others whose text is not
   that of `generate`; `left` are requests that still have a place in the server afterwards.
+- pace: milliseconds to the first token, of a short request that comes while a long prompt is worked on, and
+  of each turn of a conversation, which sends all turns before it.
 - memory: resident megabytes of the server over requests of all kinds, refused and cut off ones included.
 """
 
@@ -28,7 +30,13 @@ import torch
 import river_ext
 from bench.lib.common import machine, parser, results_path, save
 
-PARTS = ("speed", "faults", "memory")
+# of a conversation, one after the other
+QUESTIONS = (
+    "How do bridges carry their load, and why did the Romans build so many of them with arches?",
+    "Which materials came later, and what did they change for those who wanted longer spans?",
+    "Why did some bridges fail, and what did engineers learn from each of them?",
+)
+PARTS = ("speed", "faults", "pace", "memory")
 
 
 def main() -> None:
@@ -37,6 +45,7 @@ def main() -> None:
     p.add_argument("--parts", nargs="+", default=list(PARTS), choices=PARTS)
     p.add_argument("--at-once", type=int, nargs="+", default=[1, 8, 64])
     p.add_argument("--new-tokens", type=int, default=32)
+    p.add_argument("--max-len", type=int, default=512, help="positions of a slot")
     p.add_argument("--turns", type=int, default=3)
     p.add_argument("--streams", type=int, default=200, help="of the part faults")
     p.add_argument("--requests", type=int, default=5000, help="of the part memory")
@@ -58,7 +67,8 @@ def served(args):
     """A server's process, and what makes clients of it."""
     source = ["--model", args.model] if args.model else ["--demo"]
     command = [sys.executable, "-m", "river_cli", "serve", *source, "--port", "0", "--json"]
-    command += ["--queue", str(args.streams), "--threads", str(args.threads), "--max-len", "512"]
+    command += ["--queue", str(args.streams), "--threads", str(args.threads)]
+    command += ["--max-len", str(args.max_len)]
     process = subprocess.Popen(command, stdout=subprocess.PIPE)
     try:
         url = json.loads(process.stdout.readline())["url"]
@@ -102,7 +112,7 @@ async def stream(client, body: dict, cut: int | None = None) -> tuple[str, int, 
 
 async def speed(args, model, server, client) -> list[dict]:
     lines = []
-    with model.engine(slots=8, max_len=512) as engine:
+    with model.engine(slots=8, max_len=args.max_len) as engine:
         for count in args.at_once:
             bodies = [body_of(number, args.new_tokens) for number in range(max(count, 8))]
             by_server, by_engine, firsts = [], [], []
@@ -170,6 +180,37 @@ async def faults(args, model, server, client) -> dict:
     return {
         "streams": args.streams, "cut_off": len(cut), "whole": len(whole), "lost": len(lost), "wrong": wrong,
         "noticed": int(disconnected), "left": int(left),
+    }  # fmt: skip
+
+
+async def pace(args, model, server, client) -> dict:
+    """Of full depth. The long prompt fills a slot; the short request comes a tenth of its time later."""
+    choose = random.Random(0)
+
+    def body(tokens: int) -> dict:
+        prompt = [choose.randrange(model.config.vocab_size) for _ in range(tokens)]
+        return body_of(0, 2, prompt=prompt)
+
+    long = args.max_len - 8
+    async with client() as session:
+        await stream(session, body(30))
+        _, _, alone = await stream(session, body(long))
+        task = asyncio.create_task(stream(session, body(long)))
+        await asyncio.sleep(alone / 10)
+        _, _, short = await stream(session, body(30))
+        _, _, beside = await task
+        turns, said = [], ""
+        for number in range(8):
+            said += f"Question: {QUESTIONS[number % len(QUESTIONS)]}\nAnswer:"
+            text, _, first = await stream(
+                session, body_of(number, args.new_tokens, prompt=said, temperature=0)
+            )
+            said += text + "\n"
+            turns.append(1e3 * first)
+    return {
+        "long_prompt_tokens": long, "short_prompt_tokens": 30, "long_alone_ms": 1e3 * alone,
+        "short_ms": 1e3 * short, "long_beside_ms": 1e3 * beside, "turns_ms": turns,
+        "last_prompt_tokens": len(model.text.encode(said)),
     }  # fmt: skip
 
 

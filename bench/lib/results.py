@@ -22,6 +22,7 @@ FILES = {
     "prefill": "prefill_cpu_amd_epyc_2t.json",
     "river-135M": "calibrated_river_smollm2_cpu_amd_epyc_1t.json",
     "river-demo": "calibrated_river_bundled_cpu_amd_epyc_1t.json",
+    "serve": "serve_smollm2_cpu_amd_epyc_1t.json",
     "thresholds": "thresholds_cpu_amd_epyc_1t.json",
 }
 

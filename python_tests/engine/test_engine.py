@@ -506,6 +506,77 @@ def test_short_prompts_do_not_hold_up_those_that_decode():
     assert [place for place, id in enumerate(ids) if id == "running"] == [9 * n + 8 for n in range(7)]
 
 
+@pytest.mark.parametrize("decoding", [False, True])
+def test_a_short_prompt_does_not_wait_for_a_long_one(monkeypatch, decoding):
+    """Also where nothing decodes; and more short ones than can be worked on do not hold up the long one."""
+    monkeypatch.setitem(engine_module.PREFILL_ROWS, "cpu", 8)
+    monkeypatch.setattr(OpsPrompt, "rows_at_a_time", 8)
+    model = random_model(max_position_embeddings=512)
+    engine = model.engine(slots=4, max_len=512)
+    if decoding:
+        engine.submit([1], id="running", max_new_tokens=300)
+        while not engine.step():
+            pass
+    long = random_prompt(300)
+    engine.submit(long, id="long", max_new_tokens=2, mode="full")
+    events = [engine.step() for _ in range(3)]
+    assert all("long" not in [event.id for event in step] for step in events)
+    firsts, steps, output = {}, 0, None
+    while output is None:
+        engine.submit(random_prompt(16, steps), id=steps, max_new_tokens=1)
+        for event in engine.step():
+            firsts.setdefault(event.id, steps)
+            output = event.output if event.id == "long" else output
+        steps += 1
+    assert firsts[0] <= 4, "two pieces of its own, two of the long one"
+    assert firsts["long"] < 2 * 300 / 8 + 4, "every other piece is of the long one"
+    assert same(output, oracle(model, long, max_new_tokens=2, mode="full"))
+
+
+def test_a_long_prompt_can_be_cancelled_soon(monkeypatch):
+    """At the next step, where it is alone, too."""
+    monkeypatch.setitem(engine_module.PREFILL_ROWS, "cpu", 8)
+    monkeypatch.setattr(OpsPrompt, "rows_at_a_time", 8)
+    engine = random_model(max_position_embeddings=512).engine(slots=1, max_len=512)
+    engine.submit(random_prompt(300), id="long", max_new_tokens=2)
+    assert engine.step() == []
+    engine.cancel("long")
+    (event,) = engine.step()
+    assert event.output.finish_reason == "cancelled" and not engine.busy
+
+
+def test_prompts_do_not_keep_rows_that_leave_together_from_decoding(monkeypatch):
+    """However many there are: one piece to a step of those that have begun."""
+    monkeypatch.setitem(engine_module.PREFILL_ROWS, "cpu", 8)
+    monkeypatch.setattr(OpsPrompt, "rows_at_a_time", 8)
+    model = random_model(max_position_embeddings=512)
+    engine = model.engine(slots=3, max_len=512, batch_policy="min")
+    for number in range(2):
+        engine.submit(random_prompt(20, number), id=number, max_new_tokens=40)
+    while not any(event.id == 1 for event in engine.step()):  # both begin together
+        assert len(engine._known[0].sequence.tokens) <= 1
+    engine.submit(random_prompt(300), id="long", max_new_tokens=2)
+    for _ in range(2):
+        engine.step()
+    before = len(engine._known[1].sequence.tokens)
+    for _ in range(20):
+        engine.step()
+    assert len(engine._known[1].sequence.tokens) == before + 20
+    assert not engine._known["long"].sequence.tokens
+
+
+def test_rows_that_leave_together_do_not_wait_for_ever_to_begin():
+    """For the prompts that have slots alone, not for those that come later."""
+    engine, steps = random_model().engine(slots=2, max_len=16, batch_policy="min"), 0
+    engine.submit([1, 2], id="waits", max_new_tokens=4)
+    ended = False
+    while not ended:
+        engine.submit([2], id=steps, max_new_tokens=1)
+        ended = any(event.id == "waits" and event.output for event in engine.step())
+        steps += 1
+        assert steps < 60
+
+
 def test_closing_waits_for_the_step_of_another_thread(monkeypatch):
     engine = random_model().engine(slots=1, max_len=16)
     engine.submit([1], max_new_tokens=2)
@@ -534,114 +605,3 @@ def test_an_id_that_is_no_key():
     engine = random_model().engine(slots=1, max_len=16)
     with pytest.raises(RiverError, match="id is a list; accepted: what can be a key"):
         engine.cancel([])
-
-
-# --- prompts that begin alike -----------------------------------------------------------------------------
-
-
-@pytest.fixture
-def prefilled(monkeypatch):
-    """Where the prefill of each request begins."""
-    starts, make = [], engine_module.Prefill
-
-    def counted(network, cache, slot, request, start, progress):
-        starts.append(start)
-        return make(network, cache, slot, request, start)
-
-    monkeypatch.setattr(engine_module, "Prefill", counted)
-    return starts
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_earlier_turns_are_not_computed_again(prefilled, dtype):
-    """At full depth, the second turn is bit for bit what it is from the start."""
-    model = random_model(dtype=dtype)
-    engine = model.engine(slots=2, max_len=POSITIONS, reuse_prompts=True)
-    options = {"max_new_tokens": 6, "mode": "full"}
-    first = random_prompt(9, 1)
-    engine.submit(first, id=0, **options)
-    answer = drain(engine, {})[0].tokens
-    second = first + answer + random_prompt(4, 2)
-    for number, prompt in enumerate((second, second, first[:5]), start=1):
-        engine.submit(prompt, id=number, **options)
-        assert same(drain(engine, {})[number], oracle(model, prompt, **options))
-    written = len(first) + len(answer) - 1
-    assert prefilled == [0, written, len(second) - 1, 4]
-
-
-@pytest.mark.parametrize("mode", ["full", "lossless"])
-def test_full_depth_takes_over_what_the_backbone_wrote(prefilled, mode):
-    """And nothing that an exit layer wrote, however many requests ago."""
-    model, prompt = random_model(), random_prompt(20, 1)
-    engine = model.engine(slots=1, max_len=POSITIONS, reuse_prompts=True)
-    river, true = {"threshold": -2}, {"mode": mode}
-    for length, options, start in (
-        (10, river | {"prefill": "depth:0"}, 0),
-        (12, river, 10),  # the backbone's from there on, on top of the exit layers'
-        (14, true, 0),
-        (14, river, 13),
-        (16, true, 14),
-        (18, river | {"prefill": "last"}, 16),
-        (19, true, 16),
-        (20, {"threshold": 1.0}, 19),
-    ):
-        engine.submit(prompt[:length], id=0, max_new_tokens=1, **options)
-        output = drain(engine, {})[0]
-        if options is true:
-            assert same(output, oracle(model, prompt[:length], max_new_tokens=1, mode="full"))
-        assert prefilled.pop() == start
-    new = {"max_new_tokens": 20, "threshold": 0.6}
-    engine.submit(prompt[:8], id=0, **new)
-    output = drain(engine, {})[0]
-    depth = next(n for n, depth in enumerate(output.exit_depths) if depth < LAYERS)
-    engine.submit(prompt[:8] + output.tokens, id=0, max_new_tokens=5, **true)
-    expected = oracle(model, prompt[:8] + output.tokens, max_new_tokens=5, mode="full")
-    assert same(drain(engine, {})[0], expected)
-    assert prefilled == [7, 8 + depth - 1]
-
-
-def test_nothing_is_taken_over_unless_asked_for(prefilled):
-    engine = random_model().engine(slots=1, max_len=POSITIONS)
-    for _ in range(2):
-        engine.submit([1, 2, 3], max_new_tokens=2)
-        drain(engine, {})
-    assert prefilled == [0, 0]
-
-
-def test_a_rotation_that_depends_on_the_length_is_not_taken_over(prefilled):
-    scaling = (("rope_type", "dynamic"), ("factor", 8.0))
-    model = random_model(rope_scaling=scaling, max_position_embeddings=32)
-    engine = model.engine(slots=1, max_len=64, reuse_prompts=True)
-    for length in (20, 31, 40, 45, 30, 31):
-        engine.submit(random_prompt(45, 1)[:length], id=0, max_new_tokens=2, mode="full")
-        output = drain(engine, {})[0]
-        assert same(output, oracle(model, random_prompt(45, 1)[:length], max_new_tokens=2, mode="full"))
-    assert prefilled == [0, 20, 0, 0, 0, 30]
-
-
-def test_of_a_prompt_that_was_cancelled_nothing_is_taken_over(prefilled, monkeypatch):
-    """Its slot holds a part of it, in some of the layers."""
-    monkeypatch.setitem(engine_module.PREFILL_ROWS, "cpu", 2)
-    model, options = random_model(), {"max_new_tokens": 20, "mode": "full"}
-    engine = model.engine(slots=2, max_len=POSITIONS, reuse_prompts=True)
-    engine.submit([1], id="running", **options)
-    engine.step()
-    engine.submit(random_prompt(20), id="cancelled", **options)
-    engine.step()
-    engine.cancel("cancelled")
-    engine.submit(random_prompt(20), id="again", **options)
-    assert same(drain(engine, {})["again"], oracle(model, random_prompt(20), **options))
-    assert prefilled == [0, 0, 0]
-
-
-def test_after_clear_nothing_is_taken_over(prefilled):
-    model, options = random_model(), {"max_new_tokens": 6, "mode": "full"}
-    engine = model.engine(slots=1, max_len=POSITIONS, reuse_prompts=True)
-    for prompt, steps in ((random_prompt(9, 1), 9), (random_prompt(9, 2), 2)):
-        engine.submit(prompt, **options)
-        for _ in range(steps):
-            engine.step()
-    engine.clear()
-    engine.submit(random_prompt(9, 1), id=0, **options)
-    assert same(drain(engine, {})[0], oracle(model, random_prompt(9, 1), **options))
-    assert prefilled == [0, 0, 0]

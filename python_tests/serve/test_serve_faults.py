@@ -19,6 +19,7 @@ from serving import LONG, Server, events_of, shared_server, text_of
 from tiny_model import demo_model
 
 from bench.cpu import serve as serve_bench
+from river_ext.serve.server import MOST_AHEAD
 
 STREAMS, NEW_TOKENS, REQUESTS = 60, 32, 300  # bench/cpu/serve.py has more
 
@@ -154,6 +155,21 @@ def test_a_client_who_goes_frees_the_slot(narrow, stream):
     assert narrow.metric("river_new_tokens_total") - tokens < 40
 
 
+@pytest.mark.parametrize("ahead", [100, 2 * MOST_AHEAD])
+def test_a_client_who_goes_frees_the_slot_though_it_has_sent_more(narrow, ahead):
+    """The beginning of its next request; or more than is kept, upon which it has to go."""
+    connection = narrow.connect(**LONG, max_tokens=400, connection="keep-alive")
+    narrow.wait_for("river_requests_running", 1)
+    head = f"POST /v1/completions HTTP/1.1\r\nHost: 127.0.0.1\r\nContent-Length: {ahead}\r\n\r\n"
+    connection.sendall(head.encode() + b" " * (ahead - 1))
+    time.sleep(2 * STEP)
+    if ahead < MOST_AHEAD:
+        assert narrow.metric("river_requests_running") == 1
+        connection.close()
+    narrow.wait_for("river_requests_running", 0, seconds=SECONDS / 2)
+    connection.close()
+
+
 def test_a_request_that_takes_too_long(narrow):
     reply = narrow.post(**LONG, max_tokens=400)
     assert (
@@ -273,6 +289,8 @@ COMMANDS = [
     (["--timeout", "0"], "--timeout 0; accepted: seconds above 0"),
     (["--max-len", "513"], "--max-len=513; accepted: an integer from 1 to 512"),
     (["--threshold", "nan"], "threshold=nan"),
+    (["--threshold", "calibrated"], "threshold='calibrated' needs a model that was loaded with calibrated="),
+    (["--calibrated", "nowhere"], "nowhere: cannot be read"),
     (["--host", "no.such.host.invalid"], "--host no.such.host.invalid --port 0: cannot be bound ("),
     (["--prot", "80"], "unrecognized arguments: --prot; did you mean --port?"),
 ]

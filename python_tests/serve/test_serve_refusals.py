@@ -3,13 +3,13 @@
 import json
 import socket
 import time
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 
 import openai
 import pytest
 from serving import LONG, Server, shared_server
 
-from river_ext.serve.guard import MAX_BODY
+from river_ext.serve.guard import MAX_BODIES, MAX_BODY
 
 
 @pytest.fixture(scope="module")
@@ -46,21 +46,21 @@ COMPLETION = [
     ({"y" * 10_000: 1}, "no field 'yyyyy", "y" * 60),
     ({"temperature": "hot"}, "temperature='hot': input should be a valid number", "temperature"),
     ({"temperature": True}, "temperature=True", "temperature"),
-    ({"temperature": -1}, "temperature=-1.0; accepted: a number from 0", None),
-    ({"temperature": 1e999}, "temperature=inf", None),
-    ({"top_p": 0}, "top_p=0.0; accepted", None),
+    ({"temperature": -1}, "temperature=-1.0; accepted: a number from 0", "temperature"),
+    ({"temperature": 1e999}, "temperature=inf", "temperature"),
+    ({"top_p": 0}, "top_p=0.0; accepted", "top_p"),
     ({"top_k": 1.5}, "top_k=1.5", "top_k"),
-    ({"top_k": -1}, "top_k=-1; accepted", None),
-    ({"min_p": 2}, "min_p=2.0; accepted", None),
+    ({"top_k": -1}, "top_k=-1; accepted", "top_k"),
+    ({"min_p": 2}, "min_p=2.0; accepted", "min_p"),
     ({"max_tokens": 0}, "max_tokens=0: input should be greater than or equal to 1", "max_tokens"),
     ({"max_tokens": 10**30}, "max_tokens=1000000000000000000000000000000; accepted: 512", "prompt"),
     ({"max_tokens": "9"}, "max_tokens='9'", "max_tokens"),
-    ({"seed": 2**63}, "seed=9223372036854775808; accepted", None),
+    ({"seed": 2**63}, "seed=9223372036854775808; accepted", "seed"),
     ({"seed": "x"}, "seed='x'", "seed"),
     ({"stop": 5}, "stop=5", "stop"),
     ({"stop": ["a", 5]}, "stop.1=5", "stop.1"),
-    ({"stop": [""]}, "stop=['']; accepted", None),
-    ({"stop": "x" * 70_000}, "stop has 70000 characters", None),
+    ({"stop": [""]}, "stop=['']; accepted", "stop"),
+    ({"stop": "x" * 70_000}, "stop has 70000 characters", "stop"),
     ({"logprobs": 21}, "logprobs=21", "logprobs"),
     ({"logprobs": True}, "logprobs=True", "logprobs"),
     ({"stream": "yes"}, "stream='yes'", "stream"),
@@ -72,21 +72,21 @@ COMPLETION = [
     ({"threshold": "x"}, "threshold: 'x'; accepted: a number, or a list of one for", "threshold"),
     ({"threshold": [1, True]}, "threshold: [1, True]; accepted", "threshold"),
     ({"min_layers": 2, "mode": "full"}, "min_layers with mode='full'", "min_layers"),
-    ({"min_layers": 17, "mode": "river"}, "min_layers=17; accepted: an integer from 1 to 16", None),
-    ({"draft_tokens": 8}, "draft_tokens=8; accepted: an integer from 1 to 7", None),
-    ({"draft_tokens": 2, "mode": "full"}, "draft_tokens=2 needs mode='lossless'", None),
-    ({"prompt": ""}, "the prompt is empty", None),
-    ({"prompt": []}, "the prompt is empty", None),
+    ({"min_layers": 17, "mode": "river"}, "min_layers=17; accepted: an integer from 1 to 16", "min_layers"),
+    ({"draft_tokens": 8}, "draft_tokens=8; accepted: an integer from 1 to 7", "draft_tokens"),
+    ({"draft_tokens": 2, "mode": "full"}, "draft_tokens=2 needs mode='lossless'", "draft_tokens"),
+    ({"prompt": ""}, "the prompt is empty", "prompt"),
+    ({"prompt": []}, "the prompt is empty", "prompt"),
     ({"prompt": 5}, "prompt: accepted: text, or a list of token ids", "prompt"),
     ({"prompt": None}, "prompt is missing", "prompt"),
     ({"prompt": ["a", "b"]}, "prompt: 2 prompts; accepted: one a request", "prompt"),
-    ({"prompt": [1, 10**6]}, "prompt holds 1000000; accepted: token ids from 0 to", None),
+    ({"prompt": [1, 10**6]}, "prompt holds 1000000; accepted: token ids from 0 to", "prompt"),
     ({"prompt": [1.5]}, "prompt: accepted", "prompt"),
     ({"prompt": {"input_ids": [1]}}, "prompt: accepted", "prompt"),
     ({"prompt": [{"role": "user", "content": "x"}]}, "prompt: accepted", "prompt"),
-    ({"prompt": "a\ud800"}, "lone surrogate", None),
+    ({"prompt": "a\ud800"}, "lone surrogate", "prompt"),
     ({"prompt": "x " * 600}, "accepted: 512 in all", "prompt"),
-    ({"prompt": "x" * 100_000}, "a text of 100000 characters; accepted", None),
+    ({"prompt": "x" * 100_000}, "a text of 100000 characters; accepted", "prompt"),
 ]  # fmt: skip
 
 
@@ -116,7 +116,7 @@ CHAT = [
     ({"messages": [{"role": "assistant", "tool_calls": [1]}]}, "message 0 has tool_calls"),
     ({"messages": [{"role": "user", "content": "\ud800"}]}, "lone surrogate"),
     ({"top_logprobs": 2}, "top_logprobs=2 needs logprobs=true"),
-    ({"logprobs": True, "top_logprobs": 21}, "top_logprobs=21"),
+    ({"top_logprobs": 21, "logprobs": True}, "top_logprobs=21"),
     ({"logprobs": 2}, "logprobs=2: input should be a valid boolean"),
     ({"max_tokens": 3, "max_completion_tokens": 4}, "max_tokens=3 and max_completion_tokens=4"),
     ({"prompt": "x"}, "no field 'prompt'; accepted: model"),
@@ -127,6 +127,7 @@ CHAT = [
 def test_bodies_of_chats(server, changes, message):
     error = error_of(server.post("chat/completions", **{"messages": [USER]} | changes))
     assert message in error["message"] and len(error["message"]) < 400, error["message"]
+    assert error["param"] == next(iter(changes))
 
 
 @pytest.mark.parametrize("stream", [False, True])
@@ -268,6 +269,31 @@ def test_heads_that_do_not_come():
                             time.sleep(0.02)
                         assert connection.recv(1 << 16) == b""
                     assert 0.4 < time.monotonic() - start < 6
+
+
+def test_bodies_have_a_limit_together(server):
+    """Of what is read or answered; small ones get through, and large ones do once the others are gone."""
+    head = b"POST /v1/completions HTTP/1.1\r\nHost: 127.0.0.1\r\nContent-Length: %d\r\n\r\n" % MAX_BODY
+    before, full, answer = server.resident_megabytes(), server.outcomes("full"), b""
+    with ExitStack() as stack:
+        for _ in range(MAX_BODIES // MAX_BODY):
+            connection = stack.enter_context(socket.create_connection(server.address, timeout=20))
+            connection.sendall(head + b" " * (MAX_BODY - 1))
+        end = time.monotonic() + 20
+        while not answer and time.monotonic() < end:
+            with socket.create_connection(server.address, timeout=0.5) as another, suppress(TimeoutError):
+                another.sendall(head)
+                while part := another.recv(1 << 16):
+                    answer += part
+        (error,) = json.loads(answer.partition(b"\r\n\r\n")[2]).values()
+        assert answer.startswith(b"HTTP/1.1 429 ") and b"\r\nretry-after: 1\r\n" in answer
+        assert error["code"] == "bodies_full" and "accepted: 64 MiB in all" in error["message"]
+        assert server.outcomes("full") == full + 1 and server.post(**LONG).status_code == 200
+        assert server.resident_megabytes() < before + 2.5 * (MAX_BODIES >> 20)
+    large = LONG | {"max_tokens": 2, "user": "x" * (MAX_BODY // 2)}
+    while (status := server.post(**large).status_code) != 200 and time.monotonic() < end + 20:
+        time.sleep(0.02)
+    assert status == 200
 
 
 def test_headers_without_an_end(server):

@@ -21,6 +21,11 @@ class Running:
         self.prefilled = len(sequence.request.prompt)  # tokens that its last prefill is of
         self.cancelled = False
 
+    @property
+    def rows_left(self) -> float:
+        """Of its prompt: what its prefill still has to do."""
+        return self.prefill.rows_left if self.prefill else len(self.sequence.known) - self.start
+
 
 class Batch:
     """Members join and leave between steps; who takes these is chosen when they do."""

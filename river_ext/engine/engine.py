@@ -6,7 +6,6 @@ decodes its next token:
     submit -> queue -> a slot: prefill, piece by piece -> decode, step by step -> its last event
 """
 
-import math
 import threading
 import time
 from collections import deque
@@ -33,7 +32,7 @@ from .slots import Slots
 from .step import RowOutput
 
 DEFAULT_POSITIONS = 4096  # of a slot, where nobody says and the model has as many
-# of a prompt, between two steps of those that decode: on a CPU a row costs a good part of a step
+# of a prompt, in one step of the engine: on a CPU a row costs a good part of a step of those that decode
 PREFILL_ROWS = {"cpu": 32, "cuda": 512}
 
 
@@ -89,7 +88,8 @@ class Engine:
         self._ids, self._closed = count(), False
         self._queue: deque[Running] = deque()
         self._known: dict[Hashable, Running] = {}  # all that have not ended
-        self._prefilling: deque[Running] = deque()
+        self._prefilling: list[Running] = []
+        self._first_came = False  # had the last turn of the prompts
         self._ending: list[Running] = []  # cancelled, or left in the middle of a token
         self._events: list[Event] = []  # of this step
         self._prefill_rows = PREFILL_ROWS[network.device.type]
@@ -248,24 +248,33 @@ class Engine:
 
     def _admit(self) -> None:
         """Queued requests into free slots, first come, first served."""
+        if self._gathering:
+            return
         with self._lock:
             while self._queue and self._slots.free:
-                running = self._queue[0]
-                slot, running.start = self._slots.take(running.sequence.request)
-                running.slot = slot
+                self._slots.take(self._queue[0])
                 self._prefilling.append(self._queue.popleft())
 
+    @property
+    def _gathering(self) -> bool:
+        """Whether rows that leave the backbone together wait for each other, to begin together.
+
+        They wait for the prompts that have slots, and for none that come later.
+        """
+        together = self.batch_policy == "min" and any(self._batches)
+        return together and not any(batch.members for batch in self._batches)
+
     def _work_on_prompts(self) -> None:
-        """On the first one, for as long as those that decode are to wait; alone, until it is done."""
+        """On one of them, for as long as others may have to wait: who decodes, other prompts, who comes."""
         if not self._prefilling:
             return
-        running, start = self._prefilling[0], time.perf_counter()
+        running, start = self._next_prompt(), time.perf_counter()
         sequence, others = running.sequence, any(self._batches)
         try:
             with memory_for("the prompt"):
                 if running.prefill is None:
                     running.prefill = self._new_prefill(running)
-                new = running.prefill.advance(self._prefill_rows if others else math.inf)
+                new = running.prefill.advance(self._prefill_rows)
         except RiverError as error:
             sequence.fail(str(error))
             self._end(running)
@@ -276,16 +285,24 @@ class Engine:
         if others:  # the shortest prompt takes its time, too
             rows = running.prefilled - running.start
             self._held_up += max(rows, self._prefill_rows // ops.MAX_ROWS)
-        self._prefilling.popleft()
+        self._prefilling.remove(running)
         running.prefill = None
         self._batch(running).join(running)
         self._take([(running, RowOutput([new]))])
+        if not running.sequence.finish_reason:
+            self._slots.note(running)
+
+    def _next_prompt(self) -> Running:
+        """By turns the one that came first, so that none starves, and the one that is done soonest."""
+        self._first_came = not self._first_came
+        if self._first_came:
+            return self._prefilling[0]
+        return min(self._prefilling, key=lambda running: running.rows_left)
 
     def _new_prefill(self, running: Running) -> Prefill:
         """Of the prompt; or of all its tokens, where they rotate anew."""
-        if running.sequence.tokens:
-            running.start = 0
         tokens, memory = running.sequence.known, self._memory
+        self._slots.fill(running, memory.cache)
         running.prefilled = len(tokens)
         request = replace(running.sequence.request, prompt=tokens)
         return Prefill(memory.network, memory.cache, running.slot, request, running.start, self.progress)
@@ -302,8 +319,8 @@ class Engine:
         self._held_up = 0
         together = self.batch_policy == "min"
         waiting = bool(self._prefilling or (self._queue and self._slots.free))
-        if together and waiting:
-            return  # rows that leave the backbone together begin together
+        if self._gathering and self._prefilling:
+            return
         stops = any(running.sequence.request.stop for running in self._steps)
         # A row that ends by a stop string, of which only the host knows, lets the others leave earlier then.
         surprises = together and stops and len(self._steps) > 1

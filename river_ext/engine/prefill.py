@@ -72,14 +72,21 @@ class Prefill:
         kind = MatmulPrompt if network.device.type == "cuda" else OpsPrompt
         self._prompt = kind(network, cache, slot, start, len(request.prompt))
         self._pieces = self._run()
+        # rows that layers still have to take, each in each layer
+        self._left = (len(request.prompt) - start) * network.config.num_hidden_layers
+
+    @property
+    def rows_left(self) -> float:
+        """Of whole passes."""
+        return self._left / self.network.config.num_hidden_layers
 
     @torch.inference_mode()
     def advance(self, rows: float = math.inf) -> NewToken | None:
         """Does the work of so many rows of a whole pass, or a little more; the new token once all is done."""
-        budget = rows * self.network.config.num_hidden_layers
-        while budget > 0:
+        last = self._left - rows * self.network.config.num_hidden_layers
+        while self._left > last or self._left == 0:  # the token takes no rows
             try:
-                budget -= next(self._pieces)
+                self._left -= next(self._pieces)
             except StopIteration as end:
                 return end.value
         return None

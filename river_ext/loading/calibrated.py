@@ -46,6 +46,14 @@ class Calibrated:
             "deep_tokens": "stream",
         }
 
+    def options(self, mode: str | None, threshold: float | str | None) -> dict:
+        """What it stands for in a mode, where a command says no more than that (None: not even that)."""
+        if mode == "lossless":
+            return {"draft_tokens": CALIBRATED}
+        if mode not in (None, "river") or threshold not in (None, CALIBRATED):
+            return {}
+        return {"threshold": CALIBRATED, "min_layers": self.min_layers, "river_head": self.river_head}
+
     def check_model(self, path: str | Path, fingerprint: str, dtype: torch.dtype) -> None:
         """Refuses another checkpoint's file, and one of another dtype."""
         if self.fingerprint != fingerprint:

@@ -84,7 +84,7 @@ def _add_models(app: FastAPI, served: Served) -> None:
             "chat": served.chats,
             "layers": served.model.config.num_hidden_layers,
             "mode": served.mode,
-            "threshold": served.threshold if math.isfinite(served.threshold) else None,
+            "threshold": served.shown_threshold if math.isfinite(served.shown_threshold) else None,
             "slots": served.engine.slots,
         }
         head = {"id": served.name, "object": "model", "created": started, "owned_by": "river_ext"}

@@ -1,19 +1,21 @@
 """From a body to a checked request: tokens, room in a slot, the engine's options."""
 
+import re
 import secrets
 from dataclasses import dataclass
 from functools import cached_property
 
 from ..checks import short
 from ..engine.engine import Engine
-from ..engine.request import prompt_tokens, request
+from ..engine.request import Options, prompt_tokens, request
 from ..engine.sequence import Sequence
 from ..errors import RiverError
+from ..loading.calibrated import CALIBRATED
 from ..loading.chat import template_names
 from ..loading.text import Text
 from ..model import DEMO, Model
 from .errors import ApiError
-from .schema import ChatBody, CompletionBody
+from .schema import Body, ChatBody, CompletionBody
 
 MODES = ("lossless", "river", "full")
 SEED_BITS = 53  # JavaScript has no more in a number
@@ -26,7 +28,7 @@ class Served:
     model: Model
     engine: Engine
     mode: str
-    threshold: float
+    threshold: float | str | None = None  # None: the calibrated one, or that of `generate`
 
     @property
     def name(self) -> str:
@@ -37,6 +39,14 @@ class Served:
     @property
     def fingerprint(self) -> str:
         return f"fp_{self.model.fingerprint[:12]}"
+
+    @property
+    def shown_threshold(self) -> float:
+        """What mode river goes by where a request names none."""
+        found = self.model.config.calibrated
+        if self.threshold in (None, CALIBRATED):
+            return found.threshold if found else Options.threshold
+        return self.threshold
 
     @property
     def positions(self) -> int:
@@ -53,7 +63,11 @@ class Served:
         """Takes a while where the prompt is long; RiverErrors say what is wrong."""
         prompt = self._prompt(body)
         options = self._options(body) | {"max_new_tokens": self._new_tokens(body, len(prompt))}
-        return Sequence(request(self.model.config, self.model.text, prompt, options), self.model.text)
+        try:
+            asked = request(self.model.config, self.model.text, prompt, options)
+        except RiverError as error:
+            raise ApiError(400, str(error), param=field_of(error, body)) from None
+        return Sequence(asked, self.model.text)
 
     @cached_property
     def names(self) -> "TokenNames":
@@ -67,16 +81,15 @@ class Served:
 
     def _prompt(self, body: CompletionBody | ChatBody) -> list[int]:
         config, text = self.model.config, self.model.text
-        if isinstance(body, CompletionBody):
-            return prompt_tokens(config, text, body.prompt)
-        if not self.chats:
-            message = "this model has no chat template; accepted: /v1/completions"
-            raise ApiError(400, message, param="messages")
+        name = body.prompt_field
+        if name == "messages" and not self.chats:
+            raise ApiError(400, "this model has no chat template; accepted: /v1/completions", param=name)
+        prompt = body.prompt if name == "prompt" else [_for_template(message) for message in body.messages]
         try:
-            return prompt_tokens(config, text, [_for_template(message) for message in body.messages])
+            return prompt_tokens(config, text, prompt)
         except RiverError as error:  # may name the template's file, whose folders are nobody's concern
             message = str(error).replace(f"{self.model.directory}/", "")
-            raise ApiError(400, message, param="messages") from None
+            raise ApiError(400, message, param=name) from None
 
     def _new_tokens(self, body: CompletionBody | ChatBody, prompt: int) -> int:
         room, wanted = self.positions - prompt, body.new_tokens
@@ -85,7 +98,7 @@ class Served:
                 400,
                 f"the prompt has {prompt} tokens, max_tokens={wanted}; accepted: {self.positions} in all, "
                 "and at least one new one",
-                param="messages" if isinstance(body, ChatBody) else "prompt",
+                param=body.prompt_field,
                 code="context_length_exceeded",
             )
         return wanted or room
@@ -100,10 +113,12 @@ class Served:
                     raise ApiError(
                         400, f"{name} with mode={mode!r}; accepted: it with mode='river'", param=name
                     )
-        own = {name: getattr(body, name) for name in ("threshold", "min_layers", "draft_tokens")}
+        own = {"threshold": self.threshold if body.threshold is None else body.threshold}
+        own |= {name: getattr(body, name) for name in ("min_layers", "draft_tokens")}
+        found = self.model.config.calibrated
+        calibrated = found.options(mode, own["threshold"]) if found else {}
         return {
             "mode": mode,
-            "threshold": self.threshold,
             "temperature": body.temperature,
             "top_p": body.top_p,
             "top_k": body.top_k,
@@ -111,7 +126,13 @@ class Served:
             "seed": secrets.randbits(SEED_BITS) if body.seed is None else body.seed,
             "stop": body.stop,
             "logprobs": body.likeliest,
-        } | {name: value for name, value in own.items() if value is not None}  # fmt: skip
+        } | calibrated | {name: value for name, value in own.items() if value is not None}  # fmt: skip
+
+
+def field_of(error: RiverError, body: Body) -> str | None:
+    """The field that an error of the engine's is about: those of options begin with its name."""
+    name = re.match(r"\w*", str(error))[0]
+    return name if name in type(body).model_fields else None
 
 
 class TokenNames:

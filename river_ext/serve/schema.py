@@ -5,7 +5,7 @@ value asks for nothing. Ranges are the engine's to check.
 """
 
 from collections.abc import Sequence
-from typing import Annotated, Any
+from typing import Annotated, Any, ClassVar
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, FailFast, Field, model_validator
 
@@ -70,7 +70,7 @@ def messages(value) -> list[dict]:
 
 
 class FieldError(ValueError):
-    """Of a field that there is not, whose name pydantic does not tell."""
+    """Of a field whose name pydantic does not tell: there is none, or it does not fit another."""
 
     def __init__(self, message: str, field: str):
         super().__init__(message)
@@ -112,6 +112,8 @@ class StreamOptions(Fields):
 class Body(Fields):
     """What completions and chat have in common."""
 
+    prompt_field: ClassVar[str]  # which has the prompt
+
     model: str | None = None
     temperature: float = 1.0
     top_p: float = 1.0
@@ -142,6 +144,8 @@ class Body(Fields):
 
 
 class CompletionBody(Body):
+    prompt_field = "prompt"
+
     prompt: Annotated[Any, BeforeValidator(one_prompt)]
     max_tokens: int = Field(16, ge=1)
     logprobs: int | None = Field(None, ge=0, le=MOST_TOP_LOGPROBS)
@@ -156,6 +160,8 @@ class CompletionBody(Body):
 
 
 class ChatBody(Body):
+    prompt_field = "messages"
+
     messages: Annotated[Any, BeforeValidator(messages)]
     max_tokens: int | None = Field(None, ge=1)
     max_completion_tokens: int | None = Field(None, ge=1)
@@ -165,11 +171,12 @@ class ChatBody(Body):
     @model_validator(mode="after")
     def _consistent(self) -> "ChatBody":
         if self.top_logprobs and not self.logprobs:
-            raise ValueError(f"top_logprobs={self.top_logprobs} needs logprobs=true")
+            raise FieldError(f"top_logprobs={self.top_logprobs} needs logprobs=true", "top_logprobs")
         if self.max_tokens and self.max_completion_tokens not in (None, self.max_tokens):
-            raise ValueError(
+            raise FieldError(
                 f"max_tokens={self.max_tokens} and max_completion_tokens={self.max_completion_tokens}; "
-                "accepted: one of them"
+                "accepted: one of them",
+                "max_tokens",
             )
         return self
 

@@ -7,6 +7,7 @@ import socket
 import sys
 from collections.abc import Callable
 
+import h11
 import uvicorn
 from fastapi import FastAPI
 from uvicorn.protocols.http.h11_impl import H11Protocol
@@ -14,6 +15,7 @@ from uvicorn.protocols.http.h11_impl import H11Protocol
 from ..errors import RiverError
 
 KEEP_ALIVE_SECONDS = 30  # of a connection without a request whose head is whole
+MOST_AHEAD = 64 << 10  # bytes that a client may send of its next requests before it is answered
 
 
 def bound_socket(host: str, port: int, seconds: float) -> socket.socket:
@@ -62,7 +64,11 @@ def run(app: FastAPI, bound: socket.socket, ready: Callable[[], None]) -> None:
 
 
 class _Connection(H11Protocol):
-    """Waits for a request's head as long as for its first byte, which alone uvicorn has a limit for."""
+    """Waits for a request's head as long as for its first byte, which alone uvicorn has a limit for.
+
+    And reads on while a request is answered, though there are others behind it (pipelining): a server that
+    does not read does not hear that the client has gone, and the request would keep its slot.
+    """
 
     def connection_made(self, transport: asyncio.Transport) -> None:
         super().connection_made(transport)
@@ -74,6 +80,16 @@ class _Connection(H11Protocol):
         waits = self.cycle is None or self.cycle.response_complete
         if waits and timer and self.timeout_keep_alive_task is None:
             self._end_at(timer.when())
+
+    def handle_events(self) -> None:
+        super().handle_events()
+        ahead, _ = self.conn.trailing_data
+        if self.conn.their_state is not h11.DONE or not ahead:
+            return
+        if len(ahead) > MOST_AHEAD:
+            self.transport.abort()
+        else:
+            self.flow.resume_reading()
 
     def _end_at(self, time: float) -> None:
         self.timeout_keep_alive_task = self.loop.call_at(time, self.timeout_keep_alive_handler)
