@@ -276,20 +276,50 @@ def peers() -> str:
     for line in result("peers")["peers"]:
         rows.setdefault((line["shape"], f"{line['runner']}, {line['bits']}"), {})[line["what"]] = line
 
-    def cells(runner: str, line: dict, form: str) -> tuple[str, str]:
-        return f"{line['tokens_per_second']:{form}}", "" if runner.startswith(
-            "river_ext"
-        ) else f"{line['x']:.2f}"
+    def cells(runner: str, line: dict | None, form: str) -> tuple[str, str]:
+        if line is None:
+            return "", ""
+        x = "" if runner.startswith("river_ext") else f"{line['x']:.2f}"
+        return f"{line['tokens_per_second']:{form}}", x
 
     forms = {"prompt 128": ",.0f", "prompt 1024": ",.0f", "decoding": ".1f"}
     return markdown(
         ("", "", "prompt of 128", "x", "1,024", "x", "decoding", "x"),
         [
-            (shape, runner, *(cell for what, form in forms.items() for cell in cells(runner, by[what], form)))
+            (
+                shape,
+                runner,
+                *(cell for what, form in forms.items() for cell in cells(runner, by.get(what), form)),
+            )
             for (shape, runner), by in rows.items()
         ],
         names=2,
     )
+
+
+def peers_text() -> str:
+    found = result("peers-text")
+    lengths, count = found["prompt_tokens"], found["count"]
+    setting = (
+        f"{found['model']} in bf16, {count} questions of GSM8K as {min(lengths)} to {max(lengths)} tokens "
+        f"each, up to {found['new_tokens']} new ones, greedy, batch 1, "
+        f"{threads(found['machine']['threads'])}, transformers {found['transformers']}:\n\n"
+    )
+    return setting + markdown(
+        ("", "tokens/s", "x transformers, eager", "same", "new tokens"),
+        [
+            (
+                line["runner"], f"{line['tokens_per_second']:.1f}", f"{line['x']:.2f}",
+                "" if line["same"] is None else f"{line['same']} of {count}",
+                str(line["new_tokens"] or ""),
+            )
+            for line in found["peers"]
+        ],
+    )  # fmt: skip
+
+
+def threads(count: int) -> str:
+    return "one thread" if count == 1 else f"{count} threads"
 
 
 # --- thresholds ---------------------------------------------------------------------------------------------
@@ -400,7 +430,13 @@ def gsm8k() -> str:
     full = task["rows"][0]["tokens_per_second"]
     scores = ("strict-match", "flexible-extract")
     depth = f"mean exit depth of {found['num_hidden_layers']}"
-    return markdown(
+    template = "the chat template" if task["chat"] else "no chat template"
+    setting = (
+        f"{found['model']}, the first {task['documents']} questions of GSM8K, {task['shots']}-shot, "
+        f"{template}, max_gen_toks {task['max_gen_toks']}, greedy, batch {task['batch']}, "
+        f"{threads(found['threads'])}:\n\n"
+    )
+    return setting + markdown(
         ("", *scores, "same output", depth, "new tokens", "tokens/s", "speed"),
         [
             (
@@ -526,6 +562,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "serve": serve,
     "serve-pace": pace,
     "peers": peers,
+    "peers-text": peers_text,
     "calibrate-demo": lambda: calibrated("calibrate-demo"),
     "calibrate-135M": lambda: calibrated("calibrate-135M"),
     "calibrated-rivers": calibrated_rivers,

@@ -98,8 +98,8 @@ def write_tiny_checkpoint(directory: Path, seed: int = 0, **changes) -> Path:
     return directory
 
 
-def write_hf_checkpoint(directory: Path, model_type: str = "llama", seed: int = 0, **changes) -> Path:
-    """A random model saved by transformers itself. Weights are wide enough for text that does not repeat."""
+def random_hf_model(model_type: str = "llama", seed: int = 0, **changes):
+    """A random model of transformers. Weights are wide enough for text that does not repeat."""
     transformers = pytest.importorskip("transformers")
     torch.manual_seed(seed)
     sizes = {
@@ -119,7 +119,12 @@ def write_hf_checkpoint(directory: Path, model_type: str = "llama", seed: int = 
                 parameter.copy_(0.2 * torch.randn_like(parameter))
             else:  # outputs of a projection of unit inputs have about unit size
                 parameter.copy_(1.5 * torch.randn_like(parameter) / parameter.shape[1] ** 0.5)
-    model.save_pretrained(directory)
+    return model.eval()
+
+
+def write_hf_checkpoint(directory: Path, model_type: str = "llama", seed: int = 0, **changes) -> Path:
+    """A random model saved by transformers itself."""
+    random_hf_model(model_type, seed, **changes).save_pretrained(directory)
     return Path(directory)
 
 

@@ -66,8 +66,9 @@ def add_tasks(parser: argparse.ArgumentParser) -> None:
         "--tasks",
         type=given,
         metavar="NAME,NAME,...",
-        help="gsm8k and humaneval with --data; others, and without it, by lm-evaluation-harness "
-        "(pip install 'river_ext[eval]'), which loads their datasets from the network",
+        help="gsm8k, humaneval and humaneval_instruct with --data; others, groups and tags too, by "
+        "lm-evaluation-harness (pip install 'river_ext[eval]'), which without --data "
+        "loads datasets from the network",
     )
     group.add_argument(
         "--data", type=given, metavar="DIR", help="documents, <task>/<split>.jsonl; nothing is downloaded"

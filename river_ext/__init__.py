@@ -14,6 +14,7 @@ __version__: str = ops._C.build_info()["version"]  # pyproject.toml has it, and 
 _HOMES = {
     "Model": "model",
     "RiverError": "errors",
+    "custom_generate": "huggingface",
     "load": "model",
     "quantize": "quant.hqq",
     "rotary_tables": "loading.rope",

@@ -3,9 +3,12 @@
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import NamedTuple
+from weakref import WeakKeyDictionary
 
 import torch
 from tokenizers import Tokenizer
+from torch import nn
 
 from .checks import names_keywords
 from .engine.engine import Engine
@@ -15,8 +18,9 @@ from .engine.offload import weights_on_device
 from .engine.sequence import GenerationOutput
 from .errors import RiverError, memory_for
 from .loading.calibrated import read_calibrated
-from .loading.checkpoint import load_checkpoint, parse_device
-from .loading.config import ModelConfig
+from .loading.checkpoint import load_checkpoint
+from .loading.config import ModelConfig, parse_device
+from .loading.in_memory import checkpoint_in_memory, device_of, state_of
 from .loading.offloaded import give_back_pages
 from .loading.text import Text
 from .loading.weights import ModelWeights
@@ -28,10 +32,21 @@ from .threads import in_own_thread
 DEMO = Path(__file__).parent / "demo"
 
 
+class Kept(NamedTuple):
+    """What `load` has made of a model in memory."""
+
+    model: "Model"
+    options: dict  # other arguments of `load`
+    state: list[tuple]  # see `state_of`
+
+
+KEPT: WeakKeyDictionary[nn.Module, Kept] = WeakKeyDictionary()  # by the models in memory, while they live
+
+
 @names_keywords
 @memory_for("the model and its river")
 def load(
-    path: str | Path | None = None,
+    path: str | Path | nn.Module | None = None,
     device: str | torch.device = "auto",
     dtype: str | torch.dtype = "auto",
     river: str | Path | None = None,
@@ -41,8 +56,11 @@ def load(
     """Loads a Hugging Face checkpoint directory and its exit river.
 
     Args:
-        path: None loads the bundled demo model.
-        device: "cpu", "cuda", or "auto": a GPU if there is one and this build has kernels for it.
+        path: None loads the bundled demo model. A model of transformers in memory will do as well: its
+            weights are used where they are, in its dtype on its device, and none is copied. What is returned
+            has no tokenizer then, and is kept beside the model, for `custom_generate`.
+        device: "cpu", "cuda", or "auto": a GPU if there is one and this build has kernels for it. A model in
+            memory stays where it is.
         dtype: "bfloat16", "float16", on the CPU also "float32"; "auto" takes the checkpoint's.
         river: a directory that `Model.save_river` wrote for this checkpoint; None quantises the model now. Or
             the same model in 4 bits by others, whose weights become the river: a directory in the format AWQ,
@@ -58,15 +76,22 @@ def load(
     generated itself, OpenMP's threads are missing in its children: there, call `torch.set_num_threads(1)`
     first, or generate in a new `threading.Thread`.
     """
-    device = choose_device(device)
+    in_memory = isinstance(path, nn.Module)
+    options = dict(dtype=dtype, river=river, resident_layers=resident_layers, calibrated=calibrated)
+    state = state_of(path) if in_memory else None
+    device = choose_device(device_of(path) if in_memory and device == "auto" else device)
     # with a GPU, forks are out of the question, and the current device and stream are the calling thread's
     load = in_own_thread(_load) if device.type == "cpu" else _load
-    return load(path, device, dtype, river, resident_layers, calibrated)
+    model = load(path, device, **options)
+    if in_memory:
+        KEPT[path] = Kept(model, options, state)
+    return model
 
 
 def _load(path, device: torch.device, dtype, river, resident_layers, calibrated) -> "Model":
     found = None if calibrated is None else read_calibrated(calibrated)
-    checkpoint = load_checkpoint(
+    read = checkpoint_in_memory if isinstance(path, nn.Module) else load_checkpoint
+    checkpoint = read(
         DEMO if path is None else path, dtype=dtype, device=device, resident_layers=resident_layers
     )
     config, weights = replace(checkpoint.config, calibrated=found), checkpoint.weights

@@ -3,6 +3,7 @@
   torch, cuBLAS   the plain torch step of bench/lib/models.py in a CUDA graph
   transformers    Llama with a StaticCache under torch.compile(mode="reduce-overhead"), the usual fast path,
                   in a process of its own that is stopped after --seconds, as compiling may take long
+  vLLM            where it is installed: weights that it draws by itself in the same shape, likewise
 Greedy, at about the same context. What does not run here, or not in time, is recorded as not run.
 """
 
@@ -13,13 +14,14 @@ import subprocess
 import sys
 import tempfile
 import time
+from functools import partial
 from pathlib import Path
 
 import torch
 
 from bench.lib import gpu
 from bench.lib.models import CONFIGS, step_bytes
-from bench.lib.peers import TorchStep, llama_around
+from bench.lib.peers import TorchStep, llama_around, llama_config
 from bench.lib.weights import random_network, random_weights
 
 STEPS = 32  # of transformers, between two synchronisations
@@ -69,12 +71,42 @@ def transformers_step(model: str, context: int, repeats: int) -> dict:
     }  # fmt: skip
 
 
-def in_time(seconds: float, model: str, context: int, repeats: int) -> dict:
-    """transformers_step in a process of its own."""
+def vllm_step(model: str, context: int, repeats: int) -> dict:
+    """us of a token: what STEPS more of them take, the median of runs. Start and prompt are not in it."""
+    try:
+        import vllm
+    except ModuleNotFoundError as error:
+        return {"not_run": f"{error.name} is not installed"}
+    with tempfile.TemporaryDirectory() as folder:
+        config = llama_config(CONFIGS[model])
+        config.architectures = ["LlamaForCausalLM"]
+        config.save_pretrained(folder)
+        llm = vllm.LLM(
+            folder, load_format="dummy", skip_tokenizer_init=True, dtype="bfloat16", max_num_seqs=1,
+            max_model_len=context + 2 * STEPS, enable_prefix_caching=False, seed=0,
+        )  # fmt: skip
+    prompt = {"prompt_token_ids": torch.randint(0, config.vocab_size, (context,)).tolist()}
+
+    def seconds(count: int) -> float:
+        options = vllm.SamplingParams(temperature=0, max_tokens=count, ignore_eos=True, detokenize=False)
+        start = time.perf_counter()
+        llm.generate(prompt, options, use_tqdm=False)
+        return time.perf_counter() - start
+
+    seconds(STEPS)
+    runs = [1e6 * (seconds(2 * STEPS) - seconds(STEPS)) / STEPS for _ in range(repeats)]
+    return {"us": statistics.median(runs), "us_all": runs, "vllm": vllm.__version__}
+
+
+APART = {"transformers, compiled": transformers_step, "vLLM": vllm_step}
+
+
+def in_time(seconds: float, peer: str, model: str, context: int, repeats: int) -> dict:
+    """One of APART in a process of its own."""
     with tempfile.TemporaryDirectory() as folder:
         answer = Path(folder) / "answer.json"
         command = [sys.executable, "-m", "bench.gpu.peers", "--answer", str(answer), "--model", model]
-        command += ["--context", str(context), "--repeats", str(repeats)]
+        command += ["--peer", peer, "--context", str(context), "--repeats", str(repeats)]
         try:
             done = subprocess.run(command, timeout=seconds, capture_output=True, text=True)
         except subprocess.TimeoutExpired:
@@ -89,8 +121,11 @@ def main() -> None:
     p = gpu.parser(__doc__.splitlines()[0])
     p.add_argument("--model", choices=CONFIGS, default="1B")
     p.add_argument("--contexts", type=int, nargs="+", default=[32, 1024])
-    p.add_argument("--seconds", type=float, default=90, help="for transformers, per context (default: 90)")
+    p.add_argument(
+        "--seconds", type=float, default=90, help="for each of the others, per context (default: 90)"
+    )
     p.add_argument("--repeats", type=int, default=10)
+    p.add_argument("--peer", choices=APART, help=argparse.SUPPRESS)
     p.add_argument("--context", type=int, help=argparse.SUPPRESS)
     p.add_argument("--answer", type=Path, help=argparse.SUPPRESS)
     args = p.parse_args()
@@ -98,7 +133,7 @@ def main() -> None:
         args.contexts = args.contexts[:1]
     gpu.require_cuda()
     if args.answer:
-        args.answer.write_text(json.dumps(transformers_step(args.model, args.context, args.repeats)))
+        args.answer.write_text(json.dumps(APART[args.peer](args.model, args.context, args.repeats)))
         return
     results, layers = gpu.Results("peers", args), CONFIGS[args.model].num_hidden_layers
     for context in args.contexts:
@@ -108,9 +143,9 @@ def main() -> None:
             "torch, cuBLAS, CUDA graph": lambda context=context: torch_step(
                 args.model, context, args.repeats
             ).fields(),
-            "transformers, compiled": lambda context=context: in_time(
-                args.seconds, args.model, context, args.repeats
-            ),
+        }
+        peers |= {
+            name: partial(in_time, args.seconds, name, args.model, context, args.repeats) for name in APART
         }
         for name, measure in peers.items():
             line = {"peer": name, **common, **measure()}

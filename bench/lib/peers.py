@@ -62,16 +62,23 @@ class TorchStep:
         self.tokens.copy_(linear(x, network.lm_head).argmax(dim=1))
 
 
-def llama_around(config: ModelConfig, weights: ModelWeights):
-    """Llama of transformers around the same tensors."""
-    from transformers import LlamaConfig, LlamaForCausalLM  # takes seconds, and only this needs it
+def llama_config(config: ModelConfig):
+    """The shape as transformers has it."""
+    from transformers import LlamaConfig
 
     names = (
         "vocab_size hidden_size intermediate_size num_hidden_layers num_attention_heads num_key_value_heads "
         "head_dim rms_norm_eps max_position_embeddings tie_word_embeddings"
     )
+    return LlamaConfig(**{name: getattr(config, name) for name in names.split()})
+
+
+def llama_around(config: ModelConfig, weights: ModelWeights):
+    """Llama of transformers around the same tensors."""
+    from transformers import LlamaForCausalLM  # takes seconds, and only this needs it
+
     with torch.device("meta"):
-        model = LlamaForCausalLM(LlamaConfig(**{name: getattr(config, name) for name in names.split()}))
+        model = LlamaForCausalLM(llama_config(config))
     state = {"model.embed_tokens.weight": weights.embed_tokens, "model.norm.weight": weights.norm}
     state["lm_head.weight"] = weights.lm_head
     for index, layer in enumerate(weights.layers):

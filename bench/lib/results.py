@@ -18,6 +18,7 @@ FILES = {
     "paper": "paper_cpu_amd_epyc_1t.json",
     "memory": "memory_smollm2_cpu_amd_epyc_1t.json",
     "peers": "peers_cpu_amd_epyc_2t.json",
+    "peers-text": "peers_text_cpu_amd_epyc_1t.json",
     "prefill": "prefill_cpu_amd_epyc_2t.json",
     "river-135M": "calibrated_river_smollm2_cpu_amd_epyc_1t.json",
     "river-demo": "calibrated_river_bundled_cpu_amd_epyc_1t.json",

@@ -3,6 +3,7 @@
 import argparse
 import sys
 from dataclasses import replace
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -529,7 +530,7 @@ def test_peers_run(pretended_gpu, monkeypatch):
     monkeypatch.setattr(peers, "in_time", lambda *arguments: {"not_run": "no result within 1 s"})
     lines = pretended_gpu(peers, "--contexts", "8", "--repeats", "2")
     found = {line["peer"]: line.get("us") for line in lines if line["record"] == "peer"}
-    assert found == {"torch, cuBLAS, CUDA graph": 900.0, "transformers, compiled": None}
+    assert found == {"torch, cuBLAS, CUDA graph": 900.0, "transformers, compiled": None, "vLLM": None}
 
 
 def test_the_peer_of_transformers_runs_uncompiled(pretended_gpu, monkeypatch):
@@ -540,6 +541,30 @@ def test_the_peer_of_transformers_runs_uncompiled(pretended_gpu, monkeypatch):
     monkeypatch.setattr(peers, "STEPS", 2)
     monkeypatch.setattr(peers, "WARM", 1)
     assert peers.transformers_step("1B", 8, 1)["us"] > 0
+
+
+def test_the_peer_that_is_not_installed(monkeypatch):
+    monkeypatch.setitem(sys.modules, "vllm", None)
+    assert peers.vllm_step("1B", 8, 1) == {"not_run": "vllm is not installed"}
+
+
+def test_the_peer_of_vllm_is_timed(pretended_gpu, monkeypatch):
+    """All but vLLM: a token's time is that of the tokens that a longer run has more."""
+    pytest.importorskip("transformers")
+    clock = [0.0]
+
+    class LLM:
+        def __init__(self, folder, **options):
+            assert "LlamaForCausalLM" in (Path(folder) / "config.json").read_text()
+            assert options["load_format"] == "dummy" and options["max_model_len"] == 8 + 2 * peers.STEPS
+
+        def generate(self, prompt, options, use_tqdm):
+            clock[0] += 1 + 0.002 * options["max_tokens"]  # 2 ms a token, and what starts a run
+
+    vllm = SimpleNamespace(LLM=LLM, SamplingParams=lambda **options: options, __version__="0")
+    monkeypatch.setitem(sys.modules, "vllm", vllm)
+    monkeypatch.setattr(peers.time, "perf_counter", lambda: clock[0])
+    assert peers.vllm_step("1B", 8, 2)["us"] == pytest.approx(2000)
 
 
 def test_sanitizer_cases_run(pretended_gpu, monkeypatch, capsys):

@@ -1,12 +1,14 @@
 """The CPU benchmarks as far as nothing is measured: arguments, refusals, and results that stay."""
 
+import json
 import subprocess
 import sys
 
 import pytest
 
-from bench.cpu import attention, decode, linear, peers, prefill
+from bench.cpu import attention, decode, linear, peers, peers_text, prefill
 from bench.lib import common
+from river_ext.model import DEMO
 
 # the first thing that takes long
 WORK = dict.fromkeys([attention, linear, peers, prefill], "measure") | {decode: "random_weights"}
@@ -57,6 +59,41 @@ def test_results_are_replaced_only_when_asked_to(script, start, tmp_path, capsys
 def test_a_peer_that_is_not_there(start, tmp_path):
     with pytest.raises(SystemExit, match="llama.cpp: .*nothing is no file; accepted: the path"):
         start(peers, "--llama-bench", str(tmp_path / "nothing"))
+
+
+@pytest.mark.parametrize("arguments", [[], ["--model", "x"], ["--model", "x", "--prompts", "a", "b"]])
+def test_peers_need_a_model_and_prompts(arguments, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["peers_text", *arguments])
+    with pytest.raises(SystemExit) as end:
+        peers_text.main()
+    assert end.value.code == 2 and "accepted: a model and one file" in capsys.readouterr().err
+
+
+def test_ways_of_transformers(tmp_path, monkeypatch):
+    """What may only be faster has the tokens of full depth, by either library."""
+    pytest.importorskip("transformers")
+    prompts = tmp_path / "prompts.jsonl"
+    prompts.write_text('{"text": "def add(a, b):"}\n{"text": "Question: Ana has 3 coins."}\n')
+    monkeypatch.setattr("torch.compile", lambda model, fullgraph: model)  # takes minutes
+    command = ["peers_text", "--model", DEMO, "--prompts", prompts, "--count", "2", "--new-tokens", "12"]
+    monkeypatch.setattr(sys, "argv", [*map(str, command), "--threads", "1", "--out", str(tmp_path)])
+    peers_text.main()
+    (path,) = tmp_path.glob("peers_text_cpu_*_1t.json")
+    found = json.loads(path.read_text())
+    lines = {line.pop("runner"): line for line in found["peers"]}
+    same = {name: line["same"] for name, line in lines.items()}
+    assert list(same) == [
+        "river_ext, full bf16", "river_ext, lossless", "river_ext, River 0.9", "river_ext, full W4",
+        "transformers, eager", "transformers, compiled", "transformers, prompt lookup",
+        "transformers, early exit",
+    ]  # fmt: skip
+    exact = [name for name in same if name not in ("river_ext, River 0.9", "river_ext, full W4")]
+    assert all(same[name] == 2 for name in exact)
+    counts = {lines[name]["new_tokens"] for name in exact}
+    assert len(counts) == 1 and 2 < counts.pop() <= 24
+    assert (
+        all(rate > 0 for line in lines.values() for rate in line["all"]) and len(found["prompt_tokens"]) == 2
+    )
 
 
 def test_save_is_whole_or_nothing(tmp_path):

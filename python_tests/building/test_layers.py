@@ -26,7 +26,7 @@ ORDER = (
     ("river_ext.calibration",),
     ("river_ext.model",),
     ("river_ext.evaluation", "river_ext.trace", "river_ext.thresholds", "river_ext.random_model"),
-    ("river_ext.serve", "river_ext.benchmark"),
+    ("river_ext.serve", "river_ext.benchmark", "river_ext.huggingface"),
     ("river_ext.scale",),
     ("river_cli",),
     ("river_ext.cli",),

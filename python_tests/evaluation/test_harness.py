@@ -1,17 +1,13 @@
-"""The model of lm-evaluation-harness: what it answers, and whole tasks on documents of this machine."""
+"""The model of lm-evaluation-harness: what it answers."""
 
-import math
-import socket
 from types import SimpleNamespace
 
 import pytest
 import torch
-from published_documents import BOOLQ, MATH, write_gsm8k, write_lines
 from tiny_model import demo_model
 
 import river_ext
 from river_ext.errors import RiverError
-from river_ext.evaluation.measure import Setting
 
 pytest.importorskip("lm_eval", reason="lm-evaluation-harness is not installed")
 
@@ -20,7 +16,7 @@ from lm_eval.api.registry import get_model  # noqa: E402
 from lm_eval.models.huggingface import HFLM  # noqa: E402
 
 from river_ext.evaluation import harness  # noqa: E402
-from river_ext.evaluation.harness import RiverLM, evaluate  # noqa: E402
+from river_ext.evaluation.harness import RiverLM  # noqa: E402
 
 PAIRS = [
     ("Question: Ana has 3 coins and buys 4 more. How many coins does Ana have?\nAnswer:", " 7"),
@@ -149,94 +145,6 @@ def test_refusals(options, complaint):
         RiverLM(model=demo_model(), **options)
     with pytest.raises(TypeError, match="threshold"):
         RiverLM(model=demo_model(), treshold=0.5)
-
-
-# --- whole tasks, without a network ---
-
-
-@pytest.fixture
-def no_network(monkeypatch):
-    def refuse(*_):
-        raise AssertionError("a connection is opened")
-
-    monkeypatch.setattr(socket.socket, "connect", refuse)
-
-
-def test_boolq(tmp_path, no_network):
-    write_lines(tmp_path / "boolq" / "validation.jsonl", BOOLQ)
-    write_lines(tmp_path / "boolq" / "train.jsonl", BOOLQ)
-    settings = [Setting("full", {"mode": "full"}), Setting("early", EARLY)]
-    full, early = evaluate(demo_model(), "boolq", settings, data=tmp_path, limit=3, score_by="steps")
-    assert full.accuracy.keys() == {"acc"}
-    estimate = full.accuracy["acc"]
-    assert estimate.total == 3
-    lm = RiverLM(model=demo_model(), mode="full")
-    right = 0
-    for document in BOOLQ[:3]:
-        context = f"{document['passage']}\nQuestion: {document['question']}?\nAnswer:"
-        no, yes = loglikelihoods(lm, [(context, " no"), (context, " yes")])
-        right += (yes[0] > no[0]) == bool(document["label"])
-    p = right / 3
-    assert estimate.value == pytest.approx(p)
-    assert estimate.standard_error == pytest.approx(math.sqrt(p * (1 - p) / 2))  # of a sample: n - 1
-    assert full.mean_exit_depth == 16 and early.mean_exit_depth < 16
-    assert sum(early.tokens_by_depth) == early.new_tokens == full.new_tokens
-    assert full.tokens_per_second is None and full.as_dict()["accuracy"]["acc"]["total"] == 3
-
-
-def test_gsm8k_is_the_same_by_river_and_by_the_harness(tmp_path, no_network):
-    from river_ext.evaluation import measure
-    from river_ext.evaluation.tasks import TASKS, fitted
-
-    data, model, task = write_gsm8k(tmp_path), demo_model(), TASKS["gsm8k"]
-    settings = [Setting("full", {"mode": "full"})]
-    (theirs,) = evaluate(model, "gsm8k", settings, data=data, limit=3, max_gen_toks=12)
-    items = [measure.Item(fitted(model, item.prompt, 12), item.checks) for item in task.items(data, 3, False)]
-    (ours,) = measure.evaluate(
-        model, [[item] for item in items], settings, divergence=False, max_new_tokens=12, stop=task.stop
-    )
-    names = {f"exact_match {name}": share.value for name, share in ours.accuracy.items()}
-    assert {name: estimate.value for name, estimate in theirs.accuracy.items()} == names
-    assert theirs.new_tokens == ours.new_tokens
-
-
-def test_minerva_math(tmp_path, no_network, monkeypatch):
-    pytest.importorskip("math_verify")
-    write_lines(tmp_path / "minerva_math" / "test.jsonl", MATH)
-    write_lines(tmp_path / "minerva_math" / "train.jsonl", MATH)
-    prompts = []
-    texts = {
-        "What is $1+1$?": "Final Answer: The final answer is $2$. I hope it is correct.",
-        "Half?": "$0.5$",
-    }
-
-    def answer(self, contexts, kwargs):
-        assert kwargs["until"] == ["Problem:"] and "max_gen_toks" not in kwargs
-        prompts.extend(contexts)
-        self.depths.append(16)
-        return [next(text for question, text in texts.items() if question in context) for context in contexts]
-
-    monkeypatch.setattr(RiverLM, "_generate", answer)
-    (row,) = evaluate(demo_model(), "minerva_math", [Setting("full", {"mode": "full"})], data=tmp_path)
-    assert {name: estimate.value for name, estimate in row.accuracy.items()} == {
-        "exact_match": 0.5,  # the second does not say "Final Answer"
-        "math_verify": 1.0,
-    }
-    assert all(prompt.count("Problem:") == 5 and prompt.endswith("Solution:") for prompt in prompts)
-
-
-@pytest.mark.parametrize(
-    "task, complaint",
-    [("boolq", "has no documents of boolq"), ("mmlu", "no group"), ("nonsense", "no group")],
-)
-def test_documents_that_are_missing(task, complaint, tmp_path):
-    with pytest.raises(RiverError, match=complaint):
-        evaluate(demo_model(), task, [Setting("full", {"mode": "full"})], data=tmp_path)
-
-
-def test_what_the_harness_says_is_passed_on():
-    with pytest.raises(RiverError, match="'nonsense'.*not a registered task"):
-        evaluate(demo_model(), "nonsense", [Setting("full", {"mode": "full"})])
 
 
 def test_a_tag_s_tasks_are_named():

@@ -5,6 +5,7 @@ import json
 import os
 import re
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from published_documents import GSM8K, HUMANEVAL, write_gsm8k, write_lines
@@ -13,7 +14,7 @@ from tiny_model import demo_model
 from river_ext.errors import RiverError
 from river_ext.evaluation.documents import read_documents
 from river_ext.evaluation.measure import Item, evaluate, settings_of
-from river_ext.evaluation.tasks import MAX_GEN_TOKS, TASKS, fitted
+from river_ext.evaluation.tasks import MAX_GEN_TOKS, TASKS, continued, fitted
 
 DATA = Path(__file__).resolve().parents[3] / "shared" / "data"  # the real documents, where they are
 
@@ -115,11 +116,11 @@ def test_a_prompt_may_leave_room_for_one_token():
 def harness_gsm8k(tmp_path_factory):
     """The harness's task on the small documents, built as its evaluator does, and their folder."""
     pytest.importorskip("lm_eval", reason="lm-evaluation-harness is not installed")
-    from river_ext.evaluation.harness import task_manager, with_documents
+    from river_ext.evaluation.harness_tasks import task_manager, with_documents
 
     data, manager = write_gsm8k(tmp_path_factory.mktemp("data")), task_manager()
-    with with_documents(manager, "gsm8k", data) as path:
-        (task,) = manager.load([path])["tasks"].values()
+    with with_documents(manager, "gsm8k", data):
+        (task,) = manager.load(["gsm8k"])["tasks"].values()
     task.set_fewshot_seed(1234)
     return task, data
 
@@ -179,6 +180,52 @@ def test_limits_are_the_harness_s():
     assert apply_template(theirs["doc_to_text"], HUMANEVAL) == HUMANEVAL["prompt"]
 
 
+def test_questions_of_humaneval_are_the_harness_s(tmp_path):
+    lm_eval = pytest.importorskip("lm_eval", reason="lm-evaluation-harness is not installed")
+    import yaml  # which the harness needs
+    from lm_eval.utils import apply_template
+
+    text = (Path(lm_eval.__file__).parent / "tasks/humaneval/humaneval_instruct.yaml").read_text()
+    theirs = yaml.safe_load(re.sub(r"!function \S+", "null", text))
+    assert theirs["include"] == "humaneval.yaml" and "generation_kwargs" not in theirs
+    asked, begun = (apply_template(theirs[name], HUMANEVAL) for name in ("doc_to_text", "gen_prefix"))
+    write_lines(tmp_path / "humaneval" / "HumanEval.jsonl", [HUMANEVAL])
+    (plain,), (chat,) = (TASKS["humaneval_instruct"].items(tmp_path, None, chat) for chat in (False, True))
+    assert plain.prompt == asked + begun and asked.endswith("\n")
+    assert chat.prompt == [
+        {"role": "user", "content": asked},
+        {"role": "assistant", "content": begun},
+    ]
+
+
+@pytest.mark.parametrize(
+    "completion, right",
+    [
+        ("    return a + b\n```\nThis adds them.", True),
+        ("    return a + b", True),
+        ("    return a - b\n```\nreturn a + b", False),
+    ],
+)
+def test_an_answer_ends_with_its_block_of_code(completion, right, tmp_path):
+    write_lines(tmp_path / "humaneval" / "HumanEval.jsonl", [HUMANEVAL])
+    (item,) = TASKS["humaneval_instruct"].items(tmp_path, None, True)
+    assert item.is_right(completion) == right
+
+
+@pytest.mark.parametrize("content", ["a", " b\n\n", "\nc "])
+@pytest.mark.parametrize("trims", [False, True])
+def test_a_message_that_the_model_goes_on_with(content, trims):
+    """The template's spaces, as transformers has it, and nothing behind the message."""
+
+    def chat_text(messages, add_generation_prompt):
+        contents = [one["content"].strip() if trims else one["content"] for one in messages]
+        return "".join(f"<s>{text}</s>\n" for text in contents) + "<s>" * add_generation_prompt
+
+    messages = [{"role": "user", "content": "a b c"}, {"role": "assistant", "content": content}]
+    expected = f"<s>a b c</s>\n<s>{content.strip() if trims else content}"
+    assert continued(SimpleNamespace(chat_text=chat_text), messages) == expected
+
+
 # --- documents ---
 
 
@@ -205,7 +252,7 @@ def test_documents_are_found(tmp_path):
         ("test.jsonl", b"", "no documents in it"),
         ("test.jsonl", b'{"a": "1"}\nx', "line 2 is not valid JSON"),
         ("test.jsonl", b'{"b": "1"}', "line 1 has no text 'a'"),
-        ("test.jsonl", b"[1]", "line 1 has no text 'a'"),
+        ("test.jsonl", b"[1]", "line 1 is no object; accepted: objects with a"),
         ("test.jsonl", b'{"a": "\xff"}', "UTF-8"),
         ("test.jsonl.gz", b"no gzip", "is no valid gzip file"),
         ("test.jsonl.gz", gzip.compress(b"x" * 999, mtime=0)[:-9], "is no valid gzip file"),

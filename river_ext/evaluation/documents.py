@@ -18,13 +18,18 @@ def read_documents(data: str | Path, task: str, file: str, fields: tuple[str, ..
     Args:
         fields: what each object must have, as text.
     """
-    path = _path(Path(data), task, file)
+    return documents_of(_path(Path(data), task, file), fields)
+
+
+def documents_of(path: Path, fields: tuple[str, ...]) -> list[dict]:
+    """The objects of a file, one at least."""
+    accepted = f"objects with {', '.join(fields)}" if fields else "objects"
     documents = []
     for number, line in enumerate(_text(path).split("\n"), start=1):
         if line.strip():
-            documents.append(_document(f"{path}: line {number}", line, fields))
+            documents.append(_document(f"{path}: line {number}", line, fields, accepted))
     if not documents:
-        raise RiverError(f"{path}: no documents in it; accepted: JSON lines with {', '.join(fields)}")
+        raise RiverError(f"{path}: no documents in it; accepted: lines of JSON, {accepted}")
     return documents
 
 
@@ -58,12 +63,14 @@ def _text(path: Path) -> str:
         raise RiverError(f"{path}: byte {error.start} is no UTF-8; accepted: UTF-8 text") from None
 
 
-def _document(where: str, line: str, fields: tuple[str, ...]) -> dict:
+def _document(where: str, line: str, fields: tuple[str, ...], accepted: str) -> dict:
     try:
         document = json.loads(line)
     except (ValueError, RecursionError) as error:
         raise RiverError(f"{where} is not valid JSON ({str(error)[:160]})") from None
+    if not isinstance(document, dict):
+        raise RiverError(f"{where} is no object; accepted: {accepted}")
     for name in fields:
-        if not isinstance(document, dict) or not isinstance(document.get(name), str):
-            raise RiverError(f"{where} has no text {name!r}; accepted: objects with {', '.join(fields)}")
+        if not isinstance(document.get(name), str):
+            raise RiverError(f"{where} has no text {name!r}; accepted: {accepted}")
     return document

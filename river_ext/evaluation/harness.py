@@ -6,22 +6,19 @@ is the harness's own command with this model registered, as its model guide has 
 datasets of its tasks from the network; with documents of this machine nothing is loaded from anywhere.
 """
 
-import json
 import math
-import tempfile
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
-from functools import cache
 from inspect import signature
 from itertools import groupby
 from pathlib import Path
 
+from datasets.exceptions import DatasetsError
+from jinja2 import TemplateError
 from lm_eval import simple_evaluate, utils
 from lm_eval.api.model import TemplateLM
 from lm_eval.api.registry import register_model
 from lm_eval.models.utils import normalize_gen_kwargs
-from lm_eval.tasks import TaskManager
 from tqdm import tqdm
 
 from ..checks import choice, integer
@@ -30,10 +27,12 @@ from ..engine.request import request
 from ..errors import RiverError
 from ..loading.chat import read_template
 from ..model import Model, load
+from .harness_tasks import task_manager, with_documents
 from .measure import Row, Setting, depth_row
-from .tasks import MAX_GEN_TOKS, fitted
+from .tasks import MAX_GEN_TOKS, continued, fitted
 
-MATH = "minerva_math_algebra"  # with documents of one's own all seven subjects of minerva_math are one task
+# what the harness raises where a task or its documents are not as it expects
+ODD = (ValueError, LookupError, TypeError, AttributeError, OSError, ImportError, TemplateError, DatasetsError)
 SCORE_OPTIONS = signature(Model.score).parameters.keys()
 
 
@@ -105,11 +104,8 @@ class RiverLM(TemplateLM):
         return read_template(self.model.directory, *names)[1] if chat_template else None
 
     def apply_chat_template(self, chat_history: list[dict], add_generation_prompt: bool = True) -> str:
-        text = self.model.text.chat_text(chat_history, add_generation_prompt)
-        if add_generation_prompt:
-            return text
-        last = chat_history[-1]["content"]  # which the model goes on with
-        return text[: text.rindex(last) + len(last)]
+        text = self.model.text
+        return text.chat_text(chat_history) if add_generation_prompt else continued(text, chat_history)
 
     def generate_until(self, requests, disable_tqdm: bool = False) -> list[str]:
         texts = []
@@ -212,66 +208,30 @@ def evaluate(
 
     Args:
         task: the name of one of the harness's tasks, groups or tags.
-        data: a folder with <task>/<split>.jsonl in place of the task's dataset, for each split that it names.
+        data: a folder with <task>/<split>.jsonl in place of the dataset, for each task and split.
         limit: documents, the first ones.
         chat: prompts go through the model's chat template.
         max_gen_toks: new tokens, in place of the task's own limit.
     """
     rows, manager = [], task_manager()
-    with with_documents(manager, task, data) as specification:
+    with with_documents(manager, task, data):
         for setting in settings:
             lm = RiverLM(model=model, score_by=score_by, **setting.options)
             try:
                 results = simple_evaluate(
                     lm,
-                    tasks=[specification],
+                    tasks=[task],
                     task_manager=manager,
                     limit=limit,
                     apply_chat_template=chat,
                     gen_kwargs={"max_gen_toks": max_gen_toks} if max_gen_toks else None,
                     log_samples=False,
                 )
-            except (ValueError, KeyError, OSError, ImportError) as error:
+            except ODD as error:
                 raise RiverError(f"task {task[:80]!r}: lm-evaluation-harness says: {error}") from error
             accuracy = _estimates(task, results)
             rows.append(depth_row(setting, accuracy, lm.depths, lm.speeds, model.config.num_hidden_layers))
     return rows
-
-
-@cache
-def task_manager() -> TaskManager:
-    """Reading the index of all tasks takes seconds."""
-    return TaskManager()
-
-
-@contextmanager
-def with_documents(manager: TaskManager, task: str, data: Path | None) -> Iterator[str]:
-    """A task as the harness takes it: its name, or a file that has it with other documents."""
-    if data is None:
-        yield task
-        return
-    entry = manager.task_index.get(MATH if task == "minerva_math" else task)
-    if entry is None or entry.name not in manager.all_subtasks:
-        raise RiverError(
-            f"task {task[:80]!r} with documents; accepted: a task of lm-evaluation-harness, no group"
-        )
-    files = {path.stem: str(path) for path in sorted((data / task).glob("*.jsonl"))}
-    if not files:
-        raise RiverError(
-            f"{data}: has no documents of {task}; accepted: a folder with {task}/<split>.jsonl for each "
-            "split that the task names"
-        )
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder, "task.yaml")
-        changes = {
-            "include": str(entry.yaml_path),
-            "task": task,
-            "dataset_path": "json",
-            "dataset_name": None,
-            "dataset_kwargs": {"data_files": files, "cache_dir": folder},
-        }
-        path.write_text(json.dumps(changes))
-        yield str(path)
 
 
 def _estimates(task: str, results: Mapping) -> dict[str, Estimate]:

@@ -11,6 +11,7 @@ from pathlib import Path
 from random import Random
 
 from ..errors import RiverError
+from ..loading.text import Text
 from ..model import Model
 from . import sandbox
 from .documents import read_documents
@@ -88,14 +89,36 @@ def _prompt(turns: Sequence[tuple[str, str]], chat: bool) -> str | list[dict]:
 
 HUMANEVAL_STOP = ("\nclass", "\ndef", "\n#", "\nif", "\nprint")
 HUMANEVAL_MAX_GEN_TOKS = 1024
+ASKED = (
+    "Write a solution to the following problem and make sure that it passes the tests:\n"
+    "```python\n{prompt}\n```\n"
+)
+BEGUN = "Here is the completed function:\n```python\n{prompt}\n"
 
 
 def humaneval(data: Path, limit: int | None, chat: bool) -> list[Item]:
     if chat:
-        raise RiverError("humaneval with a chat template; accepted: without one, its prompts are code")
-    fields = ("prompt", "entry_point", "test")
-    documents = read_documents(data, "humaneval", "HumanEval", fields)[:limit]
-    return [Item(document["prompt"], {"pass@1": _passes(document)}) for document in documents]
+        raise RiverError(
+            "humaneval with a chat template; accepted: without one, as it is code to go on with; "
+            "or humaneval_instruct"
+        )
+    return [Item(one["prompt"], {"pass@1": _passes(one)}) for one in _programs(data, limit)]
+
+
+def humaneval_instruct(data: Path, limit: int | None, chat: bool) -> list[Item]:
+    """A question and the beginning of its answer, which ends with its block of code."""
+    items = []
+    for document in _programs(data, limit):
+        asked, begun = (text.replace("{prompt}", document["prompt"]) for text in (ASKED, BEGUN))
+        messages = [{"role": "user", "content": asked}, {"role": "assistant", "content": begun}]
+        passes = _passes(document)
+        check = {"pass@1": lambda text, passes=passes: passes(text.partition("```")[0])}
+        items.append(Item(messages if chat else asked + begun, check))
+    return items
+
+
+def _programs(data: Path, limit: int | None) -> list[dict]:
+    return read_documents(data, "humaneval", "HumanEval", ("prompt", "entry_point", "test"))[:limit]
 
 
 def _passes(document: dict) -> Callable[[str], bool]:
@@ -118,6 +141,7 @@ class Task:
 TASKS = {
     "gsm8k": Task(gsm8k, GSM8K_SHOTS, GSM8K_STOP, MAX_GEN_TOKS),
     "humaneval": Task(humaneval, 0, HUMANEVAL_STOP, HUMANEVAL_MAX_GEN_TOKS, runs_code=True),
+    "humaneval_instruct": Task(humaneval_instruct, 0, HUMANEVAL_STOP, HUMANEVAL_MAX_GEN_TOKS, runs_code=True),
 }
 
 
@@ -131,5 +155,23 @@ def fitted(model: Model, prompt: str | list, max_new_tokens: int) -> list[int]:
         )
     if model.text is None:
         raise RiverError("tasks need a tokenizer, and this checkpoint has no tokenizer.json")
-    tokens = model.text.encode(prompt) if isinstance(prompt, str) else model.text.chat(prompt)
-    return tokens[-room:]
+    return _tokens(model.text, prompt)[-room:]
+
+
+def _tokens(text: Text, prompt: str | list[dict]) -> list[int]:
+    if isinstance(prompt, str):
+        return text.encode(prompt)
+    if prompt[-1]["role"] == "user":
+        return text.chat(prompt)
+    return text.encode(continued(text, prompt))
+
+
+def continued(text: Text, messages: list[dict]) -> str:
+    """What the template writes up to the end of the last message, which the model goes on with.
+
+    Spaces at its ends are kept or not, as the template has it: so does transformers.
+    """
+    last, written = messages[-1]["content"], text.chat_text(messages, add_generation_prompt=False)
+    start = written.rindex(last.strip())
+    kept = written.startswith(last.lstrip(), start)
+    return written[: start + len(last.lstrip() if kept else last.strip())]

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from ..errors import RiverError
 from ..progress import progress_bar
-from .config import ModelConfig, checkpoint_directory, parse_dtype, read_config
+from .config import ModelConfig, checkpoint_directory, parse_device, parse_dtype, read_config
 from .families import FAMILIES
 from .files import is_regular, path_of
 from .json_object import read_json_object
@@ -45,7 +45,7 @@ FINGERPRINT_BLOCK = 4096  # bytes
 
 @dataclass
 class Checkpoint:
-    directory: Path
+    directory: Path | None  # None: of a model in memory
     config: ModelConfig
     weights: ModelWeights
     tokenizer: Tokenizer | None  # None: the directory has no tokenizer.json
@@ -81,13 +81,24 @@ def load_checkpoint(
         resident_layers=checked_resident_layers(resident_layers, config),
     )
     device = parse_device(device)
-    offloaded = _offloaded(config)
     if device.type == "cpu":
-        for name in offloaded:
+        for name in _offloaded(config):
             stored[name].check_is_view(config.dtype)
     if device.type == "cuda":
         check_gpu_kernels(config)
-    tokenizer = load_tokenizer(directory)
+    return assemble(directory, config, stored, device, load_tokenizer(directory), check_finite)
+
+
+def assemble(
+    directory: Path | None,
+    config: ModelConfig,
+    stored: dict[str, "StoredTensor"],
+    device: torch.device,
+    tokenizer: Tokenizer | None,
+    check_finite: bool = True,
+) -> Checkpoint:
+    """The checkpoint of tensors that fit the config: their values in config.dtype, on the device."""
+    offloaded = _offloaded(config)
 
     def load(name: str) -> Tensor:
         pinned = name in offloaded and device.type == "cuda"
@@ -201,10 +212,10 @@ def tensor_name(layer: int, field: str, fused: bool = False) -> str:
 
 @dataclass(frozen=True)
 class StoredTensor:
-    """A tensor in an open safetensors file; `read` gives a view of the mapped file."""
+    """A tensor in an open safetensors file, or in a model in memory; `read` gives a view."""
 
     path: Path
-    file: safe_open
+    file: safe_open  # or another object with its get_tensor
     name: str
     shape: tuple[int, ...]
     dtype_name: str
@@ -314,11 +325,11 @@ def _checked_tensors(directory: Path, config: ModelConfig) -> dict[str, StoredTe
     stored = stored_tensors(directory)
     if config.multimodal:
         stored = text_tensors(stored)
-    _check_tensors(stored, tensor_shapes(config), directory)
+    check_tensors(stored, tensor_shapes(config), directory)
     return stored
 
 
-def _check_tensors(stored: dict, shapes: dict[str, tuple[int, ...]], directory: Path) -> None:
+def check_tensors(stored: dict, shapes: dict[str, tuple[int, ...]], directory: Path) -> None:
     """Refuses tensors that are missing, surplus, or of another shape or dtype than config.json says."""
     files = {tensor.path for tensor in stored.values()}
     where = files.pop() if len(files) == 1 else directory
@@ -378,23 +389,5 @@ def _fingerprint(tensors: dict[str, StoredTensor]) -> str:
         data = tensor.read().flatten().view(torch.uint8)
         last = max(0, data.numel() - FINGERPRINT_BLOCK)
         for start in (0, last // 2, last):
-            digest.update(data[start : start + FINGERPRINT_BLOCK].numpy().tobytes())
+            digest.update(data[start : start + FINGERPRINT_BLOCK].cpu().numpy().tobytes())
     return digest.hexdigest()
-
-
-def parse_device(device: torch.device | str) -> torch.device:
-    """A device that this machine has, the CPU or a CUDA GPU."""
-    try:
-        parsed = torch.device(device)
-    except (RuntimeError, TypeError):
-        parsed = None
-    gpus = torch.cuda.device_count()
-    usable = parsed is not None and (
-        parsed.type == "cpu" or parsed.type == "cuda" and (parsed.index or 0) < gpus
-    )
-    if not usable:
-        accepted = (
-            "cpu, cuda" + "".join(f", cuda:{i}" for i in range(gpus)) if gpus else "cpu (no GPU is available)"
-        )
-        raise RiverError(f"device {str(device)[:40]!r} cannot be used; accepted: {accepted}")
-    return parsed

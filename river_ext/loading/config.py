@@ -102,7 +102,11 @@ def read_config_file(path: Path) -> ModelConfig:
     """The same of a file that is there; `generation_config.json` may lie beside it."""
     generation_path = path.parent / "generation_config.json"
     generation = read_json_object(generation_path) if is_regular(generation_path) else {}
-    top, generation = Reader(path, read_json_object(path)), Reader(generation_path, generation)
+    return read_config_objects(Reader(path, read_json_object(path)), Reader(generation_path, generation))
+
+
+def read_config_objects(top: Reader, generation: Reader) -> ModelConfig:
+    """The same of what such files hold."""
     refuse_known_architectures(top)
     if top.choice("model_type", [*FAMILIES, *MULTIMODAL]) in FAMILIES:
         return model_config(top, generation)
@@ -147,6 +151,24 @@ def parse_dtype(value, where: str) -> torch.dtype:
     if not isinstance(value, (str, torch.dtype)) or name not in DTYPES:
         raise RiverError(f"{where}: dtype {name[:40]!r} is not supported; accepted: {', '.join(DTYPES)}")
     return DTYPES[name]
+
+
+def parse_device(device: torch.device | str) -> torch.device:
+    """A device that this machine has, the CPU or a CUDA GPU."""
+    try:
+        parsed = torch.device(device)
+    except (RuntimeError, TypeError):
+        parsed = None
+    gpus = torch.cuda.device_count()
+    usable = parsed is not None and (
+        parsed.type == "cpu" or parsed.type == "cuda" and (parsed.index or 0) < gpus
+    )
+    if not usable:
+        accepted = (
+            "cpu, cuda" + "".join(f", cuda:{i}" for i in range(gpus)) if gpus else "cpu (no GPU is available)"
+        )
+        raise RiverError(f"device {str(device)[:40]!r} cannot be used; accepted: {accepted}")
+    return parsed
 
 
 def model_config(top: Reader, generation: Reader) -> ModelConfig:

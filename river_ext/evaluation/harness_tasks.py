@@ -1,0 +1,98 @@
+"""The tasks of lm-evaluation-harness on documents of this machine: all but these is the harness's."""
+
+import json
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from functools import cache
+from pathlib import Path
+
+from lm_eval.tasks import TaskManager
+
+from ..errors import RiverError
+from .documents import documents_of
+
+SPLITS = ("training_split", "validation_split", "test_split", "fewshot_split")
+
+
+@cache
+def task_manager() -> TaskManager:
+    """Reading the index of all tasks takes seconds."""
+    return TaskManager()
+
+
+@contextmanager
+def with_documents(manager: TaskManager, name: str, data: Path | None) -> Iterator[None]:
+    """Within it a task, or every task of a group or tag, has its documents from a folder, if there is one.
+
+    The index then names a file for each of the tasks, which includes the harness's own.
+    """
+    if data is None:
+        yield
+        return
+    index = manager.task_index
+    entries = {task: index[task] for task in tasks_of(manager, name)}
+    splits = {task: split_files(entry.cfg, task, data) for task, entry in entries.items()}
+    with tempfile.TemporaryDirectory() as folder:
+        for task, entry in entries.items():
+            path = Path(folder, f"{task}.yaml")
+            path.write_text(json.dumps(_changed(entry.yaml_path, task, splits[task], folder)))
+            index[task] = replace(entry, yaml_path=path)
+        try:
+            yield
+        finally:
+            index.update(entries)
+
+
+def _changed(own: Path, task: str, files: dict[str, str], cache_dir: str) -> dict:
+    return {
+        "include": str(own),
+        "task": task,
+        "dataset_path": "json",
+        "dataset_name": None,
+        "custom_dataset": None,
+        "dataset_kwargs": {"data_files": files, "cache_dir": cache_dir},
+    }
+
+
+def tasks_of(manager: TaskManager, name: str) -> list[str]:
+    """A task itself; of a group or a tag its tasks, and those of the groups in it."""
+    entry = manager.task_index.get(name)
+    match entry.kind.name if entry else None:
+        case "TASK":
+            return [name]
+        case "TAG":
+            members = sorted(entry.tags)
+        case "GROUP":
+            members = [_member(one) for one in entry.cfg["task"]]
+        case _:  # one that is a Python class loads its dataset by itself
+            raise RiverError(
+                f"task {name[:80]!r} with documents; accepted: a task of lm-evaluation-harness that is "
+                "written in YAML, or a group or tag of such tasks"
+            )
+    return [task for member in members for task in tasks_of(manager, member)]
+
+
+def _member(one: str | dict) -> str:
+    return one if isinstance(one, str) else one.get("group") or one["task"]
+
+
+def split_files(config: dict, task: str, data: Path) -> dict[str, str]:
+    """The file of each split that a task names.
+
+    The harness opens them all. One that gives no examples is never shown, and may be missing: what is opened
+    in its place is the split that is scored.
+    """
+    names = {config[key] for key in SPLITS if config.get(key)}
+    scored = config.get("test_split") or config.get("validation_split")
+    drawn = config.get("num_fewshot") and not (config.get("fewshot_config") or {}).get("samples")
+    files = {name: data / task / f"{name}.jsonl" for name in sorted(names)}
+    missing = [name for name in (files if drawn else [scored]) if not files[name].exists()]
+    if missing:
+        wanted = ", ".join(f"{task}/{name}.jsonl" for name in missing)
+        raise RiverError(f"{data}: has no documents of {task}; accepted: a folder with {wanted}")
+    for path in files.values():
+        if path.exists():
+            documents_of(path, fields=())  # says which line is odd, where the harness does not
+    return {name: str(path if path.exists() else files[scored]) for name, path in files.items()}
