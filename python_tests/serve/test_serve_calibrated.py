@@ -8,13 +8,14 @@ from river_ext.loading.calibrated import Calibrated, write_calibrated
 from river_ext.quant.exit_river import river_sha256
 
 PROMPT = f"Question: {QUESTION}\nAnswer:"
+BY_LAYER = (1.0, 0.99, 0.98, *[0.97] * 13)
 
 
 @pytest.fixture(scope="module")
 def server(tmp_path_factory):
     model, path = demo_model(), tmp_path_factory.mktemp("calibrated") / "calibrated.json"
     found = Calibrated(
-        threshold=0.97, min_layers=2, river_head="w4", draft_tokens=2, fingerprint=model.fingerprint,
+        threshold=BY_LAYER, min_layers=2, river_head="w4", draft_tokens=2, fingerprint=model.fingerprint,
         river_sha256=river_sha256(model.river), dtype=model.network.dtype,
     )  # fmt: skip
     write_calibrated(path, found, {"curve": []})
@@ -23,8 +24,8 @@ def server(tmp_path_factory):
 
 
 @pytest.mark.parametrize("asked, expected", [
-    ({"mode": "river"}, {"threshold": 0.97, "min_layers": 2, "river_head": "w4"}),
-    ({"mode": "river", "min_layers": 2}, {"threshold": 0.97, "min_layers": 2, "river_head": "w4"}),
+    ({"mode": "river"}, {"threshold": BY_LAYER, "min_layers": 2, "river_head": "w4"}),
+    ({"mode": "river", "min_layers": 2}, {"threshold": BY_LAYER, "min_layers": 2, "river_head": "w4"}),
     ({"mode": "river", "threshold": 0.5}, {"threshold": 0.5}),
     ({"mode": "full"}, {"mode": "full"}),
     ({}, {"mode": "lossless", "draft_tokens": 2}),
@@ -45,4 +46,4 @@ def test_what_does_not_go_with_it_is_named(server):
 
 
 def test_the_page_shows_it(server):
-    assert server.http.get("/v1/models").json()["data"][0]["river"]["threshold"] == 0.97
+    assert server.http.get("/v1/models").json()["data"][0]["river"]["threshold"] == list(BY_LAYER)

@@ -68,7 +68,7 @@ COMPLETION = [
     ({"user": 5}, "user=5", "user"),
     ({"mode": "full_w4"}, "mode='full_w4'; accepted: lossless, river, full", "mode"),
     ({"threshold": 0.5}, "threshold with mode='lossless'", "threshold"),
-    ({"threshold": [0.5, 1], "mode": "river"}, "threshold=[0.5, 1], a list of 2; accepted: a number", None),
+    ({"threshold": [0.5, 1], "mode": "river"}, "threshold=[0.5, 1], a list of 2; accepted", "threshold"),
     ({"threshold": "x"}, "threshold: 'x'; accepted: a number, or a list of one for", "threshold"),
     ({"threshold": [1, True]}, "threshold: [1, True]; accepted", "threshold"),
     ({"min_layers": 2, "mode": "full"}, "min_layers with mode='full'", "min_layers"),

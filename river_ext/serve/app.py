@@ -1,6 +1,5 @@
 """The routes."""
 
-import math
 import time
 from collections.abc import AsyncIterator, Iterable
 from contextlib import asynccontextmanager
@@ -88,7 +87,7 @@ def _add_models(app: FastAPI, served: Served) -> None:
             "chat": served.chats,
             "layers": served.model.config.num_hidden_layers,
             "mode": served.mode,
-            "threshold": served.shown_threshold if math.isfinite(served.shown_threshold) else None,
+            "threshold": served.shown_threshold,
             "slots": served.engine.slots,
         }
         head = {"id": served.name, "object": "model", "created": started, "owned_by": "river_ext"}

@@ -1,5 +1,6 @@
 """From a body to a checked request: tokens, room in a slot, the engine's options."""
 
+import math
 import re
 import secrets
 from dataclasses import dataclass
@@ -41,12 +42,12 @@ class Served:
         return f"fp_{self.model.fingerprint[:12]}"
 
     @property
-    def shown_threshold(self) -> float:
-        """What mode river goes by where a request names none."""
-        found = self.model.config.calibrated
-        if self.threshold in (None, CALIBRATED):
-            return found.threshold if found else Options.threshold
-        return self.threshold
+    def shown_threshold(self) -> float | tuple[float, ...] | None:
+        """What mode river goes by where a request names none; None is infinity, which JSON has not."""
+        found, threshold = self.model.config.calibrated, self.threshold
+        if threshold in (None, CALIBRATED):
+            threshold = found.threshold if found else Options.threshold
+        return None if threshold in (math.inf, -math.inf) else threshold
 
     @property
     def positions(self) -> int:
