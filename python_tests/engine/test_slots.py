@@ -252,6 +252,33 @@ def test_which_slot_a_prompt_gets():
     assert (one.slot, one.start, slots.free) == (0, 6, [])
 
 
+def test_an_engine_that_was_made_in_inference_mode_copies_outside_of_it(prefilled):
+    """Whose cache torch lets nobody else write."""
+    model, prompt = random_model(), random_prompt(20, 1)
+    with torch.inference_mode():
+        engine = model.engine(slots=2, max_len=POSITIONS)
+    for number in range(2):
+        engine.submit(prompt, id=number, max_new_tokens=3)
+    outputs = drain(engine, {})
+    assert same(outputs[0], oracle(model, prompt, max_new_tokens=3)) and outputs[1].tokens == outputs[0].tokens
+    assert prefilled == [0, 19]
+
+
+def test_a_first_token_that_was_cut_off_frees_its_slot():
+    """By an interrupt after the token, and before its exit depth."""
+
+    class Interrupted(list):
+        def append(self, depth):
+            raise KeyboardInterrupt
+
+    engine = random_model().engine(slots=1, max_len=POSITIONS)
+    engine.submit(random_prompt(9), id=0, max_new_tokens=3)
+    engine._known[0].sequence.exit_depths = Interrupted()
+    with pytest.raises(KeyboardInterrupt):
+        engine.step()
+    assert drain(engine, {})[0].finish_reason == "error" and engine._slots.free == [0]
+
+
 @pytest.mark.parametrize("when", ["copied", "prefilled"])
 def test_a_prompt_that_was_cut_off_leaves_what_is_there(prefilled, monkeypatch, when):
     """By an exception in the middle of a copy, of whose slot nothing is then taken, or of a prefill."""

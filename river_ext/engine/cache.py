@@ -24,6 +24,7 @@ class KVCache:
         """(k, v) of one layer, views of [slots, num_key_value_heads, max_len, head_dim]."""
         return self._layers[index]
 
+    @torch.inference_mode()  # which the tensors may be of
     def copy(self, source: int, target: int, count: int) -> None:
         """Positions 0..count-1 of one slot to another, in all layers."""
         for values in (self.k, self.v):

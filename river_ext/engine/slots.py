@@ -103,7 +103,7 @@ class Slots:
             return before  # positions before the prefill's alone
         by_backbone = min(before.by_backbone, running.start)
         depths, layers = sequence.exit_depths[first:], self.network.config.num_hidden_layers
-        if by_backbone == running.start and depths[0] == layers:
+        if by_backbone == running.start and depths[:1] == [layers]:
             by_backbone = running.prefilled + sum(1 for _ in takewhile(layers.__eq__, depths[1:]))
         written = sequence.known[:-1]
         if sequence.request.kv_strategy != "share" or not self.reuse:
