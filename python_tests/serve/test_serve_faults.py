@@ -170,6 +170,15 @@ def test_a_client_who_goes_frees_the_slot_though_it_has_sent_more(narrow, ahead)
     connection.close()
 
 
+def test_what_follows_the_last_request_of_a_connection_is_not_heard(narrow):
+    with narrow.connect(**LONG, max_tokens=12, stream=True) as connection:
+        answer = connection.recv(1)
+        connection.sendall(b"\r\nGET / HTTP/1.1\r\n\r\n")
+        answer += read_to_end(connection)
+    assert text_in(answer) == demo_model().generate(**LONG | {"max_new_tokens": 12}).text
+    assert narrow.errors() == ""
+
+
 def test_a_request_that_takes_too_long(narrow):
     reply = narrow.post(**LONG, max_tokens=400)
     assert (

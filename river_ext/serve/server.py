@@ -75,6 +75,8 @@ class _Connection(H11Protocol):
         self._end_at(self.loop.time() + self.timeout_keep_alive)
 
     def data_received(self, data: bytes) -> None:
+        if self.conn.their_state is h11.MUST_CLOSE:
+            return  # its last request is there; for what follows, uvicorn would end the answer
         timer = self.timeout_keep_alive_task
         super().data_received(data)
         waits = self.cycle is None or self.cycle.response_complete
