@@ -1,6 +1,7 @@
 """Slots: what a prompt takes over of earlier ones, and that it gets what it would get from the start."""
 
 import random
+from copy import copy
 
 import pytest
 import torch
@@ -252,6 +253,18 @@ def test_which_slot_a_prompt_gets():
     assert (one.slot, one.start, slots.free) == (0, 6, [])
 
 
+@pytest.mark.parametrize("reuse, held", [(False, 0), (True, 8)])
+def test_on_a_gpu_nothing_is_taken_over_unless_asked_for(reuse, held):
+    """There the bits of a prompt depend on how it is cut."""
+    network, prompt = copy(random_model().network), random_prompt(9, 1)
+    network.device = torch.device("cuda")
+    slots, one = Slots(network, 2, reuse), running(prompt)
+    slots._contents[0] = Contents(prompt, 9, 0)
+    slots.take(one)
+    slots.fill(one, cache=None)
+    assert (one.slot, one.start) == (0, held)
+
+
 def test_an_engine_that_was_made_in_inference_mode_copies_outside_of_it(prefilled):
     """Whose cache torch lets nobody else write."""
     model, prompt = random_model(), random_prompt(20, 1)
@@ -290,11 +303,11 @@ def test_a_prompt_that_was_cut_off_leaves_what_is_there(prefilled, monkeypatch, 
     drain(engine, {})
     engine.submit(prompt[:12] + random_prompt(9, 3), id=2, **options)
     if when == "copied":
-        copy, cache = engine._memory.cache.copy, engine._memory.cache
+        whole, cache = engine._memory.cache.copy, engine._memory.cache
 
         def half(source, target, count):
-            copy(source, target, count // 2)
-            cache.copy = copy
+            whole(source, target, count // 2)
+            cache.copy = whole
             raise KeyboardInterrupt
 
         engine._slots.free.reverse()

@@ -80,6 +80,14 @@ def say(page, text: str) -> None:
     page.run("document.getElementById('form').requestSubmit()")
 
 
+def test_thresholds_by_layer_are_the_servers_until_one_is_chosen(page):
+    page.run("facts.river.threshold = [1, 0.9]; showThreshold()")
+    shown = "document.getElementById('shown-threshold').textContent"
+    assert page.run(shown) == "by layer"
+    choose(page, threshold=0.5)
+    assert page.run(shown) == "0.50"
+
+
 def tokens_of_last(page) -> list[dict]:
     page.wait_for("document.getElementById('stop').hidden && !!document.querySelector('article')")
     return page.run(
