@@ -79,8 +79,8 @@ MUTANTS = [
     Mutant(
         "all leave as the first row, on the device",
         "river_ext/engine/graph.py",
-        "[row.request.rule.threshold for row in rows]",
-        "[rows[0].request.rule.threshold for row in rows]",
+        "[row.request.rule.thresholds for row in rows]",
+        "[rows[0].request.rule.thresholds for row in rows]",
         "test_graph.py -k first_ends",
     ),
     Mutant(
@@ -603,9 +603,9 @@ MUTANTS = [
     ),
     Mutant(
         "a part of it rotates anew",
-        "river_ext/engine/engine.py",
-        "            running.start = 0\n",
-        "            pass\n",
+        "river_ext/engine/slots.py",
+        "[0 if running.sequence.tokens else self._held(request, slot)",
+        "[self._held(request, slot)",
         "test_longrope.py -k taken_over",
     ),
     Mutant(

@@ -139,7 +139,7 @@ def test_the_name_that_was_meant(refused, arguments, meant):
 
 
 def test_a_name_that_is_close_to_none(refused):
-    commands = "generate, chat, serve, info, convert, eval, calibrate, bench"
+    commands = "generate, chat, serve, batch, info, convert, eval, calibrate, bench"
     assert refused("fly") == f"no command 'fly'; accepted: {commands}"
     assert refused("--", "info").startswith("no command '--'; accepted: ")
     assert refused("info", "--wxyz") == "unrecognized arguments: --wxyz (see river info --help)"
