@@ -2,6 +2,7 @@
 
 import json
 import os
+import resource
 import subprocess
 import sys
 
@@ -59,6 +60,7 @@ def test_lines_are_read_with_their_numbers(prompts):
     [
         (b"{", "line 2 is not valid JSON"),
         (b'{"prompt": NaN}', "line 2 is not valid JSON (NaN is no number there)"),
+        (b'{"prompt": "a", "x": -1e999}', "line 2 is not valid JSON ('-1e999' is too large a number)"),
         (b'{"prompt": "\xff"}', "line 2 is not valid JSON"),
         (b"[" * 99999, "line 2 is not valid JSON"),
         (b"3", "line 2 is 3; accepted: an object"),
@@ -148,6 +150,31 @@ def test_answers_of_something_else_are_not_gone_on_with(answers, change, why):
     with pytest.raises(RiverError, match=why):
         answers("resume")
     assert answers.path.read_text() == before
+
+
+def test_what_is_replaced_stays_until_there_is_an_answer(answers):
+    answers.path.write_text("of somebody's")
+    with answers("replace"):
+        pass
+    assert answers.path.read_text() == "of somebody's"
+
+
+def test_a_full_disk_is_named_and_gone_on_from(answers):
+    limit, most = resource.getrlimit(resource.RLIMIT_FSIZE)
+    try:
+        with pytest.raises(OSError) as full, answers() as file:
+            file.append(GIVEN[:1])
+            whole_lines = answers.path.stat().st_size
+            resource.setrlimit(resource.RLIMIT_FSIZE, (whole_lines + 9, most))
+            file.append(GIVEN[1:])
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (limit, most))
+    assert full.value.filename == str(answers.path)
+    assert answers.path.stat().st_size == whole_lines + 9
+    with answers("resume") as file:
+        assert file.resumed == 1
+        file.append(GIVEN[1:])
+    assert written(answers.path) == whole()
 
 
 def test_two_runs_do_not_write_to_one_file(answers):

@@ -11,8 +11,10 @@ RUN names all that the answers depend on, so that a file is not gone on with by 
 
 import fcntl
 import json
+import math
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import NamedTuple
 
@@ -51,7 +53,7 @@ def prompt_of(fields: dict) -> str | list:
 
 def _object(where: str, data: bytes) -> dict:
     try:
-        value = json.loads(data.decode(), parse_constant=_refuse_constant)
+        value = json.loads(data.decode(), parse_constant=_refuse_constant, parse_float=_finite)
     except (ValueError, RecursionError) as error:
         raise RiverError(f"{where} is not valid JSON ({str(error)[:160]})") from None
     if not isinstance(value, dict):
@@ -61,6 +63,13 @@ def _object(where: str, data: bytes) -> dict:
 
 def _refuse_constant(name: str):
     raise ValueError(f"{name} is no number there")
+
+
+def _finite(digits: str) -> float:
+    """JSON that is written again has no word for what Python makes of 1e999."""
+    if not math.isfinite(value := float(digits)):
+        raise ValueError(f"{short(digits)} is too large a number")
+    return value
 
 
 def _check_fields(where: str, fields: dict) -> None:
@@ -84,9 +93,11 @@ class Answers:
     """The file of answers, open to append to it. Nobody else writes to it meanwhile."""
 
     def __init__(self, path: str | Path, prompts: str | Path, lines: Sequence[Line], run: str, how: str):
-        """how: "new": no answers are there yet; "resume": there may be some; "replace": they go."""
+        """how: "new": no answers are there yet; "resume": there may be some; "replace": the first one that
+        is appended takes their place."""
         self.path, self.lines, self.run = Path(path), lines, run
         self.errors: list[int] = []  # numbers of the lines that have one
+        self._replaces = how == "replace"
         if os.path.exists(path) and os.path.samefile(path, prompts):
             raise RiverError(f"{path}: holds the prompts; accepted: another file for the answers")
         is_regular(path)  # or refused: to open a FIFO would wait for its reader
@@ -106,27 +117,41 @@ class Answers:
             if "error" in answer:
                 self.errors.append(line.number)
             whole.append(json.dumps(line.fields | {"run": self.run} | answer, allow_nan=False) + "\n")
-        self._file.write("".join(whole).encode())
-        self._file.flush()
+        with self._naming_errors():
+            if self._replaces:
+                self._file.truncate(0)
+                self._replaces = False
+            self._file.write("".join(whole).encode())
+            self._file.flush()
         self.done += len(whole)
 
     def __enter__(self) -> "Answers":
         return self
 
     def __exit__(self, *_) -> None:
-        self._file.close()
+        with self._naming_errors():  # it writes once more what a full disk has refused
+            self._file.close()
+
+    @contextmanager
+    def _naming_errors(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            error.filename = str(self.path)
+            raise
 
     def _lock(self) -> None:
         try:
-            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
+            with self._naming_errors():
+                fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
             raise RiverError(f"{self.path}: another run writes to it; accepted: after its end") from None
 
     def _begin(self, how: str, prompts: str | Path) -> int:
         """The number of answers that are there."""
         if how == "replace":
-            self._file.truncate(0)
-        elif how == "new" and os.fstat(self._file.fileno()).st_size:
+            return 0
+        if how == "new" and os.fstat(self._file.fileno()).st_size:
             raise RiverError(f"{self.path}: holds something; accepted: --resume, --force, or another file")
         done, end = 0, 0
         self._file.seek(0)
