@@ -2,13 +2,14 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
 from threading import Thread
 
 import pytest
-from clusters import descendants, kill_one, start_cluster, wait_until
+from clusters import descendants, kill_one, ray, start_cluster, wait_until
 from commands import ROOT
 from serving import chat_demo
 from tiny_model import demo_model
@@ -115,6 +116,9 @@ def test_prompts_of_every_kind(tmp_path):
     )
     answers = [json.loads(line) for line in (tmp_path / "answers").read_text().splitlines()]
     assert summary.errors == [2, 4, 6, 7]
+    assert (
+        not ray.data.DataContext.get_current().execution_options.preserve_order
+    )  # as other datasets have it
     errors = [answer["error"] for answer in answers if "error" in answer]
     assert [error.split()[:3] for error in errors[:2]] == [["a", "prompt", "of"], ["the", "prompt", "is"]]
     for number, prompt in ((0, "def"), (2, [5, 6, 7]), (4, chat)):
@@ -149,10 +153,23 @@ def test_the_command(prompts, expected, tmp_path, river):
 
 def test_a_cluster_without_room(prompts, tmp_path):
     start_cluster()
-    with pytest.raises(RiverError, match="a replica takes 1 GPU, the cluster has 0; accepted"):
+    has = "the machines of the cluster have 4 CPU and 0 GPU; accepted"
+    with pytest.raises(RiverError, match=f"a replica takes 1 CPU and 1 GPU, {has}"):
         scale.generate_file(prompts, tmp_path / "answers", device="cuda")
-    with pytest.raises(RiverError, match="a replica takes 5 CPU, the cluster has 4; accepted"):
+    with pytest.raises(RiverError, match=f"a replica takes 5 CPU and 0 GPU, {has}"):
         scale.generate_file(prompts, tmp_path / "answers", threads=5)
+
+
+def test_a_replica_has_to_fit_one_machine(monkeypatch):
+    """Not the machines of a cluster together, nor one that has gone."""
+    machines = [{"Alive": True, "Resources": {"CPU": 4.0}}] * 2 + [
+        {"Alive": False, "Resources": {"CPU": 8.0}}
+    ]
+    monkeypatch.setattr(offline.ray, "nodes", lambda: machines)
+    monkeypatch.setattr(offline.ray, "cluster_resources", lambda: {"CPU": 8.0}, raising=False)
+    offline._check_room(offline.checked_replica(None, replicas=1, threads=4))
+    with pytest.raises(RiverError, match="have 4 CPU and 0 GPU, 4 CPU and 0 GPU; accepted"):
+        offline._check_room(offline.checked_replica(None, replicas=1, threads=5))
 
 
 def test_a_chat_without_a_template(prompts, tmp_path):
@@ -165,8 +182,10 @@ def test_a_chat_without_a_template(prompts, tmp_path):
 def test_a_model_that_a_replica_cannot_load(tmp_path, prompts):
     """Where only the weights themselves can tell."""
     start_cluster()
-    (tmp_path / "river").mkdir()
-    with pytest.raises(RiverError, match="^a replica failed: .*river.*; |^a replica failed: .*missing"):
+    demo_model().save_river(tmp_path / "river")
+    (tensors,) = (tmp_path / "river").glob("*.safetensors")
+    tensors.unlink()
+    with pytest.raises(RiverError, match="^a replica failed: .*river-.*safetensors"):
         scale.generate_file(prompts, tmp_path / "answers", river=tmp_path / "river", threads=1)
     assert not (tmp_path / "answers").read_bytes()
 
@@ -180,12 +199,14 @@ def test_a_model_that_a_replica_cannot_load(tmp_path, prompts):
         ({"threads": 0}, "threads=0; accepted"),
         ({"slots": 9}, "slots=9; accepted: an integer from 1 to 8"),
         ({"max_len": 99999}, "max_len=99999; accepted"),
-        ({"river": "/nowhere"}, "river='/nowhere': there is nothing"),
+        ({"river": "/nowhere"}, "/nowhere: no river.json in it"),
         ({"model": "/nowhere"}, "/nowhere: no such directory"),
         ({"resume": True, "force": True}, "resume and force; accepted: one of them"),
         ({"mode": "fast"}, "mode='fast'; accepted"),
         ({"return_logits": True}, "return_logits=True; accepted: logprobs"),
         ({"max_new_tokens": 0}, "max_new_tokens=0; accepted"),
+        ({"stop": 3}, "stop=3; accepted"),
+        ({"line": {"stop": [""]}}, r"prompts.jsonl: line 2: stop=\[''\]; accepted"),
         ({"line": {"threshold": "x"}}, "prompts.jsonl: line 2: threshold='x'; accepted"),
         ({"line": {"tempratur": 1}}, "prompts.jsonl: line 2: no argument 'tempratur'; .*temperature"),
     ],
@@ -209,3 +230,29 @@ def test_answers_of_other_options_are_not_gone_on_with(prompts, tmp_path):
     (tmp_path / "answers").write_text(json.dumps(row(0) | {"run": run, "output": {}}) + "\n")
     with pytest.raises(RiverError, match="line 1 is of another run"):
         scale.generate_file(prompts, tmp_path / "answers", resume=True, seed=2)
+
+
+def test_the_name_of_a_run_is_of_all_that_answers_depend_on(tmp_path):
+    shutil.copytree(chat_demo(), tmp_path / "model")
+    demo_model().save_river(tmp_path / "river")
+
+    def run(**changed) -> str:
+        arguments = {"model": tmp_path / "model", "river": tmp_path / "river", "device": "cpu"} | changed
+        return offline._run(offline.checked_replica(replicas=1, **arguments), {"seed": 1})
+
+    first = run()
+    shutil.copytree(tmp_path / "model", tmp_path / "same")
+    shutil.copytree(tmp_path / "river", tmp_path / "same_river")
+    assert run(model=tmp_path / "same", river=tmp_path / "same_river", threads=1, slots=2) == first
+    runs = {first, run(device="cuda"), run(dtype="float32"), run(river=None), run(max_len=64)}
+    for name, old, new in (
+        ("chat_template.jinja", "", " "),
+        ("tokenizer.json", '"version"', ' "version"'),
+        ("config.json", '"eos_token_id": 0', '"eos_token_id": 5'),
+    ):
+        path = tmp_path / "model" / name
+        text = path.read_text()
+        path.write_text(text.replace(old, new, 1))
+        runs.add(run())
+        path.write_text(text)
+    assert len(runs) == 8 and run() == first

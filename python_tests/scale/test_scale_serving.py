@@ -187,7 +187,7 @@ def test_hosts_and_key(monkeypatch, hosts, status):
         ({"replica": 2}, "no argument 'replica'; accepted: model, river"),
         ({"replicas": 3, "max_replicas": 2}, "max_replicas=2; accepted: replicas, 3 here, or more"),
         ({"model": "/nowhere"}, "/nowhere: no such directory"),
-        ({"river": "/nowhere"}, "river='/nowhere': there is nothing"),
+        ({"river": "/nowhere"}, "/nowhere: no river.json in it"),
         ({"mode": "full_w4"}, "mode='full_w4': input should be 'lossless', 'river' or 'full'"),
         ({"threshold": "nan"}, "threshold=nan; accepted: a number, not NaN"),
         ({"timeout": "0"}, "timeout='0': input should be greater than 0"),

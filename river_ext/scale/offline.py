@@ -21,7 +21,7 @@ import ray
 from ray.exceptions import RayError
 
 from .. import __version__
-from ..checks import flag, integer, short
+from ..checks import flag, integer, short, strings
 from ..engine.engine import Engine
 from ..engine.request import request
 from ..errors import RiverError
@@ -30,6 +30,7 @@ from ..loading.chat import read_template
 from ..loading.checkpoint import fingerprint
 from ..loading.config import ModelConfig, read_config
 from ..progress import progress_bar
+from ..quant.exit_river import read_facts
 from .lines import Answers, Line, prompt_of, read_lines
 from .replica import MOST_REPLICAS, Replica, checked_replica
 
@@ -38,6 +39,7 @@ REACHED_SECONDS = 5  # by a cluster that is there
 STORE_BYTES = 128 << 20  # of a cluster for one file, whose rows are texts
 # Ray would print a stack for every error and a warning for every replica. What the environment says holds.
 QUIET = {"RAY_DATA_LOG_LEVEL": "CRITICAL", "RAY_BACKEND_LOG_LEVEL": "fatal"}
+TEXT_FILES = ("*token*.json", "*.jinja", "additional_chat_templates/*.jinja")  # from text to tokens, and back
 OUTPUT = ("text", "tokens", "exit_depths", "finish_reason", "logprobs", "top_logprobs")
 
 
@@ -151,11 +153,11 @@ def _answered(
 ) -> Iterator[list[dict]]:
     """Answers in the order of the lines, as many at a time as come."""
     _check_room(replica)
-    context = ray.data.DataContext.get_current()
-    context.execution_options.preserve_order = True
-    context.enable_progress_bars = False
     rows = [{"line": json.dumps(line.fields)} for line in lines]
-    data = ray.data.from_items(rows, override_num_blocks=-(-len(rows) // ROWS)).map_batches(
+    data = ray.data.from_items(rows, override_num_blocks=-(-len(rows) // ROWS))
+    data.context.execution_options.preserve_order = True
+    data.context.enable_progress_bars = False
+    data = data.map_batches(
         Answering,
         fn_constructor_kwargs={"replica": replica, "options": dict(options)},
         batch_size=None,  # a block at a time
@@ -185,7 +187,7 @@ def _cluster(address: str | None, cores: int) -> Iterator[None]:
     on_sigterm = signal.getsignal(signal.SIGTERM)
     try:
         ray.init(address or "local", **quiet, **{} if address else own)
-    except (ConnectionError, ValueError, RuntimeError) as error:
+    except Exception as error:  # where a process of its own does not come up in time, that and no more
         raise RiverError(f"Ray cannot be started or reached: {error}") from None
     if threading.current_thread() is threading.main_thread():
         signal.signal(signal.SIGTERM, on_sigterm)  # Ray's aborts; the cluster ends without it
@@ -208,14 +210,19 @@ def _check_reachable(address: str) -> None:
 
 
 def _check_room(replica: Replica) -> None:
-    """For one at least: Ray would wait for more machines, and say so nowhere."""
-    has = ray.cluster_resources()
-    for name, kind in (("num_cpus", "CPU"), ("num_gpus", "GPU")):
-        if (needed := replica.resources[name]) > has.get(kind, 0):
-            raise RiverError(
-                f"a replica takes {needed} {kind}, the cluster has {has.get(kind, 0):g}; accepted: a cluster "
-                "with room for one"
-            )
+    """On one machine, for one at least: Ray would wait for more machines, and say so nowhere."""
+    cpus, gpus = replica.resources["num_cpus"], replica.resources["num_gpus"]
+    rooms = [
+        (node["Resources"].get("CPU", 0), node["Resources"].get("GPU", 0))
+        for node in ray.nodes()
+        if node["Alive"]
+    ]
+    if not any(cpus <= has_cpus and gpus <= has_gpus for has_cpus, has_gpus in rooms):
+        found = ", ".join(f"{has_cpus:g} CPU and {has_gpus:g} GPU" for has_cpus, has_gpus in rooms[:8])
+        raise RiverError(
+            f"a replica takes {cpus} CPU and {gpus} GPU, the machines of the cluster have {found}; accepted: "
+            "a cluster with a machine that has room for one"
+        )
 
 
 def _check_options(replica: Replica, prompts: str | Path, lines: Sequence[Line], options: Mapping) -> None:
@@ -237,17 +244,23 @@ def _check_options(replica: Replica, prompts: str | Path, lines: Sequence[Line],
 def _check(config: ModelConfig, options: Mapping) -> None:
     if options.get("return_logits"):
         raise RiverError("return_logits=True; accepted: logprobs, which fit a line")
+    strings("stop", options.get("stop", ()))
     integer("max_new_tokens", options.get("max_new_tokens", 1), 1, config.max_length - 1)
     request(config, None, [0], options | {"max_new_tokens": 1, "stop": ()})
 
 
 def _run(replica: Replica, options: Mapping) -> str:
     """Names what the answers depend on, beside the prompts."""
+    directory = replica.directory
+    texts = sorted(path for name in TEXT_FILES for path in directory.glob(name))
     calibrated = None if replica.calibrated is None else Path(replica.calibrated).read_text()
     facts = {
         "version": __version__,
-        "fingerprint": fingerprint(replica.directory),
-        "river": replica.river,
+        "fingerprint": fingerprint(directory),
+        "config": repr(read_config(directory)),
+        "tokenizer": [(path.name, hashlib.sha256(path.read_bytes()).hexdigest()) for path in texts],
+        "river": None if replica.river is None else read_facts(replica.river)["sha256"],
+        "device": replica.device,
         "dtype": replica.dtype,
         "max_len": replica.max_len,
         "calibrated": calibrated,

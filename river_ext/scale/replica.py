@@ -7,11 +7,11 @@ from pathlib import Path
 import torch
 
 from .. import model as models
-from ..checks import choice, integer, short
+from ..checks import choice, integer
 from ..engine.engine import Engine
-from ..errors import RiverError
 from ..loading.calibrated import read_calibrated
 from ..loading.config import parse_dtype, read_config
+from ..quant.exit_river import read_facts
 
 DEVICES = ("auto", "cpu", "cuda")
 MOST_REPLICAS = 10_000
@@ -71,8 +71,8 @@ def checked_replica(
         max_len = integer("max_len", max_len, 1, config.max_length)
     if dtype != "auto":
         parse_dtype(dtype, "load")
-    if river is not None and not os.path.exists(river):
-        raise RiverError(f"river={short(river)}: there is nothing; accepted: a saved river")
+    if river is not None:
+        read_facts(river)
     if calibrated is not None:
         read_calibrated(calibrated)
     if threads is None:
