@@ -1,5 +1,6 @@
 """Replicas behind one address, on a local Ray cluster: what they answer is what one process says."""
 
+import asyncio
 import json
 import socket
 from concurrent.futures import ThreadPoolExecutor
@@ -11,6 +12,7 @@ import openai
 import pytest
 from clusters import kill_one, start_cluster, wait_until
 from ray import serve
+from ray.exceptions import TaskCancelledError
 from serving import LONG, QUESTION, chat_demo
 from starlette.testclient import TestClient
 from tiny_model import demo_model
@@ -177,6 +179,41 @@ def test_hosts_and_key(monkeypatch, hosts, status):
             assert client.get("/metrics").status_code == 401
             text = client.get("/metrics", headers={"Authorization": "Bearer secret"}).text
             assert 'river_slots{replica="r1"} 8.0' in text.splitlines()
+
+
+def test_a_client_of_whom_ray_says_by_an_exception_that_he_has_gone(monkeypatch):
+    """He has gone, as any other: there is no mistake in the server."""
+    monkeypatch.setattr(
+        serve, "get_replica_context", lambda: SimpleNamespace(replica_id=SimpleNamespace(unique_id="r1"))
+    )
+    replica = serving.checked_replica(None, replicas=1, threads=1)
+    app = serving.replica_app(replica, serving.Arguments(hosts="*"), None)
+    body = json.dumps(LONG | {"max_tokens": 400, "stream": True}).encode()
+    headers = [(b"host", b"a"), (b"content-type", b"application/json")]
+    scope = {
+        "type": "http",
+        "method": "POST",
+        "path": "/v1/completions",
+        "query_string": b"",
+        "headers": headers,
+    }
+    waiting, sent = [{"type": "http.request", "body": body}], []
+
+    async def receive():
+        if waiting:
+            return waiting.pop()
+        while not sent:
+            await asyncio.sleep(0.01)
+        raise TaskCancelledError
+
+    async def send(message):
+        sent.append(message)
+
+    with TestClient(app) as client:
+        client.portal.call(app, scope, receive, send)
+        text = client.get("/metrics").text
+    assert 'river_requests_total{outcome="disconnected",replica="r1"} 1.0' in text
+    assert sent[-1]["more_body"]
 
 
 @pytest.mark.parametrize(

@@ -6,6 +6,8 @@ import click
 from fastapi import FastAPI
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from ray import serve
+from ray.exceptions import RayError
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from ..checks import short
 from ..engine.request import request
@@ -93,7 +95,7 @@ def replica_app(replica: Replica, asked: Arguments, key: str | None) -> FastAPI:
     model, engine = replica.load()
     served = Served(model, engine, asked.mode, asked.threshold)
     hosts = asked.hosts.lower().split(",")
-    return make_app(
+    app = make_app(
         served,
         waiting=_most_ongoing(replica) - replica.slots,
         seconds=asked.timeout,
@@ -101,6 +103,24 @@ def replica_app(replica: Replica, asked: Arguments, key: str | None) -> FastAPI:
         hosts=None if "*" in hosts else [host.strip() for host in hosts],
         replica=serve.get_replica_context().replica_id.unique_id,
     )
+    app.add_middleware(Gone)
+    return app
+
+
+class Gone:
+    """ASGI middleware: Ray may tell of a client who has gone by an exception, where ASGI has a message."""
+
+    def __init__(self, app: ASGIApp):
+        self.app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        async def received() -> Message:
+            try:
+                return await receive()
+            except RayError:
+                return {"type": "http.disconnect"}
+
+        await self.app(scope, received, send)
 
 
 def _most_ongoing(replica: Replica) -> int:
