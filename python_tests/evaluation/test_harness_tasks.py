@@ -146,7 +146,7 @@ def test_gsm8k_is_the_same_by_river_and_by_the_harness(tmp_path):
 def test_a_group_is_scored_as_one(tmp_path, monkeypatch):
     """The seven subjects of MATH. Some answers are right, and not all of these as asked for."""
     pytest.importorskip("math_verify", reason="the harness's math extra is not installed")
-    subjects = tasks_of(task_manager(), "minerva_math")
+    subjects = [task for task, _ in tasks_of(task_manager(), "minerva_math")]
     math_documents = PUBLISHED["minerva_math_algebra"].documents
     for subject, document in zip(subjects, math_documents, strict=False):
         write_lines(tmp_path / subject / "test.jsonl", [document])
@@ -170,7 +170,7 @@ def test_a_group_is_scored_as_one(tmp_path, monkeypatch):
 
 def test_groups_in_groups(tmp_path):
     """mmlu has 4 groups with 57 subjects, all of which need documents before any is read."""
-    index, names = dict(task_manager().task_index), tasks_of(task_manager(), "mmlu")
+    index, names = dict(task_manager().task_index), [task for task, _ in tasks_of(task_manager(), "mmlu")]
     assert len(names) == len(set(names)) == 57 and "mmlu_anatomy" in names
     for name in names[:-1]:
         write_lines(tmp_path / name / "test.jsonl", documents(mmlu, [("Which?", "a|b|c|d", 0)]))
@@ -201,6 +201,14 @@ def test_a_tag_s_tasks(tmp_path, asked):
         ("gsm8k_cot_zeroshot", r"a folder with gsm8k_cot_zeroshot/test\.jsonl$"),
         ("minerva_math", r"a folder with minerva_math_algebra/test\.jsonl$"),
         ("gsm8k", r"a folder with gsm8k/test\.jsonl, gsm8k/train\.jsonl$"),  # it draws examples
+        (
+            "openllm",
+            r"a folder with arc_challenge/test\.jsonl, arc_challenge/train\.jsonl, ",
+        ),  # a group's shots
+        (
+            "t0_eval",
+            "'None' with documents; accepted: a task of lm-evaluation-harness",
+        ),  # tasks without a name
         ("nonsense", "'nonsense' with documents; accepted: a task of lm-evaluation-harness"),
         ("squadv2", "'squadv2' with documents; accepted: .* in YAML"),
     ],

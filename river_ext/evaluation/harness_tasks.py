@@ -2,11 +2,12 @@
 
 import json
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import cache
 from pathlib import Path
+from types import MappingProxyType
 
 from lm_eval.tasks import TaskManager
 
@@ -32,8 +33,10 @@ def with_documents(manager: TaskManager, name: str, data: Path | None) -> Iterat
         yield
         return
     index = manager.task_index
-    entries = {task: index[task] for task in tasks_of(manager, name)}
-    splits = {task: split_files(entry.cfg, task, data) for task, entry in entries.items()}
+    entries, splits = {}, {}
+    for task, config in tasks_of(manager, name):
+        entries[task] = index[task]
+        splits[task] = splits.get(task, {}) | split_files(config, task, data)
     with tempfile.TemporaryDirectory() as folder:
         for task, entry in entries.items():
             path = Path(folder, f"{task}.yaml")
@@ -56,26 +59,33 @@ def _changed(own: Path, task: str, files: dict[str, str], cache_dir: str) -> dic
     }
 
 
-def tasks_of(manager: TaskManager, name: str) -> list[str]:
-    """A task itself; of a group or a tag its tasks, and those of the groups in it."""
+def tasks_of(
+    manager: TaskManager, name: str, changes: Mapping = MappingProxyType({})
+) -> list[tuple[str, dict]]:
+    """A task's name and config; of a group or a tag those of its tasks, and of the groups in it.
+
+    Args:
+        changes: what the groups around it say in place of its own config.
+    """
     entry = manager.task_index.get(name)
     match entry.kind.name if entry else None:
         case "TASK":
-            return [name]
+            return [(name, {**entry.cfg, **changes})]
         case "TAG":
-            members = sorted(entry.tags)
+            members = [{"task": task} for task in sorted(entry.tags)]
         case "GROUP":
-            members = [_member(one) for one in entry.cfg["task"]]
+            members = [{"task": one} if isinstance(one, str) else one for one in entry.cfg["task"]]
+            changes = {**entry.cfg, **changes}
         case _:  # one that is a Python class loads its dataset by itself
             raise RiverError(
-                f"task {name[:80]!r} with documents; accepted: a task of lm-evaluation-harness that is "
+                f"task {str(name)[:80]!r} with documents; accepted: a task of lm-evaluation-harness that is "
                 "written in YAML, or a group or tag of such tasks"
             )
-    return [task for member in members for task in tasks_of(manager, member)]
-
-
-def _member(one: str | dict) -> str:
-    return one if isinstance(one, str) else one.get("group") or one["task"]
+    return [
+        found
+        for one in members
+        for found in tasks_of(manager, one.get("group") or one.get("task"), {**changes, **one})
+    ]
 
 
 def split_files(config: dict, task: str, data: Path) -> dict[str, str]:
