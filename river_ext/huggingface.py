@@ -18,7 +18,7 @@ from .engine.request import requests
 from .engine.sequence import Sequence
 from .errors import RiverError, memory_for
 from .loading.in_memory import state_of
-from .model import KEPT, Model, load
+from .model import KEPT, Kept, Model, load
 
 # Processors of transformers, in the order in which both apply them, and the option that each holds
 WARPERS = {
@@ -33,6 +33,8 @@ WITHOUT_EFFECT = {
     "logits_to_keep", "tokenizer", "synced_gpus",
 }  # fmt: skip
 MAX_SEED = 2**63 - 1
+
+NOTHING_KEPT = Kept(model=None, options={}, state=[])
 
 _making = threading.Lock()  # of rivers, one after the other
 
@@ -100,11 +102,11 @@ def custom_generate(
 def river_of(module: nn.Module) -> Model:
     """What `load` has made of a model in memory, made now if there is none of its present weights."""
     with _making:
-        kept = KEPT.get(module)
-        if kept and kept.state == state_of(module):
+        kept = KEPT.get(module, NOTHING_KEPT)
+        if kept.model and kept.state == state_of(module):
             return kept.model
-        KEPT.pop(module, None)  # before there is a second river
-        return load(module, **(kept.options if kept else {}))
+        kept = KEPT[module] = kept._replace(model=None)  # its river goes before there is a second one
+        return load(module, **kept.options)
 
 
 @dataclass
@@ -123,12 +125,13 @@ class Ends:
         tokens = [t for c in criteria if _name(c) == "EosTokenCriteria" for t in c.eos_token_id.tolist()]
         others = type(criteria)(c for c in criteria if _name(c) not in own)
         rows, length = input_ids.shape
+        longest = min(c.max_length for c in criteria if _name(c) == "MaxLengthCriteria")
         padding = config.pad_token_id if config.pad_token_id is not None else next(iter(tokens), None)
         if padding is None and others and rows > 1:
             raise RiverError(
                 f"pad_token_id=None for {rows} rows, which {_name(others[0])} may end; accepted: a token id"
             )
-        return cls(max(1, criteria.max_length - length), tokens, others, padding or 0)
+        return cls(max(1, longest - length), tokens, others, padding or 0)
 
 
 class Rows:
@@ -265,6 +268,9 @@ def _sampling(logits_processor: list, config) -> dict:
             raise RiverError(
                 f"{name}{_asked_by(name, config)} changes logits; accepted: temperature, top_k, top_p, min_p"
             )
+    for name, processor in zip(names, logits_processor, strict=True):
+        if (least := getattr(processor, "min_tokens_to_keep", 1)) != 1:
+            raise RiverError(f"{name} with min_tokens_to_keep={least}; accepted: 1")
     if names != [name for name in WARPERS if name in names]:
         raise RiverError(
             f"logits_processor is {', '.join(names)}; accepted: each once, in the order {', '.join(WARPERS)}"

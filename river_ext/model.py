@@ -35,7 +35,7 @@ DEMO = Path(__file__).parent / "demo"
 class Kept(NamedTuple):
     """What `load` has made of a model in memory."""
 
-    model: "Model"
+    model: "Model | None"  # None while it is made anew, and where that has failed
     options: dict  # other arguments of `load`
     state: list[tuple]  # see `state_of`
 

@@ -129,10 +129,11 @@ def test_criteria_of_ones_own_end_rows(llama, mode, monkeypatch):
     often = whole[0, 12:].mode().values.item()
     unseen = next(i for i in range(3, 96) if i not in whole)
     options = dict(max_new_tokens=30, do_sample=False, eos_token_id=unseen)
-    for criterion in (AfterThree(often), transformers.MaxLengthCriteria(20)):
-        theirs = llama.generate(**inputs, **options, stopping_criteria=[criterion])
+    lengths = [transformers.MaxLengthCriteria(length) for length in (20, 17)]
+    for criteria in ([AfterThree(often)], lengths):
+        theirs = llama.generate(**inputs, **options, stopping_criteria=criteria)
         ours = llama.generate(
-            **inputs, **options, stopping_criteria=[criterion], custom_generate=custom_generate, mode=mode
+            **inputs, **options, stopping_criteria=criteria, custom_generate=custom_generate, mode=mode
         )
         assert torch.equal(ours, theirs) and not torch.equal(ours, whole)
     assert cancelled, "rows that have ended are not computed any longer"
@@ -348,6 +349,7 @@ class Custom(transformers.LogitsProcessor):
 
 
 WRONG_ORDER = [transformers.TopPLogitsWarper(0.9), transformers.TemperatureLogitsWarper(0.8)]
+TWO_AT_LEAST = [transformers.TopPLogitsWarper(0.1, min_tokens_to_keep=2)]
 RIGHT = torch.tensor([[1, 1, 1, 1, 1], [1, 1, 1, 0, 0]])
 FILLED = transformers.DynamicCache()
 FILLED.update(torch.zeros(2, 2, 3, 16), torch.zeros(2, 2, 3, 16), 0)
@@ -363,6 +365,7 @@ FILLED.update(torch.zeros(2, 2, 3, 16), torch.zeros(2, 2, 3, 16), 0)
         ({"typical_p": 0.5, "do_sample": True}, r"TypicalLogitsWarper \(typical_p=0.5\) changes logits"),
         ({"logits_processor": [Custom()]}, "Custom changes logits; accepted: temperature, top_k, top_p, min"),
         ({"logits_processor": WRONG_ORDER}, "TemperatureLogitsWarper; accepted: each once, in the order"),
+        ({"logits_processor": TWO_AT_LEAST}, "TopPLogitsWarper with min_tokens_to_keep=2; accepted: 1"),
         ({"num_beams": 2}, "generate asks for beam_search; accepted: greedy_search and sample"),
         ({"prompt_lookup_num_tokens": 3}, "generate asks for assisted_generation"),
         ({"assistant_model": True}, "generate asks for assisted_generation"),

@@ -11,7 +11,7 @@ from conftest import random_hf_model
 from test_hf_parity import CASES, SMALL, write_multimodal
 
 import river_ext
-from river_ext import RiverError
+from river_ext import RiverError, huggingface
 from river_ext.huggingface import river_of
 from river_ext.model import KEPT
 
@@ -116,6 +116,46 @@ def test_a_river_is_of_the_present_weights(tmp_path):
         river_of(in_memory("gqa 4/2"))  # whose weights count no changes
 
 
+def by_a_fused_optimiser(module):
+    for parameter in module.parameters():
+        parameter.grad = torch.ones_like(parameter)
+    torch.optim.AdamW(module.parameters(), lr=1e-3, fused=True).step()
+
+
+def by_its_data(module):
+    module.lm_head.weight.data.mul_(2)
+
+
+def in_inference_mode(module):
+    with torch.inference_mode():
+        module.lm_head.weight.mul_(2)
+
+
+@pytest.mark.parametrize("change", [by_a_fused_optimiser, by_its_data, in_inference_mode])
+def test_changes_that_torch_does_not_count(change):
+    with torch.inference_mode(change is in_inference_mode):
+        module = in_memory("gqa 4/2")
+    versions = [0 if p.is_inference() else p._version for p in module.parameters()]
+    first = river_of(module)
+    change(module)
+    assert [0 if p.is_inference() else p._version for p in module.parameters()] == versions
+    assert river_of(module) is not first
+
+
+def test_a_river_goes_before_the_next_one_is_made(monkeypatch):
+    module, load = in_memory("gqa 4/2"), huggingface.load
+    first = weakref.ref(river_of(module))
+
+    def next_one(*args, **kwargs):
+        assert first() is None
+        return load(*args, **kwargs)
+
+    monkeypatch.setattr(huggingface, "load", next_one)
+    with torch.no_grad():
+        module.lm_head.weight.mul_(2)
+    assert river_of(module) is river_of(module)
+
+
 def test_options_of_load_hold_for_the_next_river(tmp_path):
     module = in_memory("gqa 4/2")
     river_ext.load(module).save_river(tmp_path / "river")
@@ -123,8 +163,9 @@ def test_options_of_load_hold_for_the_next_river(tmp_path):
     assert river_of(module) is chosen
     with torch.no_grad():
         module.model.norm.weight.mul_(2)
-    with pytest.raises(RiverError, match="river"):  # which is of other weights
-        river_of(module)
+    for _ in range(2):
+        with pytest.raises(RiverError, match="built from another checkpoint"):
+            river_of(module)
 
 
 def mixed(module):
@@ -139,9 +180,18 @@ def not_finite(module):
     module.model.layers[1].mlp.up_proj.weight.data[3, 5] = torch.nan
 
 
+class Packed(torch.Tensor):
+    """As of a quantised weight."""
+
+
+def packed(module):
+    module.lm_head.weight = torch.nn.Parameter(module.lm_head.weight.detach().as_subclass(Packed))
+
+
 @pytest.mark.parametrize(
     "change, options, complaint",
     [
+        (packed, {}, "lm_head.weight is a Packed; accepted: plain tensors"),
         (mixed, {}, "up_proj.weight is torch.bfloat16, and would be copied; accepted: torch.float32"),
         (other_layout, {}, "lm_head.weight is not contiguous, and would be copied"),
         (not_finite, {}, "layers.1.mlp.up_proj.weight holds NaN"),

@@ -26,6 +26,7 @@ from .config import ModelConfig, parse_dtype, read_config_objects
 from .json_object import Reader
 
 EMBEDDING = "model.embed_tokens.weight"
+SAMPLES = 64  # of a weight
 DTYPE_NAMES = {dtype: name for name, dtype in STORED_DTYPES.items()}
 
 
@@ -63,15 +64,30 @@ def checkpoint_in_memory(
 def device_of(module: nn.Module) -> torch.device:
     """Where a model's first weight is."""
     weights = module.state_dict().values()
-    return next((weight.device for weight in weights), torch.device("cpu"))
+    return next((weight.device for weight in weights if isinstance(weight, Tensor)), torch.device("cpu"))
 
 
 def state_of(module: nn.Module) -> list[tuple]:
-    """Something that differs once a weight is replaced or changed in place, unless by way of its `.data`."""
+    """Something that differs once a weight is replaced or changed in place.
+
+    torch does not count the changes by fused optimisers, in inference mode or by way of `.data`: these show
+    in a sample of the values, unless they are of a few.
+    """
     return [
-        (name, weight.data_ptr(), weight.dtype, 0 if weight.is_inference() else weight._version)
+        (
+            name, weight.data_ptr(), weight.dtype, 0 if weight.is_inference() else weight._version,
+            _sample(weight),
+        )
         for name, weight in module.state_dict().items()
-    ]
+        if type(weight) is Tensor
+    ]  # fmt: skip
+
+
+def _sample(weight: Tensor) -> bytes:
+    if weight.is_meta:
+        return b""
+    values = weight.flatten()[:: max(1, weight.numel() // SAMPLES)]
+    return values.contiguous().cpu().view(torch.uint8).numpy().tobytes()
 
 
 def _config(module: nn.Module, where: Path) -> ModelConfig:
@@ -86,6 +102,9 @@ def _config(module: nn.Module, where: Path) -> ModelConfig:
 
 def _stored(module: nn.Module, where: Path) -> dict[str, StoredTensor]:
     held = HeldTensors(module.state_dict())
+    for name, weight in held.items():
+        if type(weight) is not Tensor:
+            raise RiverError(f"{where}: {name} is a {type(weight).__name__}; accepted: plain tensors")
     return {
         name: StoredTensor(where, held, name, tuple(t.shape), DTYPE_NAMES.get(t.dtype, str(t.dtype)))
         for name, t in held.items()
