@@ -8,6 +8,8 @@ from tiny_model import demo_model
 
 import river_ext
 from river_ext.errors import RiverError
+from river_ext.loading.calibrated import Calibrated, write_calibrated
+from river_ext.quant.exit_river import river_sha256
 
 pytest.importorskip("lm_eval", reason="lm-evaluation-harness is not installed")
 
@@ -145,6 +147,30 @@ def test_refusals(options, complaint):
         RiverLM(model=demo_model(), **options)
     with pytest.raises(TypeError, match="threshold"):
         RiverLM(model=demo_model(), treshold=0.5)
+
+
+def test_a_calibrated_threshold(tmp_path):
+    path = tmp_path / "calibrated.json"
+    with pytest.raises(RiverError, match=r"calibrated\.json: cannot be read"):
+        RiverLM(calibrated=str(path), threshold="calibrated")
+    model = demo_model()
+    rule = (-2.0,) * model.config.num_hidden_layers
+    write_calibrated(
+        path,
+        Calibrated(
+            threshold=rule,
+            min_layers=1,
+            river_head="model",
+            draft_tokens="auto",
+            fingerprint=model.fingerprint,
+            river_sha256=river_sha256(model.river),
+            dtype=model.network.dtype,
+        ),
+        measured={},
+    )
+    lm = RiverLM(calibrated=str(path), threshold="calibrated", score_by="steps")
+    loglikelihoods(lm, [("a b", " c")])
+    assert set(lm.depths) == {1}
 
 
 def test_a_tag_s_tasks_are_named():

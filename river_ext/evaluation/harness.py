@@ -41,7 +41,7 @@ class RiverLM(TemplateLM):
     """A model with the options that all its requests have.
 
     Args:
-        path, device, dtype, river, resident_layers: as in `river_ext.load`.
+        path, device, dtype, river, resident_layers, calibrated: as in `river_ext.load`.
         model: one that is loaded already, in place of these.
         score_by: how log-likelihoods are computed. "prefill", as other models of the harness do it: context
             and continuation in one pass, where decoding's exits have no say. "steps": every token of the
@@ -60,6 +60,7 @@ class RiverLM(TemplateLM):
         dtype: str = "auto",
         river: str | None = None,
         resident_layers: int | None = None,
+        calibrated: str | None = None,
         score_by: str = "prefill",
         batch_size: int | str = 1,
         max_batch_size: int | None = None,
@@ -71,7 +72,7 @@ class RiverLM(TemplateLM):
         batch_size = int(batch_size) if str(batch_size).isdecimal() else batch_size
         self.batch_size = integer("batch_size", batch_size, 1, 8)
         self.max_gen_toks = integer("max_gen_toks", max_gen_toks, 1)
-        self.model = model or load(path, device, dtype, river, resident_layers)
+        self.model = model or load(path, device, dtype, river, resident_layers, calibrated)
         request(self.model.config, None, [0], options | {"max_new_tokens": 1})  # refused before hours of work
         self.score_by, self.options = score_by, options
         self.max_length = self.model.config.max_length
