@@ -95,10 +95,11 @@ struct Weight {
     else kernels().dense_strip(dtype, at_strip(s), strip_rows(s), x.operand(), first, ahead, out);
   }
 
-  // A part of strip s; of none past the last one
-  Ahead part(int64_t s, int part, int parts) const {
-    const int64_t bytes = s < strips() ? strip_rows(s) * strip_bytes() / kTileRows : 0;
-    return {.from = reinterpret_cast<const char*>(at_strip(s)) + bytes * part / parts, .bytes = bytes / parts};
+  // A part of the strips from `begin` to `end` - 1
+  Ahead part(int64_t begin, int64_t end, int64_t part, int64_t parts) const {
+    const int64_t output_rows = std::max<int64_t>(0, std::min(end * kTileRows, rows) - begin * kTileRows);
+    const int64_t bytes = output_rows * strip_bytes() / kTileRows;
+    return {.from = reinterpret_cast<const char*>(at_strip(begin)) + bytes * part / parts, .bytes = bytes / parts};
   }
 
   const uint8_t* at_strip(int64_t s) const { return static_cast<const uint8_t*>(data) + s * strip_bytes(); }
@@ -106,7 +107,8 @@ struct Weight {
 
 // Calls f(t, first output row, output rows, results) for every row of x and some strips of the weights at a time.
 // The weights have one shape; results[i] are the strips of weights[i]. All rows, a block after the other, go through
-// these strips while they are in L2, and the next ones come from memory meanwhile.
+// these strips while they are in L2, and the next ones come from memory meanwhile. For the first ones nothing is done
+// meanwhile, so a thread begins with one strip, and goes on with twice as many each time.
 template <size_t N, class F>
 void for_strips(const Weight (&weights)[N], const Activations& x, const Parallel& parallel, F f) {
   const Weight& shape = weights[0];
@@ -114,13 +116,16 @@ void for_strips(const Weight (&weights)[N], const Activations& x, const Parallel
   const int blocks = int(ceil_div(x.rows(), kMaxRows));
   parallel(shape.strips(), shape.grain(), [&](int64_t begin, int64_t end) {
     StripOut out[N][kMostHot];
-    for (int64_t first = begin; first < end; first += hot) {
-      const int64_t past = std::min(first + hot, end);
+    for (int64_t first = begin, past = begin + 1, next; first < end; first = past, past = next) {
+      next = std::min(past + std::min(2 * (past - first), hot), end);
+      const int64_t parts = blocks * (past - first);
       for (int block = 0; block < blocks; block++) {
         const int row = block * kMaxRows;
         for (int64_t s = first; s < past; s++)
-          for (size_t i = 0; i < N; i++)
-            weights[i].strip(s, x, row, weights[i].part(s + hot, block, blocks), out[i][s - first]);
+          for (size_t i = 0; i < N; i++) {
+            const int64_t part = block * (past - first) + s - first;
+            weights[i].strip(s, x, row, weights[i].part(past, next, part, parts), out[i][s - first]);
+          }
         const int64_t from = first * kTileRows, count = std::min(past * kTileRows, shape.rows) - from;
         for (int t = 0; t < std::min(kMaxRows, x.rows() - row); t++) {
           RowSums results[N];

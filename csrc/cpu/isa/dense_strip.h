@@ -95,11 +95,13 @@ template <DType D, bool kHot, int R, int T>
   ahead = walk;
 }
 
-// Output rows of a strip in blocks of R, the last ones alone
+// Output rows of a strip, R at a time. After threes the last four are two pairs: a row alone would leave multipliers idle.
 template <int R, class F>
 inline void for_rows(int count, F f) {
   int r = 0;
-  for (; r + R <= count; r += R) f.template operator()<R>(r);
+  for (; count - r >= R && !(R == 3 && count - r == 4); r += R) f.template operator()<R>(r);
+  if constexpr (R == 3)
+    for (; count - r >= 2; r += 2) f.template operator()<2>(r);
   for (; r < count; r++) f.template operator()<1>(r);
 }
 
@@ -111,34 +113,43 @@ inline void put_sums(const Sum (&acc)[R * T], int t0, int r0, StripOut& out) {
     for (int r = 0; r < R; r++) out[t0 + t][r0 + r] = sum[r * T + t];
 }
 
+inline void put_row(const f32x16 (&sums)[river::kTileRows], float (&out)[river::kTileRows]) {
+  Sum sum[river::kTileRows];
+  RIVER_UNROLL for (int r = 0; r < river::kTileRows; r++) sum[r] = Sum{sums[r]};
+  reduce_each(sum, out);
+}
+
 // Rows and output rows at a time: as many as there are registers for their sums.
 constexpr int kDenseVectors = kPieces == 1 ? river::kMaxRows : kSums / 4;
 constexpr int rows_at_once(int vectors) { return vectors <= 2 ? kSums / 2 : vectors <= 6 ? kSums / 4 : 3; }
 
 // out[t0 + t][r] for T rows of a block, R output rows and `part` columns at a time. Parts are for what L1 should hold
-// while all output rows go by: those columns of the rows of x.
+// while all output rows go by: those columns of the rows of x. A hot strip's sums are added up when they are all there,
+// 16 at a time; a cold one's at once, while memory answers.
 template <DType D, bool kHot, int R, int T>
 inline void dense_vectors(const char* weight, int count, const Operand& x, int t0, int part, Walk& ahead,
                           StripOut& out) {
   constexpr int64_t kSize = river::size_of(D);
   const int64_t row_bytes = x.cols * kSize;
   const int rows_ahead = std::max(R, int(river::ceil_div(kBytesAhead, std::min(part, x.cols) * kSize)));
-  f32x16 sums[river::kTileRows * T];  // of the columns before `begin`
+  f32x16 sums[T][river::kTileRows];  // of the columns before `begin`
+  if (kHot && count < river::kTileRows) memset(sums, 0, sizeof(sums));
   for (int begin = 0, end; begin < x.cols; begin = end) {
     end = x.cols - begin <= part ? x.cols : begin + part;
     const char* next_part = weight + (end < x.cols ? end * kSize : count * row_bytes);
     for_rows<R>(count, [&]<int r>(int r0) {
       Sum acc[r * T];
-      if (begin > 0) RIVER_UNROLL for (int i = 0; i < r * T; i++) acc[i] = Sum{sums[r0 * T + i]};
+      if (begin > 0) RIVER_UNROLL for (int i = 0; i < r * T; i++) acc[i] = Sum{sums[i % T][r0 + i / T]};
       const int next = r0 + rows_ahead;
       add_products<D, kHot, r, T>(
           weight + r0 * row_bytes,
           next < count ? weight + next * row_bytes + begin * kSize : next_part + (next - count) * row_bytes, x, t0,
           begin, end, ahead, acc);
-      if (end == x.cols) return put_sums<r, T>(acc, t0, r0, out);
-      RIVER_UNROLL for (int i = 0; i < r * T; i++) sums[r0 * T + i] = acc[i].all();
+      if (!kHot && end == x.cols) return put_sums<r, T>(acc, t0, r0, out);
+      RIVER_UNROLL for (int i = 0; i < r * T; i++) sums[i % T][r0 + i / T] = acc[i].all();
     });
   }
+  if constexpr (kHot) for (int t = 0; t < T; t++) put_row(sums[t], out[t0 + t]);
 }
 
 // A strip from memory. As long as L1 holds all of the rows of x beside what comes, output rows go by almost one
@@ -156,8 +167,8 @@ inline void cold_vectors(const char* weight, int count, const Operand& x, int t0
 // Steps of a whole block, as many rows at a time as can be
 template <DType D>
 int64_t dense_steps(int count, int cols) {
-  constexpr int R = rows_at_once(kDenseVectors);
-  return int64_t(river::kMaxRows / kDenseVectors) * (count / R + count % R) * (cols / Columns<D>::kCount + 1);
+  const int64_t groups = river::ceil_div(count, rows_at_once(kDenseVectors));
+  return river::kMaxRows / kDenseVectors * groups * (cols / Columns<D>::kCount + 1);
 }
 
 void dense_strip(DType dtype, const void* weight, int count, const Operand& x, int first, const Ahead& ahead,
