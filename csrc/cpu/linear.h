@@ -114,17 +114,16 @@ void for_strips(const Weight (&weights)[N], const Activations& x, const Parallel
   const Weight& shape = weights[0];
   const int64_t hot = std::clamp<int64_t>(kHotBytes / (int64_t(N) * shape.strip_bytes()), 1, kMostHot);
   const int blocks = int(ceil_div(x.rows(), kMaxRows));
-  parallel(shape.strips(), shape.grain(), [&](int64_t begin, int64_t end) {
+  parallel(shape.strips(), ceil_div(shape.grain(), blocks), [&](int64_t begin, int64_t end) {
     StripOut out[N][kMostHot];
-    for (int64_t first = begin, past = begin + 1, next; first < end; first = past, past = next) {
-      next = std::min(past + std::min(2 * (past - first), hot), end);
-      const int64_t parts = blocks * (past - first);
+    for (int64_t first = begin, past = begin + 1; first < end;) {
+      const int64_t strips = past - first, next = std::min(past + std::min(2 * strips, hot), end);
       for (int block = 0; block < blocks; block++) {
         const int row = block * kMaxRows;
         for (int64_t s = first; s < past; s++)
           for (size_t i = 0; i < N; i++) {
-            const int64_t part = block * (past - first) + s - first;
-            weights[i].strip(s, x, row, weights[i].part(past, next, part, parts), out[i][s - first]);
+            const Ahead ahead = weights[i].part(past, next, block * strips + s - first, blocks * strips);
+            weights[i].strip(s, x, row, ahead, out[i][s - first]);
           }
         const int64_t from = first * kTileRows, count = std::min(past * kTileRows, shape.rows) - from;
         for (int t = 0; t < std::min(kMaxRows, x.rows() - row); t++) {
@@ -133,6 +132,8 @@ void for_strips(const Weight (&weights)[N], const Activations& x, const Parallel
           f(row + t, from, int(count), results);
         }
       }
+      first = past;
+      past = next;
     }
   });
 }

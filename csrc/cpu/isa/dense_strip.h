@@ -95,7 +95,8 @@ template <DType D, bool kHot, int R, int T>
   ahead = walk;
 }
 
-// Output rows of a strip, R at a time. After threes the last four are two pairs: a row alone would leave multipliers idle.
+// Output rows of a strip, R at a time. Where threes leave four, these are two pairs: one alone would leave multipliers
+// idle.
 template <int R, class F>
 inline void for_rows(int count, F f) {
   int r = 0;
