@@ -19,7 +19,7 @@ namespace {
 // fp32 projections of T rows, of which head() fetches one head in natural order
 struct DenseHeads {
   std::unique_ptr<float[]> values[3];  // of each QkvKind: [T, heads * head_dim]
-  int64_t sizes[3];          // heads * head_dim
+  int64_t sizes[3];                    // heads * head_dim
   int head_dim;
 
   void head(QkvKind kind, int t, int head, float* out) const {
