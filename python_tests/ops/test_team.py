@@ -1,4 +1,4 @@
-"""A layer's threads stay together for the whole layer: whatever their number, its bits are those of one thread."""
+"""The threads of a layer stay together: whatever their number, its bits are those of one thread."""
 
 import threading
 
