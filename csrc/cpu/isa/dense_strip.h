@@ -150,7 +150,8 @@ inline void dense_vectors(const char* weight, int count, const Operand& x, int t
       RIVER_UNROLL for (int i = 0; i < r * T; i++) sums[i % T][r0 + i / T] = acc[i].all();
     });
   }
-  if constexpr (kHot) for (int t = 0; t < T; t++) put_row(sums[t], out[t0 + t]);
+  if constexpr (kHot)
+    for (int t = 0; t < T; t++) put_row(sums[t], out[t0 + t]);
 }
 
 // A strip from memory. As long as L1 holds all of the rows of x beside what comes, output rows go by almost one
