@@ -229,7 +229,8 @@ def _check_options(replica: Replica, prompts: str | Path, lines: Sequence[Line],
     """What the config alone can refuse, with the number of the line whose options they are."""
     config = read_config(replica.directory)
     if replica.calibrated is not None:
-        config = replace(config, calibrated=read_calibrated(replica.calibrated))
+        found = read_calibrated(replica.calibrated, config.num_hidden_layers)
+        config = replace(config, calibrated=found)
     _check(config, options)
     if any("messages" in line.fields for line in lines):
         read_template(replica.directory)
