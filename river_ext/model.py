@@ -290,9 +290,9 @@ class Model:
                 model's, up to 4,096. The memory, slots x max_len, is taken now.
             batch_policy, exit_control: as in `generate`.
             reuse_prompts: a prompt takes over what a slot holds of its beginning, an earlier turn of the same
-                conversation say. By False that is only what changes no bit: what the backbone wrote, for
-                prompts with prefill="full", on a CPU. By True it is also what exit layers wrote, and what a
-                GPU did; then tokens may depend on earlier requests.
+                conversation say. By False that is only what changes no bit, for prompts with prefill="full":
+                what the backbone wrote; on a GPU whole blocks of 512 tokens of other prompts. By True it is
+                all, also what exit layers wrote; then tokens may depend on earlier requests.
         """
         return Engine(
             self.network,
