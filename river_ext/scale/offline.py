@@ -75,7 +75,8 @@ def generate_file(
         prompts: JSON lines: {"prompt": text or token ids} or {"messages": [...]}, beside them `options`, an
             object with options of this line alone, and any other fields, which the answer repeats.
         answers: JSON lines: the fields of the prompt's line, "run", and "output": text, tokens, exit_depths
-            and finish_reason; "error" in its place, a text, where a prompt is too long, say.
+            and finish_reason; "error" in its place, a text, where a prompt is too long, say, or has ended the
+            replicas that tried it.
         model: a checkpoint's directory, the same path on all machines; None is the bundled one.
         replicas: processes with the model, each with `threads` cores, and a GPU if the device is "cuda".
         resume: go on with a file of answers; without one begin it.
