@@ -36,7 +36,7 @@ class States {
 
  private:
   std::vector<AttentionState> state_;
-  Scratch<float> values_;
+  std::unique_ptr<float[]> values_;
 };
 
 class Attention {
@@ -97,8 +97,8 @@ class Attention {
   // What a thread needs beside the states; query heads are numbered row by row
   struct Room {
     int heads;
-    Scratch<uint32_t> query;
-    Scratch<float> scores;
+    std::unique_ptr<uint32_t[]> query;
+    std::unique_ptr<float[]> scores;
     std::vector<Range> seen;
 
     Room(int heads, int head_dim)

@@ -8,6 +8,7 @@
 
 #include <cmath>
 #include <cstring>
+#include <memory>
 
 namespace river::cpu {
 
@@ -17,8 +18,8 @@ namespace {
 
 // fp32 projections of T rows, of which head() fetches one head in natural order
 struct DenseHeads {
-  Scratch<float> values[3];  // of each QkvKind: [T, heads * head_dim]
-  int64_t sizes[3];          // heads * head_dim
+  std::unique_ptr<float[]> values[3];  // of each QkvKind: [T, heads * head_dim]
+  int64_t sizes[3];                    // heads * head_dim
   int head_dim;
 
   void head(QkvKind kind, int t, int head, float* out) const {
@@ -27,7 +28,7 @@ struct DenseHeads {
 };
 
 struct PackedHeads {
-  Scratch<float> values;  // [T, packed rows]
+  std::unique_ptr<float[]> values;  // [T, packed rows]
   QkvOrder order;
 
   void head(QkvKind kind, int t, int head, float* out) const {
@@ -97,8 +98,8 @@ struct PackedWeights {
 struct HeadFinish {
   QkvKind kind;
   int heads;
-  Scratch<float> bias;  // [heads, head_dim] or null
-  Scratch<float> norm;  // [head_dim] or null
+  std::unique_ptr<float[]> bias;  // [heads, head_dim] or null
+  std::unique_ptr<float[]> norm;  // [head_dim] or null
 };
 
 // Some of the active rows, and the weights that they go through
@@ -151,7 +152,7 @@ struct Block {
   int64_t q_size() const { return int64_t(a.num_heads) * a.head_dim; }
 
   // Room for [T, cols]
-  Scratch<char> vectors(int64_t cols) const { return scratch<char>(a.rows * cols * size_of(a.dtype)); }
+  std::unique_ptr<char[]> vectors(int64_t cols) const { return scratch<char>(a.rows * cols * size_of(a.dtype)); }
   Vectors of(const void* x, int64_t cols, const Rows& rows) const {
     return {.dtype = a.dtype, .data = x, .cols = cols, .rows = rows};
   }

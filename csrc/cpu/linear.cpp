@@ -26,7 +26,7 @@ Activations::Activations(const Vectors& x, const RmsNorm& norm, bool packed, con
   });
 }
 
-Scratch<float> project(const Weight& weight, const Activations& x, const Parallel& parallel) {
+std::unique_ptr<float[]> project(const Weight& weight, const Activations& x, const Parallel& parallel) {
   auto y = scratch<float>(x.rows() * weight.rows);
   for_strips({weight}, x, parallel, [&](int t, int64_t first, int count, const RowSums(&sums)[1]) {
     float* to = &y[t * weight.rows + first];

@@ -4,6 +4,7 @@
 
 #include <algorithm>
 #include <cstdint>
+#include <memory>
 #include <vector>
 
 #include "buffers.h"
@@ -71,8 +72,8 @@ class Activations {
  private:
   Activations(int rows, int64_t cols);
 
-  Scratch<Line> lines_;
-  Scratch<float> sums_;  // [rows, padded cols / 64]
+  std::unique_ptr<Line[]> lines_;
+  std::unique_ptr<float[]> sums_;  // [rows, padded cols / 64]
   Operand operand_;
 };
 
@@ -133,7 +134,7 @@ void for_strips(const Weight (&weights)[N], const Activations& x, const Parallel
 }
 
 // W x[t] in fp32, [rows of x, rows of the weight]
-Scratch<float> project(const Weight& weight, const Activations& x, const Parallel& parallel);
+std::unique_ptr<float[]> project(const Weight& weight, const Activations& x, const Parallel& parallel);
 
 // What is added to a linear, and where its results go: out[row] = round(addend[row] + multiplier * (bias + W x[t]))
 struct LinearOut {
