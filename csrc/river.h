@@ -254,14 +254,18 @@ struct W4Args {  // pack, unpack, dequantize: which pointers are read and which 
 
 namespace cpu {
 
-// Runs body(begin, end, context) over [0, n), in pieces of at least `grain`, on the caller's threads.
+// Runs body(begin, end, context) over [0, n), in pieces of at least `grain`, on as many threads as there are pieces.
 struct Parallel {
   using Body = void (*)(int64_t begin, int64_t end, void* context);
-  void (*run)(int64_t n, int64_t grain, Body body, void* context);
+  int count;  // of the threads, at most
+  void (*run)(void* state, int64_t n, int64_t grain, Body body, void* context);
+  void* state;
 
   template <class F>
   void operator()(int64_t n, int64_t grain, F f) const {
-    run(n, grain, [](int64_t begin, int64_t end, void* context) { (*static_cast<F*>(context))(begin, end); }, &f);
+    run(
+        state, n, grain, [](int64_t begin, int64_t end, void* context) { (*static_cast<F*>(context))(begin, end); },
+        &f);
   }
 };
 

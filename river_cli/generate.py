@@ -16,6 +16,7 @@ from river_ext.evaluation import measure
 from river_ext.evaluation.measure import Item, demo_items, result_table, settings_of
 from river_ext.loading.calibrated import read_calibrated
 from river_ext.loading.chat import read_template
+from river_ext.loading.config import read_config
 
 from . import shared
 from .shared import machine, model_facts, model_line
@@ -62,7 +63,9 @@ def own_options(arguments) -> dict:
     options = {name: v for name, v in vars(arguments).items() if name in names and v is not None}
     if arguments.calibrated is None:
         return options
-    return read_calibrated(arguments.calibrated).options(arguments.mode, arguments.threshold) | options
+    layers = read_config(shared.directory(arguments)).num_hidden_layers
+    found = read_calibrated(arguments.calibrated, layers)
+    return found.options(arguments.mode, arguments.threshold) | options
 
 
 def _check_request(arguments, options: dict) -> None:

@@ -41,7 +41,7 @@ def config(arguments) -> ModelConfig:
     return replace(
         config,
         resident_layers=checked_resident_layers(arguments.resident_layers, config),
-        calibrated=None if path is None else read_calibrated(path),
+        calibrated=None if path is None else read_calibrated(path, config.num_hidden_layers),
     )
 
 

@@ -89,13 +89,14 @@ def load(
 
 
 def _load(path, device: torch.device, dtype, river, resident_layers, calibrated) -> "Model":
-    found = None if calibrated is None else read_calibrated(calibrated)
     read = checkpoint_in_memory if isinstance(path, nn.Module) else load_checkpoint
     checkpoint = read(
         DEMO if path is None else path, dtype=dtype, device=device, resident_layers=resident_layers
     )
-    config, weights = replace(checkpoint.config, calibrated=found), checkpoint.weights
-    if found:
+    config, weights, found = checkpoint.config, checkpoint.weights, None
+    if calibrated is not None:
+        found = read_calibrated(calibrated, config.num_hidden_layers)
+        config = replace(config, calibrated=found)
         found.check_model(calibrated, checkpoint.fingerprint, weights.embed_tokens.dtype)
     if river is None:
         exit_layers = exit_river.build_river(config, weights_on_device(weights))
@@ -104,7 +105,8 @@ def _load(path, device: torch.device, dtype, river, resident_layers, calibrated)
     else:
         exit_layers = exit_river.load_river(river, config, checkpoint.fingerprint, device)
     if found:
-        found.check_river(calibrated, exit_river.river_sha256(exit_layers))
+        has_head = exit_layers.lm_head is not None
+        found.check_river(calibrated, exit_river.river_sha256(exit_layers), has_head)
     if config.resident_layers is not None and device.type == "cpu":
         give_back_pages(weights.layers[config.resident_layers :])  # read so far to check and to quantise them
     return Model(
@@ -288,9 +290,9 @@ class Model:
                 model's, up to 4,096. The memory, slots x max_len, is taken now.
             batch_policy, exit_control: as in `generate`.
             reuse_prompts: a prompt takes over what a slot holds of its beginning, an earlier turn of the same
-                conversation say. By False that is only what changes no bit: what the backbone wrote, for
-                prompts with prefill="full", on a CPU. By True it is also what exit layers wrote, and what a
-                GPU did; then tokens may depend on earlier requests.
+                conversation say. By False that is only what changes no bit, for prompts with prefill="full":
+                what the backbone wrote; on a GPU whole blocks of 512 tokens of other prompts. By True it is
+                all, also what exit layers wrote; then tokens may depend on earlier requests.
         """
         return Engine(
             self.network,

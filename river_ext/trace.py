@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from .checks import short
-from .engine.request import prompt_list, prompt_tokens
+from .engine.prompt import prompt_list, prompt_tokens
 from .engine.sequence import GenerationOutput
 from .errors import RiverError
 from .loading.files import path_of

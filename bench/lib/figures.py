@@ -32,7 +32,6 @@ def pyplot():
 def save(figure, path: Path, sources: Sequence[Path]) -> None:
     figure.savefig(path, metadata={"Date": None, "Creator": None, "Description": digest(sources)})
     path.write_text("\n".join(line.rstrip() for line in path.read_text().splitlines()) + "\n")
-    print(path)
 
 
 def is_of(path: Path, sources: Sequence[Path]) -> bool:

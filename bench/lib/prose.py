@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Iterable
 
-from bench.lib.results import result
+from bench.lib.results import result, the_line
 from river_ext.thresholds.guarantee import upper_bound
 
 
@@ -35,12 +35,11 @@ def linear(key: str, form: str, weights: str, *rows: int, shape: str = "") -> st
 
 
 def cycle(drafts: int, key: str, form: str) -> str:
-    (line,) = (line for line in result("cycle")["cycle"] if line["drafts"] == drafts)
-    return f"{line[key]:{form}}"
+    return f"{the_line(result('cycle')['cycle'], drafts=drafts)[key]:{form}}"
 
 
 def cycle_over_bytes(drafts: int) -> str:
-    (line,) = (line for line in result("cycle")["cycle"] if line["drafts"] == drafts)
+    line = the_line(result("cycle")["cycle"], drafts=drafts)
     return f"{line['time'] / line['bytes']:.2f}"
 
 
@@ -55,16 +54,19 @@ def llama_cpp(bf16_decoding: bool, form: str, inverse: bool = False) -> str:
 
 def weights_per_second(runner: str) -> str:
     """GB/s of the bf16 weights of the 1B model, beside the peers."""
-    (full,) = (line for line in result("decode")["decode"] if line["run"] == "full bf16")
-    found = {"runner": runner, "shape": "1B", "what": "decoding", "bits": "bf16"}
-    (line,) = (line for line in result("peers")["peers"] if found.items() <= line.items())
+    full = the_line(result("decode")["decode"], run="full bf16")
+    line = the_line(result("peers")["peers"], runner=runner, shape="1B", what="decoding", bits="bf16")
     return f"{line['tokens_per_second'] * full['bytes'] / 1e9:.0f}"
 
 
+def lossless_settings(file: str) -> list[dict]:
+    """For the file with prompts whose name begins so."""
+    (text,) = (text for text in result("lossless")["texts"] if text["file"].startswith(file))
+    return text["settings"]
+
+
 def lossless_speed() -> str:
-    (text,) = (text for text in result("lossless")["texts"] if text["file"].startswith("test"))
-    (line,) = (line for line in text["settings"] if line["setting"] == "lossless auto")
-    return f"{line['x_full_bf16']:.2f}"
+    return f"{the_line(lossless_settings('test'), setting='lossless auto')['x_full_bf16']:.2f}"
 
 
 # --- thresholds --------------------------------------------------------------------------------------------
@@ -76,14 +78,16 @@ def similarity(first: int, last: int) -> str:
 
 
 def threshold_line(part: str, setting: str, key: str) -> float:
-    (line,) = (line for line in result("thresholds")[part] if line["setting"] == setting)
-    return line[key]
+    return the_line(result("thresholds")[part], setting=setting)[key]
 
 
-def kv_lines() -> dict[str, dict]:
-    """Of the bundled model, by setting."""
-    (found,) = (found for found in result("kv-strategies")["models"] if found["model"] == "bundled")
-    return {line["setting"]: line for line in found["settings"]}
+def kv_settings(model: str) -> list[dict]:
+    return the_line(result("kv-strategies")["models"], model=model)["settings"]
+
+
+def kv_line(setting: str) -> dict:
+    """Of the bundled model."""
+    return the_line(kv_settings("bundled"), setting=setting)
 
 
 def demo_rows() -> dict[str, dict]:
@@ -93,8 +97,8 @@ def demo_rows() -> dict[str, dict]:
 
 def demo_speed() -> str:
     """Of the river over full depth."""
-    lines = kv_lines()
-    return between((line["x_full_bf16"] for name, line in lines.items() if name.startswith("share")), ".2f")
+    shared = [line for line in kv_settings("bundled") if line["setting"].startswith("share")]
+    return between((line["x_full_bf16"] for line in shared), ".2f")
 
 
 def demo_depth(setting: str) -> str:
@@ -103,8 +107,7 @@ def demo_depth(setting: str) -> str:
 
 def demo_point() -> dict:
     """Of the threshold 0.98 on the bundled model."""
-    (point,) = (point for point in result("calibrate-demo")["curve"] if point["threshold"] == 0.98)
-    return point
+    return the_line(result("calibrate-demo")["curve"], threshold=0.98)
 
 
 def demo_bound() -> str:
@@ -120,8 +123,7 @@ def by_layer(key: str) -> float:
 
 
 def single(key: str) -> float:
-    (point,) = (point for point in result("calibrate-135M")["curve"] if point["threshold"] == 0.98)
-    return point[key]
+    return the_line(result("calibrate-135M")["curve"], threshold=0.98)[key]
 
 
 VALUES: dict[str, Callable[[], str]] = {
@@ -151,8 +153,8 @@ VALUES: dict[str, Callable[[], str]] = {
     "depth-0.98": lambda: f"{threshold_line('forced', 'River 0.98', 'exit_depth'):.0f}",
     "speed-0.98": lambda: f"{threshold_line('free', 'River 0.98', 'x_full_depth'):.1f}",
     "same-0.98": lambda: f"{100 * threshold_line('forced', 'River 0.98', 'same'):.0f} %",
-    "recompute-rows": lambda: f"{kv_lines()['recompute 0.99']['backbone_rows']:.1f}",
-    "recompute-depth": lambda: f"{kv_lines()['recompute 0.99']['mean_exit_depth']:.1f}",
+    "recompute-rows": lambda: f"{kv_line('recompute 0.99')['backbone_rows']:.1f}",
+    "recompute-depth": lambda: f"{kv_line('recompute 0.99')['mean_exit_depth']:.1f}",
     "demo-river-speed": demo_speed,
     "demo-depth-0.9": lambda: demo_depth("River 0.9"),
     "demo-depth-0.98": lambda: demo_depth("River 0.98"),

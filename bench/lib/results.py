@@ -30,3 +30,11 @@ FILES = {
 
 def result(name: str) -> dict:
     return json.loads((RESULTS / FILES[name]).read_text())
+
+
+def the_line(lines: list[dict], **fields) -> dict:
+    """The one of them that has these fields."""
+    found = [line for line in lines if fields.items() <= line.items()]
+    if len(found) != 1:
+        raise ValueError(f"{len(found)} lines of the results have {fields}; accepted: one")
+    return found[0]

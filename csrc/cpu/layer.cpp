@@ -4,6 +4,7 @@
 #include "layer.h"
 
 #include "../row_order.h"
+#include "team.h"
 
 #include <cmath>
 #include <cstring>
@@ -56,13 +57,12 @@ struct DenseWeights {
             .head_dim = a.head_dim};
   }
 
-  // Calls f(t, first channel, channels, gate, up) for every row and some channels at a time, at most 16. gate and up
-  // have 16 entries, past the channels any.
-  template <class F>
-  void gate_up(const Activations& x, const Parallel& parallel, F f) const {
+  // silu(gate) * up of each row, to out [row, inner]
+  void swiglu(const Activations& x, const Rows& rows, char* out, const Parallel& parallel) const {
     const Weight gate = weight(a.gate_proj, inner(), a.hidden_size), up = weight(a.up_proj, inner(), a.hidden_size);
-    for_strips({gate, up}, x, parallel,
-               [&](int t, int64_t first, int count, const float*(&y)[2]) { f(t, first, count, y[0], y[1]); });
+    for_strips({gate, up}, x, parallel, [&](int t, int64_t first, int count, const RowSums(&y)[2]) {
+      kernels().swiglu(a.dtype, y[0], y[1], count, at(out, a.dtype, rows.index[t] * inner() + first));
+    });
   }
 };
 
@@ -83,17 +83,11 @@ struct PackedWeights {
     return {.values = project(qkv, x, parallel), .order = order};
   }
 
-  // As of DenseWeights; a strip has 8 channels.
-  template <class F>
-  void gate_up(const Activations& x, const Parallel& parallel, F f) const {
+  void swiglu(const Activations& x, const Rows& rows, char* out, const Parallel& parallel) const {
     const Weight gate_up = weight(a.gate_up_proj, int64_t(a.gate_up_strips) * kTileRows, a.hidden_size);
-    for_strips({gate_up}, x, parallel, [&](int t, int64_t first, int, const float*(&y)[1]) {
-      float gate[kTileRows] = {}, up[kTileRows] = {};
-      for (int i = 0; i < kStripPairs; i++) {
-        gate[i] = y[0][row_of_pair(i, false)];
-        up[i] = y[0][row_of_pair(i, true)];
-      }
-      f(t, gate_up_channels(first / kTileRows), kStripPairs, gate, up);
+    for_strips({gate_up}, x, parallel, [&](int t, int64_t first, int count, const RowSums(&y)[1]) {
+      const int64_t channel = gate_up_channels(first / kTileRows);
+      kernels().swiglu_pairs(a.dtype, y[0], count / 2, at(out, a.dtype, rows.index[t] * inner() + channel));
     });
   }
 };
@@ -150,11 +144,7 @@ struct Block {
     const auto middle = vectors(a.hidden_size), swiglu = vectors(inner);
     linear_into(weights.o(), Activations(of(attended, q_size(), rows), packed, parallel),
                 to_residual(a.o_bias, a.hidden, middle.get(), rows), parallel);
-    weights.gate_up(normalised(middle.get(), rows, a.post_attention_layernorm, packed), parallel,
-                    [&](int t, int64_t first, int count, const float* gate, const float* up) {
-                      void* out = at(swiglu.get(), a.dtype, rows.index[t] * inner + first);
-                      kernels().swiglu(a.dtype, gate, up, out, count);
-                    });
+    weights.swiglu(normalised(middle.get(), rows, a.post_attention_layernorm, packed), rows, swiglu.get(), parallel);
     linear_into(weights.down(), Activations(of(swiglu.get(), inner, rows), packed, parallel),
                 to_residual(nullptr, middle.get(), a.out, rows), parallel);
   }
@@ -235,24 +225,38 @@ struct Block {
   }
 };
 
+// Calls f(parallel), of a team where a layer is large enough for two threads to share its parts.
+template <class F>
+void as_team(const BlockArgs& a, const Parallel& threads, F f) {
+  const int64_t weights = int64_t(a.hidden_size) * a.num_heads * a.head_dim;  // of o_proj
+  if (weights < kPieceBytes) f(threads);
+  else Team::run(threads, f);
+}
+
 }  // namespace
 
-void launch_decoder_block(const DecoderBlockArgs& args, const Parallel& parallel) {
+void launch_decoder_block(const DecoderBlockArgs& args, const Parallel& threads) {
   const Rows rows = Rows::active(args.slots, args.rows);
-  Block{.a = args, .parallel = parallel}.run(Path<DenseWeights>{.weights = {args}, .rows = rows});
-  launch_state_similarity(similarity_of(args), parallel);
+  as_team(args, threads, [&](const Parallel& parallel) {
+    Block{.a = args, .parallel = parallel}.run(Path<DenseWeights>{.weights = {args}, .rows = rows});
+    launch_state_similarity(similarity_of(args), parallel);
+  });
 }
 
-void launch_exit_layer(const ExitLayerArgs& args, const Parallel& parallel) {
+void launch_exit_layer(const ExitLayerArgs& args, const Parallel& threads) {
   const Rows rows = Rows::active(args.slots, args.rows);
-  Block{.a = args, .parallel = parallel}.run(Path<PackedWeights>{.weights = {args}, .rows = rows});
-  launch_state_similarity(similarity_of(args), parallel);
+  as_team(args, threads, [&](const Parallel& parallel) {
+    Block{.a = args, .parallel = parallel}.run(Path<PackedWeights>{.weights = {args}, .rows = rows});
+    launch_state_similarity(similarity_of(args), parallel);
+  });
 }
 
-void run_both_ways(const DualLayerArgs& args, const Rows& block_rows, const Rows& exit_rows, const Parallel& parallel) {
-  Block{.a = args.block, .parallel = parallel}.run(
-      Path<DenseWeights>{.weights = {args.block}, .rows = block_rows},
-      Path<PackedWeights>{.weights = {args.exit_layer}, .rows = exit_rows});
+void run_both_ways(const DualLayerArgs& args, const Rows& block_rows, const Rows& exit_rows, const Parallel& threads) {
+  as_team(args.block, threads, [&](const Parallel& parallel) {
+    Block{.a = args.block, .parallel = parallel}.run(
+        Path<DenseWeights>{.weights = {args.block}, .rows = block_rows},
+        Path<PackedWeights>{.weights = {args.exit_layer}, .rows = exit_rows});
+  });
 }
 
 }  // namespace river::cpu

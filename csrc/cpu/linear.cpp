@@ -28,8 +28,10 @@ Activations::Activations(const Vectors& x, const RmsNorm& norm, bool packed, con
 
 std::unique_ptr<float[]> project(const Weight& weight, const Activations& x, const Parallel& parallel) {
   auto y = scratch<float>(x.rows() * weight.rows);
-  for_strips({weight}, x, parallel, [&](int t, int64_t first, int count, const float*(&sums)[1]) {
-    memcpy(&y[t * weight.rows + first], sums[0], count * sizeof(float));
+  for_strips({weight}, x, parallel, [&](int t, int64_t first, int count, const RowSums(&sums)[1]) {
+    float* to = &y[t * weight.rows + first];
+    for (int i = 0; i < count; i += kTileRows)
+      memcpy(to + i, sums[0].of_strip(i / kTileRows), std::min(kTileRows, count - i) * sizeof(float));
   });
   return y;
 }
@@ -37,10 +39,10 @@ std::unique_ptr<float[]> project(const Weight& weight, const Activations& x, con
 void linear_into(const Weight& weight, const Activations& x, const LinearOut& to, const Parallel& parallel) {
   const DType dtype = weight.dtype;
   const auto bias = floats(dtype, to.bias, weight.rows);
-  for_strips({weight}, x, parallel, [&](int t, int64_t first, int count, const float*(&sums)[1]) {
+  for_strips({weight}, x, parallel, [&](int t, int64_t first, int count, const RowSums(&sums)[1]) {
     const int64_t place = to.rows.index[t] * weight.rows + first;
-    kernels().add_sums(dtype, sums[0], bias ? &bias[first] : nullptr, to.multiplier,
-                       to.addend ? at(to.addend, dtype, place) : nullptr, at(to.out, dtype, place), count);
+    kernels().add_sums(dtype, sums[0], count, bias ? &bias[first] : nullptr, to.multiplier,
+                       to.addend ? at(to.addend, dtype, place) : nullptr, at(to.out, dtype, place));
   });
 }
 

@@ -12,7 +12,9 @@
 namespace river::cpu {
 
 constexpr int64_t kPieceBytes = 64 << 10;  // read per piece of parallel work; less is not worth a thread
+constexpr int64_t kRowBytes = 8 << 10;     // of activations per piece: there is more to compute for each byte
 constexpr int64_t kHotBytes = 256 << 10;   // weights that stay in L2 while many rows go through them
+constexpr int64_t kMostHot = 16;           // strips of them, whose results are kept until they are used at once
 
 // The rows that an op computes
 struct Rows {
@@ -37,7 +39,7 @@ struct Rows {
 // Calls f(t) for each of many rows, of some bytes each.
 template <class F>
 void for_rows(int rows, int64_t bytes, const Parallel& parallel, F f) {
-  parallel(rows, ceil_div(kPieceBytes, bytes), [&](int64_t begin, int64_t end) {
+  parallel(rows, ceil_div(kRowBytes, bytes), [&](int64_t begin, int64_t end) {
     for (int64_t t = begin; t < end; t++) f(int(t));
   });
 }
@@ -103,27 +105,31 @@ struct Weight {
   const uint8_t* at_strip(int64_t s) const { return static_cast<const uint8_t*>(data) + s * strip_bytes(); }
 };
 
-// Calls f(t, first output row, output rows, results) for every row of x and every strip of the weights, which have one
-// shape: results[i] are those of weights[i]. All rows, a block after the other, go through some strips while those are
-// in L2, and the next strips come from memory meanwhile.
+// Calls f(t, first output row, output rows, results) for every row of x and some strips of the weights at a time.
+// The weights have one shape; results[i] are the strips of weights[i]. All rows, a block after the other, go through
+// these strips while they are in L2, and the next ones come from memory meanwhile.
 template <size_t N, class F>
 void for_strips(const Weight (&weights)[N], const Activations& x, const Parallel& parallel, F f) {
   const Weight& shape = weights[0];
-  const int64_t hot = std::max<int64_t>(1, kHotBytes / (int64_t(N) * shape.strip_bytes()));
+  const int64_t hot = std::clamp<int64_t>(kHotBytes / (int64_t(N) * shape.strip_bytes()), 1, kMostHot);
   const int blocks = int(ceil_div(x.rows(), kMaxRows));
   parallel(shape.strips(), shape.grain(), [&](int64_t begin, int64_t end) {
-    StripOut out[N];
-    for (int64_t first = begin; first < end; first += hot)
-      for (int block = 0; block < blocks; block++)
-        for (int64_t s = first; s < std::min(first + hot, end); s++) {
-          const int row = block * kMaxRows;
-          for (size_t i = 0; i < N; i++) weights[i].strip(s, x, row, weights[i].part(s + hot, block, blocks), out[i]);
-          for (int t = 0; t < std::min(kMaxRows, x.rows() - row); t++) {
-            const float* results[N];  // [output rows]
-            for (size_t i = 0; i < N; i++) results[i] = out[i][t];
-            f(row + t, s * kTileRows, shape.strip_rows(s), results);
-          }
+    StripOut out[N][kMostHot];
+    for (int64_t first = begin; first < end; first += hot) {
+      const int64_t past = std::min(first + hot, end);
+      for (int block = 0; block < blocks; block++) {
+        const int row = block * kMaxRows;
+        for (int64_t s = first; s < past; s++)
+          for (size_t i = 0; i < N; i++)
+            weights[i].strip(s, x, row, weights[i].part(s + hot, block, blocks), out[i][s - first]);
+        const int64_t from = first * kTileRows, count = std::min(past * kTileRows, shape.rows) - from;
+        for (int t = 0; t < std::min(kMaxRows, x.rows() - row); t++) {
+          RowSums results[N];
+          for (size_t i = 0; i < N; i++) results[i] = {.strips = out[i], .t = t};
+          f(row + t, from, int(count), results);
         }
+      }
+    }
   });
 }
 

@@ -26,7 +26,7 @@ std::tuple<Tensor> decode_attention(Arguments<kDecodeAttention>& read) {
   const Tensor out = empty({args.rows, args.num_heads, args.head_dim}, type, query);
   args.out = mutable_data(out);
   launch(
-      check, [&] { cpu::launch_decode_attention(args, kParallel); },
+      check, [&](const auto& parallel) { cpu::launch_decode_attention(args, parallel); },
       [&](auto& gpu) {
         cuda::launch_decode_attention(args, gpu.workspace(cuda::decode_attention_workspace(args)), gpu.stream());
       });

@@ -13,9 +13,16 @@
 
 namespace river::ops {
 
-inline const cpu::Parallel kParallel{.run = [](int64_t n, int64_t grain, cpu::Parallel::Body body, void* context) {
-  torch::stable::parallel_for(0, n, grain, [&](int64_t begin, int64_t end) { body(begin, end, context); });
-}};
+// Torch's threads, as many as torch.set_num_threads allows the caller
+inline cpu::Parallel callers_threads() {
+  return {.count = int(torch::stable::get_num_threads()),
+          .run =
+              [](void*, int64_t n, int64_t grain, cpu::Parallel::Body body, void* context) {
+                torch::stable::parallel_for(0, n, grain,
+                                            [&](int64_t begin, int64_t end) { body(begin, end, context); });
+              },
+          .state = nullptr};
+}
 
 // A GPU while an op launches its kernels there. Defined in workspace.cpp, where there are CUDA kernels.
 class Gpu {
@@ -35,8 +42,8 @@ class Gpu {
   std::unique_lock<std::mutex> lock_;
 };
 
-// Calls on_cpu(), or on_cuda(gpu) on the GPU of the op's tensors. on_cuda takes its argument as `auto&`: then a build
-// without CUDA kernels refers to none.
+// Calls on_cpu(parallel), or on_cuda(gpu) on the GPU of the op's tensors. on_cuda takes its argument as `auto&`: then a
+// build without CUDA kernels refers to none.
 template <class Cpu, class Cuda>
 void launch(const Check& check, Cpu on_cpu, Cuda on_cuda) {
   if constexpr (RIVER_WITH_CUDA) {
@@ -46,7 +53,7 @@ void launch(const Check& check, Cpu on_cpu, Cuda on_cuda) {
       return;
     }
   }
-  on_cpu();
+  on_cpu(callers_threads());
 }
 
 #if RIVER_WITH_CUDA

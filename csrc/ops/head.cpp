@@ -70,7 +70,7 @@ std::tuple<Tensor, Tensor> run(const Check& check, const HeadTensors& tensors, L
   args.tokens = mutable_data<int64_t>(tokens);
   args.logits = with_logits ? mutable_data<float>(logits) : nullptr;
   launch(
-      check, [&] { cpu::launch_lm_head(args, kParallel); },
+      check, [&](const auto& parallel) { cpu::launch_lm_head(args, parallel); },
       [&](auto& gpu) { cuda::launch_lm_head(args, gpu.workspace(cuda::lm_head_workspace(args)), gpu.stream()); });
   return {tokens, logits};
 }

@@ -204,7 +204,7 @@ std::tuple<Tensor, Tensor> decoder_block(Arguments<kDecoderBlock>& read) {
   check.written({"k_cache", "v_cache"});
   const Tensor out = new_out(hidden, args), similarity = new_similarity(hidden, args);
   launch(
-      check, [&] { cpu::launch_decoder_block(args, kParallel); },
+      check, [&](const auto& parallel) { cpu::launch_decoder_block(args, parallel); },
       [&](auto& gpu) {
         cuda::launch_decoder_block(args, gpu.workspace(cuda::decoder_block_workspace(args)), gpu.stream());
       });
@@ -233,7 +233,7 @@ std::tuple<Tensor, Tensor> exit_layer(Arguments<kExitLayer>& read) {
   check.written({"k_cache", "v_cache"});
   const Tensor out = new_out(hidden, args), similarity = new_similarity(hidden, args);
   launch(
-      check, [&] { cpu::launch_exit_layer(args, kParallel); },
+      check, [&](const auto& parallel) { cpu::launch_exit_layer(args, parallel); },
       [&](auto& gpu) { cuda::launch_exit_layer(args, gpu.workspace(cuda::exit_layer_workspace(args)), gpu.stream()); });
   return {out, similarity};
 }
@@ -309,7 +309,7 @@ std::tuple<Tensor> dual_layer(Arguments<kDualLayer>& read) {
   const Tensor out = new_out(tensors.hidden, args.block);
   args.exit_layer.out = args.block.out;
   launch(
-      check, [&] { cpu::launch_dual_layer(args, kParallel); },
+      check, [&](const auto& parallel) { cpu::launch_dual_layer(args, parallel); },
       [&](auto& gpu) { cuda::launch_dual_layer(args, gpu.workspace(cuda::dual_layer_workspace(args)), gpu.stream()); });
   return {out};
 }

@@ -17,7 +17,7 @@ Tensor run(Check& check, const Tensor& x, const OptionalTensor& bias, LinearArgs
   const Tensor out = empty({args.rows, args.out_features}, x.scalar_type(), x);
   args.out = mutable_data(out);
   launch(
-      check, [&] { cpu::launch_linear(args, kParallel); },
+      check, [&](const auto& parallel) { cpu::launch_linear(args, parallel); },
       [&](auto& gpu) { cuda::launch_linear(args, gpu.workspace(cuda::linear_workspace(args)), gpu.stream()); });
   return out;
 }

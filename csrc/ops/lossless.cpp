@@ -87,7 +87,7 @@ std::tuple<> draft_advance(Arguments<kDraftAdvance>& read) {
   if (!check.on_cuda())
     for (int r = 0; r < args.requests; r++) check.in_range("wanted", r, args.wanted[r], 0, most);
   launch(
-      check, [&] { cpu::launch_draft_advance(args, kParallel); },
+      check, [&](const auto& parallel) { cpu::launch_draft_advance(args, parallel); },
       [&](auto& gpu) { cuda::launch_draft_advance(args, gpu.workspace({}), gpu.stream()); });
   return {};
 }
@@ -130,7 +130,7 @@ std::tuple<> accept(Arguments<kAccept>& read) {
                  "verify_slots", "verify_positions", "verify_draw_positions", "step", "records"});
   if (!check.on_cuda()) check.in_range("step", 0, *args.step, 0, INT32_MAX - 1);
   launch(
-      check, [&] { cpu::launch_accept(args, kParallel); },
+      check, [&](const auto& parallel) { cpu::launch_accept(args, parallel); },
       [&](auto& gpu) {
         require_pinned(check, args.records);
         cuda::launch_accept(args, gpu.workspace({}), gpu.stream());

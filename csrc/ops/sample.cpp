@@ -62,7 +62,7 @@ std::tuple<Tensor, Tensor> sample(Arguments<kSample>& read) {
   args.tokens = mutable_data<int64_t>(tokens);
   args.logprobs = mutable_data<float>(logprobs);
   launch(
-      check, [&] { cpu::launch_sample(args, kParallel); },
+      check, [&](const auto& parallel) { cpu::launch_sample(args, parallel); },
       [&](auto& gpu) { cuda::launch_sample(args, gpu.workspace({}), gpu.stream()); });
   return {tokens, logprobs};
 }

@@ -16,7 +16,7 @@ Tensor state_similarity(const Tensor& x, const Tensor& y) {
   const Tensor out = empty({args.rows}, ScalarType::Float, x);
   args.out = mutable_data<float>(out);
   launch(
-      check, [&] { cpu::launch_state_similarity(args, kParallel); },
+      check, [&](const auto& parallel) { cpu::launch_state_similarity(args, parallel); },
       [&](auto& gpu) { cuda::launch_state_similarity(args, gpu.workspace({}), gpu.stream()); });
   return out;
 }

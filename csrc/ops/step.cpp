@@ -75,7 +75,7 @@ std::tuple<> advance(Arguments<kAdvance>& read) {
       "before");  // in a network of one layer, whose input is `hidden`
   if (!check.on_cuda()) check.in_range("step", 0, *args.step, 0, INT32_MAX - 1);
   launch(
-      check, [&] { cpu::launch_advance(args, kParallel); },
+      check, [&](const auto& parallel) { cpu::launch_advance(args, parallel); },
       [&](auto& gpu) {
         require_pinned(check, args.records);
         cuda::launch_advance(args, gpu.workspace({}), gpu.stream());

@@ -42,7 +42,7 @@ Tensor pack_w4(const Tensor& q, const Tensor& scale, const Tensor& zero) {
   const Tensor packed = empty({strips_of(args.out_features), tiles, kTileBytes}, ScalarType::Byte, q);
   args.packed = mutable_data<uint8_t>(packed);
   launch(
-      check, [&] { cpu::launch_pack_w4(args, kParallel); },
+      check, [&](const auto& parallel) { cpu::launch_pack_w4(args, parallel); },
       [&](auto& gpu) { cuda::launch_pack_w4(args, gpu.stream()); });
   return packed;
 }
@@ -74,7 +74,7 @@ std::tuple<Tensor, Tensor, Tensor> unpack_w4(const Tensor& packed, int64_t out_f
   args.scale = mutable_data<uint16_t>(scale);
   args.zero = mutable_data<uint16_t>(zero);
   launch(
-      check, [&] { cpu::launch_unpack_w4(args, kParallel); },
+      check, [&](const auto& parallel) { cpu::launch_unpack_w4(args, parallel); },
       [&](auto& gpu) { cuda::launch_unpack_w4(args, gpu.stream()); });
   return {q, scale, zero};
 }
@@ -90,7 +90,7 @@ Tensor dequantize_w4(const Tensor& packed, int64_t out_features, int64_t in_feat
   const Tensor dense = empty({out_features, in_features}, dtype, packed);
   args.dense = mutable_data(dense);
   launch(
-      check, [&] { cpu::launch_dequantize_w4(args, kParallel); },
+      check, [&](const auto& parallel) { cpu::launch_dequantize_w4(args, parallel); },
       [&](auto& gpu) { cuda::launch_dequantize_w4(args, gpu.stream()); });
   return dense;
 }

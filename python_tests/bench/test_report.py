@@ -10,7 +10,11 @@ import pytest
 
 from bench import report
 from bench.lib import figures, prose, results
+from bench.lib.places import places
+from bench.tables import layout
+from river_ext.errors import RiverError
 
+README = report.ROOT / "README.md"
 ids = {"ids": lambda path: path.name}
 FENCE = re.compile(r"^```.*?^```$", re.M | re.S)
 # what looks like a measured number in a sentence or a table
@@ -48,10 +52,14 @@ NOT_MEASURED = {
 }
 
 
+def places_of(document):
+    return list(places(document.read_text(), document.name))
+
+
 @pytest.mark.parametrize("document", report.DOCUMENTS, **ids)
 def test_tables_are_those_of_the_results(document):
     """If this fails, run `python -m bench.report`."""
-    assert document.read_text() == report.rendered(document.read_text())
+    assert document.read_text() == report.rendered(document)
 
 
 @pytest.mark.parametrize("figure", report.FIGURES, **ids)
@@ -62,16 +70,17 @@ def test_figures_are_those_of_the_results(figure):
 
 
 def test_every_table_has_one_place_and_every_number_one_or_more():
-    named = [place[2] for path in report.DOCUMENTS for place in report.PLACE.finditer(path.read_text())]
+    named = [place.name for path in report.DOCUMENTS for place in places_of(path)]
     assert sorted(name for name in named if name not in report.VALUES) == sorted(report.TABLES)
     assert set(named) >= set(report.VALUES)
-    assert sum(path.read_text().count("<!--report:") for path in report.DOCUMENTS) == len(named)
 
 
 @pytest.mark.parametrize("document", report.DOCUMENTS, **ids)
 def test_no_number_is_typed_by_hand(document):
     """If this fails, give the number a place in bench/lib/prose.py, or say above why it is not measured."""
-    text = report.PLACE.sub("", document.read_text())
+    text = document.read_text()
+    for place in reversed(places_of(document)):
+        text = text[: place.start] + text[place.stop :]
     assert "---:|" not in text
     for fence in FENCE.findall(text):
         assert not re.search(r"^\S.*\d\.\d+ .*\d\.\d+$", fence, re.M), fence
@@ -80,16 +89,16 @@ def test_no_number_is_typed_by_hand(document):
     assert typed == set().union(*known.values())
 
 
-def test_a_changed_digit_is_noticed():
-    text = (report.ROOT / "README.md").read_text()
-    place = report.PLACE.search(text)
-    number = re.search(r"\d\.\d\d x", place[3])
-    start = place.start(3) + number.start()
-    assert report.rendered(text[:start] + "9.99" + text[start + 4 :]) == text
-    inline = [place for place in report.PLACE.finditer(text) if place[2] in report.VALUES]
-    assert inline
-    for place in inline:
-        assert report.rendered(text[: place.start(3)] + "9.99" + text[place.end(3) :]) == text
+def test_a_changed_digit_is_noticed(one_document):
+    text, found = README.read_text(), places_of(README)
+    number = re.search(r"\d\.\d\d x", text[found[0].start : found[0].stop])
+    start = found[0].start + number.start()
+    changed = [text[:start] + "9.99" + text[start + 4 :]]
+    changed += [text[: p.start] + "9.99" + text[p.stop :] for p in found if p.name in report.VALUES]
+    assert len(changed) > 1
+    for one in changed:
+        one_document.write_text(one)
+        assert report.rendered(one_document) == text
 
 
 @pytest.mark.parametrize(
@@ -140,9 +149,9 @@ def test_how_ranges_look():
 def test_how_tables_look():
     rows = [("a name", "1", ""), ("b", "22.5", "3 %")]
     assert (
-        report.block(("", "x", "y"), rows) == "```\n           x    y\na name     1\nb       22.5  3 %\n```"
+        layout.block(("", "x", "y"), rows) == "```\n           x    y\na name     1\nb       22.5  3 %\n```"
     )
-    assert report.markdown(("", "x", "y"), rows) == (
+    assert layout.markdown(("", "x", "y"), rows) == (
         "| | x | y |\n|---|---:|---:|\n| a name | 1 | |\n| b | 22.5 | 3 % |"
     )
 
@@ -173,21 +182,72 @@ def test_writing_and_checking(one_document, monkeypatch, capsys):
     assert not end.value.code
 
 
-def test_results_that_lack_something_are_said(tmp_path, monkeypatch):
-    with pytest.raises(
-        SystemExit, match="report.py: 'nothing'; accepted: modes, decode-short.*, plain-read, "
-    ):
-        report.rendered("<!--report:nothing-->\n<!--end-->")
+@pytest.mark.parametrize(
+    "text, said",
+    [
+        ("a\n<!--report:cycle-->\n", "a.md:2: <!--report:cycle--> without its <!--end--> after it"),
+        (
+            "a\n<!--report:river-gb-->1 and\n<!--report:cycle-->\n<!--end-->\n",
+            "a.md:2: <!--report:river-gb--> without its <!--end--> after it",
+        ),
+        (
+            "<!--report:cycle-->\n<!--report:cycle-->\n<!--end-->\n",
+            "a.md:1: <!--report:cycle--> without its <!--end--> after it",
+        ),
+        ("a\n<!--end-->\n", "a.md:2: <!--end--> without a <!--report:NAME--> before it"),
+        (
+            "<!--report:cycle-->\n<!--end-->\n\n<!--end-->\n",
+            "a.md:4: <!--end--> without a <!--report:NAME--> before it",
+        ),
+        ("<!-- report:cycle-->\n<!--end-->\n", "a.md:1: <!-- report:cycle-->; accepted: <!--report:NAME-->"),
+        ("<!--report:cycle-->\n<!--end\n", "a.md:2: <!--end; accepted: <!--report:NAME--> and <!--end-->"),
+        ("<!--report:nothing-->\n<!--end-->", "a.md:1: 'nothing'; accepted: modes, decode-short, "),
+    ],
+)
+def test_a_marker_that_is_wrong_is_named_before_anything_is_written(
+    one_document, monkeypatch, capsys, text, said
+):
+    earlier = one_document.with_name("0.md")
+    earlier.write_text("<!--report:river-gb-->old<!--end-->\n")
+    monkeypatch.setattr(report, "DOCUMENTS", [earlier, one_document])
+    monkeypatch.setattr(sys, "argv", ["report"])
+    one_document.write_text(text)
+    with pytest.raises(SystemExit) as end:
+        report.main()
+    assert end.value.code.startswith(f"report.py: {said}") and "\n" not in end.value.code
+    assert "old" in earlier.read_text() and one_document.read_text() == text
+
+
+def test_a_figure_that_cannot_be_drawn_leaves_all_as_it_was(one_document, monkeypatch):
+    def fails(source, path):
+        path.write_text("<svg>")
+        raise RiverError("no")
+
+    old, figure = one_document.read_text(), one_document.with_suffix(".svg")
+    figures_of = {figure.with_name("0.svg"): ([one_document], shutil.copy), figure: ([one_document], fails)}
+    monkeypatch.setattr(report, "FIGURES", figures_of)
+    monkeypatch.setattr(sys, "argv", ["report"])
+    with pytest.raises(RiverError):
+        report.main()
+    assert one_document.read_text() == old
+    assert [path.name for path in one_document.parent.iterdir()] == ["a.md"]
+    monkeypatch.setattr(report, "FIGURES", dict(list(figures_of.items())[:1]))
+    report.main()
+    assert one_document.with_name("0.svg").read_text() == old != one_document.read_text()
+
+
+def test_results_that_lack_something_are_said(one_document, tmp_path, monkeypatch):
+    one_document.write_text("<!--report:prefill-->\n<!--end-->")
     monkeypatch.setattr(results, "RESULTS", tmp_path)
     path = tmp_path / report.FILES["prefill"]
     for text, said in [
         ('{"prefill": [{"shape": "1B"}]}', "needs 'tokens'"),
-        ("{", "'prefill': Expecting"),
+        ("{", "Expecting"),
         (None, "No such file"),
     ]:
         path.unlink() if text is None else path.write_text(text)
-        with pytest.raises(SystemExit, match=said):
-            report.rendered("<!--report:prefill-->\n<!--end-->")
+        with pytest.raises(RiverError, match=f"a.md:1: 'prefill'.*{said}"):
+            report.rendered(one_document)
 
 
 def test_a_figure_of_other_results_is_noticed(tmp_path):

@@ -32,7 +32,7 @@ ORDER = (
     ("river_ext.cli",),
     ("bench.lib",),
     ("bench.cpu", "bench.gpu", "bench.memory"),
-    ("bench.figures",),
+    ("bench.figures", "bench.tables"),
     ("bench.report",),
 )
 LINES = {room: number for number, rooms in enumerate(ORDER) for room in rooms}

@@ -17,8 +17,9 @@ from streams import Landing
 from tiny_model import MULTIPLIERS, random_model, random_prompt
 
 from river_ext import ops
-from river_ext.engine import offload
+from river_ext.engine import matmul, offload, prefill
 from river_ext.engine.request import KV_STRATEGIES
+from river_ext.engine.slots import Slots
 from river_ext.model import Model
 
 LAYERS, VOCAB, REQUESTS = 3, 80, 26
@@ -99,6 +100,25 @@ def test_requests_among_others(on_emulated_gpu, control):
     assert got == alone(modes)
     depths = [depth for _, depths, *_ in got for depth in depths]
     assert set(depths) == set(range(LAYERS + 1)), "every depth occurs"
+
+
+@pytest.mark.skipif(VARIANT == "sanitized", reason="too slow there, where other tests run each kernel")
+def test_prompts_that_begin_alike_get_what_they_get_alone(on_emulated_gpu, monkeypatch):
+    """They take over whole blocks of products, and nothing that steps wrote: those have other bits."""
+    monkeypatch.setattr(prefill, "OpsPrompt", matmul.MatmulPrompt)
+    monkeypatch.setattr(matmul.MatmulPrompt, "rows_at_a_time", 4)
+    starts, fill = [], Slots.fill
+    monkeypatch.setattr(
+        Slots, "fill", lambda self, one, cache: (fill(self, one, cache), starts.append(one.start))
+    )
+    prompt, first, one = random_prompt(6, 1), {"mode": "full", "max_new_tokens": 3}, {"max_new_tokens": 1}
+    talk = prompt + together([(prompt, first)], 1, "device")[0][0]
+    requests = [(prompt, first), (talk, one), ([*talk, 1], one)]
+    expected = [together([request], 1, "device")[0] for request in requests]
+    assert not any(starts)
+    starts.clear()
+    assert together(requests, 1, "device") == expected
+    assert starts == [0, 4, 8]
 
 
 LONGROPE = {

@@ -13,8 +13,9 @@ from tiny_model import demo_model, random_prompt
 
 import river_ext
 from river_ext import ops, reference
-from river_ext.engine import graph
+from river_ext.engine import graph, matmul
 from river_ext.engine.exit_rule import BATCH_POLICIES
+from river_ext.engine.slots import Slots
 
 TEXTS = [
     "Question: Ana has 21 coins and buys 12 more at the fair. How many coins does Ana have?\nAnswer:",
@@ -324,3 +325,28 @@ def test_requests_among_others(model, control):
     assert facts(together) == facts(alone)
     assert [output.logprobs for output in together] == [output.logprobs for output in alone]
     assert sum(output.stats.accepted_drafts for output in together) > 0
+
+
+def test_prompts_that_begin_alike(model, monkeypatch):
+    """They take over whole blocks of products, whose bits are those of a prompt from the start."""
+    monkeypatch.setattr(matmul.MatmulPrompt, "rows_at_a_time", 64)
+    shared, starts, fill = random_prompt(200, 1, vocab_size=300), [], Slots.fill
+    monkeypatch.setattr(
+        Slots, "fill", lambda self, one, cache: (fill(self, one, cache), starts.append(one.start))
+    )
+    rest = random_prompt(70, 2, vocab_size=300)
+    prompts = [shared, shared[:150] + rest, shared + rest, shared[:64] + rest]
+
+    def outputs(prompts):
+        with model.engine(slots=2, max_len=300) as engine:
+            for number, prompt in enumerate(prompts):
+                engine.submit(prompt, id=number, mode="full", max_new_tokens=12, return_logits=True)
+            found = {event.id: event.output for event in engine if event.output}
+        return [found[number] for number in range(len(prompts))]
+
+    alone = [outputs([prompt])[0] for prompt in prompts]
+    assert starts == [0] * 4
+    together = outputs(prompts)
+    assert starts[5:] == [128, 192, 64]
+    assert facts(together) == facts(alone)
+    assert all(one.logits.equal(other.logits) for one, other in zip(together, alone, strict=True))

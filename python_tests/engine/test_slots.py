@@ -9,6 +9,7 @@ from oracle import oracle, same
 from tiny_model import random_model, random_prompt
 
 from river_ext.engine import engine as engine_module
+from river_ext.engine import matmul, prefill
 from river_ext.engine.batch import Running
 from river_ext.engine.request import request
 from river_ext.engine.sequence import Sequence
@@ -170,8 +171,46 @@ SCALINGS = {"plain": {}, "dynamic": {
 def test_conversations_of_many_users_are_what_they_are_alone(prefilled, monkeypatch, scaling, seed):
     """Turns in every mode, some of them cancelled, more users than slots, all of whom begin alike."""
     monkeypatch.setitem(engine_module.PREFILL_ROWS, "cpu", 3)
-    generator, dtype = random.Random(seed), (torch.float32, torch.bfloat16, torch.float16)[seed]
-    model = random_model(dtype=dtype, **scaling)
+    model = random_model(dtype=(torch.float32, torch.bfloat16, torch.float16)[seed], **scaling)
+    system = converse(model, seed, oracle)
+    assert sum(start >= system for start in prefilled) > 20
+    assert sum(start > system for start in prefilled) > 3
+
+
+BLOCK = 4
+
+
+@pytest.fixture
+def by_blocks(monkeypatch):
+    """Prompts as on a GPU: through products of BLOCK rows, whose bits depend on the number of rows."""
+    linear = matmul.linear
+    monkeypatch.setattr(prefill, "OpsPrompt", matmul.MatmulPrompt)
+    monkeypatch.setattr(matmul.MatmulPrompt, "rows_at_a_time", BLOCK)
+    monkeypatch.setattr(matmul, "linear", lambda x, *rest: linear(x, *rest) * (1 + len(x) / 50))
+
+
+@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("scaling", SCALINGS.values(), ids=SCALINGS)
+def test_on_a_gpu_conversations_are_what_they_are_alone(prefilled, by_blocks, scaling, seed):
+    """Whole blocks are taken over, of what prompts wrote: those of steps have other bits."""
+    model = random_model(**scaling)
+
+    def from_the_start(model, prompt, **options):
+        engine = model.engine(slots=1, max_len=POSITIONS)
+        engine.submit(prompt, id=0, **options)
+        output = drain(engine, {})[0]
+        assert prefilled.pop() == 0
+        return output.tokens, output.exit_depths, output.similarities, output.finish_reason, None
+
+    system = converse(model, seed, from_the_start)
+    assert all(start % BLOCK == 0 for start in prefilled)
+    assert sum(start >= BLOCK for start in prefilled) > 10
+    assert any(start > system for start in prefilled)
+
+
+def converse(model, seed, alone) -> int:
+    """Turns of users whose first ones begin alike, in so many tokens; `alone` says what each has to get."""
+    generator = random.Random(seed)
     engine = model.engine(slots=3, max_len=POSITIONS)
     system = random_prompt(5, 9)
     talks = {user: system + random_prompt(generator.randint(1, 4), user) for user in range(5)}
@@ -197,15 +236,15 @@ def test_conversations_of_many_users_are_what_they_are_alone(prefilled, monkeypa
         for user, output in outputs.items():
             prompt, options = asked.pop(user)
             mode = options["mode"].replace("lossless", "full")
-            expected = oracle(model, prompt, **options | {"mode": mode})
+            expected = alone(model, prompt, **options | {"mode": mode})
             if output.finish_reason == "cancelled":
                 assert output.tokens == expected[0][: len(output.tokens)]
             else:
                 assert same(output, expected), (user, prompt, options)
             talks[user] = prompt + output.tokens + random_prompt(generator.randint(1, 3), turns)
         outputs = {}
-    assert cancelled and sum(start >= len(system) for start in prefilled) > 20
-    assert sum(start > len(system) for start in prefilled) > 3
+    assert cancelled
+    return len(system)
 
 
 def test_who_begins_alike_shares_what_another_one_has_computed(prefilled):
@@ -227,8 +266,8 @@ def test_who_begins_alike_shares_what_another_one_has_computed(prefilled):
             assert torch.equal(written[:, number, :, :end], right[:, 0, :, :end])
 
 
-def running(prompt) -> Running:
-    config = random_model().config
+def running(prompt, config=None) -> Running:
+    config = config or random_model().config
     return Running(0, Sequence(request(config, None, prompt, {"max_new_tokens": 1}), None))
 
 
@@ -253,13 +292,15 @@ def test_which_slot_a_prompt_gets():
     assert (one.slot, one.start, slots.free) == (0, 6, [])
 
 
-@pytest.mark.parametrize("reuse, held", [(False, 0), (True, 8)])
-def test_on_a_gpu_nothing_is_taken_over_unless_asked_for(reuse, held):
+@pytest.mark.parametrize(
+    "reuse, length, held", [(False, 1000, 512), (False, 1024, 512), (False, 1025, 1024), (True, 1000, 999)]
+)
+def test_on_a_gpu_whole_blocks_are_taken_over_unless_more_is_asked_for(reuse, length, held):
     """There the bits of a prompt depend on how it is cut."""
-    network, prompt = copy(random_model().network), random_prompt(9, 1)
+    network, prompt = copy(random_model(max_position_embeddings=2048).network), random_prompt(1500, 1)
     network.device = torch.device("cuda")
-    slots, one = Slots(network, 2, reuse), running(prompt)
-    slots._contents[0] = Contents(prompt, 9, 0)
+    slots, one = Slots(network, 2, reuse), running(prompt[:length], network.config)
+    slots._contents[0] = Contents(prompt, 1024, 0)
     slots.take(one)
     slots.fill(one, cache=None)
     assert (one.slot, one.start) == (0, held)

@@ -14,9 +14,10 @@ from gguf_files import KINDS, gguf_bytes, model_parts, string, value
 
 import river_ext
 from river_ext.errors import RiverError
-from river_ext.loading.checkpoint import load_checkpoint, stored_tensors
+from river_ext.loading.checkpoint import load_checkpoint
 from river_ext.loading.gguf_checkpoint import GgufModel, convert_gguf
 from river_ext.loading.gguf_file import GgufFile
+from river_ext.loading.stored import stored_tensors
 
 pytest.importorskip("gguf")
 

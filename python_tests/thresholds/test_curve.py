@@ -2,6 +2,7 @@
 
 import json
 import math
+from copy import copy
 from dataclasses import replace
 
 import pytest
@@ -12,7 +13,8 @@ import river_ext
 from river_ext.engine.drafting import draft_cost
 from river_ext.errors import RiverError
 from river_ext.loading.calibrated import Calibrated, read_calibrated, write_calibrated
-from river_ext.quant.exit_river import river_sha256
+from river_ext.quant.exit_river import river_sha256, save_river
+from river_ext.scale.replica import checked_replica
 from river_ext.thresholds import drafts
 from river_ext.thresholds.calibrate import calibrate, steps
 from river_ext.thresholds.choice import Targets, choose
@@ -239,12 +241,12 @@ def file(tmp_path):
 
 def test_a_file_comes_back(file):
     path = file()
-    found = read_calibrated(path)
+    found = read_calibrated(path, 16)
     assert (found.threshold, found.min_layers, found.draft_tokens) == (0.97, 2, 3)
     assert found.dtype == demo_model().network.dtype
     assert json.loads(path.read_text())["measured"] == {"curve": []}
-    assert read_calibrated(file(draft_tokens="auto", threshold=0.5)).threshold == 0.5  # replaced
-    assert read_calibrated(file(threshold=(1.0, -2.0, 0.5))).threshold == (1.0, -2.0, 0.5)
+    assert read_calibrated(file(draft_tokens="auto", threshold=0.5), 16).threshold == 0.5  # replaced
+    assert read_calibrated(file(threshold=(1.0, -2.0, 0.5)), 3).threshold == (1.0, -2.0, 0.5)
     assert [p.name for p in path.parent.iterdir()] == [path.name]
 
 
@@ -282,11 +284,6 @@ def test_a_file_with_a_threshold_for_each_layer(file):
     assert set(expected.exit_depths) == {4, 16}  # a threshold of 0.9 leaves after 2 or 3
     several = model.generate(["Question:", "def"], threshold="calibrated", **options)
     assert several[0].exit_depths == expected.exit_depths
-    model = river_ext.load(device="cpu", calibrated=file(threshold=by_layer[1:]))
-    with pytest.raises(
-        RiverError, match="a list of 15; accepted: a number, or a list of 16, one for each layer"
-    ):
-        model.generate("Question:", threshold="calibrated", **options)
 
 
 def test_without_a_file_the_word_is_refused():
@@ -303,11 +300,31 @@ def test_without_a_file_the_word_is_refused():
         ({"fingerprint": "x"}, "belongs to another checkpoint"),
         ({"river_sha256": "x"}, "another river"),
         ({"dtype": torch.float16}, "was measured in torch.float16, the model is in torch.bfloat16"),
+        ({"threshold": (0.5,) * 15}, "threshold has 15 numbers, the model 16 layers; accepted: one for each"),
+        ({"min_layers": 17}, "min_layers is 17; accepted: an integer from 1 to 16"),
     ],
 )
-def test_a_file_of_something_else_is_refused(file, changes, said):
+def test_a_file_of_something_else_is_refused(file, changes, said, refused):
+    """Before any request, whoever reads it."""
+    path = file(**changes)
     with pytest.raises(RiverError, match=said):
-        river_ext.load(device="cpu", calibrated=file(**changes))
+        river_ext.load(device="cpu", calibrated=path)
+    if "river_sha256" not in changes:  # which no replica is needed for
+        with pytest.raises(RiverError, match=said):
+            checked_replica(None, replicas=1, calibrated=path)
+    for command in (["serve", "--demo", "--port", "0"], ["generate", "--demo", "hi"]):
+        assert said in refused(*command, "--calibrated", path)
+
+
+def test_a_file_for_a_head_that_the_river_has_not_is_refused(file, tmp_path):
+    river = copy(demo_model().river)
+    river.lm_head = None
+    save_river(tmp_path / "river", river, demo_model().config, demo_model().fingerprint)
+    given = {"device": "cpu", "river": tmp_path / "river"}
+    path = file(river_sha256=river_sha256(river))
+    assert river_ext.load(**given, calibrated=path).config.calibrated.river_head == "model"
+    with pytest.raises(RiverError, match='river_head is "w4", and this river has no head; accepted: model'):
+        river_ext.load(**given, calibrated=file(river_sha256=river_sha256(river), river_head="w4"))
 
 
 @pytest.mark.parametrize(
@@ -318,7 +335,9 @@ def test_a_file_of_something_else_is_refused(file, changes, said):
         ("threshold", "0.5", "a number from -2 to 1"),
         ("threshold", 1.5, "a number from -2 to 1"),
         ("threshold", [0.5, 1.5], "threshold.1 is 1.5; accepted: a number from -2 to 1"),
+        ("threshold", [0.5] * 3, "threshold has 3 numbers, the model 2 layers"),
         ("min_layers", 0, "min_layers is 0"),
+        ("min_layers", 3, "an integer from 1 to 2"),
         ("river_head", "w8", "model, w4"),
         ("draft_tokens", 8, "an integer from 1 to 7"),
         ("draft_tokens", None, "an integer from 1 to 7"),
@@ -331,13 +350,13 @@ def test_a_damaged_file_is_refused(file, key, value, said):
     path = file()
     path.write_text(json.dumps(json.loads(path.read_text()) | {key: value}))
     with pytest.raises(RiverError, match=said):
-        read_calibrated(path)
+        read_calibrated(path, 2)
 
 
 def test_nothing_of_anybodys_is_replaced(file, tmp_path):
     path = tmp_path / "notes.json"
     path.write_text("{}")
-    found = read_calibrated(file())
+    found = read_calibrated(file(), 16)
     for other in (path, tmp_path):
         with pytest.raises(RiverError, match="exists and is no calibrated threshold"):
             write_calibrated(other, found, {})

@@ -19,7 +19,8 @@ from .graph import Memory
 from .kv_strategies import KV_DECODERS
 from .network import Network
 from .prefill import Prefill
-from .request import Request, is_batch, is_chat, prompt_tokens, request, requests
+from .prompt import is_batch, is_chat, prompt_tokens
+from .request import Request, request, requests
 from .sequence import GenerationOutput, Piece, Sequence
 from .step import Exits, NewToken, Row, not_finite
 

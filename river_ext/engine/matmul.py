@@ -55,6 +55,7 @@ class MatmulPrompt:
     """The tokens of a prompt at positions start..length-1 of a slot, through matrix products."""
 
     rows_at_a_time = 512
+    cuts_change_bits = True  # the bits of a product depend on the number of its rows
 
     def __init__(self, network: Network, cache: KVCache, slot: int, start: int, length: int):
         self.network, self.cache, self.slot, self.start = network, cache, slot, start

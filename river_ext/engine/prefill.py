@@ -29,6 +29,7 @@ class OpsPrompt:
     """The tokens of a prompt at positions start..length-1 of a slot, through the decoding ops."""
 
     rows_at_a_time = 256  # weights come from memory once for all of them
+    cuts_change_bits = False  # nor is a step another way to write K and V
 
     def __init__(self, network: Network, cache: KVCache, slot: int, start: int, length: int):
         self.network, self.cache = network, cache
@@ -47,6 +48,10 @@ class OpsPrompt:
     def _place(self, first: int, hidden: Tensor) -> Place:
         rows = slice(first, first + len(hidden))
         return Place(self.cache, self.slots[rows], self.positions[rows], self.rope)
+
+
+def prompt_kind(network: Network) -> type[OpsPrompt | MatmulPrompt]:
+    return MatmulPrompt if network.device.type == "cuda" else OpsPrompt
 
 
 class Prefill:
@@ -69,8 +74,7 @@ class Prefill:
     ):
         self.network, self.request, self.start, self.progress = network, request, start, progress
         self.keep, self.kept = keep, None  # [keep, hidden_size]
-        kind = MatmulPrompt if network.device.type == "cuda" else OpsPrompt
-        self._prompt = kind(network, cache, slot, start, len(request.prompt))
+        self._prompt = prompt_kind(network)(network, cache, slot, start, len(request.prompt))
         self._pieces = self._run()
         # rows that layers still have to take, each in each layer
         self._left = (len(request.prompt) - start) * network.config.num_hidden_layers

@@ -3,7 +3,7 @@
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from numbers import Integral, Real
+from numbers import Integral
 
 import torch
 
@@ -18,7 +18,6 @@ from ..checks import (
     names_keywords,
     number,
     one_each,
-    one_row,
     short,
     strings,
     token_ids,
@@ -28,6 +27,7 @@ from ..loading.calibrated import CALIBRATED, MOST_DRAFTS, RIVER_HEADS
 from ..loading.config import ModelConfig
 from ..loading.text import Text
 from .exit_rule import ExitRule, PrefillPolicy
+from .prompt import prompt_list, prompt_tokens
 from .sampling import Sampling
 
 MODES = ("river", "lossless", "full", "full_w4")
@@ -100,50 +100,6 @@ class Request:
     @property
     def wants_logits(self) -> bool:
         return self.return_logits or self.logprobs is not None
-
-
-def is_batch(prompt) -> bool:
-    """Whether a prompt is a list of prompts: one whose first item is neither token id nor chat message."""
-    return prompt_list(prompt)[1]
-
-
-def prompt_list(prompt) -> tuple[list, bool]:
-    """The prompts in what a user gives, and whether that is a list of them."""
-    if isinstance(prompt, Mapping):  # as the tokenizers of transformers return
-        prompt = encoded(prompt)
-    prompt = one_row("prompt", prompt)
-    if not isinstance(prompt, (list, tuple)) or not prompt:
-        return [prompt], False
-    if isinstance(listed("prompt", prompt[0]), Real):  # a token id
-        return [prompt], False
-    return ([prompt], False) if is_chat(prompt) else (list(prompt), True)
-
-
-def is_chat(prompt) -> bool:
-    """Whether a prompt is a list of chat messages: one whose first item is a dict, but of no token ids."""
-    first = prompt[0] if isinstance(prompt, (list, tuple)) and prompt else None
-    return isinstance(first, Mapping) and "input_ids" not in first
-
-
-def encoded(encoding: Mapping):
-    """The token ids of an encoding, without those that its attention_mask leaves out."""
-    if "input_ids" not in encoding:
-        raise RiverError(
-            f"prompt is a {type(encoding).__name__} without input_ids; accepted: one with them, or a list of "
-            "chat messages"
-        )
-    ids = one_row("input_ids", encoding["input_ids"])
-    mask = encoding.get("attention_mask")
-    if mask is None:
-        return ids
-    mask = one_row("attention_mask", mask)
-    try:
-        nested = bool(ids) and isinstance(ids[0], (list, tuple))
-        pairs = zip(ids, mask, strict=True) if nested else [(ids, mask)]
-        kept = [[i for i, keep in zip(*pair, strict=True) if keep] for pair in pairs]
-    except (TypeError, ValueError, KeyError):
-        raise RiverError("attention_mask does not fit input_ids; accepted: one value per token") from None
-    return kept if nested else kept[0]
 
 
 def requests(config: ModelConfig, text: Text | None, prompt, options: Mapping) -> list[Request]:
@@ -239,22 +195,6 @@ def stop_tokens(config: ModelConfig, options: Options) -> frozenset[int]:
     if isinstance(tokens, (set, frozenset)):
         tokens = list(tokens)
     return frozenset(token_ids("stop_tokens", tokens, config.vocab_size))
-
-
-def prompt_tokens(config: ModelConfig, text: Text | None, prompt) -> list[int]:
-    if isinstance(prompt, str) or is_chat(prompt):
-        if text is None:
-            raise RiverError("a text prompt needs a tokenizer, and this checkpoint has no tokenizer.json")
-        prompt = text.chat(prompt) if is_chat(prompt) else text.encode(prompt) if prompt else []
-    elif isinstance(prompt, Mapping):
-        prompt = encoded(prompt)
-    prompt = one_row("prompt", prompt)
-    if isinstance(prompt, (list, tuple)):
-        prompt = [listed("prompt", token) for token in prompt]  # each may be an array of one itself
-    tokens = token_ids("prompt", prompt, config.vocab_size)
-    if not tokens:
-        raise RiverError("the prompt is empty; accepted: at least one token")
-    return tokens
 
 
 def exit_rule(config: ModelConfig, options: Options) -> ExitRule:

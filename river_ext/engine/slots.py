@@ -7,6 +7,7 @@ from typing import NamedTuple
 from .batch import Running
 from .cache import KVCache
 from .network import Network
+from .prefill import prompt_kind
 from .request import Request
 
 
@@ -14,7 +15,7 @@ class Contents(NamedTuple):
     """What a slot holds, that prompts may take over while nothing else is written there."""
 
     tokens: list[int]  # whose K and V are there, from position 0 on
-    by_backbone: int  # at so many positions from 0 on, the backbone alone wrote them
+    by_backbone: int  # at so many positions from 0 on, the backbone alone wrote them, as a prompt would
     rotation: int  # of the keys, see Network.rotation
 
 
@@ -24,13 +25,16 @@ EMPTY = Contents([], 0, 0)
 class Slots:
     """Lends slots to requests, whose prompts go on from what a slot holds of them already.
 
-    A prompt takes over what its own prefill would write, bit for bit: on a CPU that is what the backbone
-    wrote, whoever's it was, if it is a prompt that goes through the backbone alone. With `reuse`, it also
-    takes over what exit layers wrote; then tokens may depend on earlier requests.
+    A prompt takes over what its own prefill would write, bit for bit, if it is a prompt that goes through
+    the backbone alone: on a CPU that is what the backbone wrote, whoever's it was; on a GPU the whole blocks
+    of rows of other such prompts. With `reuse`, it takes over all there is, also what exit layers wrote; then
+    tokens may depend on earlier requests.
     """
 
     def __init__(self, network: Network, count: int, reuse: bool):
         self.network, self.count, self.reuse = network, count, reuse
+        kind = prompt_kind(network)
+        self.block = kind.rows_at_a_time if kind.cuts_change_bits and not reuse else 1
         self.clear()
 
     def clear(self) -> None:
@@ -88,12 +92,13 @@ class Slots:
             return 0
         if not self.reuse or request.full_depth:
             tokens = tokens[:by_backbone]
-        return len(commonprefix([tokens, request.prompt[:-1]]))
+        held = len(commonprefix([tokens, request.prompt[:-1]]))
+        return held - held % self.block
 
     def _is_exact(self, request: Request) -> bool:
-        """Whether its prefill would write what the backbone wrote, in whatever pieces."""
+        """Whether its prefill would write what the backbone wrote."""
         prefill, layers = request.prefill, self.network.config.num_hidden_layers
-        return self.network.device.type == "cpu" and prefill.judged is None and prefill.limit == layers
+        return prefill.judged is None and prefill.limit == layers
 
     def _written(self, running: Running) -> Contents:
         """What its slot holds in all layers, for those who may take it over."""
@@ -104,7 +109,8 @@ class Slots:
         by_backbone = min(before.by_backbone, running.start)
         depths, layers = sequence.exit_depths[first:], self.network.config.num_hidden_layers
         if by_backbone == running.start and depths[:1] == [layers]:
-            by_backbone = running.prefilled + sum(1 for _ in takewhile(layers.__eq__, depths[1:]))
+            steps = sum(1 for _ in takewhile(layers.__eq__, depths[1:])) if self.block == 1 else 0
+            by_backbone = running.prefilled + steps
         written = sequence.known[:-1]
         if sequence.request.kv_strategy != "share" or not self.reuse:
             written = written[:by_backbone]

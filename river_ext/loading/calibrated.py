@@ -54,26 +54,28 @@ class Calibrated:
             return {}
         return {"threshold": CALIBRATED, "min_layers": self.min_layers, "river_head": self.river_head}
 
-    def check_model(self, path: str | Path, fingerprint: str, dtype: torch.dtype) -> None:
-        """Refuses another checkpoint's file, and one of another dtype."""
+    def check_model(self, path: str | Path, fingerprint: str, dtype: torch.dtype | None) -> None:
+        """Refuses another checkpoint's file, and one of another dtype (None: it is not known yet)."""
         if self.fingerprint != fingerprint:
             raise RiverError(
                 f"{path}: belongs to another checkpoint; accepted: what `river calibrate` made of it"
             )
-        if self.dtype != dtype:
+        if dtype not in (None, self.dtype):
             raise RiverError(
                 f"{path}: was measured in {self.dtype}, the model is in {dtype}; accepted: the same"
             )
 
-    def check_river(self, path: str | Path, sha256: str) -> None:
+    def check_river(self, path: str | Path, sha256: str, has_head: bool) -> None:
         if self.river_sha256 != sha256:
             raise RiverError(
                 f"{path}: was measured with another river; accepted: the same river, or a new file"
             )
+        if self.river_head == "w4" and not has_head:
+            raise RiverError(f'{path}: river_head is "w4", and this river has no head; accepted: model')
 
 
-def read_calibrated(path: str | Path) -> Calibrated:
-    """Reads the file, and refuses what `write_calibrated` does not write."""
+def read_calibrated(path: str | Path, layers: int) -> Calibrated:
+    """Reads the file for a model of so many layers, and refuses what `write_calibrated` does not write."""
     path = path_of(path, CALIBRATED)
     reader = Reader(path, read_json_object(path))
     reader.exactly("format", FORMAT)
@@ -84,8 +86,8 @@ def read_calibrated(path: str | Path) -> Calibrated:
     }
     drafts = reader.values.get("draft_tokens")
     return Calibrated(
-        threshold=_threshold(reader),
-        min_layers=reader.integer("min_layers", 1, 1 << 16),
+        threshold=_threshold(reader, layers),
+        min_layers=reader.integer("min_layers", 1, layers),
         river_head=reader.choice("river_head", RIVER_HEADS),
         draft_tokens=drafts if drafts == "auto" else reader.integer("draft_tokens", 1, MOST_DRAFTS),
         fingerprint=_text(reader, "fingerprint"),
@@ -94,10 +96,15 @@ def read_calibrated(path: str | Path) -> Calibrated:
     )
 
 
-def _threshold(reader: Reader) -> float | tuple[float, ...]:
+def _threshold(reader: Reader, layers: int) -> float | tuple[float, ...]:
     by_layer = reader.values.get("threshold")
-    if isinstance(by_layer, list):  # how many there have to be is the model's to say
-        return reader.numbers("threshold", len(by_layer), -2, 1)
+    if isinstance(by_layer, list):
+        if len(by_layer) != layers:
+            raise RiverError(
+                f"{reader.path}: threshold has {len(by_layer)} numbers, the model {layers} layers; accepted: "
+                "one for each, in a file that `river calibrate` made for this model"
+            )
+        return reader.numbers("threshold", layers, -2, 1)
     return reader.number("threshold", -2, 1)
 
 

@@ -13,9 +13,7 @@ from torch import Tensor, nn
 from ..errors import RiverError
 from .checkpoint import (
     HEAD,
-    STORED_DTYPES,
     Checkpoint,
-    StoredTensor,
     assemble,
     check_gpu_kernels,
     check_tensors,
@@ -24,6 +22,7 @@ from .checkpoint import (
 )
 from .config import ModelConfig, parse_dtype, read_config_objects
 from .json_object import Reader
+from .stored import STORED_DTYPES, StoredTensor
 
 EMBEDDING = "model.embed_tokens.weight"
 SAMPLES = 64  # of a weight

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from ..checks import short
-from ..engine.request import is_chat
+from ..engine.prompt import is_chat
 from ..errors import RiverError
 from ..loading.files import is_regular, open_regular
 from ..loading.json_object import same

@@ -1,7 +1,7 @@
 """A file of prompts to a file of answers, by replicas that Ray Data feeds.
 
-Ray Data starts a replica anew that has died, gives its rows to another one, and hands the answers over in
-the order of the prompts. So the file of answers is at any time what a single process would have written so
+Ray Data starts a replica anew that has died, with the rows that it had, and hands the answers over in the
+order of the prompts. So the file of answers is at any time what a single process would have written so
 far, and a run that was ended is gone on with at its end.
 """
 
@@ -22,7 +22,6 @@ from ray.exceptions import RayError
 
 from .. import __version__
 from ..checks import flag, integer, short, strings
-from ..engine.engine import Engine
 from ..engine.request import request
 from ..errors import RiverError
 from ..loading.calibrated import read_calibrated
@@ -31,7 +30,8 @@ from ..loading.checkpoint import fingerprint
 from ..loading.config import ModelConfig, read_config
 from ..progress import progress_bar
 from ..quant.exit_river import read_facts
-from .lines import Answers, Line, prompt_of, read_lines
+from .answering import Answering, count_tries
+from .lines import Answers, Line, read_lines
 from .replica import MOST_REPLICAS, Replica, checked_replica
 
 ROWS = 64  # that a replica takes at a time
@@ -40,7 +40,6 @@ STORE_BYTES = 128 << 20  # of a cluster for one file, whose rows are texts
 # Ray would print a stack for every error and a warning for every replica. What the environment says holds.
 QUIET = {"RAY_DATA_LOG_LEVEL": "CRITICAL", "RAY_BACKEND_LOG_LEVEL": "fatal"}
 TEXT_FILES = ("*token*.json", "*.jinja", "additional_chat_templates/*.jinja")  # from text to tokens, and back
-OUTPUT = ("text", "tokens", "exit_depths", "finish_reason", "logprobs", "top_logprobs")
 
 
 class Summary(NamedTuple):
@@ -76,7 +75,8 @@ def generate_file(
         prompts: JSON lines: {"prompt": text or token ids} or {"messages": [...]}, beside them `options`, an
             object with options of this line alone, and any other fields, which the answer repeats.
         answers: JSON lines: the fields of the prompt's line, "run", and "output": text, tokens, exit_depths
-            and finish_reason; "error" in its place, a text, where a prompt is too long, say.
+            and finish_reason; "error" in its place, a text, where a prompt is too long, say, or has ended the
+            replicas that tried it.
         model: a checkpoint's directory, the same path on all machines; None is the bundled one.
         replicas: processes with the model, each with `threads` cores, and a GPU if the device is "cuda".
         resume: go on with a file of answers; without one begin it.
@@ -120,46 +120,18 @@ def generate_file(
         return Summary(len(lines), file.resumed, file.errors)
 
 
-class Answering:
-    """A replica: Ray Data makes one in each process, and calls it with rows."""
-
-    def __init__(self, replica: Replica, options: Mapping):
-        self.model, self.engine = replica.load()
-        self.options = options
-
-    def __call__(self, rows: Mapping[str, Sequence[str]]) -> dict[str, list[str]]:
-        lines = [json.loads(line) for line in rows["line"]]
-        return {"answer": [json.dumps(answer) for answer in answers_of(self.engine, lines, self.options)]}
-
-
-def answers_of(engine: Engine, lines: Sequence[dict], options: Mapping) -> list[dict]:
-    """Of some lines, through the slots of an engine."""
-    answers = [{}] * len(lines)
-    for index, fields in enumerate(lines):
-        try:
-            engine.submit(prompt_of(fields), id=index, **(options | fields.get("options", {})))
-        except RiverError as error:
-            answers[index] = {"error": str(error)}
-    for event in engine:
-        if event.output:
-            found = event.output.to_dict()
-            output = {name: found[name] for name in OUTPUT if found[name] is not None}
-            answers[event.id] = {"error": found["error"]} if found["error"] else {"output": output}
-    return answers
-
-
 def _answered(
     replica: Replica, replicas: int, lines: Sequence[Line], options: Mapping
 ) -> Iterator[list[dict]]:
     """Answers in the order of the lines, as many at a time as come."""
     _check_room(replica)
-    rows = [{"line": json.dumps(line.fields)} for line in lines]
+    rows = [{"number": line.number, "line": json.dumps(line.fields)} for line in lines]
     data = ray.data.from_items(rows, override_num_blocks=-(-len(rows) // ROWS))
     data.context.execution_options.preserve_order = True
     data.context.enable_progress_bars = False
     data = data.map_batches(
         Answering,
-        fn_constructor_kwargs={"replica": replica, "options": dict(options)},
+        fn_constructor_kwargs={"replica": replica, "options": dict(options), "tries": count_tries(replicas)},
         batch_size=None,  # a block at a time
         compute=ray.data.ActorPoolStrategy(size=replicas, max_tasks_in_flight_per_actor=2),
         **replica.resources,
@@ -229,7 +201,8 @@ def _check_options(replica: Replica, prompts: str | Path, lines: Sequence[Line],
     """What the config alone can refuse, with the number of the line whose options they are."""
     config = read_config(replica.directory)
     if replica.calibrated is not None:
-        config = replace(config, calibrated=read_calibrated(replica.calibrated))
+        found = read_calibrated(replica.calibrated, config.num_hidden_layers)
+        config = replace(config, calibrated=found)
     _check(config, options)
     if any("messages" in line.fields for line in lines):
         read_template(replica.directory)

@@ -10,6 +10,7 @@ from .. import model as models
 from ..checks import choice, integer
 from ..engine.engine import Engine
 from ..loading.calibrated import read_calibrated
+from ..loading.checkpoint import fingerprint
 from ..loading.config import parse_dtype, read_config
 from ..quant.exit_river import read_facts
 
@@ -58,7 +59,7 @@ def checked_replica(
     max_len: int | None = None,
     calibrated: str | os.PathLike | None = None,
 ) -> Replica:
-    """One of `replicas` that are alike; what the model's config can refuse is refused here.
+    """One of `replicas` that are alike; what can be refused without its weights is refused here.
 
     Args:
         device: "auto" is "cuda" where this machine has a GPU and this build has kernels for it.
@@ -66,15 +67,16 @@ def checked_replica(
     """
     choice("device", device, DEVICES)
     device = models.choose_device("auto").type if device == "auto" else device
-    config = read_config(models.DEMO if model is None else model)
+    directory = models.DEMO if model is None else Path(model)
+    config = read_config(directory)
     if max_len is not None:
         max_len = integer("max_len", max_len, 1, config.max_length)
-    if dtype != "auto":
-        parse_dtype(dtype, "load")
+    known_dtype = config.dtype if dtype == "auto" else parse_dtype(dtype, "load")
     if river is not None:
         read_facts(river)
     if calibrated is not None:
-        read_calibrated(calibrated)
+        found = read_calibrated(calibrated, config.num_hidden_layers)
+        found.check_model(calibrated, fingerprint(directory), known_dtype)
     if threads is None:
         cores = len(os.sched_getaffinity(0))
         threads = 1 if device == "cuda" else max(1, cores // replicas)

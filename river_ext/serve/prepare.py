@@ -8,7 +8,8 @@ from functools import cached_property
 
 from ..checks import short
 from ..engine.engine import Engine
-from ..engine.request import Options, prompt_tokens, request
+from ..engine.prompt import prompt_tokens
+from ..engine.request import Options, request
 from ..engine.sequence import Sequence
 from ..errors import RiverError
 from ..loading.calibrated import CALIBRATED

@@ -24,6 +24,7 @@ const Kernels RIVER_JOIN(kernels_, RIVER_ISA) = {
     .dense_strip = dense_strip,
     .w4_strip = w4_strip,
     .swiglu = swiglu,
+    .swiglu_pairs = swiglu_pairs,
     .add_sums = add_sums,
     .pack_query = pack_query,
     .attend = attend,

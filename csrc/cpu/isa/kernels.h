@@ -22,6 +22,14 @@ struct Operand {
 
 using StripOut = float[kMaxRows][kTileRows];  // fp32 results of 16 output rows, for a block of rows
 
+// What strips that follow each other gave one row of a block
+struct RowSums {
+  const StripOut* strips;
+  int t;
+
+  const float* of_strip(int64_t s) const { return strips[s][t]; }  // [16]
+};
+
 constexpr int kSplit = 256;  // positions per split of the context
 
 // Softmax state of one query head over some positions: the largest score, the sum of the weights exp(score - max), and
@@ -72,12 +80,13 @@ struct Kernels {
                       StripOut& out);
   // The same for one strip of tiles, [K / 64, 576]: 16 output rows
   void (*w4_strip)(DType dtype, const uint8_t* tiles, const Operand& x, int first, const Ahead& ahead, StripOut& out);
-  // out = round(silu(gate) * up) for `n` <= 16 channels; gate, up: 16 entries, past the channels any
-  void (*swiglu)(DType dtype, const float* gate, const float* up, void* out, int n);
-  // out = round(multiplier * (sums + bias) + addend) for `n` <= 16 output rows; bias and addend may be null; sums: 16
-  // entries
-  void (*add_sums)(DType dtype, const float* sums, const float* bias, float multiplier, const void* addend, void* out,
-                   int n);
+  // out = round(silu(gate) * up), `n` channels, 16 a strip
+  void (*swiglu)(DType dtype, const RowSums& gate, const RowSums& up, int n, void* out);
+  // The same where the 16 sums of a strip are 8 gates and their 8 ups
+  void (*swiglu_pairs)(DType dtype, const RowSums& pairs, int n, void* out);
+  // out = round(multiplier * (sums + bias) + addend), `n` output rows; bias and addend may be null
+  void (*add_sums)(DType dtype, const RowSums& sums, int n, const float* bias, float multiplier, const void* addend,
+                   void* out);
   // A query head [head_dim] as attend reads it, in at most head_dim words
   void (*pack_query)(DType dtype, const void* query, int head_dim, uint32_t* words);
   void (*attend)(const SplitArgs& args);

@@ -9,6 +9,7 @@
 namespace {
 
 using river::DType;
+using river::cpu::RowSums;
 
 void rms_norm(DType dtype, const void* x, const void* weight, float eps, int n, void* y) {
   Sum squares;
@@ -20,21 +21,40 @@ void rms_norm(DType dtype, const void* x, const void* weight, float eps, int n, 
   });
 }
 
-void swiglu(DType dtype, const float* gate, const float* up, void* out, int n) {
-  const f32x16 g = load<f32x16>(gate), e = vexp(f32x16(u32x16(g) | 0x80000000u));  // of -|g|: no overflow
-  store_lanes(dtype, out, 0, n, g * (g >= 0.f ? splat(1) : e) / (1.f + e) * load<f32x16>(up));
+inline f32x16 silu(f32x16 x) {
+  const f32x16 e = vexp(f32x16(u32x16(x) | 0x80000000u));  // of -|x|: no overflow
+  return x * (x >= 0.f ? splat(1) : e) / (1.f + e);
 }
 
-void add_sums(DType dtype, const float* sums, const float* bias, float multiplier, const void* addend, void* out,
-              int n) {
-  const auto lanes = [n](DType type, const void* p) {
-    return n < 16 ? load_tail(type, p, 0, n) : load_as_float(type, p, 0);
-  };
-  f32x16 y = load<f32x16>(sums);
-  if (bias) y += lanes(DType::kFloat32, bias);
-  y *= splat(multiplier);
-  if (addend) y += lanes(dtype, addend);
-  store_lanes(dtype, out, 0, n, y);
+void swiglu(DType dtype, const RowSums& gate, const RowSums& up, int n, void* out) {
+  for (int i = 0; i < n; i += 16)
+    store_lanes(dtype, out, i, n, silu(load<f32x16>(gate.of_strip(i / 16))) * load<f32x16>(up.of_strip(i / 16)));
+}
+
+void swiglu_pairs(DType dtype, const RowSums& pairs, int n, void* out) {
+  for (int i = 0; i < n; i += 16) {
+    const f32x16 first = load<f32x16>(pairs.of_strip(i / 8)),
+                 second = i + 8 < n ? load<f32x16>(pairs.of_strip(i / 8 + 1)) : first;
+    const f32x16 gate =
+        __builtin_shuffle(first, second, u32x16{0, 1, 2, 3, 4, 5, 6, 7, 16, 17, 18, 19, 20, 21, 22, 23});
+    const f32x16 up =
+        __builtin_shuffle(first, second, u32x16{8, 9, 10, 11, 12, 13, 14, 15, 24, 25, 26, 27, 28, 29, 30, 31});
+    store_lanes(dtype, out, i, n, silu(gate) * up);
+  }
+}
+
+void add_sums(DType dtype, const RowSums& sums, int n, const float* bias, float multiplier, const void* addend,
+              void* out) {
+  for (int i = 0; i < n; i += 16) {
+    const auto lanes = [&](DType type, const void* p) {
+      return i + 16 <= n ? load_as_float(type, p, i) : load_tail(type, p, i, n);
+    };
+    f32x16 y = load<f32x16>(sums.of_strip(i / 16));
+    if (bias) y += lanes(DType::kFloat32, bias);
+    y *= splat(multiplier);
+    if (addend) y += lanes(dtype, addend);
+    store_lanes(dtype, out, i, n, y);
+  }
 }
 
 void to_float(DType dtype, const void* x, float* y, int64_t n) {

@@ -3,12 +3,13 @@
 from pathlib import Path
 
 from ...errors import RiverError
-from ...loading.checkpoint import stored_tensors, text_tensors
+from ...loading.checkpoint import text_tensors
 from ...loading.config import ModelConfig, text_model
 from ...loading.families import MULTIMODAL
 from ...loading.files import is_regular, path_of
 from ...loading.gguf_file import names_gguf
 from ...loading.json_object import Reader, read_json_object
+from ...loading.stored import stored_tensors
 from ..river_store import FACTS
 from .awq import Awq
 from .compressed_tensors import CompressedTensors

@@ -11,9 +11,10 @@ import torch
 from torch import Tensor
 
 from ...errors import RiverError
-from ...loading.checkpoint import STORED_DTYPES, StoredTensor, layer_tensors
+from ...loading.checkpoint import layer_tensors
 from ...loading.config import ModelConfig
 from ...loading.json_object import Reader
+from ...loading.stored import STORED_DTYPES, StoredTensor
 from .grid import Grid
 
 MAX_GROUP = 1 << 20
