@@ -84,7 +84,7 @@ def _demo(arguments) -> None:
 
 
 def _tasks(arguments) -> None:
-    names = list(dict.fromkeys(name for name in arguments.tasks.split(",") if name))
+    names = list(dict.fromkeys(filter(None, map(str.strip, arguments.tasks.split(",")))))
     if not names:
         raise RiverError(f"--tasks {short(arguments.tasks)}; accepted: names with commas between")
     data = None if arguments.data is None else Path(arguments.data)
@@ -164,13 +164,14 @@ class HarnessJob:
 
     def __init__(self, name: str, arguments, data: Path | None, limit: int | None):
         try:
-            from river_ext.evaluation import harness
+            from river_ext.evaluation import harness, harness_tasks
         except ModuleNotFoundError as error:
             own = ", ".join(TASKS)
             raise RiverError(
                 f"task {name[:80]!r} needs lm-evaluation-harness, {error.name} is missing: pip install "
                 f"'river_ext[eval]'; accepted without it: {own} with --data"
             ) from None
+        harness_tasks.check(name, data)
         self.name, self.harness = name, harness
         self.options = {
             "data": data,

@@ -17,7 +17,7 @@ def count_or_auto(text: str) -> int | str:
 
 def count(text: str) -> int:
     if not (text.isascii() and text.isdigit() and len(text) < 8 and int(text) > 0):
-        raise argparse.ArgumentTypeError(f"{text[:40]!r}; accepted: a number from 1 on")
+        raise argparse.ArgumentTypeError(f"{text[:40]!r}; accepted: a number from 1 to 9999999")
     return int(text)
 
 

@@ -177,8 +177,15 @@ MUTANTS = [
     Mutant(
         "the second row of a W4 pair by the first one's nibbles",
         "csrc/cpu/isa/w4_strip.h",
-        "0, 0, 0, 0, 8, 8, 8, 8, 0, 0, 0, 0, 8, 8, 8, 8",
-        "0, 0, 0, 0, 8, 8, 8, 8, 0, 0, 0, 0, 0, 0, 0, 0",
+        "high_rows = table[words >> 8]",
+        "high_rows = table[words]",
+        "test_linear.py -k equals_reference",
+    ),
+    Mutant(
+        "few rows forget the tile that has no other beside it",
+        "csrc/cpu/isa/w4_strip.h",
+        "for (; tile < tiles; tile++) add_tiles",
+        "for (; tile < 0; tile++) add_tiles",
         "test_linear.py -k equals_reference",
     ),
     Mutant(

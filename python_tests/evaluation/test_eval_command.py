@@ -58,6 +58,18 @@ def test_a_task_of_the_harness(river, tmp_path):
     assert code == 0 and "from the prefill" in out
 
 
+@pytest.mark.parametrize("data", [["--data", "DATA"], []])
+def test_an_unknown_task_is_refused_before_any_runs(refused, tmp_path, monkeypatch, data):
+    pytest.importorskip("lm_eval", reason="lm-evaluation-harness is not installed")
+    monkeypatch.setattr("river_cli.shared.load", lambda _: pytest.fail("a model is loaded"))
+    write_lines(write_gsm8k(tmp_path) / "boolq" / "validation.jsonl", BOOLQ)
+    data = [tmp_path if word == "DATA" else word for word in data]
+    assert "task 'nonsense'" in refused("eval", "--demo", "--tasks", "boolq, nonsense", *data)
+    if data:
+        line = refused("eval", "--demo", "--tasks", "gsm8k, hellaswag", *data)
+        assert "no documents of hellaswag" in line
+
+
 def test_without_the_harness(refused, tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "lm_eval", None)
     monkeypatch.delitem(sys.modules, "river_ext.evaluation.harness", raising=False)

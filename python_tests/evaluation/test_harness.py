@@ -9,12 +9,14 @@ from tiny_model import demo_model
 import river_ext
 from river_ext.errors import RiverError
 from river_ext.loading.calibrated import Calibrated, write_calibrated
+from river_ext.model import choose_device
 from river_ext.quant.exit_river import river_sha256
 
 pytest.importorskip("lm_eval", reason="lm-evaluation-harness is not installed")
 
 from lm_eval.api.instance import Instance  # noqa: E402
 from lm_eval.api.registry import get_model  # noqa: E402
+from lm_eval.config.evaluate_config import EvaluatorConfig  # noqa: E402
 from lm_eval.models.huggingface import HFLM  # noqa: E402
 
 from river_ext.evaluation import harness  # noqa: E402
@@ -171,6 +173,30 @@ def test_a_calibrated_threshold(tmp_path):
     lm = RiverLM(calibrated=str(path), threshold="calibrated", score_by="steps")
     loglikelihoods(lm, [("a b", " c")])
     assert set(lm.depths) == {1}
+
+
+@pytest.mark.parametrize("arguments", [{"mode": "full", "batch_size": 2}, "mode=full,batch_size=2"])
+def test_the_harness_s_command_names_no_device(arguments):
+    """`model_args` go before the command's own options, and its default is no wish for a GPU."""
+    make = RiverLM.create_from_arg_string if isinstance(arguments, str) else RiverLM.create_from_arg_obj
+    lm = make(arguments, {"batch_size": 1, "max_batch_size": None, "device": EvaluatorConfig().device})
+    assert lm.model.network.device == choose_device("auto")
+    assert (lm.batch_size, lm.options) == (2, {"mode": "full"})
+    with pytest.raises(RiverError, match="device 'cuda:99' cannot be used"):
+        make(arguments, {"device": "cuda:99"})
+    with pytest.raises(RiverError, match="device 'cuda:99' cannot be used"):
+        make({"device": "cuda:99"} if isinstance(arguments, dict) else "device=cuda:99", {"device": "cpu"})
+
+
+@pytest.mark.parametrize("error", [RiverError("a\nreason"), ValueError("a reason")])
+def test_the_command_says_what_is_wrong_in_one_line(error, monkeypatch, capsys):
+    def fail():
+        raise error
+
+    monkeypatch.setattr(harness, "cli_evaluate", fail)
+    with pytest.raises(SystemExit) as left:
+        harness.main()
+    assert left.value.code == 2 and capsys.readouterr().err == "river: error: a reason\n"
 
 
 def test_a_tag_s_tasks_are_named():

@@ -4,8 +4,10 @@ What a task asks is compared with what the harness's own, untouched task asks, w
 its dataset gives it the same documents. Log-likelihoods are the bundled model's: right answers are chance.
 """
 
+import json
 import math
 import socket
+import sys
 
 import pytest
 from harness_documents import MATH, PUBLISHED, Published, documents, mmlu
@@ -23,6 +25,7 @@ import datasets  # noqa: E402
 from lm_eval import simple_evaluate  # noqa: E402
 from lm_eval.api.instance import Instance  # noqa: E402
 
+from river_ext.evaluation import harness  # noqa: E402
 from river_ext.evaluation.harness import RiverLM, _estimates, evaluate  # noqa: E402
 from river_ext.evaluation.harness_tasks import task_manager, tasks_of  # noqa: E402
 
@@ -138,6 +141,32 @@ def test_gsm8k_is_the_same_by_river_and_by_the_harness(tmp_path):
     names = {f"exact_match {name}": share.value for name, share in ours.accuracy.items()}
     assert {name: estimate.value for name, estimate in theirs.accuracy.items()} == names
     assert theirs.new_tokens == ours.new_tokens
+
+
+def test_the_harness_s_command(tmp_path, monkeypatch):
+    """On a machine without a GPU, too: the command names one where its user has not."""
+    one = PUBLISHED["boolq"]
+    (row,) = evaluate(demo_model(), "boolq", [EARLY], data=write(tmp_path, one), score_by="steps")
+    task = {
+        "include": str(task_manager().task_index["boolq"].yaml_path),
+        "task": "boolq_here",
+        "dataset_path": "json",
+        "dataset_name": None,
+        "dataset_kwargs": {"data_files": {one.scored: str(tmp_path / "boolq" / f"{one.scored}.jsonl")}},
+        "training_split": None,
+    }
+    (tmp_path / "boolq_here.yaml").write_text(json.dumps(task))
+    arguments = {
+        "--model": "river",
+        "--tasks": tmp_path / "boolq_here.yaml",
+        "--model_args": "mode=river,threshold=-2.0,score_by=steps",
+        "--output_path": tmp_path / "results.json",
+    }
+    monkeypatch.setattr(sys, "argv", ["", "run", *(str(word) for pair in arguments.items() for word in pair)])
+    monkeypatch.setenv("TOKENIZERS_PARALLELISM", "false")  # set by the command, and here taken back
+    harness.main()
+    (found,) = tmp_path.glob("results_*.json")
+    assert _estimates("boolq_here", json.loads(found.read_text())) == row.accuracy
 
 
 # --- groups and tags ---

@@ -7,6 +7,7 @@ datasets of its tasks from the network; with documents of this machine nothing i
 """
 
 import math
+import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from inspect import signature
@@ -16,6 +17,7 @@ from pathlib import Path
 from datasets.exceptions import DatasetsError
 from jinja2 import TemplateError
 from lm_eval import simple_evaluate, utils
+from lm_eval.__main__ import cli_evaluate
 from lm_eval.api.model import TemplateLM
 from lm_eval.api.registry import register_model
 from lm_eval.models.utils import normalize_gen_kwargs
@@ -34,6 +36,7 @@ from .tasks import MAX_GEN_TOKS, continued, fitted
 # what the harness raises where a task or its documents are not as it expects
 ODD = (ValueError, LookupError, TypeError, AttributeError, OSError, ImportError, TemplateError, DatasetsError)
 SCORE_OPTIONS = signature(Model.score).parameters.keys()
+UNNAMED_DEVICE = "cuda:0"  # what the harness's command gives every model where nobody has named a device
 
 
 @register_model("river")
@@ -78,6 +81,18 @@ class RiverLM(TemplateLM):
         self.max_length = self.model.config.max_length
         self.depths: list[int] = []  # of all tokens so far, generated or scored
         self.speeds: list[float] = []  # decoded tokens per decoding second, by call of generate
+
+    @classmethod
+    def create_from_arg_obj(cls, arg_dict: Mapping, additional_config: Mapping | None = None) -> "RiverLM":
+        """From `model_args` and, where these are silent, the command's own options."""
+        options = {name: value for name, value in (additional_config or {}).items() if value is not None}
+        if options.get("device") == UNNAMED_DEVICE:
+            del options["device"]  # the machine's own, as with the harness's other models
+        return cls(**options | arg_dict)
+
+    @classmethod
+    def create_from_arg_string(cls, arg_string: str, additional_config: Mapping | None = None) -> "RiverLM":
+        return cls.create_from_arg_obj(utils.simple_parse_args_string(arg_string), additional_config)
 
     @property
     def eot_token_id(self) -> int:
@@ -253,7 +268,14 @@ def _estimates(task: str, results: Mapping) -> dict[str, Estimate]:
     return estimates
 
 
-if __name__ == "__main__":
-    from lm_eval.__main__ import cli_evaluate
+def main() -> None:
+    """The harness's command; what is wrong with its arguments or documents is said in one line."""
+    try:
+        cli_evaluate()
+    except (RiverError, *ODD) as error:
+        print(f"river: error: {' '.join(str(error).split())}", file=sys.stderr)
+        sys.exit(2)
 
-    cli_evaluate()
+
+if __name__ == "__main__":
+    main()

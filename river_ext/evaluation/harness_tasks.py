@@ -23,6 +23,18 @@ def task_manager() -> TaskManager:
     return TaskManager()
 
 
+def check(name: str, data: Path | None) -> None:
+    """Refuses a task that the harness does not know, or documents that are missing, before anything runs."""
+    manager = task_manager()
+    if data is not None:
+        task_files(manager, name, data)
+    elif name not in manager.task_index and not Path(name).is_file():
+        raise RiverError(
+            f"task {name[:80]!r} is unknown; accepted: a task, group or tag of lm-evaluation-harness, as "
+            "`lm-eval ls tasks` lists them, or the YAML file of a task"
+        )
+
+
 @contextmanager
 def with_documents(manager: TaskManager, name: str, data: Path | None) -> Iterator[None]:
     """Within it a task, or every task of a group or tag, has its documents from a folder, if there is one.
@@ -32,15 +44,12 @@ def with_documents(manager: TaskManager, name: str, data: Path | None) -> Iterat
     if data is None:
         yield
         return
-    index = manager.task_index
-    entries, splits = {}, {}
-    for task, config in tasks_of(manager, name):
-        entries[task] = index[task]
-        splits[task] = splits.get(task, {}) | split_files(config, task, data)
+    index, files = manager.task_index, task_files(manager, name, data)
+    entries = {task: index[task] for task in files}
     with tempfile.TemporaryDirectory() as folder:
         for task, entry in entries.items():
             path = Path(folder, f"{task}.yaml")
-            path.write_text(json.dumps(_changed(entry.yaml_path, task, splits[task], folder)))
+            path.write_text(json.dumps(_changed(entry.yaml_path, task, files[task], folder)))
             index[task] = replace(entry, yaml_path=path)
         try:
             yield
@@ -86,6 +95,14 @@ def tasks_of(
         for one in members
         for found in tasks_of(manager, one.get("group") or one.get("task"), {**changes, **one})
     ]
+
+
+def task_files(manager: TaskManager, name: str, data: Path) -> dict[str, dict[str, str]]:
+    """By task, of all that a name stands for, the file of each of its splits."""
+    files: dict[str, dict[str, str]] = {}
+    for task, config in tasks_of(manager, name):
+        files[task] = files.get(task, {}) | split_files(config, task, data)
+    return files
 
 
 def split_files(config: dict, task: str, data: Path) -> dict[str, str]:

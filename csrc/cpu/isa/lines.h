@@ -87,6 +87,18 @@ inline void regroup_float(f32x16 (&v)[4]) {
   v[3] = every_second<1>(odd[0], odd[1]);
 }
 
+// Packed operands in bf16 come by two such words: columns 0, 1, 4, 5, then 2, 3, 6, 7 of every eight.
+inline void regroup_pairs(u32x16 (&v)[2]) {
+  for (u32x16& pairs : v) {
+#if defined(RIVER_SHUFFLE)
+    pairs = RIVER_SHUFFLE(pairs, pairs, 0, 2, 1, 3, 4, 6, 5, 7, 8, 10, 9, 11, 12, 14, 13, 15);
+#else
+    const u32x16 columns = pairs;
+    for (int i = 1; i < 16; i += 4) pairs[i] = columns[i + 1], pairs[i + 1] = columns[i];
+#endif
+  }
+}
+
 void prepare(DType dtype, const void* x, bool packed, int row, const Operand& operand) {
   const bool bf16 = uses_bf16(dtype);
   const int64_t size = river::size_of(dtype);
@@ -110,7 +122,8 @@ void prepare(DType dtype, const void* x, bool packed, int row, const Operand& op
     }
     if (packed) block.sums[t * (block.padded / kGroup) + k / kGroup] = reduce(((v[0] + v[1]) + v[2]) + v[3]);
     if (bf16) {
-      const u32x16 pairs[] = {load<u32x16>(group), load<u32x16>(group + 64)};
+      u32x16 pairs[] = {load<u32x16>(group), load<u32x16>(group + 64)};
+      if (packed) regroup_pairs(pairs);
       put(pairs);
     } else {
       if (packed) regroup_float(v);

@@ -17,52 +17,35 @@ struct TileMetadata {
   explicit TileMetadata(u32x16 pairs) : scale(f16_to_float(narrow(pairs))), zero(f16_to_float(narrow(pairs >> 16))) {}
 };
 
-// What a tile of a strip from memory asks for before it is computed
-inline void ask_beyond(const uint8_t* tile) {
-  for (int line = 0; line < river::kTileBytes; line += 64) __builtin_prefetch(tile + kBytesAhead + line);
-}
-
 #if defined(__AVX512BF16__)
-// In bf16, lanes are output rows. A vector of scales then serves a tile and a row at once, and the activations come as
-// pairs that a product broadcasts from memory; a tile must be transposed for it, once for all rows.
+// In bf16, lanes 2p and 2p + 1 are row pair p: its first row, p, in one register and its second, p + 8, in another. A
+// vector of scales then serves eight rows of a tile at once, and the activations come eight bytes at a time, which a
+// load repeats for two products; a tile must be transposed for it, once for all rows of x.
 
 // (maskz, as in simd.h: GCC 12 warns without.)
 
-// Four row pairs of a tile, transposed: lane 4l + p of words[j] is word 4l + j of pair p.
-struct FourPairs {
-  __m512i words[4];
+// Every second quarter of a and b together, from quarter kFirst on
+template <int kFirst>
+inline __m512i every_second_quarter(__m512i a, __m512i b) {
+  return _mm512_maskz_shuffle_i64x2(0xff, a, b, 0b10'00'10'00 + kFirst * 0b01'01'01'01);
+}
 
-  explicit FourPairs(const uint8_t* pairs) {
-    const __m512i a = load<__m512i>(pairs), b = load<__m512i>(pairs + 64);
-    const __m512i c = load<__m512i>(pairs + 128), d = load<__m512i>(pairs + 192);
-    const __m512i low_ab = _mm512_maskz_unpacklo_epi32(0xffff, a, b),
-                  low_cd = _mm512_maskz_unpacklo_epi32(0xffff, c, d);
-    const __m512i high_ab = _mm512_maskz_unpackhi_epi32(0xffff, a, b),
-                  high_cd = _mm512_maskz_unpackhi_epi32(0xffff, c, d);
-    words[0] = _mm512_maskz_unpacklo_epi64(0xff, low_ab, low_cd);
-    words[1] = _mm512_maskz_unpackhi_epi64(0xff, low_ab, low_cd);
-    words[2] = _mm512_maskz_unpacklo_epi64(0xff, high_ab, high_cd);
-    words[3] = _mm512_maskz_unpackhi_epi64(0xff, high_ab, high_cd);
+// The columns of a tile, eight at a time: lanes 2p and 2p + 1 of eighth[m] are words 2m and 2m + 1 of row pair p.
+inline void transpose(const uint8_t* tile, u32x16 (&eighth)[8]) {
+  const auto pair = [&](int p) { return load<__m512i>(tile + 64 * p); };
+  RIVER_UNROLL for (int odd = 0; odd < 2; odd++) {
+    __m512i two[4];
+    RIVER_UNROLL for (int i = 0; i < 4; i++) two[i] =
+        odd ? _mm512_maskz_unpackhi_epi64(0xff, pair(2 * i), pair(2 * i + 1))
+            : _mm512_maskz_unpacklo_epi64(0xff, pair(2 * i), pair(2 * i + 1));
+    const __m512i even[] = {every_second_quarter<0>(two[0], two[1]), every_second_quarter<0>(two[2], two[3])};
+    const __m512i rest[] = {every_second_quarter<1>(two[0], two[1]), every_second_quarter<1>(two[2], two[3])};
+    eighth[odd] = u32x16(every_second_quarter<0>(even[0], even[1]));
+    eighth[odd + 2] = u32x16(every_second_quarter<0>(rest[0], rest[1]));
+    eighth[odd + 4] = u32x16(every_second_quarter<1>(even[0], even[1]));
+    eighth[odd + 6] = u32x16(every_second_quarter<1>(rest[0], rest[1]));
   }
-};
-
-// Lanes of a tile's words: rows 0-3, 8-11, 4-7, 12-15. Exchanging the middle quarters gives their natural order, and
-// takes it back.
-inline __m512i middle_exchanged(__m512i v) { return _mm512_maskz_shuffle_i32x4(0xffff, v, v, 0b11011000); }
-
-// The columns of a tile, four at a time
-struct TileWords {
-  FourPairs low, high;
-
-  explicit TileWords(const uint8_t* tile) : low(tile), high(tile + 256) {}
-
-  // Word i of all row pairs: the low byte of each half holds columns 4i to 4i + 3 of a lane's row.
-  template <int i>
-  u32x16 word() const {
-    const u32x16 shift = {0, 0, 0, 0, 8, 8, 8, 8, 0, 0, 0, 0, 8, 8, 8, 8};  // the pair's second row is a byte higher
-    return u32x16(_mm512_maskz_shuffle_i32x4(0xffff, low.words[i % 4], high.words[i % 4], i / 4 * 0b01010101)) >> shift;
-  }
-};
+}
 
 struct NibbleTable {
   static constexpr float kOffset = 8;  // it holds the bf16 numbers q - 8
@@ -82,41 +65,75 @@ struct NibbleTable {
   __m512i operator[](u32x16 words) const { return _mm512_permutexvar_epi16(__m512i(words), table); }
 };
 
-// sum += even columns' pairs, more += odd columns' pairs of a tile with T rows
-template <int T, int... i>
-[[gnu::always_inline]] inline void add_tile(std::integer_sequence<int, i...>, const NibbleTable& table,
-                                            const TileWords& tile, const Line* lines, int rows, f32x16 (&sum)[T],
-                                            f32x16 (&more)[T]) {
-  const auto add = [&]<int word>() {
-    const u32x16 words = tile.template word<word>();
-    const __m512i first = table[words], second = table[words >> 4];
-    RIVER_UNROLL for (int t = 0; t < T; t++) {
-      const char* pairs = lines[word / 8 * rows + t].bytes + word % 8 * 8;
-      sum[t] = dot_bf16(sum[t], first, _mm512_set1_epi32(load<int>(pairs)));
-      more[t] = dot_bf16(more[t], second, _mm512_set1_epi32(load<int>(pairs + 4)));
-    }
+// What the first or the second rows of the pairs have beside their nibbles
+struct RowsMetadata {
+  f32x16 scale;
+  f32x16 offset;  // times the sum of a vector's values, added once per row: in the odd lanes
+
+  explicit RowsMetadata(const uint8_t* scales_and_zeros) {
+    const __m512 both = _mm512_maskz_cvtph_ps(0xffff, load<__m256i>(scales_and_zeros));
+    scale = f32x16(_mm512_maskz_moveldup_ps(0xffff, both));
+    offset = f32x16(_mm512_maskz_sub_ps(0xaaaa, _mm512_set1_ps(NibbleTable::kOffset), both));
+  }
+};
+
+// acc[row of a pair][t] += the products of kTiles tiles, from `first` on, with T rows of x
+template <bool kHot, int kTiles, int T>
+[[gnu::always_inline]] inline void add_tiles(const NibbleTable& table, const uint8_t* strip, int first,
+                                             const Operand& x, int t0, Walk& ahead, f32x16 (&acc)[2][T]) {
+  const uint8_t* tile = strip + int64_t(first) * river::kTileBytes;
+  const auto ask = [&](int line) {
+    if constexpr (kHot) ahead.step();
+    else __builtin_prefetch(tile + kBytesAhead + 64 * line);
   };
-  (add.template operator()<i>(), ...);
+  f32x16 low[kTiles][T], high[kTiles][T], scale[kTiles][2];
+  RIVER_UNROLL for (int n = 0; n < kTiles; n++) {
+    ask(8 * kTiles + n);  // the last lines first: in the order of addresses T = 4 was 5 % slower
+    const uint8_t* metadata = tile + n * river::kTileBytes + river::kTileMetadata;
+    const RowsMetadata first_rows(metadata), second_rows(metadata + 32);
+    scale[n][0] = first_rows.scale, scale[n][1] = second_rows.scale;
+    RIVER_UNROLL for (int t = 0; t < T; t++) {
+      const float total = x.sums[int64_t(t0 + t) * (x.padded / kGroup) + first + n];
+      low[n][t] = first_rows.offset * total, high[n][t] = second_rows.offset * total;
+    }
+  }
+  u32x16 eighth[kTiles][8];
+  RIVER_UNROLL for (int n = 0; n < kTiles; n++) transpose(tile + n * river::kTileBytes, eighth[n]);
+  const Line* lines = line_at(DType::kBFloat16, x, first * kGroup, t0);
+  RIVER_UNROLL for (int m = 0; m < 8; m++) {
+    RIVER_UNROLL for (int n = 0; n < kTiles; n++) ask(kTiles * m + n);
+    const auto add = [&]<int part>() {
+      RIVER_UNROLL for (int n = 0; n < kTiles; n++) {
+        const u32x16 words = eighth[n][m] >> 4 * part;
+        const __m512i low_rows = table[words], high_rows = table[words >> 8];
+        RIVER_UNROLL for (int t = 0; t < T; t++) {
+          const char* values = lines[(2 * n + m / 4) * x.rows + t].bytes + m % 4 * 16 + part * 8;
+          const __m512i v = _mm512_set1_epi64(load<int64_t>(values));
+          low[n][t] = dot_bf16(low[n][t], low_rows, v);
+          high[n][t] = dot_bf16(high[n][t], high_rows, v);
+        }
+      }
+    };
+    add.template operator()<0>();
+    add.template operator()<1>();
+  }
+  RIVER_UNROLL for (int n = 0; n < kTiles; n++) RIVER_UNROLL for (int t = 0; t < T; t++) {
+    acc[0][t] += low[n][t] * scale[n][0];
+    acc[1][t] += high[n][t] * scale[n][1];
+  }
 }
 
-template <int T>
-inline void w4_bf16_vectors(const uint8_t* strip, const Operand& x, int t0, bool hot, Walk& ahead, StripOut& out) {
+template <bool kHot, int T>
+inline void w4_bf16_vectors(const uint8_t* strip, const Operand& x, int t0, Walk& ahead, StripOut& out) {
+  constexpr int kTiles = T <= 5 ? 2 : 1;  // few rows: the products of one tile would wait for their sums
   const NibbleTable table;
   const int tiles = x.padded / kGroup;
-  const Line* lines = line_at(DType::kBFloat16, x, 0, t0);
-  f32x16 acc[T] = {};
-  for (int tile = 0; tile < tiles; tile++, lines += 2 * x.rows) {
-    const uint8_t* data = strip + int64_t(tile) * river::kTileBytes;
-    if (hot) ahead.step();
-    else ask_beyond(data);
-    const TileMetadata metadata(u32x16(middle_exchanged(load<__m512i>(data + river::kTileMetadata))));
-    f32x16 sum[T], more[T] = {};
-    RIVER_UNROLL for (int t = 0; t < T; t++) sum[t] =
-        (NibbleTable::kOffset - metadata.zero) * x.sums[int64_t(t0 + t) * tiles + tile];
-    add_tile<T>(std::make_integer_sequence<int, 16>(), table, TileWords(data), lines, x.rows, sum, more);
-    RIVER_UNROLL for (int t = 0; t < T; t++) acc[t] += (sum[t] + more[t]) * metadata.scale;
-  }
-  RIVER_UNROLL for (int t = 0; t < T; t++) store(out[t0 + t], middle_exchanged(__m512i(acc[t])));
+  f32x16 acc[2][T] = {};
+  int tile = 0;
+  for (; tile + kTiles <= tiles; tile += kTiles) add_tiles<kHot, kTiles>(table, strip, tile, x, t0, ahead, acc);
+  for (; tile < tiles; tile++) add_tiles<kHot, 1>(table, strip, tile, x, t0, ahead, acc);
+  RIVER_UNROLL for (int t = 0; t < T; t++)
+      store(out[t0 + t], every_second<0>(acc[0][t], acc[1][t]) + every_second<1>(acc[0][t], acc[1][t]));
 }
 #endif
 
@@ -157,7 +174,8 @@ inline void w4_float_vectors(const uint8_t* strip, const Operand& x, int t0, boo
       const uint8_t* data = strip + int64_t(tile) * river::kTileBytes;
       const TileMetadata metadata(load<u32x16>(data + river::kTileMetadata));
       if (hot) ahead.step();
-      else if (g0 == 0) ask_beyond(data);
+      else if (g0 == 0)
+        for (int line = 0; line < river::kTileBytes; line += 64) __builtin_prefetch(data + kBytesAhead + line);
       float scale[16];
       store(scale, metadata.scale);
       asm volatile("" : "+m"(scale));  // keeps them in memory, where an FMA broadcasts for free
@@ -192,12 +210,17 @@ constexpr int pairs_at_once(int vectors) {
 void w4_strip(DType dtype, const uint8_t* strip, const Operand& x, int first, const Ahead& ahead, StripOut& out) {
   const Operand block = block_of(dtype, x, first);
   const bool hot = x.rows > river::kMaxRows;
-  Walk walk(ahead, x.padded / kGroup);  // each tile goes by once or more
+  const int tiles = x.padded / kGroup;
 #if defined(__AVX512BF16__)
-  if (dtype == DType::kBFloat16)
-    return for_vectors<river::kMaxRows>(block.rows,
-                                        [&]<int T>(int t0) { w4_bf16_vectors<T>(strip, block, t0, hot, walk, out); });
+  if (dtype == DType::kBFloat16) {
+    Walk walk(ahead, int64_t(tiles) * (river::kTileBytes / 64));
+    return for_vectors<river::kMaxRows>(block.rows, [&]<int T>(int t0) {
+      if (hot) w4_bf16_vectors<true, T>(strip, block, t0, walk, out);
+      else w4_bf16_vectors<false, T>(strip, block, t0, walk, out);
+    });
+  }
 #endif
+  Walk walk(ahead, tiles);  // each tile goes by once or more
   for_vectors<kW4Vectors>(
       block.rows, [&]<int T>(int t0) { w4_float_vectors<pairs_at_once(T), T>(strip, block, t0, hot, walk, out); });
 }
