@@ -3,7 +3,7 @@
 import argparse
 import os
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 from .errors import UsageError, did_you_mean
 from .option_groups import add_batch, add_calibrate, add_calibrated_file, add_serving, add_tasks
@@ -13,6 +13,7 @@ from .values import count_or_auto, given, threads, threshold
 KV_STRATEGIES = "share (default, the river's), mask, recompute, propagate or monotone"
 
 TASK_OPTIONS = ("data", "limit", "max_gen_toks", "chat", "run_code", "score_by_steps")  # of `eval --tasks`
+DEMO_OPTIONS = {"problems": 300, "functions": 100, "seed": 0}  # of `eval` without it, and their defaults
 
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
@@ -114,18 +115,29 @@ def _check_convert(arguments) -> None:
 
 
 def _check_eval(arguments) -> None:
-    if not arguments.tasks:
-        values = {name: getattr(arguments, name) for name in TASK_OPTIONS}
-        given = [name for name, value in values.items() if value is not None and value is not False]
-        if given:
-            raise UsageError(f"--{given[0].replace('_', '-')} needs --tasks, which it belongs to")
-        if not arguments.demo:
-            raise UsageError(
-                "what to evaluate on; accepted: --demo (with a model's directory: that model on its tasks), "
-                "or --tasks with a model's directory"
-            )
-    elif not _names_a_model(arguments):
-        raise UsageError("no model; accepted: its directory, or --demo for the bundled one")
+    if arguments.tasks:
+        if name := _first_given(arguments, DEMO_OPTIONS):
+            raise UsageError(f"{name} with --tasks, which has documents of its own; accepted: one of them")
+        if not _names_a_model(arguments):
+            raise UsageError("no model; accepted: its directory, or --demo for the bundled one")
+        return
+    if name := _first_given(arguments, TASK_OPTIONS):
+        raise UsageError(f"{name} needs --tasks, which it belongs to")
+    if not arguments.demo:
+        raise UsageError(
+            "what to evaluate on; accepted: --demo (with a model's directory: that model on its tasks), "
+            "or --tasks with a model's directory"
+        )
+    for name, default in DEMO_OPTIONS.items():
+        if getattr(arguments, name) is None:
+            setattr(arguments, name, default)
+
+
+def _first_given(arguments, names: Iterable[str]) -> str | None:
+    """The first of these options that the command line has."""
+    values = {name: getattr(arguments, name) for name in names}
+    given = [name for name, value in values.items() if value is not None and value is not False]
+    return f"--{given[0].replace('_', '-')}" if given else None
 
 
 def _check_bench(arguments) -> None:
@@ -243,11 +255,11 @@ def _parser() -> tuple[argparse.ArgumentParser, Mapping[str, argparse.ArgumentPa
     _add_river(evaluate, "a saved river; without it one is built")
     _add_machine(evaluate)
     _add_offloading(evaluate)
-    evaluate.add_argument("--problems", type=int, default=300, metavar="N", help="word problems (300)")
-    evaluate.add_argument("--functions", type=int, default=100, metavar="N", help="functions (100)")
+    evaluate.add_argument("--problems", type=int, metavar="N", help="word problems (300)")
+    evaluate.add_argument("--functions", type=int, metavar="N", help="functions (100)")
     evaluate.add_argument("--thresholds", metavar="S,S,...", help="of the River rows")
     evaluate.add_argument("--kv-strategy", help=f"of these rows: {KV_STRATEGIES}")
-    evaluate.add_argument("--seed", type=int, default=0, help="which held-out items (0)")
+    evaluate.add_argument("--seed", type=int, help="which held-out items (0)")
     add_tasks(evaluate)
 
     calibrate = command("calibrate", "calibrate", "choose a threshold for a target, on prompts of your own")
