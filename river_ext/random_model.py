@@ -4,6 +4,7 @@ Its river is random as well. Quantising would take minutes and change no time. S
 backbone no more than chance does: neither its exit depths nor its drafts say anything of a trained model.
 """
 
+import os
 from dataclasses import replace
 from itertools import chain
 from pathlib import Path
@@ -12,8 +13,10 @@ import torch
 from torch import Tensor
 
 from . import ops
+from .errors import RiverError
 from .loading.checkpoint import check_gpu_kernels, layer_tensors
 from .loading.config import ModelConfig
+from .loading.sizes import model_bytes
 from .loading.weights import BlockShape, DecoderBlockWeights, ExitLayerWeights, ModelWeights
 from .model import Model
 from .quant.exit_river import ExitRiver
@@ -61,10 +64,25 @@ def random_river(config: ModelConfig) -> ExitRiver:
     return ExitRiver(layers, packed_weight(config.vocab_size, config.hidden_size), ops.TILE_COLS)
 
 
+def check_room(config: ModelConfig, device: torch.device) -> None:
+    """Refuses a model that the device's memory cannot hold, before hours of drawing it."""
+    needed = sum(model_bytes(config).values())
+    if device.type == "cuda":
+        there = torch.cuda.get_device_properties(device).total_memory
+    else:
+        there = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    if needed > there:
+        raise RiverError(
+            f"a model of this config and its river take {needed / 1e9:.1f} GB; accepted: at most "
+            f"{there / 1e9:.1f} GB, the memory of device {str(device)!r}"
+        )
+
+
 def random_model(config: ModelConfig, device: torch.device, directory: Path | None = None) -> Model:
     """A model without a tokenizer; of a config without a dtype in bfloat16, which most are stored in."""
     config = replace(config, dtype=config.dtype or torch.bfloat16)
     if device.type == "cuda":
         check_gpu_kernels(config)
+    check_room(config, device)
     with torch.device(device):
         return Model(config, random_weights(config), random_river(config), directory=directory)

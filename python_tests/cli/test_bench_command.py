@@ -1,6 +1,7 @@
 """`river bench`: its table, its document, random weights where there is a config alone, and refusals."""
 
 import json
+import re
 import shutil
 
 import pytest
@@ -105,3 +106,14 @@ def test_refusals_of_random_weights(refused, lone, tmp_path):
     assert "--dtype" in refused("bench", lone, "--dtype", "int8")
     lone.write_text("{")
     assert "config.json" in refused("bench", lone)
+
+
+def test_random_weights_that_no_memory_holds(refused, lone, monkeypatch):
+    """It is said before any is drawn."""
+    monkeypatch.setattr("river_ext.random_model.random_weights", lambda _: pytest.fail("weights are drawn"))
+    size = {"hidden_size": 65536, "num_attention_heads": 256, "num_key_value_heads": 256, "head_dim": 256}
+    lone.write_text(json.dumps({**TINY_CONFIG, **size, "num_hidden_layers": 999, "torch_dtype": "bfloat16"}))
+    for arguments in ((), ("--dtype", "float32")):
+        line = refused("bench", lone, *arguments)
+        needed, there = map(float, re.findall(r"([\d.]+) GB", line))
+        assert needed > 999 * 65536**2 * 4 * 2.5e-9 and needed > there > 0, line
