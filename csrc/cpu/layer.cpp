@@ -116,7 +116,7 @@ struct Block {
   // Each active row is of one path. All K and V are in the cache before any row attends.
   template <class... Weights>
   void run(const Path<Weights>&... paths) const {
-    memcpy(a.out, a.hidden, a.rows * a.hidden_size * size_of(a.dtype));  // an inactive row keeps its hidden vector
+    memcpy(a.out, a.hidden, a.rows * size_of(a.dtype) * a.hidden_size);  // an inactive row keeps its hidden vector
     if ((paths.rows.count() + ...) == 0) return;
     const auto query = vectors(q_size()), attended = vectors(q_size());
     (before_attention(paths, query.get()), ...);
