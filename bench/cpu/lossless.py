@@ -2,7 +2,8 @@
 
 With --model, on that checkpoint: every prompt of each file (--prompts: JSON lines with a field "question",
 "prompt" or "text") through every setting in turn, batch 1, greedy. x is the speed over full bf16, the median
-of the prompts; `same` is the share of prompts whose tokens are those of full bf16.
+of the prompts; `same` is the share of prompts whose tokens are those of full bf16. A calibrated river has
+results of its own.
 
 Without it, the cost of a cycle by the number of drafts, in the shape of Llama-3.2-1B with random weights: ms;
 over a full bf16 step, the bytes of its weights, its time, and its verification's time alone; the speed over
@@ -52,10 +53,12 @@ def main() -> None:
         path = results_path("lossless_cycle", args)
         lines = {"shape": "Llama-3.2-1B", "turns": args.turns, "cycle": cycle_costs(args.turns)}
     else:
-        path = results_path("lossless", args)
         model = river_ext.load(args.model, river=args.river)
+        calibration = model.river.calibration
+        path = results_path("lossless_calibrated" if calibration else "lossless", args)
         lines = {
             "model": args.model.name,
+            "calibration": calibration,
             "new_tokens": args.new_tokens,
             "count": args.count,
             "chat": args.chat,

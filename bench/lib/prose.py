@@ -59,9 +59,9 @@ def weights_per_second(runner: str) -> str:
     return f"{line['tokens_per_second'] * full['bytes'] / 1e9:.0f}"
 
 
-def lossless_settings(file: str) -> list[dict]:
+def lossless_settings(file: str, results: str = "lossless") -> list[dict]:
     """For the file with prompts whose name begins so."""
-    (text,) = (text for text in result("lossless")["texts"] if text["file"].startswith(file))
+    (text,) = (text for text in result(results)["texts"] if text["file"].startswith(file))
     return text["settings"]
 
 

@@ -14,6 +14,7 @@ FILES = {
     "kv-strategies": "kv_strategies_cpu_amd_epyc_1t.json",
     "linear": "linear_cpu_amd_epyc_2t.json",
     "lossless": "lossless_cpu_amd_epyc_2t.json",
+    "lossless-calibrated": "lossless_calibrated_cpu_amd_epyc_2t.json",
     "cycle": "lossless_cycle_cpu_amd_epyc_2t.json",
     "paper": "paper_cpu_amd_epyc_1t.json",
     "memory": "memory_smollm2_cpu_amd_epyc_1t.json",

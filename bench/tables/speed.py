@@ -52,9 +52,15 @@ def decode() -> str:
     )  # fmt: skip
 
 
+CALIBRATED = ("lossless", "3 drafts", "4 drafts")  # whose lines with a calibrated river are shown
+
+
 def lossless_lines(file: str) -> dict[str, dict]:
     """By name, for one of the files with prompts."""
-    return {LOSSLESS_NAMES[line["setting"]]: line for line in lossless_settings(file)}
+    lines = {LOSSLESS_NAMES[line["setting"]]: line for line in lossless_settings(file)}
+    for line in lossless_settings(file, "lossless-calibrated"):
+        lines[f"{LOSSLESS_NAMES[line['setting']]}, calibrated"] = line
+    return lines
 
 
 def modes() -> str:
@@ -66,7 +72,7 @@ def modes() -> str:
                 name, f"{line['tokens_per_second']:.0f}", f"{line['x_full_bf16']:.2f} x",
                 f"{line['tokens_per_step']:.2f}", f"{round(line['same'] * count)} of {count}",
             )
-            for name in ("full bf16", "lossless", "River 0.9", W4_HEAD)
+            for name in ("full bf16", "lossless", "lossless, calibrated", "River 0.9", W4_HEAD)
             for line in [lines[name]]
         ],
     )  # fmt: skip
@@ -82,12 +88,13 @@ def lossless() -> str:
         right = percent(line["acceptance"])
         return [f"{line['x_full_bf16']:.2f}", f"{line['tokens_per_step']:.2f}", right, *drafting]
 
-    names = ("lossless", "1 draft", "2 drafts", "3 drafts", "4 drafts", "River 0.9", W4_HEAD)
+    names = ("lossless", "1 draft", "2 drafts", "3 drafts", "4 drafts")
+    names += (*(f"{name}, calibrated" for name in CALIBRATED), "River 0.9", W4_HEAD)
     return markdown(
         ("", "GSM8K: x", "per pass", "right", "drafting", "HumanEval: x", "per pass", "right"),
         [
             (
-                "lossless, auto" if name == "lossless" else name,
+                name.replace("lossless", "lossless, auto"),
                 *cells(problems[name], True),
                 *cells(functions[name], False),
             )
