@@ -269,6 +269,9 @@ struct Parallel {
   }
 };
 
+// Torch's threads, as many as torch.set_num_threads allows this one. Defined in ops/.
+Parallel callers_threads();
+
 void launch_decoder_block(const DecoderBlockArgs& args, const Parallel& parallel);
 void launch_exit_layer(const ExitLayerArgs& args, const Parallel& parallel);
 void launch_decode_attention(const AttentionArgs& args, const Parallel& parallel);

@@ -158,6 +158,18 @@ def real_model():
     return directory
 
 
+# --- steps ---
+
+
+@pytest.fixture
+def uncaptured(monkeypatch):
+    """Steps on the CPU call their ops each time: for tests that put others in the place of these."""
+    from river_ext.engine import graph
+
+    captured = graph.Graph
+    monkeypatch.setattr(graph, "Graph", lambda run, _, pool: captured(run, False, pool))
+
+
 # --- the command `river` ---
 
 

@@ -64,7 +64,7 @@ class Stream(Agent):
 class Graph:
     """In place of graph.Graph: a replay is another run, whose outputs go to the same place."""
 
-    def __init__(self, run, stream, pool):
+    def __init__(self, run, captured, pool):
         self.run, self.outputs = run, None
 
     def replay(self) -> None:

@@ -1,9 +1,12 @@
 """Importing the module registers the ops of `ops.py`; what it holds itself are facts and settings."""
 
-from typing import Any, TypedDict
+from collections.abc import Callable
+from typing import Any, TypedDict, TypeVar
 
 from numpy import float32, int64
 from numpy.typing import NDArray
+
+_Outputs = TypeVar("_Outputs")
 
 MAX_ROWS: int
 MAX_HEAD_DIM: int
@@ -50,6 +53,23 @@ def variants() -> dict[str, int]:
 
 def set_variant(name: str, value: int) -> int:
     """Chooses a design for the whole process, for measurements; returns what it was."""
+
+class Graph:
+    """Calls of ops on a CPU that are captured once and run again, like a CUDA graph."""
+
+    def __init__(self) -> None: ...
+    def capture(self, run: Callable[[], _Outputs]) -> _Outputs:
+        """Calls `run` and returns what it returns. Its ops on CPU tensors go to the graph and do not run."""
+
+    @property
+    def is_capturing(self) -> bool:
+        """Whether this thread is in a call of `capture`."""
+
+    def __len__(self) -> int:
+        """How many ops it has."""
+
+    def replay(self, begin: int, end: int) -> None:
+        """Runs ops begin to end - 1 on what their tensors hold now. Not by two threads at once."""
 
 # --- only in a build with CUDA kernels: build_info()["cuda"] ---------------------------------------------
 

@@ -16,17 +16,24 @@ namespace river::cpu {
 
 class Team {
  public:
-  // Calls f(parallel) on one thread, while the others of `threads` wait for what it runs by that Parallel.
+  // Calls f(parallel) on one thread, while the others of `threads` wait for what it runs by that Parallel. Threads that
+  // are a team already go on as they are.
   template <class F>
   static void run(const Parallel& threads, const F& f) {
-    if (threads.count <= 1) return f(threads);
+    if (threads.count <= 1 || threads.run == lead) return f(threads);
     Team team(threads.count);
+    std::exception_ptr failure;  // torch's threads would not say what it was
     threads(threads.count, 1, [&](int64_t, int64_t) {
       // Who comes first leads: nobody waits for a leader who comes later.
       if (team.led_.exchange(true)) return team.help();
-      const Closing closing{team};
-      f(Parallel{.count = threads.count, .run = lead, .state = &team});
+      try {
+        f(Parallel{.count = threads.count, .run = lead, .state = &team});
+      } catch (...) {
+        failure = std::current_exception();
+      }
+      team.closed_.store(true, std::memory_order_release);
     });
+    if (failure) std::rethrow_exception(failure);
   }
 
  private:
@@ -40,11 +47,6 @@ class Team {
     int64_t n;
     Parallel::Body body;
     void* context;
-  };
-
-  struct Closing {
-    Team& team;
-    ~Closing() { team.closed_.store(true, std::memory_order_release); }
   };
 
   explicit Team(int threads) : threads_(std::min(threads, UINT16_MAX)) {}

@@ -23,13 +23,11 @@ std::tuple<Tensor> decode_attention(Arguments<kDecodeAttention>& read) {
   fill_scores(check, cache, args);
   args.k_cache = data(cache.k_cache);
   args.v_cache = data(cache.v_cache);
-  const Tensor out = empty({args.rows, args.num_heads, args.head_dim}, type, query);
+  const Tensor out = check.output({args.rows, args.num_heads, args.head_dim}, type);
   args.out = mutable_data(out);
-  launch(
-      check, [&](const auto& parallel) { cpu::launch_decode_attention(args, parallel); },
-      [&](auto& gpu) {
-        cuda::launch_decode_attention(args, gpu.workspace(cuda::decode_attention_workspace(args)), gpu.stream());
-      });
+  launch(check, args, check_places<AttentionArgs>, cpu::launch_decode_attention, [&](auto& gpu) {
+    cuda::launch_decode_attention(args, gpu.workspace(cuda::decode_attention_workspace(args)), gpu.stream());
+  });
   return {out};
 }
 

@@ -8,6 +8,7 @@
 #include <iterator>
 #include <string>
 
+#include "../cpu/graph.h"
 #include "../cuda/read_ring.h"
 #include "../cuda/runtime.h"
 #include "../philox.h"
@@ -88,6 +89,26 @@ void define_settings(py::module_& m) {
       py::arg("name"), py::arg("value"));
 }
 
+void define_graph(py::module_& m) {
+  py::class_<cpu::Graph>(m, "Graph", "Calls of ops on a CPU that are captured once and run again, like a CUDA graph")
+      .def(py::init<>())
+      .def(
+          "capture", [](cpu::Graph& graph, const py::function& run) { return graph.record(run); },
+          "Calls run(), and returns what it returns; the ops that it calls on CPU tensors do not run, but are added to "
+          "the graph with their tensors",
+          py::arg("run"))
+      .def_property_readonly(
+          "is_capturing", [](const cpu::Graph& graph) { return cpu::Graph::recording() == &graph; },
+          "Whether this thread is in a call of capture()")
+      .def("__len__", &cpu::Graph::size, "How many ops it has")
+      .def(
+          "replay",
+          [](const cpu::Graph& graph, size_t begin, size_t end) { graph.replay(begin, end, cpu::callers_threads()); },
+          py::call_guard<py::gil_scoped_release>(),
+          "Runs ops begin to end - 1 on what their tensors hold now; not by two threads at once", py::arg("begin"),
+          py::arg("end"));
+}
+
 #if RIVER_WITH_CUDA
 py::dict cuda_image() {
   const cuda::Image& image = cuda::image();
@@ -136,5 +157,6 @@ PYBIND11_MODULE(_C, m) {
   m.doc() = "Registers torch.ops.river.* and holds facts about the build.";
   define_facts(m);
   define_settings(m);
+  define_graph(m);
   define_gpu(m);
 }

@@ -48,7 +48,12 @@ void fill_cache(Check& check, const CacheTensors& t, ScalarType type, Args& args
   args.slots = check.places("slots", t.slots, args.rows);
   args.positions = check.places("positions", t.positions, args.rows);
   args.kv_valid = check.optional<bool>("kv_valid", t.kv_valid, {args.num_slots, args.max_len});
-  for (int row = 0; row < args.rows && !check.on_cuda(); row++) {
+}
+
+// On a CPU; of AttentionArgs or BlockArgs
+template <class Args>
+void check_places(const Requirements& check, const Args& args) {
+  for (int row = 0; row < args.rows; row++) {
     check.in_range("slots", row, args.slots[row], -1, args.num_slots - 1);
     if (args.slots[row] >= 0) check.in_range("positions", row, args.positions[row], 0, args.max_len - 1);
   }

@@ -10,6 +10,7 @@
 #include <string>
 #include <vector>
 
+#include "../cpu/graph.h"
 #include "../river.h"
 #include "abi.h"  // before any header of torch
 
@@ -18,20 +19,12 @@ namespace river::ops {
 inline int64_t strips_of(int64_t output_rows) { return ceil_div(output_rows, kTileRows); }
 inline int64_t column_tiles_of(int64_t columns) { return ceil_div(columns, kTileCols); }
 
-// Checks the arguments of one op. The first tensor says where the op runs; all others must be there too. Values in a
-// GPU's memory are not looked at: that would wait for it. Its kernels treat rows out of range as inactive.
-class Check {
+// Refuses what an op does not accept. It says so by itself where the values are looked at that tensors on a CPU hold: a
+// captured launch does that anew whenever it runs. Values in a GPU's memory are not looked at: that would wait for it.
+// Its kernels treat rows out of range as inactive.
+class Requirements {
  public:
-  Check(const char* op, const char* first_name, const Tensor& first) : op_(op), first_name_(first_name) {
-    defined(first_name, first);
-    if (first.is_cpu()) return;
-    require(RIVER_WITH_CUDA, first_name, " is not on the CPU, and this build has no CUDA kernels");
-    require(first.is_cuda(), first_name, " is on another device, expected cpu or cuda");
-    gpu_ = first.get_device_index();
-  }
-
-  bool on_cuda() const { return gpu_ >= 0; }
-  int gpu() const { return gpu_; }
+  explicit Requirements(const char* op) : op_(op) {}
 
   template <class... Parts>
   void require(bool ok, const Parts&... parts) const {
@@ -41,6 +34,29 @@ class Check {
     (out << ... << parts);
     throw std::runtime_error(out.str());
   }
+
+  void in_range(const char* name, int64_t index, int64_t value, int64_t first, int64_t last) const {
+    require(value >= first && value <= last, name, "[", index, "] is ", value, ", expected ", first, " to ", last);
+  }
+
+ private:
+  const char* op_;
+};
+
+// Checks the arguments of one op. The first tensor says where the op runs; all others must be there too.
+class Check : public Requirements {
+ public:
+  Check(const char* op, const char* first_name, const Tensor& first)
+      : Requirements(op), first_name_(first_name), first_(first) {
+    defined(first_name, first);
+    if (first.is_cpu()) return;
+    require(RIVER_WITH_CUDA, first_name, " is not on the CPU, and this build has no CUDA kernels");
+    require(first.is_cuda(), first_name, " is on another device, expected cpu or cuda");
+    gpu_ = first.get_device_index();
+  }
+
+  bool on_cuda() const { return gpu_ >= 0; }
+  int gpu() const { return gpu_; }
 
   // Torch lets None pass for a tensor.
   void defined(const char* name, const Tensor& t) const { require(t.defined(), name, " is None, expected a tensor"); }
@@ -84,10 +100,11 @@ class Check {
         vectors(name, t, ScalarType::Byte, {strips, column_tiles_of(columns), kTileBytes}));
   }
 
-  // The places of rows, int32 [rows]: on the CPU a copy that nobody else can change once it has been checked.
+  // The places of rows, int32 [rows]: on the CPU a copy that nobody else can change once it has been checked. A
+  // captured launch takes those that are there when it runs.
   const int32_t* places(const char* name, const Tensor& t, int rows) {
     const auto* values = tensor<int32_t>(name, t, {rows});
-    if (on_cuda()) return values;
+    if (on_cuda() || cpu::Graph::recording()) return values;
     return copies_.emplace_back(values, values + rows).data();
   }
 
@@ -181,9 +198,15 @@ class Check {
     return float(eps);
   }
 
-  void in_range(const char* name, int row, int64_t value, int64_t first, int64_t last) const {
-    require(value >= first && value <= last, name, "[", row, "] is ", value, ", expected ", first, " to ", last);
+  // A contiguous tensor on the device of the first one
+  Tensor output(Sizes sizes, ScalarType type) {
+    const Tensor out = empty(sizes, type, first_);
+    hold(out);
+    return out;
   }
+
+  // What a captured launch reads and writes
+  const std::vector<Tensor>& held() const { return held_; }
 
  private:
   struct Span {
@@ -206,14 +229,21 @@ class Check {
     const void* first = t.const_data_ptr();
     const auto begin = bytes ? reinterpret_cast<uintptr_t>(first) : 0;
     spans_[num_spans_++] = {.name = name, .begin = begin, .end = begin + bytes};
+    hold(t);
     return first;
   }
 
-  const char *op_, *first_name_;
+  void hold(const Tensor& t) {
+    if (cpu::Graph::recording()) held_.push_back(t);
+  }
+
+  const char* first_name_;
+  const Tensor& first_;
   int gpu_ = -1;  // -1: the CPU
   Span spans_[kMaxSpans];
   int num_spans_ = 0;
   std::vector<std::vector<int32_t>> copies_;
+  std::vector<Tensor> held_;
 };
 
 }  // namespace river::ops

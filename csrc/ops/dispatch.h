@@ -13,17 +13,6 @@
 
 namespace river::ops {
 
-// Torch's threads, as many as torch.set_num_threads allows the caller
-inline cpu::Parallel callers_threads() {
-  return {.count = int(torch::stable::get_num_threads()),
-          .run =
-              [](void*, int64_t n, int64_t grain, cpu::Parallel::Body body, void* context) {
-                torch::stable::parallel_for(0, n, grain,
-                                            [&](int64_t begin, int64_t end) { body(begin, end, context); });
-              },
-          .state = nullptr};
-}
-
 // A GPU while an op launches its kernels there. Defined in workspace.cpp, where there are CUDA kernels.
 class Gpu {
  public:
@@ -42,10 +31,15 @@ class Gpu {
   std::unique_lock<std::mutex> lock_;
 };
 
-// Calls on_cpu(parallel), or on_cuda(gpu) on the GPU of the op's tensors. on_cuda takes its argument as `auto&`: then a
-// build without CUDA kernels refers to none.
-template <class Cpu, class Cuda>
-void launch(const Check& check, Cpu on_cpu, Cuda on_cuda) {
+// Values that any tensor may hold
+inline constexpr auto any_values = [](const Requirements&, const auto&) {};
+
+// Calls on_cuda(gpu) on the GPU of the op's tensors, or check_values(requirements, args) and on_cpu(args, parallel),
+// which a graph that is being captured does when it is replayed. on_cuda takes its argument as `auto&`: then a build
+// without CUDA kernels refers to none.
+template <class Args, class Values, class Cuda>
+void launch(const Check& check, const Args& args, Values check_values,
+            void (*on_cpu)(const Args&, const cpu::Parallel&), Cuda on_cuda) {
   if constexpr (RIVER_WITH_CUDA) {
     if (check.on_cuda()) {
       Gpu gpu(check);
@@ -53,7 +47,12 @@ void launch(const Check& check, Cpu on_cpu, Cuda on_cuda) {
       return;
     }
   }
-  on_cpu(callers_threads());
+  const auto run = [requirements = Requirements(check), args, check_values, on_cpu](const cpu::Parallel& parallel) {
+    check_values(requirements, args);
+    on_cpu(args, parallel);
+  };
+  if (cpu::Graph* graph = cpu::Graph::recording()) graph->add([run, held = check.held()](const auto& p) { run(p); });
+  else run(cpu::callers_threads());
 }
 
 #if RIVER_WITH_CUDA

@@ -40,7 +40,11 @@ void fill_sampling(Check& check, const HeadTensors& t, LmHeadArgs& args) {
   args.positions = check.optional<int32_t>("positions", t.positions, {args.rows});
   check.require(!t.temperature == !t.seeds && !t.temperature == !t.positions,
                 "temperature, seeds and positions are given in part, expected all three or none");
-  for (int row = 0; t.temperature && !check.on_cuda() && row < args.rows; row++)
+}
+
+// On a CPU
+void check_values(const Requirements& check, const LmHeadArgs& args) {
+  for (int row = 0; args.temperature && row < args.rows; row++)
     check.require(std::isfinite(args.temperature[row]) && args.temperature[row] >= 0, "temperature[", row, "] is ",
                   args.temperature[row], ", expected a finite number >= 0");
 }
@@ -63,15 +67,14 @@ void fill_inputs(Check& check, const HeadTensors& t, LmHeadArgs& args) {
 }
 
 // What follows the checks
-std::tuple<Tensor, Tensor> run(const Check& check, const HeadTensors& tensors, LmHeadArgs& args) {
+std::tuple<Tensor, Tensor> run(Check& check, const HeadTensors& tensors, LmHeadArgs& args) {
   const bool with_logits = tensors.return_logits;
-  const Tensor tokens = empty({args.rows}, ScalarType::Long, tensors.hidden);
-  const Tensor logits = empty({with_logits ? args.rows : 0, args.vocab_size}, ScalarType::Float, tensors.hidden);
+  const Tensor tokens = check.output({args.rows}, ScalarType::Long);
+  const Tensor logits = check.output({with_logits ? args.rows : 0, args.vocab_size}, ScalarType::Float);
   args.tokens = mutable_data<int64_t>(tokens);
   args.logits = with_logits ? mutable_data<float>(logits) : nullptr;
-  launch(
-      check, [&](const auto& parallel) { cpu::launch_lm_head(args, parallel); },
-      [&](auto& gpu) { cuda::launch_lm_head(args, gpu.workspace(cuda::lm_head_workspace(args)), gpu.stream()); });
+  launch(check, args, check_values, cpu::launch_lm_head,
+         [&](auto& gpu) { cuda::launch_lm_head(args, gpu.workspace(cuda::lm_head_workspace(args)), gpu.stream()); });
   return {tokens, logits};
 }
 

@@ -55,8 +55,9 @@ BlockTensors read_block(Arguments<schema>& read) {
 int64_t q_size(const BlockArgs& args) { return int64_t(args.num_heads) * args.head_dim; }
 int64_t kv_size(const BlockArgs& args) { return int64_t(args.num_kv_heads) * args.head_dim; }
 
-void check_each_place_once(const Check& check, const BlockArgs& args) {
-  if (check.on_cuda()) return;
+// On a CPU
+void check_values(const Requirements& check, const BlockArgs& args) {
+  check_places(check, args);
   const auto place = [&](int row) { return std::tuple(args.slots[row], args.positions[row], row); };
   std::vector<int> order;  // of active rows, by place
   for (int row = 0; row < args.rows; row++)
@@ -106,7 +107,6 @@ void fill_block(Check& check, const BlockTensors& t, BlockArgs& args) {
       check.vectors("post_attention_layernorm", t.post_attention_layernorm, type, {args.hidden_size});
   args.num_heads = check.size("num_attention_heads", t.num_attention_heads);
   fill_cache(check, t.cache, type, args);
-  check_each_place_once(check, args);
   fill_rotation(check, t, args);
   fill_options(check, t, type, args);
   args.rms_norm_eps = check.rms_norm_eps(t.rms_norm_eps);
@@ -118,14 +118,14 @@ void fill_block(Check& check, const BlockTensors& t, BlockArgs& args) {
   args.v_cache = mutable_data(t.cache.v_cache);
 }
 
-Tensor new_out(const Tensor& hidden, BlockArgs& args) {
-  const Tensor out = empty({args.rows, args.hidden_size}, hidden.scalar_type(), hidden);
+Tensor new_out(Check& check, const Tensor& hidden, BlockArgs& args) {
+  const Tensor out = check.output({args.rows, args.hidden_size}, hidden.scalar_type());
   args.out = mutable_data(out);
   return out;
 }
 
-Tensor new_similarity(const Tensor& hidden, BlockArgs& args) {
-  const Tensor similarity = empty({args.rows}, ScalarType::Float, hidden);
+Tensor new_similarity(Check& check, BlockArgs& args) {
+  const Tensor similarity = check.output({args.rows}, ScalarType::Float);
   args.similarity = mutable_data<float>(similarity);
   return similarity;
 }
@@ -202,12 +202,10 @@ std::tuple<Tensor, Tensor> decoder_block(Arguments<kDecoderBlock>& read) {
   fill_block(check, tensors, args);
   fill_dense(check, weights, hidden.scalar_type(), args);
   check.written({"k_cache", "v_cache"});
-  const Tensor out = new_out(hidden, args), similarity = new_similarity(hidden, args);
-  launch(
-      check, [&](const auto& parallel) { cpu::launch_decoder_block(args, parallel); },
-      [&](auto& gpu) {
-        cuda::launch_decoder_block(args, gpu.workspace(cuda::decoder_block_workspace(args)), gpu.stream());
-      });
+  const Tensor out = new_out(check, hidden, args), similarity = new_similarity(check, args);
+  launch(check, args, check_values, cpu::launch_decoder_block, [&](auto& gpu) {
+    cuda::launch_decoder_block(args, gpu.workspace(cuda::decoder_block_workspace(args)), gpu.stream());
+  });
   return {out, similarity};
 }
 
@@ -231,10 +229,10 @@ std::tuple<Tensor, Tensor> exit_layer(Arguments<kExitLayer>& read) {
   fill_block(check, tensors, args);
   fill_packed(check, weights, kAny, args);
   check.written({"k_cache", "v_cache"});
-  const Tensor out = new_out(hidden, args), similarity = new_similarity(hidden, args);
-  launch(
-      check, [&](const auto& parallel) { cpu::launch_exit_layer(args, parallel); },
-      [&](auto& gpu) { cuda::launch_exit_layer(args, gpu.workspace(cuda::exit_layer_workspace(args)), gpu.stream()); });
+  const Tensor out = new_out(check, hidden, args), similarity = new_similarity(check, args);
+  launch(check, args, check_values, cpu::launch_exit_layer, [&](auto& gpu) {
+    cuda::launch_exit_layer(args, gpu.workspace(cuda::exit_layer_workspace(args)), gpu.stream());
+  });
   return {out, similarity};
 }
 
@@ -306,11 +304,12 @@ std::tuple<Tensor> dual_layer(Arguments<kDualLayer>& read) {
   fill_packed(check, packed, gate_up_strips(args.block.intermediate_size), args.exit_layer);
   args.decision = decision_args(check, decision, type, args.block);
   check.written({"exited", "similarities", "k_cache", "v_cache"});
-  const Tensor out = new_out(tensors.hidden, args.block);
+  const Tensor out = new_out(check, tensors.hidden, args.block);
   args.exit_layer.out = args.block.out;
-  launch(
-      check, [&](const auto& parallel) { cpu::launch_dual_layer(args, parallel); },
-      [&](auto& gpu) { cuda::launch_dual_layer(args, gpu.workspace(cuda::dual_layer_workspace(args)), gpu.stream()); });
+  const auto check_block = [](const Requirements& its, const DualLayerArgs& all) { check_values(its, all.block); };
+  launch(check, args, check_block, cpu::launch_dual_layer, [&](auto& gpu) {
+    cuda::launch_dual_layer(args, gpu.workspace(cuda::dual_layer_workspace(args)), gpu.stream());
+  });
   return {out};
 }
 

@@ -14,11 +14,10 @@ void fill_x(Check& check, const Tensor& x, LinearArgs& args) {
 // What follows the check of the weight.
 Tensor run(Check& check, const Tensor& x, const OptionalTensor& bias, LinearArgs& args) {
   args.bias = check.optional("bias", bias, x.scalar_type(), {args.out_features});
-  const Tensor out = empty({args.rows, args.out_features}, x.scalar_type(), x);
+  const Tensor out = check.output({args.rows, args.out_features}, x.scalar_type());
   args.out = mutable_data(out);
-  launch(
-      check, [&](const auto& parallel) { cpu::launch_linear(args, parallel); },
-      [&](auto& gpu) { cuda::launch_linear(args, gpu.workspace(cuda::linear_workspace(args)), gpu.stream()); });
+  launch(check, args, any_values, cpu::launch_linear,
+         [&](auto& gpu) { cuda::launch_linear(args, gpu.workspace(cuda::linear_workspace(args)), gpu.stream()); });
   return out;
 }
 

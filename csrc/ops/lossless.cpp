@@ -70,6 +70,11 @@ void fill(Check& check, const LosslessTensors& t, LosslessArgs& args) {
   args.verify_slots = mutable_data<int32_t>(t.verify_slots);
 }
 
+// On a CPU
+void check_wanted(const Requirements& check, const DraftAdvanceArgs& args) {
+  for (int r = 0; r < args.requests; r++) check.in_range("wanted", r, args.wanted[r], 0, args.max_tokens - 1);
+}
+
 std::tuple<> draft_advance(Arguments<kDraftAdvance>& read) {
   const LosslessTensors tensors = read_lossless(read);
   const Tensor wanted = read.tensor("wanted");
@@ -84,11 +89,8 @@ std::tuple<> draft_advance(Arguments<kDraftAdvance>& read) {
   check.require(index >= 0 && index < most, "index is ", index, ", expected 0 to ", most - 1);
   args.index = int(index);
   check.written({"drafts", "hidden", "slots", "positions", "draw_positions", "verify_hidden", "verify_slots"});
-  if (!check.on_cuda())
-    for (int r = 0; r < args.requests; r++) check.in_range("wanted", r, args.wanted[r], 0, most);
-  launch(
-      check, [&](const auto& parallel) { cpu::launch_draft_advance(args, parallel); },
-      [&](auto& gpu) { cuda::launch_draft_advance(args, gpu.workspace({}), gpu.stream()); });
+  launch(check, args, check_wanted, cpu::launch_draft_advance,
+         [&](auto& gpu) { cuda::launch_draft_advance(args, gpu.workspace({}), gpu.stream()); });
   return {};
 }
 
@@ -128,13 +130,10 @@ std::tuple<> accept(Arguments<kAccept>& read) {
   fill(check, own, args);
   check.written({"drafts", "remaining", "hidden", "slots", "positions", "draw_positions", "verify_hidden",
                  "verify_slots", "verify_positions", "verify_draw_positions", "step", "records"});
-  if (!check.on_cuda()) check.in_range("step", 0, *args.step, 0, INT32_MAX - 1);
-  launch(
-      check, [&](const auto& parallel) { cpu::launch_accept(args, parallel); },
-      [&](auto& gpu) {
-        require_pinned(check, args.records);
-        cuda::launch_accept(args, gpu.workspace({}), gpu.stream());
-      });
+  launch(check, args, check_step<AcceptArgs>, cpu::launch_accept, [&](auto& gpu) {
+    require_pinned(check, args.records);
+    cuda::launch_accept(args, gpu.workspace({}), gpu.stream());
+  });
   return {};
 }
 

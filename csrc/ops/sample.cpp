@@ -25,8 +25,8 @@ SampleTensors read_sample(Arguments<kSample>& read) {
           .positions = read.tensor("positions")};
 }
 
-// What the CPU can refuse before it draws.
-void check_options(const Check& check, const SampleArgs& a) {
+// On a CPU
+void check_values(const Requirements& check, const SampleArgs& a) {
   for (int row = 0; row < a.rows; row++) {
     check.require(std::isfinite(a.temperature[row]) && a.temperature[row] >= 0, "temperature[", row, "] is ",
                   a.temperature[row], ", expected a finite number >= 0");
@@ -49,7 +49,6 @@ void fill_inputs(Check& check, const SampleTensors& t, SampleArgs& args) {
   args.min_p = check.tensor<float>("min_p", t.min_p, {rows});
   args.seeds = check.tensor<int64_t>("seeds", t.seeds, {rows});
   args.positions = check.tensor<int32_t>("positions", t.positions, {rows});
-  if (!check.on_cuda()) check_options(check, args);
 }
 
 std::tuple<Tensor, Tensor> sample(Arguments<kSample>& read) {
@@ -57,13 +56,12 @@ std::tuple<Tensor, Tensor> sample(Arguments<kSample>& read) {
   Check check("sample", "logits", tensors.logits);
   SampleArgs args{};
   fill_inputs(check, tensors, args);
-  const Tensor tokens = empty({args.rows}, ScalarType::Long, tensors.logits);
-  const Tensor logprobs = empty({args.rows}, ScalarType::Float, tensors.logits);
+  const Tensor tokens = check.output({args.rows}, ScalarType::Long);
+  const Tensor logprobs = check.output({args.rows}, ScalarType::Float);
   args.tokens = mutable_data<int64_t>(tokens);
   args.logprobs = mutable_data<float>(logprobs);
-  launch(
-      check, [&](const auto& parallel) { cpu::launch_sample(args, parallel); },
-      [&](auto& gpu) { cuda::launch_sample(args, gpu.workspace({}), gpu.stream()); });
+  launch(check, args, check_values, cpu::launch_sample,
+         [&](auto& gpu) { cuda::launch_sample(args, gpu.workspace({}), gpu.stream()); });
   return {tokens, logprobs};
 }
 

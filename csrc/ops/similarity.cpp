@@ -13,11 +13,10 @@ Tensor state_similarity(const Tensor& x, const Tensor& y) {
   args.hidden_size = check.hidden_size(x, 16);
   args.x = check.vectors("x", x, type, {args.rows, args.hidden_size});
   args.y = check.vectors("y", y, type, {args.rows, args.hidden_size});
-  const Tensor out = empty({args.rows}, ScalarType::Float, x);
+  const Tensor out = check.output({args.rows}, ScalarType::Float);
   args.out = mutable_data<float>(out);
-  launch(
-      check, [&](const auto& parallel) { cpu::launch_state_similarity(args, parallel); },
-      [&](auto& gpu) { cuda::launch_state_similarity(args, gpu.workspace({}), gpu.stream()); });
+  launch(check, args, any_values, cpu::launch_state_similarity,
+         [&](auto& gpu) { cuda::launch_state_similarity(args, gpu.workspace({}), gpu.stream()); });
   return out;
 }
 

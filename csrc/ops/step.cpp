@@ -73,13 +73,10 @@ std::tuple<> advance(Arguments<kAdvance>& read) {
   check.written(
       {"hidden", "slots", "positions", "draw_positions", "remaining", "exited", "similarities", "step", "records"},
       "before");  // in a network of one layer, whose input is `hidden`
-  if (!check.on_cuda()) check.in_range("step", 0, *args.step, 0, INT32_MAX - 1);
-  launch(
-      check, [&](const auto& parallel) { cpu::launch_advance(args, parallel); },
-      [&](auto& gpu) {
-        require_pinned(check, args.records);
-        cuda::launch_advance(args, gpu.workspace({}), gpu.stream());
-      });
+  launch(check, args, check_step<AdvanceArgs>, cpu::launch_advance, [&](auto& gpu) {
+    require_pinned(check, args.records);
+    cuda::launch_advance(args, gpu.workspace({}), gpu.stream());
+  });
   return {};
 }
 

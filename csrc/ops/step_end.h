@@ -40,6 +40,12 @@ void fill_step_end(Check& check, const StepEndTensors& t, int rows, int64_t reco
   args.records = mutable_data<int32_t>(t.records);
 }
 
+// On a CPU; of AdvanceArgs or AcceptArgs
+template <class Args>
+void check_step(const Requirements& check, const Args& args) {
+  check.in_range("step", 0, *args.step, 0, INT32_MAX - 1);
+}
+
 // Where the op runs on a GPU
 inline void require_pinned(const Check& check, const int32_t* records) {
   check.require(cuda::is_pinned(records), "records is not in pinned memory, expected a pinned CPU tensor where the ",

@@ -8,17 +8,14 @@
 namespace river::ops {
 namespace {
 
-// Levels are 0 to 15, scales and zeros finite.
-void check_levels(const Check& check, const Tensor& q, const Tensor& scale, const Tensor& zero) {
-  const int64_t columns = q.size(1), groups = scale.size(1);
-  const auto* values = data<uint8_t>(q);
-  for (int64_t i = 0; i < q.size(0) * columns; i++)
-    check.require(values[i] <= 15, "q[", i / columns, ", ", i % columns, "] is ", int(values[i]), ", expected 0 to 15");
-  for (const auto& [name, t] : {std::pair("scale", &scale), std::pair("zero", &zero)}) {
-    const auto* bits = data<uint16_t>(*t);
-    for (int64_t i = 0; i < q.size(0) * groups; i++)
+// On a CPU: levels are 0 to 15, scales and zeros finite.
+void check_levels(const Requirements& check, const W4Args& a) {
+  const int64_t columns = a.in_features, groups = ceil_div(column_tiles_of(columns), a.group_tiles);
+  for (int64_t i = 0; i < a.out_features * columns; i++)
+    check.require(a.q[i] <= 15, "q[", i / columns, ", ", i % columns, "] is ", int(a.q[i]), ", expected 0 to 15");
+  for (const auto& [name, bits] : {std::pair("scale", a.scale), std::pair("zero", a.zero)})
+    for (int64_t i = 0; i < a.out_features * groups; i++)
       check.require((bits[i] & 0x7c00) != 0x7c00, name, "[", i / groups, ", ", i % groups, "] is not finite");
-  }
 }
 
 Tensor pack_w4(const Tensor& q, const Tensor& scale, const Tensor& zero) {
@@ -35,15 +32,12 @@ Tensor pack_w4(const Tensor& q, const Tensor& scale, const Tensor& zero) {
   check.require(ceil_div(tiles, args.group_tiles) == groups, "scale has ", groups, " groups for ", args.in_features,
                 " columns, expected a number that groups of a multiple of ", kTileCols, " give");
   check.tensor("zero", zero, ScalarType::Half, {args.out_features, groups});
-  if (!check.on_cuda()) check_levels(check, q, scale, zero);
   args.q = const_cast<uint8_t*>(data<uint8_t>(q));
   args.scale = const_cast<uint16_t*>(data<uint16_t>(scale));
   args.zero = const_cast<uint16_t*>(data<uint16_t>(zero));
-  const Tensor packed = empty({strips_of(args.out_features), tiles, kTileBytes}, ScalarType::Byte, q);
+  const Tensor packed = check.output({strips_of(args.out_features), tiles, kTileBytes}, ScalarType::Byte);
   args.packed = mutable_data<uint8_t>(packed);
-  launch(
-      check, [&](const auto& parallel) { cpu::launch_pack_w4(args, parallel); },
-      [&](auto& gpu) { cuda::launch_pack_w4(args, gpu.stream()); });
+  launch(check, args, check_levels, cpu::launch_pack_w4, [&](auto& gpu) { cuda::launch_pack_w4(args, gpu.stream()); });
   return packed;
 }
 
@@ -67,15 +61,14 @@ std::tuple<Tensor, Tensor, Tensor> unpack_w4(const Tensor& packed, int64_t out_f
   group_size = std::min(group_size, round_up(in_features, kTileCols));
   args.group_tiles = int(group_size / kTileCols);
   const int64_t groups = ceil_div(in_features, group_size);
-  const Tensor q = empty({out_features, in_features}, ScalarType::Byte, packed);
-  const Tensor scale = empty({out_features, groups}, ScalarType::Half, packed);
-  const Tensor zero = empty({out_features, groups}, ScalarType::Half, packed);
+  const Tensor q = check.output({out_features, in_features}, ScalarType::Byte);
+  const Tensor scale = check.output({out_features, groups}, ScalarType::Half);
+  const Tensor zero = check.output({out_features, groups}, ScalarType::Half);
   args.q = mutable_data<uint8_t>(q);
   args.scale = mutable_data<uint16_t>(scale);
   args.zero = mutable_data<uint16_t>(zero);
-  launch(
-      check, [&](const auto& parallel) { cpu::launch_unpack_w4(args, parallel); },
-      [&](auto& gpu) { cuda::launch_unpack_w4(args, gpu.stream()); });
+  launch(check, args, any_values, cpu::launch_unpack_w4,
+         [&](auto& gpu) { cuda::launch_unpack_w4(args, gpu.stream()); });
   return {q, scale, zero};
 }
 
@@ -87,11 +80,10 @@ Tensor dequantize_w4(const Tensor& packed, int64_t out_features, int64_t in_feat
   W4Args args = packed_args(check, packed, out_features, in_features);
   args.group_tiles = 1;
   args.dtype = check.dense_dtype("dtype", dtype);
-  const Tensor dense = empty({out_features, in_features}, dtype, packed);
+  const Tensor dense = check.output({out_features, in_features}, dtype);
   args.dense = mutable_data(dense);
-  launch(
-      check, [&](const auto& parallel) { cpu::launch_dequantize_w4(args, parallel); },
-      [&](auto& gpu) { cuda::launch_dequantize_w4(args, gpu.stream()); });
+  launch(check, args, any_values, cpu::launch_dequantize_w4,
+         [&](auto& gpu) { cuda::launch_dequantize_w4(args, gpu.stream()); });
   return dense;
 }
 

@@ -15,10 +15,16 @@ def functions():
     return {node.name: node for node in STUB if isinstance(node, ast.FunctionDef)}
 
 
+def classes():
+    return {node.name for node in STUB if isinstance(node, ast.ClassDef) and node.name[0] != "_"}
+
+
 def test_the_stub_has_the_names_of_the_module():
     constants = {node.target.id for node in STUB if isinstance(node, ast.AnnAssign)}
     lacking = set() if _C.build_info()["cuda"] else ONLY_WITH_CUDA
-    assert constants | functions().keys() == {name for name in dir(_C) if name[:2] != "__"} | lacking
+    assert (
+        constants | classes() | functions().keys() == {name for name in dir(_C) if name[:2] != "__"} | lacking
+    )
     assert all(isinstance(getattr(_C, name), int) for name in constants)
 
 

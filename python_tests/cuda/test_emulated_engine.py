@@ -31,7 +31,7 @@ BY_THE_KERNELS = (
 
 
 @pytest.fixture
-def on_emulated_gpu(monkeypatch):
+def on_emulated_gpu(monkeypatch, uncaptured):
     """Every launch under one of the schedules, in turns: those of one op do not agree by chance."""
     schedules = itertools.cycle(emulated.EVERY_SCHEDULE.items())
     emulate = emulated.emulate

@@ -137,7 +137,7 @@ def test_steps(monkeypatch, shape, slots, case):
     [{}, {"river_head": "w4"}, {"temperature": 1.0, **FILTERS}],
     ids=["greedy", "head of the river", "filters"],
 )
-def test_generation_by_the_cuda_kernels(monkeypatch, control, sampled):
+def test_generation_by_the_cuda_kernels(monkeypatch, uncaptured, control, sampled):
     """The whole engine on the emulated GPU: the tokens and depths that the CPU kernels give."""
     model = random_model(dtype=torch.bfloat16)
     options = {"threshold": 0.7, "max_new_tokens": 6, "exit_control": control, **sampled}

@@ -77,7 +77,7 @@ OPTIONS = {
 @pytest.mark.parametrize("policy", BATCH_POLICIES)
 @pytest.mark.parametrize("control", ["host", "device"])
 @pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
-def test_every_place_is_written_exactly_once(monkeypatch, options, control, policy):
+def test_every_place_is_written_exactly_once(monkeypatch, uncaptured, options, control, policy):
     ledger, model = Ledger(monkeypatch), random_model()
     model._engines.idle.clear()  # whose cache the ledger does not see
     prompts = [random_prompt(5, 1), random_prompt(1, 2), random_prompt(9, 3)]

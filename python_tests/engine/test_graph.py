@@ -1,6 +1,6 @@
 """Captured steps: the same outputs under both controls, what gets captured, and engines that are lent.
 
-On the CPU a graph is the function that would be captured, so all but the capture itself is tested here.
+What a graph of the CPU is made of: test_cpu_graph.py.
 """
 
 import gc
@@ -342,7 +342,7 @@ def test_the_device_has_one_graph_for_every_rule(model):
 
 
 @pytest.mark.parametrize("control", CONTROLS)
-def test_both_heads_run_only_where_rows_differ(model, monkeypatch, control):
+def test_both_heads_run_only_where_rows_differ(model, monkeypatch, uncaptured, control):
     calls, packed, dense = [], ops.lm_head_w4, ops.lm_head
     monkeypatch.setattr(ops, "lm_head_w4", lambda *a, **k: calls.append("w4") or packed(*a, **k))
     monkeypatch.setattr(ops, "lm_head", lambda *a, **k: calls.append("model") or dense(*a, **k))
@@ -388,14 +388,14 @@ def test_a_capture(monkeypatch):
             calls.append("replay")
 
     monkeypatch.setattr(torch.cuda, "CUDAGraph", CUDAGraph)
-    captured = graph.Graph(lambda: calls.append("run") or (1, 2), stream="a stream", pool="a pool")
+    captured = graph.Graph(lambda: calls.append("run") or (1, 2), captured=True, pool="a pool")
     captured.replay()
     captured.replay()
     assert calls == [("begin", "a pool", "thread_local"), "run", "end", "replay", "replay"]
     assert captured.outputs == (1, 2)
     calls.clear()
     with pytest.raises(ZeroDivisionError):
-        graph.Graph(lambda: 1 / 0, stream="a stream", pool="a pool")
+        graph.Graph(lambda: 1 / 0, captured=True, pool="a pool")
     assert calls[-1] == "end"
 
 
@@ -639,7 +639,7 @@ def test_an_abandoned_stream_gives_its_engine_back(model, control, steps):
 
 @pytest.mark.parametrize("control", CONTROLS)
 @pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt])
-def test_a_run_that_fails_gives_its_engine_back(model, monkeypatch, control, error):
+def test_a_run_that_fails_gives_its_engine_back(model, monkeypatch, uncaptured, control, error):
     """In the middle of a step, with a row more: what it leaves behind does not reach the next run."""
     options = {"max_new_tokens": 12, "threshold": 0.7, "exit_control": control}
     expected = facts(model.generate(PROMPTS[:3], **options))

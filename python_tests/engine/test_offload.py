@@ -157,9 +157,9 @@ def test_what_fetches_is_not_captured(streams, monkeypatch, mode):
     captured = []
 
     class Noted(graph.Graph):
-        def __init__(self, run, stream, pool):
-            super().__init__(run, stream, pool)
-            captured.append((run.func, *run.args[1:3], stream is not None))
+        def __init__(self, run, capture, pool):
+            super().__init__(run, capture, pool)
+            captured.append((run.func, *run.args[1:3], capture))
 
     monkeypatch.setattr(graph, "Graph", Noted)
     offloading_model().generate(random_prompt(4), mode=mode, threshold=0.95, max_new_tokens=40)

@@ -4,12 +4,13 @@ A graph holds addresses, not values. So all that a step reads and writes lies in
 graphs captured on it. What is captured are the functions at the end of this file. Where the host decides on
 exits, a step is the backbone in parts and then the tail of its exit depth; where the device does, a graph is
 one whole step or two. Steps that draw through filters are captured apart, and so are those that keep logits;
-the filters' settings are values. On the CPU a graph is the function itself, called again.
+the filters' settings are values.
 """
 
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from typing import TypeVar
 
@@ -19,6 +20,7 @@ from torch import Tensor
 from .. import ops
 from ..errors import RiverError
 from .cache import KVCache
+from .cpu_graph import CpuGraph, call
 from .network import Decision, Network, Place
 from .offload import network_of_engine
 from .sampling import Drawing, draw
@@ -55,6 +57,10 @@ class Memory:
                     f"of the cache of {slots} slots x {max_len} positions"
                 )
 
+    def on_stream(self) -> AbstractContextManager:
+        """Work is given to the steps' stream while this is entered."""
+        return torch.cuda.stream(self.stream) if self.stream else nullcontext()
+
     def follow_caller(self) -> None:
         """What the caller's stream has been given comes before what the steps' stream is given next."""
         if self.stream:
@@ -84,7 +90,7 @@ class Graphs(ABC):
         if self.memory.stream is None:
             return
         self.memory.follow_caller()
-        with torch.cuda.stream(self.memory.stream):
+        with self.memory.on_stream():
             for part, *arguments in parts:
                 part(self, *arguments)
         self.memory.synchronise()
@@ -100,10 +106,10 @@ class Graphs(ABC):
     def replay(self, part: Callable, *arguments) -> "Graph":
         """Replays the graph of part(self, *arguments), captured when it is first needed."""
         key = (part, *arguments)
-        with torch.cuda.stream(self.memory.stream):
+        with self.memory.on_stream():
             if key not in self.graphs:
-                stream = None if self.fetches(part, *arguments) else self.memory.stream
-                self.graphs[key] = Graph(partial(part, self, *arguments), stream, self.memory.pool)
+                captured = not self.fetches(part, *arguments)
+                self.graphs[key] = Graph(partial(part, self, *arguments), captured, self.memory.pool)
             self.graphs[key].replay()
         return self.graphs[key]
 
@@ -200,13 +206,13 @@ class Runner(Graphs):
     @torch.inference_mode()
     def drop(self, row: int) -> None:
         """Nothing more of this row, from the next step given on."""
-        with torch.cuda.stream(self.memory.stream):
+        with self.memory.on_stream():
             self.slots[row] = -1
 
     @torch.inference_mode()
     def route(self, staying: Sequence[int], leaving: Sequence[int]) -> None:
         """Says which rows the coming mixed parts take through the backbone, and which through the river."""
-        with torch.cuda.stream(self.memory.stream):
+        with self.memory.on_stream():
             for place, rows in ((self.on_backbone, staying), (self.on_river, leaving)):
                 place.slots.fill_(-1)
                 for row in rows:
@@ -223,9 +229,14 @@ class Runner(Graphs):
 class Graph:
     """A part of a step, captured once and replayed. `outputs` lie at the same place after every replay."""
 
-    def __init__(self, run: Callable[[], tuple[Tensor, ...]], stream: torch.cuda.Stream | None, pool):
-        if stream is None:  # not captured but called again; the outputs are those of the last replay
+    def __init__(self, run: Callable[[], tuple[Tensor, ...]], captured: bool, pool):
+        if not captured:  # but called again; the outputs are those of the last replay
             self.replay = partial(self._run, run)
+            return
+        if pool is None:
+            cpu_graph = CpuGraph()
+            self.outputs = cpu_graph.capture(run)
+            self.replay = cpu_graph.replay
             return
         graph = torch.cuda.CUDAGraph()
         # torch.cuda.graph() would also synchronise, collect garbage and empty the cache, before every one
@@ -254,9 +265,15 @@ def backbone_part(runner: Runner, first: int, depth: int, mixed: bool) -> tuple:
         if mixed:
             hidden, _ = layer.exit(hidden, runner.on_river)
         similarities.append(similarity)
-    runner.between.copy_(hidden)
-    together = torch.stack(similarities) if depth - first > 1 else similarity[None]  # one copy, not one each
-    runner.seen[first:depth].copy_(together, non_blocking=True)
+
+    def hand_over() -> None:
+        runner.between.copy_(hidden)
+        together = (
+            torch.stack(similarities) if depth - first > 1 else similarity[None]
+        )  # one copy, not one each
+        runner.seen[first:depth].copy_(together, non_blocking=True)
+
+    call(hand_over)
     return ()
 
 

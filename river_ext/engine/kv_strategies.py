@@ -37,7 +37,7 @@ class BackboneDecoder(Decoder):
     @torch.inference_mode()
     def step(self, run_ahead: bool = True) -> list[RowOutput]:
         runner = self.runner
-        with torch.cuda.stream(self.memory.stream):
+        with self.memory.on_stream():
             depths, similarities = self._run_backbone()
         graph = runner.replay(tail_part, runner.layers, self.filters, self.logits, False)
         self.taken += 1
@@ -98,7 +98,7 @@ class MaskDecoder(BackboneDecoder):
     @torch.inference_mode()
     def start(self, rows: Sequence[Row]) -> None:
         super().start(rows)
-        with torch.cuda.stream(self.memory.stream):
+        with self.memory.on_stream():
             layers, slots, _, max_len, _ = self.memory.cache.k.shape
             device = self.memory.network.device
             self.kv_valid = torch.ones(layers, slots, max_len, dtype=torch.bool, device=device)

@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from .. import ops
+from .cpu_graph import call
 from .decoder import Decoder
 from .drafting import draft_cost
 from .graph import RECORDS, Graphs, Memory
@@ -111,13 +112,17 @@ class CycleRunner(Graphs):
     @torch.inference_mode()
     def want(self, wanted: Sequence[int]) -> None:
         """Drafts of the next cycle, by request."""
-        with torch.cuda.stream(self.memory.stream):
+        with self.memory.on_stream():
             self.wanted[: len(wanted)] = self.wanted.new_tensor(wanted)
+
+    def note_time(self) -> None:
+        """When the drafts of a cycle are there, on a CPU."""
+        self.drafted_at = time.perf_counter()
 
     @torch.inference_mode()
     def drop(self, request: int) -> None:
         """Nothing more of this request, from the next cycle on."""
-        with torch.cuda.stream(self.memory.stream):
+        with self.memory.on_stream():
             self.slots[request] = self.verify_slots[request] = -1
 
     def record(self, number: int, drafts: int) -> tuple[list[int], list[list[int]], list[list[float]]]:
@@ -200,7 +205,7 @@ def cycle(runner: CycleRunner, drafts: int, filters: bool, logits: bool = False)
     """Draft steps, and the verification of what they drew: its logits."""
     for index in range(drafts):
         draft_step(runner, index, filters)
-    runner.drafted_at = time.perf_counter()  # on the CPU, where this is not captured but run
+    call(runner.note_time)
     return verification(runner, drafts, filters, logits)
 
 
@@ -222,7 +227,8 @@ def verification(runner: CycleRunner, drafts: int, filters: bool, logits: bool) 
         network.fetch(layer.index, runner.layers)
         hidden, similarity = layer.block(hidden, place)
         similarities.append(similarity)
-    runner.seen[: runner.layers * rows].copy_(torch.cat(similarities), non_blocking=True)
+    seen = runner.seen[: runner.layers * rows]
+    call(lambda: seen.copy_(torch.cat(similarities), non_blocking=True))
     tokens, all_logits = draw(network, hidden, runner.verify_drawing.head(rows), filters, logits)
     ops.accept(
         tokens=tokens,

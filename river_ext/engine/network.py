@@ -12,6 +12,7 @@ from ..loading.rope import query_scales, rope_tables, unrotated_tables
 from ..loading.weights import DecoderBlockWeights, ExitLayerWeights, ModelWeights
 from ..quant.exit_river import ExitRiver
 from .cache import KVCache
+from .cpu_graph import call
 
 
 class Rope(NamedTuple):
@@ -150,8 +151,9 @@ class Network:
             tokens, logits = self.head(hidden, False, **options)
             river_tokens, river_logits = self.head(hidden, True, **options)
             of_logits = river_head[: len(logits), None]  # of none, where they are not wanted
-            logits = torch.where(of_logits, river_logits, logits)
-            return torch.where(river_head, river_tokens, tokens), logits
+            call(lambda: torch.where(of_logits, river_logits, logits, out=logits))
+            call(lambda: torch.where(river_head, river_tokens, tokens, out=tokens))
+            return tokens, logits
         config = self.config
         options |= {"rms_norm_eps": config.rms_norm_eps, "logits_scaling": config.logits_scaling}
         if river_head and self.lm_head_w4 is not None:

@@ -1,0 +1,87 @@
+"""Captured steps of a CPU: ops, and what torch does between them, in one order."""
+
+import gc
+import weakref
+
+import pytest
+import torch
+from tiny_model import random_model, random_prompt
+
+from river_ext import ops
+from river_ext.engine.cpu_graph import CpuGraph, call
+
+
+def test_calls_keep_their_place():
+    """Before, between and after ops; two in a row; none of them while the graph is captured."""
+    x, eye, log = torch.ones(1, 64), torch.eye(64), []
+
+    def run():
+        call(lambda: log.append("first"))
+        y = ops.linear(x, eye)
+        call(lambda: log.append(y.sum().item()))
+        call(lambda: y.mul_(2))
+        z = ops.linear(y, eye)
+        call(lambda: log.append(z.sum().item()))
+        return z
+
+    graph = CpuGraph()
+    z = graph.capture(run)
+    assert log == []
+    for value in (1, 3):
+        x.fill_(value)
+        graph.replay()
+        assert log == ["first", 64 * value, 128 * value] and (z == 2 * value).all()
+        log.clear()
+
+
+def test_a_call_that_nobody_captures():
+    log = []
+    call(lambda: log.append(1))
+    graph = CpuGraph()
+    graph.capture(lambda: None)
+    call(lambda: log.append(2))
+    with pytest.raises(ZeroDivisionError):
+        graph.capture(lambda: 1 / 0)
+    call(lambda: log.append(3))
+    assert log == [1, 2, 3]
+
+
+@pytest.mark.parametrize("mode", ["full", "full_w4", "river", "lossless"])
+def test_a_step_calls_no_op_once_it_is_captured(monkeypatch, mode):
+    """What is captured is all of a step, and is captured once."""
+    captured, capture = [], CpuGraph.capture
+
+    def counted(graph, run):
+        captured.append(graph)
+        return capture(graph, run)
+
+    monkeypatch.setattr(CpuGraph, "capture", counted)
+    model, options = random_model(), {"mode": mode, "max_new_tokens": 20, "draft_tokens": 2, "threshold": 0.7}
+    if mode != "lossless":
+        del options["draft_tokens"]
+    model._engines.idle.clear()
+    prompt = random_prompt(4)
+    expected = model.generate(prompt, **options)
+    count = len(captured)
+    called = []
+    names = ("decoder_block", "exit_layer", "dual_layer", "lm_head_w4", "advance", "accept", "draft_advance")
+    for name in names:
+        op = getattr(ops, name)
+        monkeypatch.setattr(
+            ops, name, lambda *a, _op=op, _name=name, **k: called.append(_name) or _op(*a, **k)
+        )
+    assert model.generate(prompt, **options).tokens == expected.tokens
+    assert 0 < count == len(captured)
+    assert set(called) <= {"decoder_block", "exit_layer"}, "of the prompt's prefill"
+    assert len(called) == 4, "a layer each"
+
+
+def test_graphs_do_not_keep_an_engine():
+    model = random_model()
+    engine = model.engine(slots=1)
+    engine.submit(random_prompt(3), mode="lossless", max_new_tokens=9)
+    list(engine)
+    cache = weakref.ref(engine._memory.cache)
+    del engine
+    gc.collect()
+    assert cache() is None
