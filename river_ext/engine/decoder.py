@@ -83,7 +83,7 @@ class Decoder(ABC):
         similarities: Sequence[Sequence[float]],
         graph: Graph,
     ) -> list[RowOutput]:
-        """Of the live rows; depths and tokens are by row of the runner, similarities by layer and row."""
+        """Of the live rows; depths and tokens are by row of the runner, similarities by row and layer."""
         logits = self.copied(graph.outputs[0]) if self.logits else None
         return [
             RowOutput(
@@ -91,7 +91,7 @@ class Decoder(ABC):
                     NewToken(
                         tokens[row],
                         depths[row],
-                        [similarities[index][row] for index in range(depths[row])],
+                        similarities[row][: depths[row]],
                         logits[row] if logits is not None and self.rows[row].request.wants_logits else None,
                     )
                 ],
@@ -133,7 +133,7 @@ class HostDecoder(Decoder):
         graph = runner.replay(tail_part, depth, self.filters, self.logits, self.river_head)
         self.taken += 1
         _, tokens, _ = runner.record(self.taken)
-        return self._outputs(dict(zip(self.rows, depths, strict=True)), tokens, runner.seen.tolist(), graph)
+        return self._outputs(dict(zip(self.rows, depths, strict=True)), tokens, runner.seen.numpy().T.tolist(), graph)
 
     def _route(self, staying: Sequence[bool]) -> None:
         """Tells the device which rows the coming part takes through the backbone."""

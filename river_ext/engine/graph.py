@@ -14,6 +14,7 @@ from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from typing import TypeVar
 
+import numpy
 import torch
 from torch import Tensor
 
@@ -219,11 +220,12 @@ class Runner(Graphs):
                     place.slots[row] = self.slots[row]
 
     def record(self, number: int) -> tuple[list[int], list[int], list[list[float]]]:
-        """Of step `number`, counted from 1: exit depths and tokens by row, similarities by layer and row."""
+        """Of step `number`, counted from 1: exit depths and tokens by row, similarities by row and layer."""
         record, rows = self.records[(number - 1) % RECORDS], self.rows
         self.poll(record[0].item, number.__eq__)
-        depths, tokens, similarities = record[1:].split([rows, rows, self.layers * rows])
-        return depths.tolist(), tokens.tolist(), similarities.view(torch.float32).view(-1, rows).tolist()
+        values = record.numpy()  # whose parts are lists sooner than torch's
+        similarities = values[1 + 2 * rows :].view(numpy.float32).reshape(-1, rows)
+        return values[1 : 1 + rows].tolist(), values[1 + rows : 1 + 2 * rows].tolist(), similarities.T.tolist()
 
 
 class Graph:

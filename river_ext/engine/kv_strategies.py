@@ -45,7 +45,7 @@ class BackboneDecoder(Decoder):
         return self._outputs(depths, tokens, similarities, graph)
 
     def _run_backbone(self) -> tuple[dict[int, int], list[list[float]]]:
-        """Exit depths by row, similarities by layer and row; what the rows exit with is in runner.between."""
+        """Exit depths by row, similarities by row and layer; what the rows exit with is in runner.between."""
         runner, rules = self.runner, self.rules()
         hidden, similarities, depths, staying = runner.hidden, [], {}, list(self.rows)
         runner.route(staying, leaving=[])
@@ -72,7 +72,7 @@ class BackboneDecoder(Decoder):
                 break
             runner.route(staying, leaving=[])
         runner.between.copy_(hidden)
-        return depths, similarities
+        return depths, [list(row) for row in zip(*similarities, strict=True)]
 
     def position(self, row: int) -> int:
         """Of its token in this step."""

@@ -127,13 +127,13 @@ class CycleRunner(Graphs):
 
     def record(self, number: int, drafts: int) -> tuple[list[int], list[list[int]], list[list[float]]]:
         """Of cycle `number`, counted from 1: how many new tokens by request, tokens by place in the request
-        and request, similarities by layer and row of the verification."""
+        and request, similarities by row of the verification and layer."""
         record = self.records[(number - 1) % RECORDS]
         self.poll(record[0].item, number.__eq__)
-        counts, tokens = record[1:].split([self.requests, self.tokens * self.requests])
-        rows = (drafts + 1) * self.requests
-        seen = self.seen[: self.layers * rows].view(self.layers, rows)
-        return counts.tolist(), tokens.view(self.tokens, self.requests).tolist(), seen.tolist()
+        values, rows = record.numpy()[1:], (drafts + 1) * self.requests
+        tokens = values[self.requests :].reshape(self.tokens, self.requests)
+        seen = self.seen.numpy()[: self.layers * rows].reshape(self.layers, rows)
+        return values[: self.requests].tolist(), tokens.tolist(), seen.T.tolist()
 
 
 class LosslessDecoder(Decoder):
@@ -190,7 +190,7 @@ class LosslessDecoder(Decoder):
             NewToken(
                 token=tokens[place][index],
                 exit_depth=self.runner.layers,
-                similarities=[layer[row] for layer in similarities],
+                similarities=similarities[row],
                 logits=logits[row] if wants_logits else None,
                 drafted=place < count - 1,
             )
