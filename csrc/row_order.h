@@ -85,6 +85,14 @@ struct QkvOrder {
     return start + row_of_pair(at.head * head_pairs() + pair_of_dim(at.dim), second_dim(at.dim));
   }
 
+  // From a dim of a head on, how many follow each other in packed rows, too
+  RIVER_BOTH constexpr int run(QkvKind kind, int head, int dim) const {
+    if (kind == kValue) return head_dim - dim;
+    if (dim >= rotary_dim) return 1;
+    const int pair = pair_of_dim(dim), to_strip = kStripPairs - (head * head_pairs() + pair) % kStripPairs;
+    return rotary_pairs() - pair < to_strip ? rotary_pairs() - pair : to_strip;
+  }
+
   // A head of Q or K may lie in several strips, and a strip of them may hold several heads, first to last.
   RIVER_BOTH constexpr int strips_of_head(int head) const {
     return ((head + 1) * head_pairs() - 1) / kStripPairs - head * head_pairs() / kStripPairs + 1;

@@ -33,7 +33,11 @@ struct PackedHeads {
 
   void head(QkvKind kind, int t, int head, float* out) const {
     const float* row = &values[int64_t(t) * order.strips() * kTileRows];
-    for (int dim = 0; dim < order.head_dim; dim++) out[dim] = row[order.packed_row({kind, head, dim})];
+    for (int dim = 0; dim < order.head_dim;) {
+      const int run = order.run(kind, head, dim);
+      memcpy(out + dim, row + order.packed_row({kind, head, dim}), run * sizeof(float));
+      dim += run;
+    }
   }
 };
 
@@ -203,19 +207,10 @@ struct Block {
       const float inverse = 1.f / std::sqrt(squares / float(a.head_dim) + a.rms_norm_eps);
       for (int i = 0; i < a.head_dim; i++) values[i] *= inverse * finish.norm[i];
     }
-    if (finish.kind != kValue) rotate(position, values);
+    const int half = a.rotary_dim / 2;
+    if (finish.kind != kValue) kernels().rotate(a.cos + position * half, a.sin + position * half, half, values);
     if (finish.kind == kQuery && a.query_scale)
       for (int i = 0; i < a.head_dim; i++) values[i] *= a.query_scale[position];
-  }
-
-  void rotate(int64_t position, float* head) const {
-    const int half = a.rotary_dim / 2;
-    for (int i = 0; i < half; i++) {
-      const float c = a.cos[position * half + i], s = a.sin[position * half + i];
-      const float lo = head[i], hi = head[half + i];
-      head[i] = lo * c - hi * s;
-      head[half + i] = hi * c + lo * s;
-    }
   }
 
   void* head_place(QkvKind kind, int row, int head, void* query) const {

@@ -39,6 +39,19 @@ constexpr bool heads_are_right(const QkvOrder& order) {
   return true;
 }
 
+// Dims of a run follow each other in packed rows.
+constexpr bool runs_are_right(const QkvOrder& order) {
+  for (const QkvKind kind : {kQuery, kKey, kValue})
+    for (int head = 0; head < order.heads(kind); head++)
+      for (int dim = 0; dim < order.head_dim; dim++) {
+        const int row = order.packed_row({kind, head, dim}), run = order.run(kind, head, dim);
+        if (run < 1 || dim + run > order.head_dim) return false;
+        for (int i = 0; i < run; i++)
+          if (order.packed_row({kind, head, dim + i}) != row + i) return false;
+      }
+  return true;
+}
+
 constexpr bool is_inverse(int channels) {
   int real = 0;
   for (int strip = 0; strip < gate_up_strips(channels); strip++)
@@ -55,7 +68,7 @@ constexpr bool all_inverse() {
     for (int rotary_dim = 0; rotary_dim <= head_dim; rotary_dim += 2)
       for (int heads = 1; heads <= 5; heads += 2) {
         const QkvOrder order(heads, (heads + 1) / 2, head_dim, rotary_dim);
-        if (!is_inverse(order) || !heads_are_right(order)) return false;
+        if (!is_inverse(order) || !heads_are_right(order) || !runs_are_right(order)) return false;
       }
   for (int channels = 1; channels <= 33; channels++)
     if (!is_inverse(channels)) return false;

@@ -26,6 +26,7 @@ const Kernels RIVER_JOIN(kernels_, RIVER_ISA) = {
     .swiglu = swiglu,
     .swiglu_pairs = swiglu_pairs,
     .add_sums = add_sums,
+    .rotate = rotate,
     .pack_query = pack_query,
     .attend = attend,
     .absorb = absorb,

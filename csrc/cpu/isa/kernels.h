@@ -87,6 +87,8 @@ struct Kernels {
   // out = round(multiplier * (sums + bias) + addend), `n` output rows; bias and addend may be null
   void (*add_sums)(DType dtype, const RowSums& sums, int n, const float* bias, float multiplier, const void* addend,
                    void* out);
+  // Turns entries i and half + i of a head, for i < half, by the angles of cos and sin [half].
+  void (*rotate)(const float* cos, const float* sin, int half, float* head);
   // A query head [head_dim] as attend reads it, in at most head_dim words
   void (*pack_query)(DType dtype, const void* query, int head_dim, uint32_t* words);
   void (*attend)(const SplitArgs& args);

@@ -57,6 +57,18 @@ void add_sums(DType dtype, const RowSums& sums, int n, const float* bias, float 
   }
 }
 
+void rotate(const float* cos, const float* sin, int half, float* head) {
+  constexpr DType f = DType::kFloat32;
+  for (int i = 0; i < half; i += 16) {
+    const auto lanes = [&](const float* p) {
+      return i + 16 <= half ? load_as_float(f, p, i) : load_tail(f, p, i, half);
+    };
+    const f32x16 c = lanes(cos), s = lanes(sin), lo = lanes(head), hi = lanes(head + half);
+    store_lanes(f, head, i, half, lo * c - hi * s);
+    store_lanes(f, head + half, i, half, hi * c + lo * s);
+  }
+}
+
 void to_float(DType dtype, const void* x, float* y, int64_t n) {
   for_lanes(dtype, x, n, [&](int64_t i, f32x16 v) { store_lanes(DType::kFloat32, y, i, n, v); });
 }
