@@ -1,12 +1,14 @@
 """Dense and W4 linears at T = 1..8 in the layer shapes of Llama-3.2-1B and Llama-3.1-8B, on the CPU.
 
-One line per result: us | GB/s of weights | GB/s of a plain read of the same weights | % of that |
-x torch's dense bf16 linear | x torch's own int4 linear (W4 only; group 64, the kernel behind torch's CPU int4
-quantisation). Weights cycle over at least 1 GB, so that no cache holds them. All that is compared, the read
+One line per result: us | GB/s of weights | GB/s of a plain read of the same weights | % of that | the same
+of a captured call, which is how the engine runs ops | x torch's dense bf16 linear | x torch's own int4 linear
+(W4 only; group 64, the kernel behind torch's CPU int4 quantisation). Weights cycle over at least 1 GB, so that no cache holds them. All that is compared, the read
 included, takes turns on some 60 MB of them, or on a single larger one; us and GB/s are medians of calls,
 % and x medians of turns.
 """
 
+from collections.abc import Callable
+from functools import partial
 from itertools import chain
 from statistics import median
 
@@ -30,7 +32,7 @@ def main() -> None:
     path = results_path("linear", args)
     reader()  # compiles
     print(f"{machine()['processor']}, {args.threads} threads")
-    header = f"{'linear':<12}{'T':>2} {'format':<6}{'us':>9}{'GB/s':>7}{'read':>7}{'%':>5}"
+    header = f"{'linear':<12}{'T':>2} {'format':<6}{'us':>9}{'GB/s':>7}{'read':>7}{'%':>5}{'captured':>9}"
     print(header + f"{'x dense':>9}{'x int4':>8}")
     results = []
     for name in args.shapes:
@@ -47,9 +49,11 @@ def measure(name: str, rows: list[int], passes: int) -> list[dict]:
         x = torch.randn(t, k).bfloat16()
         calls = {
             "dense": (weights["dense"], lambda w, x=x: ops.linear(x, w)),
+            "dense captured": (captured(weights["dense"], lambda w, x=x: ops.linear(x, w)), replay),
             "read dense": (weights["dense"], read),
             "torch": (weights["dense"], lambda w, x=x: torch.nn.functional.linear(x, w)),
             "w4": (weights["w4"], lambda w, x=x: ops.linear_w4(x, w, n)),
+            "w4 captured": (captured(weights["w4"], lambda w, x=x: ops.linear_w4(x, w, n)), replay),
             "read w4": (weights["w4"], read),
             "torch int4": (int4, lambda w, x=x: int4_linear(x, w)),
         }
@@ -60,6 +64,8 @@ def measure(name: str, rows: list[int], passes: int) -> list[dict]:
             line = {
                 "shape": name, "out_features": n, "in_features": k, "rows": t, "format": label,
                 "us": us[label], "gb_s": size / us[label] / 1e3,
+                "captured_us": us[f"{label} captured"],
+                "captured_percent_of_read": 100 * times(seconds, f"{label} captured", f"read {label}"),
                 "read_gb_s": size / us[f"read {label}"] / 1e3,
                 "percent_of_read": 100 * times(seconds, label, f"read {label}"),
                 "x_torch_dense": times(seconds, label, "torch"),
@@ -69,10 +75,22 @@ def measure(name: str, rows: list[int], passes: int) -> list[dict]:
             x_int4 = f"{line['x_torch_int4']:8.2f}" if label == "w4" else ""
             print(
                 f"{name:<12}{t:>2} {label:<6}{us[label]:9.0f}{line['gb_s']:7.1f}{line['read_gb_s']:7.1f}"
-                f"{line['percent_of_read']:5.0f}{line['x_torch_dense']:9.2f}{x_int4}",
+                f"{line['percent_of_read']:5.0f}{line['captured_percent_of_read']:9.0f}{line['x_torch_dense']:9.2f}{x_int4}",
                 flush=True,
             )
     return lines
+
+
+def captured(weights: list[torch.Tensor], linear: Callable[[torch.Tensor], torch.Tensor]) -> list:
+    """Its graphs, one for each weight."""
+    graphs = [ops._C.Graph() for _ in weights]
+    for graph, weight in zip(graphs, weights, strict=True):
+        graph.capture(partial(linear, weight))
+    return graphs
+
+
+def replay(graph) -> None:
+    graph.replay(0, 1)
 
 
 def copied(weight: torch.Tensor) -> list[torch.Tensor]:

@@ -133,7 +133,8 @@ class HostDecoder(Decoder):
         graph = runner.replay(tail_part, depth, self.filters, self.logits, self.river_head)
         self.taken += 1
         _, tokens, _ = runner.record(self.taken)
-        return self._outputs(dict(zip(self.rows, depths, strict=True)), tokens, runner.seen.numpy().T.tolist(), graph)
+        similarities = runner.seen.numpy().T.tolist()
+        return self._outputs(dict(zip(self.rows, depths, strict=True)), tokens, similarities, graph)
 
     def _route(self, staying: Sequence[bool]) -> None:
         """Tells the device which rows the coming part takes through the backbone."""

@@ -224,8 +224,9 @@ class Runner(Graphs):
         record, rows = self.records[(number - 1) % RECORDS], self.rows
         self.poll(record[0].item, number.__eq__)
         values = record.numpy()  # whose parts are lists sooner than torch's
+        depths, tokens = values[1 : 1 + 2 * rows].reshape(2, rows).tolist()
         similarities = values[1 + 2 * rows :].view(numpy.float32).reshape(-1, rows)
-        return values[1 : 1 + rows].tolist(), values[1 + rows : 1 + 2 * rows].tolist(), similarities.T.tolist()
+        return depths, tokens, similarities.T.tolist()
 
 
 class Graph:
