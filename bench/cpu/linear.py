@@ -1,10 +1,10 @@
 """Dense and W4 linears at T = 1..8 in the layer shapes of Llama-3.2-1B and Llama-3.1-8B, on the CPU.
 
-One line per result: us | GB/s of weights | GB/s of a plain read of the same weights | % of that | the same
-of a captured call, which is how the engine runs ops | x torch's dense bf16 linear | x torch's own int4 linear
-(W4 only; group 64, the kernel behind torch's CPU int4 quantisation). Weights cycle over at least 1 GB, so that no cache holds them. All that is compared, the read
-included, takes turns on some 60 MB of them, or on a single larger one; us and GB/s are medians of calls,
-% and x medians of turns.
+One line per result: us | GB/s of weights | GB/s of a plain read of the same weights | % of that | % of that of a
+captured call, which is how the engine runs ops | x torch's dense bf16 linear | x torch's own int4 linear (W4
+only; group 64, the kernel behind torch's CPU int4 quantisation). Weights cycle over at least 1 GB, so that no
+cache holds them. All that is compared, the read included, takes turns on some 60 MB of them, or on a single
+larger one; us and GB/s are medians of calls, % and x medians of turns.
 """
 
 from collections.abc import Callable
