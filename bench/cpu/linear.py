@@ -1,10 +1,10 @@
 """Dense and W4 linears at T = 1..8 in the layer shapes of Llama-3.2-1B and Llama-3.1-8B, on the CPU.
 
-One line per result: us | GB/s of weights | GB/s of a plain read of the same weights | % of that | % of that of a
-captured call, which is how the engine runs ops | x torch's dense bf16 linear | x torch's own int4 linear (W4
-only; group 64, the kernel behind torch's CPU int4 quantisation). Weights cycle over at least 1 GB, so that no
-cache holds them. All that is compared, the read included, takes turns on some 60 MB of them, or on a single
-larger one; us and GB/s are medians of calls, % and x medians of turns.
+One line per result: us | GB/s of weights | GB/s of a plain read of the same weights | % of that | % that a
+captured call has, which is how the engine runs ops | x torch's dense bf16 linear | x torch's own int4 linear
+(W4 only; group 64, the kernel behind torch's CPU int4 quantisation). Weights cycle over at least 1 GB, so
+that no cache holds them. All that is compared, the read included, takes turns on some 60 MB of them, or on a
+single larger one; us and GB/s are medians of calls, % and x medians of turns.
 """
 
 from collections.abc import Callable
@@ -73,9 +73,10 @@ def measure(name: str, rows: list[int], passes: int) -> list[dict]:
             }  # fmt: skip
             lines.append(line)
             x_int4 = f"{line['x_torch_int4']:8.2f}" if label == "w4" else ""
+            shares = f"{line['percent_of_read']:5.0f}{line['captured_percent_of_read']:9.0f}"
             print(
                 f"{name:<12}{t:>2} {label:<6}{us[label]:9.0f}{line['gb_s']:7.1f}{line['read_gb_s']:7.1f}"
-                f"{line['percent_of_read']:5.0f}{line['captured_percent_of_read']:9.0f}{line['x_torch_dense']:9.2f}{x_int4}",
+                f"{shares}{line['x_torch_dense']:9.2f}{x_int4}",
                 flush=True,
             )
     return lines
