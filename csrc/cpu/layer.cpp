@@ -42,7 +42,6 @@ struct PackedHeads {
 };
 
 struct DenseWeights {
-  static constexpr bool kPacked = false;
   const DecoderBlockArgs& a;
 
   Weight weight(const void* data, int64_t rows, int64_t cols) const {
@@ -52,26 +51,26 @@ struct DenseWeights {
   Weight o() const { return weight(a.o_proj, a.hidden_size, int64_t(a.num_heads) * a.head_dim); }
   Weight down() const { return weight(a.down_proj, a.hidden_size, inner()); }
 
-  DenseHeads qkv(const Activations& x, const Parallel& parallel) const {
+  DenseHeads qkv(const Input& x, const Parallel& parallel) const {
     const int64_t q_size = int64_t(a.num_heads) * a.head_dim, kv_size = int64_t(a.num_kv_heads) * a.head_dim;
-    return {.values = {project(weight(a.q_proj, q_size, a.hidden_size), x, parallel),
-                       project(weight(a.k_proj, kv_size, a.hidden_size), x, parallel),
-                       project(weight(a.v_proj, kv_size, a.hidden_size), x, parallel)},
-            .sizes = {q_size, kv_size, kv_size},
-            .head_dim = a.head_dim};
+    DenseHeads heads = {.values = {}, .sizes = {q_size, kv_size, kv_size}, .head_dim = a.head_dim};
+    for (const QkvKind kind : {kQuery, kKey, kValue}) heads.values[kind] = scratch<float>(a.rows * heads.sizes[kind]);
+    run_linears(x, parallel, linear_to(weight(a.q_proj, q_size, a.hidden_size), heads.values[kQuery].get()),
+                linear_to(weight(a.k_proj, kv_size, a.hidden_size), heads.values[kKey].get()),
+                linear_to(weight(a.v_proj, kv_size, a.hidden_size), heads.values[kValue].get()));
+    return heads;
   }
 
   // silu(gate) * up of each row, to out [row, inner]
-  void swiglu(const Activations& x, const Rows& rows, char* out, const Parallel& parallel) const {
+  void swiglu(const Input& x, const Rows& rows, char* out, const Parallel& parallel) const {
     const Weight gate = weight(a.gate_proj, inner(), a.hidden_size), up = weight(a.up_proj, inner(), a.hidden_size);
-    for_strips({gate, up}, x, parallel, [&](int t, int64_t first, int count, const RowSums(&y)[2]) {
-      kernels().swiglu(a.dtype, y[0], y[1], count, at(out, a.dtype, rows.index[t] * inner() + first));
-    });
+    run_linears(x, parallel, linear({gate, up}, [&](int t, int64_t first, int count, const RowSums(&y)[2]) {
+                  kernels().swiglu(a.dtype, y[0], y[1], count, at(out, a.dtype, rows.index[t] * inner() + first));
+                }));
   }
 };
 
 struct PackedWeights {
-  static constexpr bool kPacked = true;
   const ExitLayerArgs& a;
 
   Weight weight(const void* data, int64_t rows, int64_t cols) const {
@@ -81,18 +80,20 @@ struct PackedWeights {
   Weight o() const { return weight(a.o_proj, a.hidden_size, int64_t(a.num_heads) * a.head_dim); }
   Weight down() const { return weight(a.down_proj, a.hidden_size, inner()); }
 
-  PackedHeads qkv(const Activations& x, const Parallel& parallel) const {
+  PackedHeads qkv(const Input& x, const Parallel& parallel) const {
     const QkvOrder order(a);
     const Weight qkv = weight(a.qkv_proj, int64_t(order.strips()) * kTileRows, a.hidden_size);
-    return {.values = project(qkv, x, parallel), .order = order};
+    PackedHeads heads = {.values = scratch<float>(a.rows * qkv.rows), .order = order};
+    run_linears(x, parallel, linear_to(qkv, heads.values.get()));
+    return heads;
   }
 
-  void swiglu(const Activations& x, const Rows& rows, char* out, const Parallel& parallel) const {
+  void swiglu(const Input& x, const Rows& rows, char* out, const Parallel& parallel) const {
     const Weight gate_up = weight(a.gate_up_proj, int64_t(a.gate_up_strips) * kTileRows, a.hidden_size);
-    for_strips({gate_up}, x, parallel, [&](int t, int64_t first, int count, const RowSums(&y)[1]) {
-      const int64_t channel = gate_up_channels(first / kTileRows);
-      kernels().swiglu_pairs(a.dtype, y[0], count / 2, at(out, a.dtype, rows.index[t] * inner() + channel));
-    });
+    run_linears(x, parallel, linear({gate_up}, [&](int t, int64_t first, int count, const RowSums(&y)[1]) {
+                  const int64_t channel = gate_up_channels(first / kTileRows);
+                  kernels().swiglu_pairs(a.dtype, y[0], count / 2, at(out, a.dtype, rows.index[t] * inner() + channel));
+                }));
   }
 };
 
@@ -134,23 +135,21 @@ struct Block {
   void before_attention(const Path<Weights>& path, void* query) const {
     const auto& [weights, rows] = path;
     if (rows.count() == 0) return;
-    const auto x = normalised(a.hidden, rows, a.input_layernorm, Weights::kPacked);
-    append(weights.qkv(x, parallel), rows, query);
+    append(weights.qkv(normalised(a.hidden, rows, a.input_layernorm), parallel), rows, query);
   }
 
   template <class Weights>
   void after_attention(const Path<Weights>& path, const void* attended) const {
-    constexpr bool packed = Weights::kPacked;
     const auto& weights = path.weights;
     const Rows& rows = path.rows;
     if (rows.count() == 0) return;
     const int64_t inner = weights.inner();
     const auto middle = vectors(a.hidden_size), swiglu = vectors(inner);
-    linear_into(weights.o(), Activations(of(attended, q_size(), rows), packed, parallel),
-                to_residual(a.o_bias, a.hidden, middle.get(), rows), parallel);
-    weights.swiglu(normalised(middle.get(), rows, a.post_attention_layernorm, packed), rows, swiglu.get(), parallel);
-    linear_into(weights.down(), Activations(of(swiglu.get(), inner, rows), packed, parallel),
-                to_residual(nullptr, middle.get(), a.out, rows), parallel);
+    linear_into(weights.o(), {.x = of(attended, q_size(), rows)}, to_residual(a.o_bias, a.hidden, middle.get(), rows),
+                parallel);
+    weights.swiglu(normalised(middle.get(), rows, a.post_attention_layernorm), rows, swiglu.get(), parallel);
+    linear_into(weights.down(), {.x = of(swiglu.get(), inner, rows)}, to_residual(nullptr, middle.get(), a.out, rows),
+                parallel);
   }
 
   int64_t q_size() const { return int64_t(a.num_heads) * a.head_dim; }
@@ -167,8 +166,8 @@ struct Block {
   }
 
   // x: [T, hidden]
-  Activations normalised(const void* x, const Rows& rows, const void* norm, bool packed) const {
-    return Activations(of(x, a.hidden_size, rows), {.weight = norm, .eps = a.rms_norm_eps}, packed, parallel);
+  Input normalised(const void* x, const Rows& rows, const void* norm) const {
+    return {.x = of(x, a.hidden_size, rows), .norm = norm, .eps = a.rms_norm_eps};
   }
 
   // Q of the rows to query, [T, heads, head_dim]; their K and V to the cache

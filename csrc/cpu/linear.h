@@ -4,7 +4,9 @@
 
 #include <algorithm>
 #include <cstdint>
+#include <cstring>
 #include <memory>
+#include <optional>
 #include <vector>
 
 #include "buffers.h"
@@ -12,7 +14,8 @@
 namespace river::cpu {
 
 constexpr int64_t kPieceBytes = 64 << 10;  // read per piece of parallel work; less is not worth a thread
-constexpr int64_t kRowBytes = 8 << 10;     // of activations per piece: there is more to compute for each byte
+constexpr int64_t kRowBytes = 8 << 10;     // of activations per piece: there is more to compute for each byte;
+                                           // where there are no more at all, each thread prepares them for itself
 constexpr int64_t kHotBytes = 256 << 10;   // weights that stay in L2 while many rows go through them
 constexpr int64_t kMostHot = 16;           // strips of them, whose results are kept until they are used at once
 
@@ -36,6 +39,13 @@ struct Rows {
   }
 };
 
+constexpr Parallel kOneThread = {.count = 1,
+                                 .run =
+                                     [](void*, int64_t n, int64_t, Parallel::Body body, void* context) {
+                                       if (n > 0) body(0, n, context);
+                                     },
+                                 .state = nullptr};
+
 // Calls f(t) for each of many rows, of some bytes each.
 template <class F>
 void for_rows(int rows, int64_t bytes, const Parallel& parallel, F f) {
@@ -55,23 +65,24 @@ struct Vectors {
   int64_t bytes() const { return cols * size_of(dtype); }  // of one
 };
 
-struct RmsNorm {
-  const void* weight;  // [cols]
-  float eps;
+// What goes through a linear: vectors, as they are or normalised
+struct Input {
+  Vectors x;
+  const void* norm = nullptr;  // [cols], weight of an RMSNorm, or null
+  float eps = 0;
+
+  int64_t bytes() const { return x.rows.count() * x.bytes(); }
 };
 
-// Vectors, as they are or normalised, in the order and type that strips read: those of a packed or of a dense weight
+// An input in the order and type that strips read: those of a packed or of a dense weight
 class Activations {
  public:
-  Activations(const Vectors& x, bool packed, const Parallel& parallel);
-  Activations(const Vectors& x, const RmsNorm& norm, bool packed, const Parallel& parallel);
+  Activations(const Input& input, bool packed, const Parallel& parallel);
 
   const Operand& operand() const { return operand_; }
   int rows() const { return operand_.rows; }
 
  private:
-  Activations(int rows, int64_t cols);
-
   std::unique_ptr<Line[]> lines_;
   std::unique_ptr<float[]> sums_;  // [rows, padded cols / 64]
   Operand operand_;
@@ -106,16 +117,21 @@ struct Weight {
   const uint8_t* at_strip(int64_t s) const { return static_cast<const uint8_t*>(data) + s * strip_bytes(); }
 };
 
-// Calls f(t, first output row, output rows, results) for every row of x and some strips of the weights at a time.
-// The weights have one shape; results[i] are the strips of weights[i]. All rows, a block after the other, go through
-// these strips while they are in L2, and the next ones come from memory meanwhile. For the first ones nothing is done
-// meanwhile, so a thread begins with one strip, and goes on with twice as many each time.
+// Weights of one shape, and what becomes of the results of their strips: f(t, first output row, output rows, results),
+// for every row and some strips at a time; results[i] are the strips of weights[i].
 template <size_t N, class F>
-void for_strips(const Weight (&weights)[N], const Activations& x, const Parallel& parallel, F f) {
-  const Weight& shape = weights[0];
-  const int64_t hot = std::clamp<int64_t>(kHotBytes / (int64_t(N) * shape.strip_bytes()), 1, kMostHot);
-  const int blocks = int(ceil_div(x.rows(), kMaxRows));
-  parallel(shape.strips(), ceil_div(shape.grain(), blocks), [&](int64_t begin, int64_t end) {
+struct Linear {
+  Weight weights[N];
+  F f;
+
+  const Weight& shape() const { return weights[0]; }
+
+  // The strips from `begin` to `end` - 1. All rows, a block after the other, go through some of them while they are in
+  // L2, and the next ones come from memory meanwhile. For the first ones nothing is done meanwhile, so a thread begins
+  // with one strip, and goes on with twice as many each time.
+  void run(const Activations& x, int64_t begin, int64_t end) const {
+    const int64_t hot = std::clamp<int64_t>(kHotBytes / (int64_t(N) * shape().strip_bytes()), 1, kMostHot);
+    const int blocks = int(ceil_div(x.rows(), kMaxRows));
     StripOut out[N][kMostHot];
     for (int64_t first = begin, past = begin + 1; first < end;) {
       const int64_t strips = past - first, next = std::min(past + std::min(2 * strips, hot), end);
@@ -126,7 +142,7 @@ void for_strips(const Weight (&weights)[N], const Activations& x, const Parallel
             const Ahead ahead = weights[i].part(past, next, block * strips + s - first, blocks * strips);
             weights[i].strip(s, x, row, ahead, out[i][s - first]);
           }
-        const int64_t from = first * kTileRows, count = std::min(past * kTileRows, shape.rows) - from;
+        const int64_t from = first * kTileRows, count = std::min(past * kTileRows, shape().rows) - from;
         for (int t = 0; t < std::min(kMaxRows, x.rows() - row); t++) {
           RowSums results[N];
           for (size_t i = 0; i < N; i++) results[i] = {.strips = out[i], .t = t};
@@ -136,11 +152,46 @@ void for_strips(const Weight (&weights)[N], const Activations& x, const Parallel
       first = past;
       past = next;
     }
+  }
+};
+
+template <size_t N, class F>
+Linear<N, F> linear(const Weight (&weights)[N], F f) {
+  Linear<N, F> linear{.weights = {}, .f = f};
+  std::copy(weights, weights + N, linear.weights);
+  return linear;
+}
+
+// Runs linears of one input, which threads share as if they were one: all packed, or all dense.
+template <class First, class... Others>
+void run_linears(const Input& input, const Parallel& parallel, const First& linear, const Others&... others) {
+  const bool packed = linear.shape().packed, alone = input.bytes() <= kRowBytes;
+  std::optional<Activations> prepared;
+  if (!alone) prepared.emplace(input, packed, parallel);
+  const int64_t blocks = ceil_div(input.x.rows.count(), kMaxRows);
+  const int64_t strips = (linear.shape().strips() + ... + others.shape().strips());
+  parallel(strips, ceil_div(linear.shape().grain(), blocks), [&](int64_t begin, int64_t end) {
+    std::optional<Activations> own;
+    if (alone) own.emplace(input, packed, kOneThread);
+    const auto run = [&](const auto& part) {
+      const int64_t count = part.shape().strips();
+      part.run(own ? *own : *prepared, std::max<int64_t>(begin, 0), std::min(end, count));
+      begin -= count;
+      end -= count;
+    };
+    run(linear);
+    (run(others), ...);
   });
 }
 
-// W x[t] in fp32, [rows of x, rows of the weight]
-std::unique_ptr<float[]> project(const Weight& weight, const Activations& x, const Parallel& parallel);
+// Its results in fp32, to y [rows of the input, rows of the weight]
+inline auto linear_to(const Weight& weight, float* y) {
+  return linear({weight}, [y, rows = weight.rows](int t, int64_t first, int count, const RowSums(&sums)[1]) {
+    float* to = y + t * rows + first;
+    for (int i = 0; i < count; i += kTileRows)
+      memcpy(to + i, sums[0].of_strip(i / kTileRows), std::min(kTileRows, count - i) * sizeof(float));
+  });
+}
 
 // What is added to a linear, and where its results go: out[row] = round(addend[row] + multiplier * (bias + W x[t]))
 struct LinearOut {
@@ -151,6 +202,6 @@ struct LinearOut {
   const Rows& rows;    // t -> row
 };
 
-void linear_into(const Weight& weight, const Activations& x, const LinearOut& to, const Parallel& parallel);
+void linear_into(const Weight& weight, const Input& input, const LinearOut& to, const Parallel& parallel);
 
 }  // namespace river::cpu

@@ -44,8 +44,10 @@ void offer_strip(const LmHeadArgs& a, int t, int64_t first, int count, const flo
 
 void launch_lm_head(const LmHeadArgs& a, const Parallel& parallel) {
   const Rows rows = Rows::all(a.rows);
-  const Activations x({.dtype = a.dtype, .data = a.hidden, .cols = a.hidden_size, .rows = rows},
-                      {.weight = a.norm, .eps = a.rms_norm_eps}, a.packed, parallel);
+  const Input input = {.x = {.dtype = a.dtype, .data = a.hidden, .cols = a.hidden_size, .rows = rows},
+                       .norm = a.norm,
+                       .eps = a.rms_norm_eps};
+  const Activations x(input, a.packed, parallel);
   const Weight head{
       .dtype = a.dtype, .packed = a.packed, .data = a.weight, .rows = a.vocab_size, .cols = a.hidden_size};
   Best best[kMaxRows];
