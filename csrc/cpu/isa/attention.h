@@ -147,8 +147,9 @@ template <class F>
 inline void for_heads(int count, F f) {
   int q = 0;
   for (; q + kHeads <= count; q += kHeads) f.template operator()<kHeads>(q);
-  if (q + 2 <= count) f.template operator()<2>(q), q += 2;
-  if (q < count) f.template operator()<1>(q);
+  if (q + 3 == count) f.template operator()<3>(q);
+  if (q + 2 == count) f.template operator()<2>(q);
+  if (q + 1 == count) f.template operator()<1>(q);
 }
 
 // Positions that at least one of the query heads q to q + G - 1 sees, and that all of them see
