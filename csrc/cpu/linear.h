@@ -14,8 +14,9 @@
 namespace river::cpu {
 
 constexpr int64_t kPieceBytes = 64 << 10;  // read per piece of parallel work; less is not worth a thread
-constexpr int64_t kRowBytes = 8 << 10;     // of activations per piece: there is more to compute for each byte;
-                                           // where there are no more at all, each thread prepares them for itself
+constexpr int64_t kRowBytes = 8 << 10;     // of activations per piece: there is more to compute for each byte
+constexpr int64_t kOwnBytes = 32 << 10;    // of activations that each thread prepares for itself, rather than have them
+                                           // from another's cache
 constexpr int64_t kHotBytes = 256 << 10;   // weights that stay in L2 while many rows go through them
 constexpr int64_t kMostHot = 16;           // strips of them, whose results are kept until they are used at once
 
@@ -165,7 +166,7 @@ Linear<N, F> linear(const Weight (&weights)[N], F f) {
 // Runs linears of one input, which threads share as if they were one: all packed, or all dense.
 template <class First, class... Others>
 void run_linears(const Input& input, const Parallel& parallel, const First& linear, const Others&... others) {
-  const bool packed = linear.shape().packed, alone = input.bytes() <= kRowBytes;
+  const bool packed = linear.shape().packed, alone = input.bytes() <= kOwnBytes;
   std::optional<Activations> prepared;
   if (!alone) prepared.emplace(input, packed, parallel);
   const int64_t blocks = ceil_div(input.x.rows.count(), kMaxRows);
