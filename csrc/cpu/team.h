@@ -67,7 +67,10 @@ class Team {
                     std::memory_order_release);
     while (take_part()) {}
     wait_until([&] { return done_.load(std::memory_order_acquire) == parts; });
-    if (failed_.load(std::memory_order_relaxed) && failed_.exchange(false)) std::rethrow_exception(std::exchange(error_, nullptr));
+    if (failed_.load(std::memory_order_relaxed)) {
+      failed_ = false;
+      std::rethrow_exception(std::exchange(error_, nullptr));
+    }
   }
 
   void help() {
@@ -111,7 +114,7 @@ class Team {
   std::exception_ptr error_;  // the first of a job
   std::atomic<bool> failed_ = false;
   alignas(64) std::atomic<Progress> progress_{};
-  Job job_{};  // in the same line of the cache: who takes a part has it already
+  Job job_{};                                  // in the same line of the cache: who takes a part has it already
   alignas(64) std::atomic<int64_t> done_ = 0;  // parts of the present job
 };
 
