@@ -234,9 +234,9 @@ def test_captured_steps_give_what_eager_ones_give(model, monkeypatch, options, b
                 assert output.logits.argmax(-1).tolist() == output.tokens, "of the step, not of a later one"
 
 
-def eager(run, stream, pool, captured=graph.Graph):
+def eager(run, captured, pool, new=graph.Graph):
     """In place of graph.Graph: what would be captured runs each time, op by op."""
-    return captured(run, stream=None, pool=pool)
+    return new(run, captured=False, pool=pool)
 
 
 def test_the_gpu_agrees_with_the_cpu(model):
