@@ -150,7 +150,7 @@ class Cycle:
         done = int(self.runner.cycles_done.item())
         counts, _, similarities = self.runner.record(done, self.drafts)
         # an inactive row keeps its hidden state, so that every layer finds the same similarity
-        idle = sum(len(set(by_layer)) == 1 for by_layer in zip(*similarities, strict=True))
+        idle = sum(len(set(by_layer)) == 1 for by_layer in similarities)
         if done != self.repeats or min(counts) < 1 or idle:
             raise SystemExit(
                 f"steps: {done} of {self.repeats} cycles; the last gave {counts} tokens, {idle} rows inactive"
