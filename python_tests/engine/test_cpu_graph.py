@@ -85,3 +85,18 @@ def test_graphs_do_not_keep_an_engine():
     del engine
     gc.collect()
     assert cache() is None
+
+
+def test_a_capture_inside_of_another_is_refused_and_harms_it_not():
+    log = []
+
+    def run():
+        with pytest.raises(RuntimeError, match="capturing a graph already"):
+            CpuGraph().capture(lambda: None)
+        call(lambda: log.append(1))
+
+    graph = CpuGraph()
+    graph.capture(run)
+    assert log == []
+    graph.replay()
+    assert log == [1]

@@ -25,11 +25,11 @@ class CpuGraph:
 
     def capture(self, run: Callable[[], Outputs]) -> Outputs:
         """Calls `run`, whose ops do not run: they are added to the graph, with their tensors."""
-        _capture.graph = self
+        before, _capture.graph = _capture.graph, self
         try:
             return self._ops.capture(run)
         finally:
-            _capture.graph = None
+            _capture.graph = before
 
     @property
     def is_capturing(self) -> bool:
