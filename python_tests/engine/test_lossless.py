@@ -11,6 +11,7 @@ from tiny_model import MULTIPLIERS, demo_model, random_model, random_prompt
 from river_ext import ops
 from river_ext.engine import lossless
 from river_ext.engine.drafting import Drafting, draft_cost
+from river_ext.engine.graph import Memory
 
 LAYERS, VOCAB, POSITIONS = 4, 80, 64
 EVERY_SEVENTH = tuple(range(0, VOCAB, 7))
@@ -219,6 +220,35 @@ def test_nothing_of_a_cycle_that_failed_reaches_the_next_run(monkeypatch, uncapt
     again = model.generate(prompts, **options)
     assert model._engines.idle[0] is engine and len(cycles) == 11
     assert [facts(out) for out in again] == expected
+
+
+@pytest.mark.parametrize("requests", [1, 2, 4, 8])
+def test_no_cycle_asks_more_of_an_op_than_the_warm_up(monkeypatch, uncaptured, requests):
+    """On a GPU its capture would be refused: the op's workspace could not grow there."""
+    rows = {}  # the most of any call, by op
+
+    def counting(name):
+        op = getattr(ops, name)
+
+        def counted(*arguments, **options):
+            first = [*arguments, *options.values()][0]
+            rows[name] = max(rows.get(name, 0), len(first))
+            return op(*arguments, **options)
+
+        return counted
+
+    for name in ("decoder_block", "exit_layer"):  # those whose workspace has a part for each row
+        monkeypatch.setattr(ops, name, counting(name))
+    monkeypatch.setattr(
+        lossless.CycleRunner, "warm_up", lambda self, *parts: [part(self, *rest) for part, *rest in parts]
+    )
+    memory = Memory(random_model().network, slots=requests, max_len=16)
+    runner = lossless.CycleRunner(memory, requests, stop_tokens=4)
+    warm, most = dict(rows), runner.tokens - 1
+    for drafts in range(most + 1):
+        for filters in (False, True):
+            lossless.cycle(runner, drafts, filters)
+    assert warm == rows and warm["decoder_block"] == runner.tokens * requests
 
 
 # --- how many drafts --------------------------------------------------------------------------------------

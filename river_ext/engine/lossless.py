@@ -61,8 +61,8 @@ class CycleRunner(Graphs):
         self.records = torch.zeros(RECORDS, 1 + requests + rows, dtype=torch.int32, **host)
         self.seen = torch.zeros(self.layers * rows, dtype=torch.float32, **host)  # similarities
         self.place = Place(memory.cache, self.slots, self.positions, memory.rope)
-        if not self.fetches(cycle):
-            self.warm_up((cycle, 1 if self.tokens > 1 else 0, False), (cycle, 0, True))
+        if not self.fetches(cycle):  # the longest cycle: no other has more rows
+            self.warm_up((cycle, self.tokens - 1, False), (cycle, 0, True))
 
     def fetches(self, part: Callable, *arguments) -> bool:
         return self.network.first_fetched < self.layers
