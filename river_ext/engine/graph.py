@@ -7,6 +7,7 @@ one whole step or two. Steps that draw through filters are captured apart, and s
 the filters' settings are values.
 """
 
+import gc
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
@@ -243,13 +244,19 @@ class Graph:
             return
         graph = torch.cuda.CUDAGraph()
         # torch.cuda.graph() would also synchronise, collect garbage and empty the cache, before every one
-        graph.capture_begin(pool=pool, capture_error_mode="thread_local")
-        before = ops._C.set_overlap("prefetch")  # nobody writes weights while steps run
+        collects = gc.isenabled()
+        gc.disable()  # an engine that is collected waits for its stream, which a capture may forbid
         try:
-            self.outputs = run()
+            graph.capture_begin(pool=pool, capture_error_mode="thread_local")
+            before = ops._C.set_overlap("prefetch")  # nobody writes weights while steps run
+            try:
+                self.outputs = run()
+            finally:
+                ops._C.set_overlap(before)
+                graph.capture_end()
         finally:
-            ops._C.set_overlap(before)
-            graph.capture_end()
+            if collects:
+                gc.enable()
         self.replay = graph.replay
 
     def _run(self, run: Callable[[], tuple[Tensor, ...]]) -> None:
