@@ -212,6 +212,10 @@ def plan(root, version, torch, cuda, sources):
     if cuda.on:
         cuda_include, cuda_libraries = cuda_folders(cuda.nvcc)
         includes += cuda_include
+        nvcc = [cuda.nvcc, "-std=c++20", "-O3", "-lineinfo", "-Xptxas=-v", *gencode(cuda.archs)]
+        nvcc += ["-ccbin", find_cxx()[-1], "-Xcompiler=-fPIC,-fvisibility=hidden,-Wall,-g0"]
+        for source in sources["cuda"]:  # first, as they take the longest by far
+            add(source, nvcc)
 
     for source in sources["ops"]:
         add(source, [*cxx, *facts, *(flag for path in includes for flag in ("-isystem", str(path)))])
@@ -221,10 +225,6 @@ def plan(root, version, torch, cuda, sources):
         for isa, flags in sources["isa"].items():
             add(source, [*cxx, *flags, f"-DRIVER_ISA={isa}"], isa)
     if cuda.on:
-        nvcc = [cuda.nvcc, "-std=c++20", "-O3", "-lineinfo", "-Xptxas=-v", *gencode(cuda.archs)]
-        nvcc += ["-ccbin", find_cxx()[-1], "-Xcompiler=-fPIC,-fvisibility=hidden,-Wall,-g0"]
-        for source in sources["cuda"]:
-            add(source, nvcc)
         # The static runtime looks for no libcudart: the module also loads beside a torch without CUDA.
         link += [*(f"-L{path}" for path in cuda_libraries), "-lcudart_static", "-lrt", "-lpthread", "-ldl"]
 

@@ -57,6 +57,15 @@ def test_cuda_needs_torch_with_cuda_unless_forced(nvcc, monkeypatch):
     assert river_native.decide_cuda(A_CUDA_SOURCE, CPU_TORCH).on
 
 
+def test_cuda_files_are_compiled_first(monkeypatch):
+    """Each takes longer than all else together on a machine of many cores."""
+    monkeypatch.setattr(river_native, "cuda_folders", lambda nvcc: ([], []))
+    sources = river_native.read_sources(ROOT)
+    cuda = river_native.Cuda(True, "", "/opt/bin/nvcc", "9.0")
+    units, _ = river_native.plan(ROOT, "0", CUDA_TORCH, cuda, sources)
+    assert [unit.source for unit in units][: len(sources["cuda"])] == sources["cuda"]
+
+
 def test_missing_nvcc_is_said_not_silent(no_nvcc):
     decision = river_native.decide_cuda(A_CUDA_SOURCE, CUDA_TORCH)
     assert not decision.on and "no nvcc was found" in decision.note
