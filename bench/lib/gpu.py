@@ -155,8 +155,11 @@ def capture(run: Callable[[], None], keep_graph: bool = False) -> torch.cuda.CUD
             graph.capture_begin()
             try:
                 run()
-            finally:
-                graph.capture_end()
+            except BaseException:
+                with contextlib.suppress(RuntimeError):  # that the capture is void: why it is says more
+                    graph.capture_end()
+                raise
+            graph.capture_end()
         finally:
             gc.enable()
     torch.cuda.synchronize()

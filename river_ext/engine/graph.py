@@ -11,7 +11,7 @@ import gc
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, nullcontext, suppress
 from functools import partial
 from typing import TypeVar
 
@@ -251,9 +251,13 @@ class Graph:
             before = ops._C.set_overlap("prefetch")  # nobody writes weights while steps run
             try:
                 self.outputs = run()
+            except BaseException:
+                with suppress(RuntimeError):  # that the capture is void: why it is says more
+                    graph.capture_end()
+                raise
             finally:
                 ops._C.set_overlap(before)
-                graph.capture_end()
+            graph.capture_end()
         finally:
             if collects:
                 gc.enable()
