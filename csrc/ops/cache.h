@@ -45,14 +45,16 @@ void fill_cache(Check& check, const CacheTensors& t, ScalarType type, Args& args
   check.require(heads >= 1 && heads % kv_heads == 0 && heads / kv_heads <= kMaxGroup, "num_attention_heads is ", heads,
                 ", expected a multiple of num_key_value_heads = ", kv_heads, ", at most ", kMaxGroup, " times as many");
   check.size("num_attention_heads * head_dim", int64_t(heads) * args.head_dim);
-  args.slots = check.places("slots", t.slots, args.rows);
-  args.positions = check.places("positions", t.positions, args.rows);
+  args.slots = check.tensor<int32_t>("slots", t.slots, {args.rows});
+  args.positions = check.tensor<int32_t>("positions", t.positions, {args.rows});
   args.kv_valid = check.optional<bool>("kv_valid", t.kv_valid, {args.num_slots, args.max_len});
 }
 
-// On a CPU; of AttentionArgs or BlockArgs
+// On a CPU; of AttentionArgs or BlockArgs, which has its own places from then on
 template <class Args>
-void check_places(const Requirements& check, const Args& args) {
+void check_places(Requirements& check, Args& args) {
+  args.slots = check.own(args.slots, args.rows);
+  args.positions = check.own(args.positions, args.rows);
   for (int row = 0; row < args.rows; row++) {
     check.in_range("slots", row, args.slots[row], -1, args.num_slots - 1);
     if (args.slots[row] >= 0) check.in_range("positions", row, args.positions[row], 0, args.max_len - 1);

@@ -19,9 +19,9 @@ namespace river::ops {
 inline int64_t strips_of(int64_t output_rows) { return ceil_div(output_rows, kTileRows); }
 inline int64_t column_tiles_of(int64_t columns) { return ceil_div(columns, kTileCols); }
 
-// Refuses what an op does not accept. It says so by itself where the values are looked at that tensors on a CPU hold: a
-// captured launch does that anew whenever it runs. Values in a GPU's memory are not looked at: that would wait for it.
-// Its kernels treat rows out of range as inactive.
+// Refuses what an op does not accept. It says so by itself where the values are looked at that tensors on a CPU hold:
+// each launch does that anew, a captured one whenever it runs. Values in a GPU's memory are not looked at: that would
+// wait for it. Its kernels treat rows out of range as inactive.
 class Requirements {
  public:
   explicit Requirements(const char* op) : op_(op) {}
@@ -39,8 +39,14 @@ class Requirements {
     require(value >= first && value <= last, name, "[", index, "] is ", value, ", expected ", first, " to ", last);
   }
 
+  const char* op() const { return op_; }
+
+  // A copy, for as long as this lives: nobody else can change it once it has been checked.
+  const int32_t* own(const int32_t* values, int count) { return copies_.emplace_back(values, values + count).data(); }
+
  private:
   const char* op_;
+  std::vector<std::vector<int32_t>> copies_;
 };
 
 // Checks the arguments of one op. The first tensor says where the op runs; all others must be there too.
@@ -98,14 +104,6 @@ class Check : public Requirements {
   const uint8_t* tiles(const char* name, const Tensor& t, int64_t strips, int64_t columns) {
     return static_cast<const uint8_t*>(
         vectors(name, t, ScalarType::Byte, {strips, column_tiles_of(columns), kTileBytes}));
-  }
-
-  // The places of rows, int32 [rows]: on the CPU a copy that nobody else can change once it has been checked. A
-  // captured launch takes those that are there when it runs.
-  const int32_t* places(const char* name, const Tensor& t, int rows) {
-    const auto* values = tensor<int32_t>(name, t, {rows});
-    if (on_cuda() || cpu::Graph::recording()) return values;
-    return copies_.emplace_back(values, values + rows).data();
   }
 
   // A tensor whose device is the caller's business.
@@ -242,7 +240,6 @@ class Check : public Requirements {
   int gpu_ = -1;  // -1: the CPU
   Span spans_[kMaxSpans];
   int num_spans_ = 0;
-  std::vector<std::vector<int32_t>> copies_;
   std::vector<Tensor> held_;
 };
 

@@ -35,8 +35,8 @@ class Gpu {
 inline constexpr auto any_values = [](const Requirements&, const auto&) {};
 
 // Calls on_cuda(gpu) on the GPU of the op's tensors, or check_values(requirements, args) and on_cpu(args, parallel),
-// which a graph that is being captured does when it is replayed. on_cuda takes its argument as `auto&`: then a build
-// without CUDA kernels refers to none.
+// which a graph that is being captured does when it is replayed; check_values may put copies of what it checks into
+// the args. on_cuda takes its argument as `auto&`: then a build without CUDA kernels refers to none.
 template <class Args, class Values, class Cuda>
 void launch(const Check& check, const Args& args, Values check_values,
             void (*on_cpu)(const Args&, const cpu::Parallel&), Cuda on_cuda) {
@@ -47,9 +47,11 @@ void launch(const Check& check, const Args& args, Values check_values,
       return;
     }
   }
-  const auto run = [requirements = Requirements(check), args, check_values, on_cpu](const cpu::Parallel& parallel) {
-    check_values(requirements, args);
-    on_cpu(args, parallel);
+  const auto run = [op = check.op(), args, check_values, on_cpu](const cpu::Parallel& parallel) {
+    Requirements requirements(op);
+    Args own = args;
+    check_values(requirements, own);
+    on_cpu(own, parallel);
   };
   if (cpu::Graph* graph = cpu::Graph::recording()) graph->add([run, held = check.held()](const auto& p) { run(p); });
   else run(cpu::callers_threads());

@@ -56,7 +56,7 @@ int64_t q_size(const BlockArgs& args) { return int64_t(args.num_heads) * args.he
 int64_t kv_size(const BlockArgs& args) { return int64_t(args.num_kv_heads) * args.head_dim; }
 
 // On a CPU
-void check_values(const Requirements& check, const BlockArgs& args) {
+void check_values(Requirements& check, BlockArgs& args) {
   check_places(check, args);
   const auto place = [&](int row) { return std::tuple(args.slots[row], args.positions[row], row); };
   std::vector<int> order;  // of active rows, by place
@@ -306,7 +306,11 @@ std::tuple<Tensor> dual_layer(Arguments<kDualLayer>& read) {
   check.written({"exited", "similarities", "k_cache", "v_cache"});
   const Tensor out = new_out(check, tensors.hidden, args.block);
   args.exit_layer.out = args.block.out;
-  const auto check_block = [](const Requirements& its, const DualLayerArgs& all) { check_values(its, all.block); };
+  const auto check_block = [](Requirements& its, DualLayerArgs& all) {
+    check_values(its, all.block);
+    all.exit_layer.slots = all.block.slots;
+    all.exit_layer.positions = all.block.positions;
+  };
   launch(check, args, check_block, cpu::launch_dual_layer, [&](auto& gpu) {
     cuda::launch_dual_layer(args, gpu.workspace(cuda::dual_layer_workspace(args)), gpu.stream());
   });

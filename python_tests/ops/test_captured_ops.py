@@ -203,3 +203,36 @@ def test_other_threads_go_on():
 
     assert graph.capture(run) and len(graph) == 0
     assert torch.equal(results[0], torch.ones(1, 64))
+
+
+def test_a_replay_uses_the_places_that_it_has_checked():
+    """Another thread may write them meanwhile. A row of slot 1 would get to the memory behind the caches."""
+    arguments = named("decode_attention", SAMPLES["decode_attention"])
+    heads, size = arguments["query"].shape[1:]
+    kv_heads = arguments["k_cache"].shape[1]
+    rows, caches = 256, [torch.ones(2, kv_heads, 8, size) for _ in range(2)]
+    caches[1][1] = 9
+    slots, positions = torch.zeros(rows, dtype=torch.int32), torch.zeros(rows, dtype=torch.int32)
+    graph, done, refused, replays = _C.Graph(), threading.Event(), 0, 0
+    query, slot_0 = torch.ones(rows, heads, size), [cache[:1] for cache in caches]
+    out = graph.capture(lambda: ops.decode_attention(query, *slot_0, slots, positions))
+
+    def write():
+        while not done.is_set():
+            for slot in (0, 1):
+                slots.fill_(slot)
+
+    other = threading.Thread(target=write)
+    other.start()
+    try:
+        while refused < 100 or replays < 1000:
+            try:
+                replay(graph)
+            except RuntimeError:
+                refused += 1
+            else:
+                replays += 1
+                assert (out == 1).all()
+    finally:
+        done.set()
+        other.join()
