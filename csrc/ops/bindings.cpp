@@ -89,11 +89,26 @@ void define_settings(py::module_& m) {
       py::arg("name"), py::arg("value"));
 }
 
+// No finalizer runs while this lives, unless something loses its last reference: its ops would be captured.
+class NoGarbageCollection {
+ public:
+  ~NoGarbageCollection() {
+    if (before_) PyGC_Enable();
+  }
+
+ private:
+  const int before_ = PyGC_Disable();
+};
+
 void define_graph(py::module_& m) {
   py::class_<cpu::Graph>(m, "Graph", "Calls of ops on a CPU that are captured once and run again, like a CUDA graph")
       .def(py::init<>())
       .def(
-          "capture", [](cpu::Graph& graph, const py::function& run) { return graph.record(run); },
+          "capture",
+          [](cpu::Graph& graph, const py::function& run) {
+            const NoGarbageCollection none;
+            return graph.record(run);
+          },
           "Calls run(), and returns what it returns; the ops that it calls on CPU tensors do not run, but are added to "
           "the graph with their tensors",
           py::arg("run"))

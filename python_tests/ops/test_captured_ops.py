@@ -236,3 +236,33 @@ def test_a_replay_uses_the_places_that_it_has_checked():
     finally:
         done.set()
         other.join()
+
+
+def test_what_the_garbage_collector_calls_is_no_part_of_a_capture():
+    """It may come at any time, in any thread."""
+    results, before = [], gc.get_threshold()
+
+    class Garbage:
+        def __del__(self):
+            results.append(ops.linear(torch.ones(1, 64), torch.eye(64)).sum().item())
+
+    def run():
+        garbage = Garbage()
+        garbage.itself = garbage
+        del garbage
+        return [[] for _ in range(100)] and ops.linear(torch.ones(1, 64), torch.eye(64))
+
+    graph = _C.Graph()
+    gc.collect()
+    gc.set_threshold(1)
+    try:
+        graph.capture(run)
+        assert len(graph) == 1 and gc.isenabled()
+        gc.collect()
+        assert results == [64]
+        gc.disable()
+        graph.capture(lambda: None)
+        assert not gc.isenabled()
+    finally:
+        gc.enable()
+        gc.set_threshold(*before)
