@@ -9,6 +9,7 @@ from tiny_model import random_model, random_prompt
 
 from river_ext import ops
 from river_ext.engine.cpu_graph import CpuGraph, call
+from river_ext.engine.engine import Engine
 
 
 def test_calls_keep_their_place():
@@ -76,15 +77,22 @@ def test_a_step_calls_no_op_once_it_is_captured(monkeypatch, mode):
     assert len(called) == 4, "a layer each"
 
 
-def test_graphs_do_not_keep_an_engine():
-    model = random_model()
-    engine = model.engine(slots=1)
-    engine.submit(random_prompt(3), mode="lossless", max_new_tokens=9)
+@pytest.mark.parametrize("mode", ["full", "full_w4", "river", "lossless"])
+@pytest.mark.parametrize("control", ["host", "device"])
+@pytest.mark.parametrize("end", [Engine.close, lambda engine: None], ids=["closed", "dropped"])
+def test_graphs_do_not_keep_an_engine(mode, control, end):
+    """Its memory is there for the next one at once, whenever garbage is collected."""
+    engine = random_model().engine(slots=1, exit_control=control)
+    engine.submit(random_prompt(3), mode=mode, max_new_tokens=9)
     list(engine)
     cache = weakref.ref(engine._memory.cache)
-    del engine
-    gc.collect()
-    assert cache() is None
+    gc.disable()
+    try:
+        end(engine)
+        del engine
+        assert cache() is None
+    finally:
+        gc.enable()
 
 
 def test_a_capture_inside_of_another_is_refused_and_harms_it_not():

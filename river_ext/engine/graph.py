@@ -280,12 +280,14 @@ def backbone_part(runner: Runner, first: int, depth: int, mixed: bool) -> tuple:
             hidden, _ = layer.exit(hidden, runner.on_river)
         similarities.append(similarity)
 
+    between, seen = runner.between, runner.seen[first:depth]  # a graph that held the runner would keep both
+
     def hand_over() -> None:
-        runner.between.copy_(hidden)
+        between.copy_(hidden)
         together = (
             torch.stack(similarities) if depth - first > 1 else similarity[None]
         )  # one copy, not one each
-        runner.seen[first:depth].copy_(together, non_blocking=True)
+        seen.copy_(together, non_blocking=True)
 
     call(hand_over)
     return ()

@@ -57,6 +57,7 @@ class CycleRunner(Graphs):
         self.verify_slots, self.verify_positions = zeros(rows) - 1, zeros(rows)
         self.verify_drawing = Drawing.greedy(zeros(rows))
         self.cycles_done = zeros(1)
+        self.drafted_at = [0.0]  # when the drafts of a cycle were there, on a CPU
         host = {"device": "cpu", "pin_memory": device.type == "cuda"}
         self.records = torch.zeros(RECORDS, 1 + requests + rows, dtype=torch.int32, **host)
         self.seen = torch.zeros(self.layers * rows, dtype=torch.float32, **host)  # similarities
@@ -115,10 +116,6 @@ class CycleRunner(Graphs):
         with self.memory.on_stream():
             self.wanted[: len(wanted)] = self.wanted.new_tensor(wanted)
 
-    def note_time(self) -> None:
-        """When the drafts of a cycle are there, on a CPU."""
-        self.drafted_at = time.perf_counter()
-
     @torch.inference_mode()
     def drop(self, request: int) -> None:
         """Nothing more of this request, from the next cycle on."""
@@ -163,7 +160,7 @@ class LosslessDecoder(Decoder):
         graph = runner.replay(cycle, drafts, self.filters, self.logits)
         self.taken += 1
         counts, tokens, similarities = runner.record(self.taken, drafts)
-        seconds = None if self.memory.stream else runner.drafted_at - start
+        seconds = None if self.memory.stream else runner.drafted_at[0] - start
         logits = self.copied(graph.outputs[0]) if self.logits else None
         outputs = []
         for index in self.rows:
@@ -203,9 +200,14 @@ class LosslessDecoder(Decoder):
 
 def cycle(runner: CycleRunner, drafts: int, filters: bool, logits: bool = False) -> tuple[Tensor]:
     """Draft steps, and the verification of what they drew: its logits."""
+    drafted_at = runner.drafted_at
+
+    def note_time() -> None:
+        drafted_at[0] = time.perf_counter()
+
     for index in range(drafts):
         draft_step(runner, index, filters)
-    call(runner.note_time)
+    call(note_time)
     return verification(runner, drafts, filters, logits)
 
 
