@@ -1,6 +1,7 @@
 """Captured steps of a CPU: ops, and what torch does between them, in one order."""
 
 import gc
+import random
 import weakref
 
 import pytest
@@ -8,6 +9,7 @@ import torch
 from tiny_model import random_model, random_prompt
 
 from river_ext import ops
+from river_ext.engine import graph
 from river_ext.engine.cpu_graph import CpuGraph, call
 from river_ext.engine.engine import Engine
 
@@ -93,6 +95,28 @@ def test_graphs_do_not_keep_an_engine(mode, control, end):
         assert cache() is None
     finally:
         gc.enable()
+
+
+def test_old_graphs_make_room(monkeypatch):
+    """Rules by layer have more graphs than are kept; a graph that is captured anew gives what it gave."""
+    model, generator = random_model(), random.Random(1)
+    options = {"max_new_tokens": 6, "exit_control": "host", "return_logits": True}
+    rules = [[generator.choice((-2.0, 0.5, 0.7, 2.0)) for _ in range(4)] for _ in range(40)]
+    expected = [model.generate(random_prompt(4), threshold=rule, **options) for rule in rules]
+    few = {}
+
+    def limited(graphs, *arguments, _init=graph.Graphs.__init__):
+        _init(graphs, *arguments)
+        graphs.most_graphs = 4
+        few[id(graphs)] = graphs
+
+    monkeypatch.setattr(graph.Graphs, "__init__", limited)
+    model._engines.idle.clear()
+    for rule, output in zip(rules, expected, strict=True):
+        again = model.generate(random_prompt(4), threshold=rule, **options)
+        assert (again.tokens, again.exit_depths) == (output.tokens, output.exit_depths)
+        assert torch.equal(again.logits, output.logits)
+    assert max(len(graphs.graphs) for graphs in few.values()) == 4
 
 
 def test_a_capture_inside_of_another_is_refused_and_harms_it_not():

@@ -10,6 +10,7 @@ the filters' settings are values.
 import gc
 import time
 from abc import ABC, abstractmethod
+from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext, suppress
 from functools import partial
@@ -84,7 +85,9 @@ class Graphs(ABC):
 
     def __init__(self, memory: Memory):
         self.memory = memory
-        self.graphs: dict[tuple, Graph] = {}
+        self.graphs: OrderedDict[tuple, Graph] = OrderedDict()  # that used last comes last
+        # 3 a layer are what rows of one rule need that decides after every layer, 32 those of cycles
+        self.most_graphs = 4 * (memory.network.config.num_hidden_layers + 8)
 
     @torch.inference_mode()
     def warm_up(self, *parts: tuple) -> None:
@@ -109,11 +112,20 @@ class Graphs(ABC):
         """Replays the graph of part(self, *arguments), captured when it is first needed."""
         key = (part, *arguments)
         with self.memory.on_stream():
-            if key not in self.graphs:
+            if key in self.graphs:
+                self.graphs.move_to_end(key)
+            else:
+                self._make_room()
                 captured = not self.fetches(part, *arguments)
                 self.graphs[key] = Graph(partial(part, self, *arguments), captured, self.memory.pool)
             self.graphs[key].replay()
         return self.graphs[key]
+
+    def _make_room(self) -> None:
+        """For a graph. Rules by layer have any number of them, each with the logits of its own."""
+        while len(self.graphs) >= self.most_graphs:
+            self.memory.synchronise()  # it may be in flight
+            self.graphs.popitem(last=False)
 
     def poll(self, read: Callable[[], Value], arrived: Callable[[Value], bool]) -> Value:
         """What `read` gives as soon as it is what the device was to write."""
