@@ -55,7 +55,10 @@ def set_variant(name: str, value: int) -> int:
     """Chooses a design for the whole process, for measurements; returns what it was."""
 
 class Graph:
-    """Calls of ops on a CPU that are captured once and run again, like a CUDA graph."""
+    """Calls of ops on a CPU that are captured once and run again, like a CUDA graph.
+
+    It keeps their tensors, which have to keep their memory.
+    """
 
     def __init__(self) -> None: ...
     def capture(self, run: Callable[[], _Outputs]) -> _Outputs:

@@ -240,7 +240,7 @@ class Model:
             return_logits: keep the fp32 logits of every new token.
             exit_control: where exits are decided, which changes no result: "host", after reading similarities
                 back, by CUDA graphs per part of the backbone and per exit depth; or on the "device", by
-                graphs of two whole steps. On the CPU a graph is a call of its ops. "auto" is "device", which
+                graphs of two whole steps. A CPU has graphs of its own. "auto" is "device", which
                 on a GPU is predicted to be the faster but not yet measured; on the CPU it is "host" where no
                 token can exit, or all do at once. Where a token may run a layer that streams to a GPU, the
                 host decides in any case.

@@ -119,6 +119,20 @@ def test_old_graphs_make_room(monkeypatch):
     assert max(len(graphs.graphs) for graphs in few.values()) == 4
 
 
+@pytest.mark.parametrize("mode", ["full", "full_w4", "river", "lossless"])
+def test_weights_that_are_given_other_memory(mode):
+    """The next call is by those. Graphs that were captured before would read what has gone."""
+    model = random_model.__wrapped__()  # not that of other tests
+    options = {"mode": mode, "max_new_tokens": 9}
+    before = model.generate(random_prompt(4), **options)
+    weights, layer, river = model.weights, model.weights.layers[2], model.river[2]
+    for tensor in (weights.norm, weights.lm_head, layer.q_proj, layer.down_proj, river.o_proj):
+        tensor.data = tensor.flip(0)
+    after = model.generate(random_prompt(4), **options)
+    model._engines.idle.clear()
+    assert after.tokens == model.generate(random_prompt(4), **options).tokens != before.tokens
+
+
 def test_a_capture_inside_of_another_is_refused_and_harms_it_not():
     log = []
 

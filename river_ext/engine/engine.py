@@ -50,6 +50,9 @@ class Engine:
     `submit` and `cancel` may be called from any thread, also while another one is in `step`; one thread at a
     time steps. After an exception in a step, a KeyboardInterrupt say, the next one takes up the work: all
     requests get what they would have got, but for one that the exception left in the middle of a token.
+
+    Its graphs hold addresses: as long as it lives, weights may be written, but not given other memory, as
+    `weight.data = ...` does.
     """
 
     def __init__(
@@ -72,6 +75,7 @@ class Engine:
             max_len = min(DEFAULT_POSITIONS, config.max_length)
         self.max_len = integer("max_len", max_len, 1, config.max_length)
         self.progress = False  # show on standard error how far long prompts are
+        self.addresses = network.addresses()
         self._memory = Memory(network, self.slots, self.max_len)
         together = batch_policy == "min"
         self._decoders = StepDecoders(self._memory, together)

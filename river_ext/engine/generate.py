@@ -67,7 +67,9 @@ class Engines:
     def _idle(self, slots: int, positions: int, batch_policy: str) -> Engine | None:
         with suppress(IndexError):  # none is idle
             engine = self.idle.pop()
-            if engine.slots == slots and engine.max_len >= positions and engine.batch_policy == batch_policy:
+            fits = engine.slots == slots and engine.max_len >= positions
+            current = engine.addresses == self.network.addresses()
+            if fits and current and engine.batch_policy == batch_policy:
                 return engine
         return None  # and one that does not fit is gone, before there is a second cache
 

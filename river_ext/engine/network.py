@@ -128,10 +128,18 @@ class Network:
         self.lm_head_w4 = river.lm_head
         self.river_head_bytes = (self.lm_head if self.lm_head_w4 is None else self.lm_head_w4).nbytes
         self.dtype, self.device = weights.embed_tokens.dtype, weights.embed_tokens.device
+        own = (self.embed_tokens, self.norm, self.lm_head, self.lm_head_w4)
+        parts = [part for layer in self.layers for part in (layer.weights, layer.river)]
+        named = [weight for part in parts for weight in vars(part).values()]
+        self._weights = [weight for weight in (*own, *named) if weight is not None]
         self._rope = self._tables(0)
 
     def embed(self, tokens: Tensor) -> Tensor:
         return torch.nn.functional.embedding(tokens, self.embed_tokens)
+
+    def addresses(self) -> list[int]:
+        """Of the weights; `weight.data = ...` gives one another."""
+        return [weight.data_ptr() for weight in self._weights]
 
     def fetch(self, index: int, depth: int) -> None:
         """Comes before the decoder block of a layer, for work that is given to the current stream.
