@@ -156,6 +156,8 @@ struct LmHeadArgs {
   const int32_t* positions;  // [T], null without temperature: those of the tokens that are drawn
   int64_t* tokens;           // [T], written; kNoToken where a logit is not finite
   float* logits;             // [T, vocab], written, or null
+  float* margins;            // [T], written: by how much the token's score, its logit or what was drawn by, exceeds
+                             // that of the second best; infinity if there is none, 0 without a token
 };
 
 struct SampleArgs {
@@ -212,6 +214,8 @@ struct LosslessArgs {
 struct DraftAdvanceArgs : LosslessArgs {
   int index;              // drafts before this one; index + 1 < V
   const int32_t* wanted;  // [R], drafts to verify
+  const float* margins;   // [R], of the tokens, see LmHeadArgs;
+  const float* sure;      // [R]: no draft follows one whose margin is below this
 };
 
 // The end of a verification: by NewTokens of step_rules.h targets become new tokens, which a record tells the host, and

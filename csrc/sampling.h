@@ -19,6 +19,9 @@ constexpr int kWeightBits = 40;
 
 RIVER_BOTH inline bool is_finite(float x) { return (bits_of(x) & 0x7f800000u) != 0x7f800000u; }
 
+// By how much the best score of a row exceeds the second best one, -infinity if there is none. 0 if both are infinite.
+RIVER_BOTH inline float margin_of(float best, float second) { return best == second ? 0.f : best - second; }
+
 // Larger for larger values, then for lower ids; 0 is below every key. No NaN has one; infinite scores do.
 RIVER_BOTH inline uint64_t token_key(float value, uint32_t id) {
   const uint32_t bits = bits_of(value + 0.f);  // -0 and 0 are equal

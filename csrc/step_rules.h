@@ -82,10 +82,11 @@ struct NextDraft {
   bool ends;    // the request drafts no more
 };
 
-// From draft `index`, counted from 0, of the `wanted` ones
-RIVER_BOTH constexpr NextDraft next_draft(int index, int wanted, bool drawn) {
+// From draft `index`, counted from 0, of the `wanted` ones. What follows a wrong draft is wasted: none follows one that
+// the river is not sure of.
+RIVER_BOTH constexpr NextDraft next_draft(int index, int wanted, bool drawn, bool sure) {
   const bool counts = drawn && index < wanted;
-  return {.counts = counts, .ends = !counts || index + 1 >= wanted};
+  return {.counts = counts, .ends = !counts || !sure || index + 1 >= wanted};
 }
 
 // The new tokens of a request, from the rows of its verification in order. What was drawn from a row is its target; for

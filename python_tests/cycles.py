@@ -35,6 +35,7 @@ class Requests:
         self.verify_draw_positions = self.random(300, 400, rows).int()
         self.step = int32([step])
         self.records = torch.full((3, 1 + requests + rows), -9, dtype=torch.int32)
+        self.margins, self.sure = (self.random(0, 3, requests).float() for _ in range(2))  # often alike
 
     def random(self, *range_and_size):
         low, high, *size = range_and_size
@@ -53,7 +54,8 @@ class Requests:
 
     def drafting(self, tokens, index):
         """The arguments of draft_advance, in order."""
-        read = {"tokens": tokens, "index": index, "wanted": self.wanted, "embed_tokens": self.embed_tokens}
+        read = {"tokens": tokens, "margins": self.margins, "index": index, "wanted": self.wanted}
+        read |= {"sure": self.sure, "embed_tokens": self.embed_tokens}
         return read | {name: getattr(self, name) for name in DRAFTING}
 
     def accepting(self, tokens):

@@ -38,7 +38,7 @@ def _lm_head(
     seeds=None, positions=None, logits_scaling=1.0,
 ):  # fmt: skip
     rows, hidden_size = hidden.shape
-    outputs = {"tokens": ((rows,), torch.int64)}
+    outputs = {"tokens": ((rows,), torch.int64), "margins": ((rows,), torch.float32)}
     fields = {"logits": None}
     if return_logits:
         outputs["logits"], fields = ((rows, vocab_size), torch.float32), {}
@@ -47,7 +47,7 @@ def _lm_head(
         vocab_size=vocab_size, rms_norm_eps=rms_norm_eps, hidden=hidden, norm=norm, weight=weight,
         temperature=temperature, seeds=seeds, positions=positions, logits_scaling=logits_scaling, **fields,
     )  # fmt: skip
-    return got["tokens"], got.get("logits", torch.empty(0, vocab_size))
+    return got["tokens"], got.get("logits", torch.empty(0, vocab_size)), got["margins"]
 
 
 def sample(logits, temperature, top_k, top_p, min_p, seeds, positions):
@@ -150,13 +150,14 @@ def advance(
 
 
 def draft_advance(
-    tokens, index, wanted, embed_tokens, drafts, hidden, slots, positions, draw_positions, verify_hidden,
-    verify_slots,
+    tokens, margins, index, wanted, sure, embed_tokens, drafts, hidden, slots, positions, draw_positions,
+    verify_hidden, verify_slots,
 ):  # fmt: skip
     written = dict(drafts=drafts, hidden=hidden, slots=slots, positions=positions,
                    draw_positions=draw_positions, verify_hidden=verify_hidden,
                    verify_slots=verify_slots)  # fmt: skip
-    _end_of_step("draft_advance", written, tokens, embed_tokens, index=index, wanted=wanted)
+    read = dict(index=index, wanted=wanted, margins=margins, sure=sure)
+    _end_of_step("draft_advance", written, tokens, embed_tokens, **read)
 
 
 def accept(

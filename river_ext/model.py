@@ -212,7 +212,8 @@ class Model:
                 (depth 0). "lossless" gives the tokens of "full", bit for bit.
             draft_tokens: that the river proposes at a time in lossless mode, 1 to 7, as long as those of all
                 running requests together are at most 8 less one each; "auto" goes by how many were right,
-                "calibrated" is what `river calibrate` found to be the fastest.
+                and where the host has the control by how sure the river is; "calibrated" is what `river
+                calibrate` found to be the fastest.
             river_head: the head that tokens are drawn by in the modes "river" and "full_w4": the "model"'s,
                 or the river's, "w4", which reads 0.28 of the bytes and is less exact. In mode "river" the
                 first token is by the model's in any case. Lossless mode drafts by the river's.
@@ -240,10 +241,11 @@ class Model:
             return_logits: keep the fp32 logits of every new token.
             exit_control: where exits are decided, which changes no result: "host", after reading similarities
                 back, by CUDA graphs per part of the backbone and per exit depth; or on the "device", by
-                graphs of two whole steps. A CPU has graphs of its own. "auto" is "device", which
-                on a GPU is predicted to be the faster but not yet measured; on the CPU it is "host" where no
-                token can exit, or all do at once. Where a token may run a layer that streams to a GPU, the
-                host decides in any case.
+                graphs of two whole steps. In lossless mode the "host" looks at each draft, and a cycle on the
+                "device" is one graph. A CPU has graphs of its own. "auto" is "device", which on a
+                GPU is predicted to be the faster but not yet measured; on the CPU it is "host" in lossless
+                mode, and where no token can exit, or all do at once. Where a token may run a layer that
+                streams to a GPU, the host decides in any case.
             progress: show on standard error how far a prompt is, if it takes long.
         """
         options = dict(

@@ -273,8 +273,10 @@ def advance(
 
 def draft_advance(
     tokens: Tensor,
+    margins: Tensor,
     index: int,
     wanted: Tensor,
+    sure: Tensor,
     embed_tokens: Tensor,
     drafts: Tensor,
     hidden: Tensor,
@@ -291,24 +293,26 @@ def draft_advance(
     (k + 1) * R rows verify k drafts of each request.
 
     A request drafts while its slot is not -1. A token counts as its draft if the request wants more than
-    `index` drafts, and if it is a token: -1 of `lm_head` is none.
+    `index` drafts, and if it is a token: -1 of `lm_head` is none. No draft follows one that is not sure.
 
     Args:
         tokens: [R] int64, what the step drew.
+        margins: [R] fp32, those that `lm_head` gave with them.
         index: drafts before this one, 0 <= index and index + 1 < V.
         wanted: [R] int32, drafts that are to be verified, 0 to V - 1.
+        sure: [R] fp32, the least margin of a draft that is sure; 0: all are.
         embed_tokens: [vocab_size, hidden_size]; on CUDA hidden_size is a multiple of 8.
         drafts: [V, R] int64; row index + 1 gets the drafts.
         hidden: [R, hidden_size]; gets the embeddings of the drafts.
-        slots: [R] int32; becomes -1 where this was the last draft wanted, or where no draft counts.
+        slots: [R] int32; becomes -1 where no draft counts, and after the last one wanted or one not sure.
         positions: [R] int32, of the newest tokens; one more where there is a draft.
         draw_positions: [R] int32, where the next tokens are drawn; one more where there is a draft.
         verify_hidden: [V * R, hidden_size]; the rows of the drafts get their embeddings.
         verify_slots: [V * R] int32; the rows of the drafts get the slots of their requests.
     """
     _river.draft_advance(
-        tokens, index, wanted, embed_tokens, drafts, hidden, slots, positions, draw_positions, verify_hidden,
-        verify_slots,
+        tokens, margins, index, wanted, sure, embed_tokens, drafts, hidden, slots, positions, draw_positions,
+        verify_hidden, verify_slots,
     )  # fmt: skip
 
 
@@ -407,16 +411,17 @@ def lm_head(
     seeds: Tensor | None = None,
     positions: Tensor | None = None,
     logits_scaling: float = 1.0,
-) -> tuple[Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor]:
     """Final RMSNorm and head: hidden [T, hidden_size], norm [hidden_size], weight [vocab_size, hidden_size].
 
-    Returns tokens int64 [T] and fp32 logits [T, vocab_size] (or [0, vocab_size] without return_logits),
-    which are divided by logits_scaling, a number above 0 (Granite), before anything else is done with them.
-    A token is the argmax of its logits, ties to the lowest id. With temperature [T] fp32, seeds [T] int64
-    and positions [T] int32 (all three), rows with temperature > 0 sample instead: the argmax of
-    logits / temperature + Gumbel noise (see `reference.gumbel`), which draws from
-    softmax(logits / temperature). `positions` is that of the token being drawn. A row of which a logit is NaN
-    or infinite has no token: -1.
+    Returns tokens int64 [T], fp32 logits [T, vocab_size] (or [0, vocab_size] without return_logits), and
+    fp32 margins [T]. Logits are divided by logits_scaling, a number above 0 (Granite), before anything else
+    is done with them. A token is the argmax of its logits, ties to the lowest id. With temperature [T] fp32,
+    seeds [T] int64 and positions [T] int32 (all three), rows with temperature > 0 sample instead: the argmax
+    of logits / temperature + Gumbel noise (see `reference.gumbel`), which draws from
+    softmax(logits / temperature). `positions` is that of the token being drawn. A margin is how far the
+    argmax is ahead of the second best, in what it was the argmax of. A row of which a logit is NaN or
+    infinite has no token: -1, and a margin of 0.
     """
     return _river.lm_head(
         hidden, norm, weight, rms_norm_eps, return_logits, temperature, seeds, positions, logits_scaling
@@ -435,7 +440,7 @@ def lm_head_w4(
     seeds: Tensor | None = None,
     positions: Tensor | None = None,
     logits_scaling: float = 1.0,
-) -> tuple[Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor]:
     """`lm_head` for a head in 4 bits: weight is packed (`pack_w4`), a row per token in the order of ids.
 
     weight has ceil(vocab_size / 16) x ceil(hidden_size / 64) tiles. Rows from vocab_size on are padding:

@@ -213,8 +213,8 @@ def advance(
 
 
 def draft_advance(
-    tokens, index, wanted, embed_tokens, drafts, hidden, slots, positions, draw_positions, verify_hidden,
-    verify_slots,
+    tokens, margins, index, wanted, sure, embed_tokens, drafts, hidden, slots, positions, draw_positions,
+    verify_hidden, verify_slots,
 ):  # fmt: skip
     drafting = slots >= 0
     counts = drafting & (index < wanted) & (tokens >= 0) & (tokens < len(embed_tokens))
@@ -225,7 +225,7 @@ def draft_advance(
     verify_hidden[row][counts] = hidden[counts] = embed_tokens[draft]
     positions += counts
     draw_positions += counts
-    slots[drafting & ~(counts & (index + 1 < wanted))] = -1
+    slots[drafting & ~(counts & (index + 1 < wanted) & (margins >= sure))] = -1
 
 
 def accept(
@@ -311,8 +311,10 @@ def lm_head(
     best = keys.amax(-1, keepdim=True)
     ids = torch.arange(keys.shape[1], device=keys.device)
     tokens = torch.where(keys == best, ids, keys.shape[1]).amin(-1)
-    tokens = torch.where(logits.isfinite().all(-1), tokens, -1)
-    return tokens, logits if return_logits else logits[:0]
+    second = torch.where(ids == tokens[:, None], -torch.inf, keys).amax(-1)
+    finite = logits.isfinite().all(-1)
+    margins = torch.where(finite & (best[:, 0] != second), best[:, 0] - second, 0.0)
+    return torch.where(finite, tokens, -1), logits if return_logits else logits[:0], margins
 
 
 def lm_head_w4(hidden, norm, weight, vocab_size, rms_norm_eps, **options):

@@ -191,14 +191,14 @@ def _(query, *args):
 def _(hidden, norm, weight, rms_norm_eps, return_logits=True, *args):
     rows = hidden.shape[0]
     logits = hidden.new_empty(rows if return_logits else 0, weight.shape[0], dtype=torch.float32)
-    return hidden.new_empty(rows, dtype=torch.int64), logits
+    return hidden.new_empty(rows, dtype=torch.int64), logits, logits.new_empty(rows)
 
 
 @_fake("lm_head_w4")
 def _(hidden, norm, weight, vocab_size, rms_norm_eps, return_logits=True, *args):
     rows = hidden.shape[0]
     logits = hidden.new_empty(rows if return_logits else 0, vocab_size, dtype=torch.float32)
-    return hidden.new_empty(rows, dtype=torch.int64), logits
+    return hidden.new_empty(rows, dtype=torch.int64), logits, logits.new_empty(rows)
 
 
 @_fake("sample")

@@ -120,7 +120,7 @@ def whole_cycle() -> None:
     asked = request(TINY, None, [0], {"mode": "lossless", "max_new_tokens": 20, "stop_tokens": ()})
     runner = CycleRunner(memory, requests=2, stop_tokens=4)
     runner.start([Row(5, 40, slot, asked, remaining=20) for slot in (1, 0)])
-    runner.want([2, 1])
+    runner.want([2, 1], [0.0, 0.0])
     memory.lead_caller()
     cycle(runner, drafts=2, filters=True)
 
@@ -133,9 +133,10 @@ def ends_of_a_cycle() -> None:
     verify_hidden, verify_slots = random(length * requests, 200), int32(0, 1, -1, -1, -1, -1)
     verify_places = [int32(7, 9, 8, 10, 9, 11), int32(8, 10, 9, 11, 10, 12)]
     written = hidden, slots, *places, verify_hidden, verify_slots
+    margins = torch.ones(requests).cuda()
     for index, tokens in enumerate(([3, 39], [0, -1])):
         tokens = torch.tensor(tokens).cuda()
-        ops.draft_advance(tokens, index, int32(2, 2), embed_tokens, drafts, *written)
+        ops.draft_advance(tokens, margins, index, int32(2, 2), margins, embed_tokens, drafts, *written)
     targets, stop_tokens = torch.tensor([3, 39, 0, 5, 39, 6]).cuda(), torch.tensor([[1, -1], [5, 6]]).cuda()
     records = torch.zeros(2, 1 + requests + length * requests, dtype=torch.int32).pin_memory()
     ops.accept(

@@ -13,15 +13,17 @@ namespace river::cpu {
 namespace {
 
 struct Best {
-  float score = -INFINITY;
+  float score = -INFINITY, second = -INFINITY;
   int64_t id = 0;
   bool failed = false;  // a logit was not finite
 
   void offer(float score_, int64_t id_) {  // ties to the lowest id, in whatever order the offers come
+    second = std::max(second, std::min(score, score_));
     if (score_ > score || (score_ == score && id_ < id)) score = score_, id = id_;
   }
   void merge(const Best& other) {
     offer(other.score, other.id);
+    second = std::max(second, other.second);
     failed |= other.failed;
   }
 };
@@ -62,7 +64,10 @@ void launch_lm_head(const LmHeadArgs& a, const Parallel& parallel) {
     std::lock_guard<std::mutex> lock(mutex);
     for (int t = 0; t < a.rows; t++) best[t].merge(local[t]);
   });
-  for (int t = 0; t < a.rows; t++) a.tokens[t] = best[t].failed ? kNoToken : best[t].id;
+  for (int t = 0; t < a.rows; t++) {
+    a.tokens[t] = best[t].failed ? kNoToken : best[t].id;
+    a.margins[t] = best[t].failed ? 0.f : margin_of(best[t].score, best[t].second);
+  }
 }
 
 }  // namespace river::cpu

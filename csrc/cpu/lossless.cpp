@@ -48,7 +48,7 @@ void launch_draft_advance(const DraftAdvanceArgs& a, const Parallel&) {
   for (int r = 0; r < a.requests; r++) {
     if (a.slots[r] < 0) continue;
     const int64_t token = a.tokens[r];
-    const NextDraft next = next_draft(a.index, a.wanted[r], is_drawn(token, a.vocab_size));
+    const NextDraft next = next_draft(a.index, a.wanted[r], is_drawn(token, a.vocab_size), a.margins[r] >= a.sure[r]);
     if (next.counts) {
       const int row = (a.index + 1) * a.requests + r;
       a.drafts[row] = token;

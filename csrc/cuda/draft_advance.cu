@@ -16,8 +16,9 @@ RIVER_DEVICE int64_t move_on(const DraftAdvanceArgs& a, int r) {
   const int slot = load_written(a.slots + r), wanted = load_written(a.wanted + r);
   const int position = load_written(a.positions + r), draw_position = load_written(a.draw_positions + r);
   const int64_t token = load_written(a.tokens + r);
+  const float margin = load_written(a.margins + r), sure = load_written(a.sure + r);
   if (slot < 0) return kNoToken;
-  const NextDraft next = next_draft(a.index, wanted, is_drawn(token, a.vocab_size));
+  const NextDraft next = next_draft(a.index, wanted, is_drawn(token, a.vocab_size), margin >= sure);
   if (next.ends) a.slots[r] = -1;
   if (!next.counts) return kNoToken;
   const int row = (a.index + 1) * a.requests + r;

@@ -67,20 +67,23 @@ void fill_inputs(Check& check, const HeadTensors& t, LmHeadArgs& args) {
 }
 
 // What follows the checks
-std::tuple<Tensor, Tensor> run(Check& check, const HeadTensors& tensors, LmHeadArgs& args) {
+std::tuple<Tensor, Tensor, Tensor> run(Check& check, const HeadTensors& tensors, LmHeadArgs& args) {
   const bool with_logits = tensors.return_logits;
   const Tensor tokens = check.output({args.rows}, ScalarType::Long);
   const Tensor logits = check.output({with_logits ? args.rows : 0, args.vocab_size}, ScalarType::Float);
+  const Tensor margins = check.output({args.rows}, ScalarType::Float);
   args.tokens = mutable_data<int64_t>(tokens);
   args.logits = with_logits ? mutable_data<float>(logits) : nullptr;
+  args.margins = mutable_data<float>(margins);
   launch(check, args, check_values, cpu::launch_lm_head,
          [&](auto& gpu) { cuda::launch_lm_head(args, gpu.workspace(cuda::lm_head_workspace(args)), gpu.stream()); });
-  return {tokens, logits};
+  return {tokens, logits, margins};
 }
 
-constexpr char kLmHead[] = "(Tensor hidden, Tensor norm, Tensor weight, " RIVER_HEAD_OPTIONS ") -> (Tensor, Tensor)";
+constexpr char kLmHead[] =
+    "(Tensor hidden, Tensor norm, Tensor weight, " RIVER_HEAD_OPTIONS ") -> (Tensor, Tensor, Tensor)";
 
-std::tuple<Tensor, Tensor> lm_head(Arguments<kLmHead>& read) {
+std::tuple<Tensor, Tensor, Tensor> lm_head(Arguments<kLmHead>& read) {
   const HeadTensors tensors = read_head(read);
   Check check("lm_head", "hidden", tensors.hidden);
   LmHeadArgs args{};
@@ -94,9 +97,9 @@ std::tuple<Tensor, Tensor> lm_head(Arguments<kLmHead>& read) {
 RIVER_OP(lm_head, kLmHead, boxed<&lm_head>)
 
 constexpr char kLmHeadW4[] =
-    "(Tensor hidden, Tensor norm, Tensor weight, int vocab_size, " RIVER_HEAD_OPTIONS ") -> (Tensor, Tensor)";
+    "(Tensor hidden, Tensor norm, Tensor weight, int vocab_size, " RIVER_HEAD_OPTIONS ") -> (Tensor, Tensor, Tensor)";
 
-std::tuple<Tensor, Tensor> lm_head_w4(Arguments<kLmHeadW4>& read) {
+std::tuple<Tensor, Tensor, Tensor> lm_head_w4(Arguments<kLmHeadW4>& read) {
   const HeadTensors tensors = read_head(read);
   const int64_t vocab_size = read.integer("vocab_size");
   Check check("lm_head_w4", "hidden", tensors.hidden);

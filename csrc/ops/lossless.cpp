@@ -8,9 +8,9 @@ namespace river::ops {
 namespace {
 
 constexpr char kDraftAdvance[] =
-    "(Tensor tokens, int index, Tensor wanted, Tensor embed_tokens, Tensor(a!) drafts, Tensor(b!) hidden, "
-    "Tensor(c!) slots, Tensor(d!) positions, Tensor(e!) draw_positions, Tensor(f!) verify_hidden, "
-    "Tensor(g!) verify_slots) -> ()";
+    "(Tensor tokens, Tensor margins, int index, Tensor wanted, Tensor sure, Tensor embed_tokens, Tensor(a!) drafts, "
+    "Tensor(b!) hidden, Tensor(c!) slots, Tensor(d!) positions, Tensor(e!) draw_positions, "
+    "Tensor(f!) verify_hidden, Tensor(g!) verify_slots) -> ()";
 constexpr char kAccept[] =
     "(Tensor tokens, Tensor(a!) drafts, Tensor embed_tokens, Tensor stop_tokens, Tensor(b!) remaining, "
     "Tensor(c!) hidden, Tensor(d!) slots, Tensor(e!) positions, Tensor(f!) draw_positions, "
@@ -77,13 +77,15 @@ void check_wanted(const Requirements& check, const DraftAdvanceArgs& args) {
 
 std::tuple<> draft_advance(Arguments<kDraftAdvance>& read) {
   const LosslessTensors tensors = read_lossless(read);
-  const Tensor wanted = read.tensor("wanted");
+  const Tensor margins = read.tensor("margins"), wanted = read.tensor("wanted"), sure = read.tensor("sure");
   const int64_t index = read.integer("index");
   Check check("draft_advance", "tokens", tensors.tokens);
   DraftAdvanceArgs args{};
   fill(check, tensors, args);
   args.tokens = check.tensor<int64_t>("tokens", tensors.tokens, {args.requests});
+  args.margins = check.tensor<float>("margins", margins, {args.requests});
   args.wanted = check.tensor<int32_t>("wanted", wanted, {args.requests});
+  args.sure = check.tensor<float>("sure", sure, {args.requests});
   const int most = args.max_tokens - 1;  // drafts
   check.require(most >= 1, "drafts has 1 row, expected at least 2: row 0, and one of drafts");
   check.require(index >= 0 && index < most, "index is ", index, ", expected 0 to ", most - 1);

@@ -419,9 +419,10 @@ def test_lm_head(kernels, kind, rows, vocab, size):
         "positions": int32(list(range(rows))),
     }
     for options in ({}, draw | {"logits_scaling": 3.0}, {"return_logits": False}):
-        tokens, logits = head(hidden, norm, kernels, **options)
-        expected, expected_logits = head.reference(hidden, norm, **options)
+        tokens, logits, margins = head(hidden, norm, kernels, **options)
+        expected, expected_logits, ahead = head.reference(hidden, norm, **options)
         assert torch.equal(tokens, expected)
+        torch.testing.assert_close(margins, ahead, atol=1e-4, rtol=1e-4)
         assert logits.shape == expected_logits.shape
         if len(expected_logits):
             assert_close(logits, expected_logits, torch.float32, "logits")
@@ -436,8 +437,8 @@ def test_lm_head_in_fp16(kernels, kind):
     g = torch.Generator().manual_seed(0)
     hidden, norm = torch.randn(3, 64, generator=g).half(), torch.rand(64, generator=g).half()
     head = Head(kind, (torch.randn(1003, 64, generator=g) * 0.3).half())
-    tokens, logits = head(hidden, norm, kernels)
-    expected_tokens, expected = head.reference(hidden, norm)
+    tokens, logits, _ = head(hidden, norm, kernels)
+    expected_tokens, expected, _ = head.reference(hidden, norm)
     assert torch.equal(tokens, expected_tokens) and logits.dtype == torch.float32
     assert_close(logits.half(), expected.half(), torch.float16, "logits")
 
@@ -446,9 +447,26 @@ def test_lm_head_in_fp16(kernels, kind):
 def test_lm_head_ties_go_to_the_lowest_id(kernels, kind):
     hidden, norm = torch.ones(2, 64).bfloat16(), torch.ones(64).bfloat16()
     weight = torch.zeros(300, 64).bfloat16()
-    assert Head(kind, weight)(hidden, norm, kernels)[0].tolist() == [0, 0]
+    tokens, _, margins = Head(kind, weight)(hidden, norm, kernels)
+    assert tokens.tolist() == margins.tolist() == [0, 0]
     weight[[77, 200, 299]] = 1
-    assert Head(kind, weight)(hidden, norm, kernels)[0].tolist() == [77, 77]
+    tokens, _, margins = Head(kind, weight)(hidden, norm, kernels)
+    assert tokens.tolist() == [77, 77] and margins.tolist() == [0, 0]
+
+
+@pytest.mark.parametrize("best", [0, 5, 160, 299])
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_margin_of_a_token_wherever_the_second_best_is(kernels, kind, best):
+    """In the same thread, another one, another warp or another block, and whoever comes first."""
+    hidden, norm = torch.ones(1, 64).bfloat16(), torch.ones(64).bfloat16()
+    for second in (1, 4, 9, 13, 21, 150, 161, 298):
+        weight = torch.zeros(300, 64).bfloat16()
+        weight[second], weight[best] = 0.5, 1
+        head = Head(kind, weight)
+        tokens, logits, margins = head(hidden, norm, kernels)
+        two = logits[0].topk(2)
+        assert two.indices.tolist() == [best, second] and tokens.tolist() == [best]
+        assert margins[0] == two.values[0] - two.values[1]
 
 
 @pytest.mark.parametrize("rows", [1, 8])
@@ -471,6 +489,6 @@ def test_lm_head_without_finite_logits_has_no_token(kernels, kind, rows):
             if entry is not None:
                 head.spoil(token, entry)
             for options in ({}, draw, {"return_logits": False}):
-                tokens = head(hidden, norm, kernels, **options)[0]
+                tokens, _, margins = head(hidden, norm, kernels, **options)
                 assert torch.equal(tokens, head.reference(hidden, norm, **options)[0])
-                assert tokens[-1] == -1
+                assert tokens[-1] == -1 and margins[-1] == 0

@@ -157,15 +157,15 @@ def test_the_arithmetic_of_a_family(request, changes):
 
 
 @pytest.mark.skipif(VARIANT == "sanitized", reason="too slow there, where other tests run each kernel")
-@pytest.mark.parametrize("slots", [1, 3])
-def test_lossless(on_emulated_gpu, slots):
+@pytest.mark.parametrize("slots, control", [(1, "device"), (3, "device"), (2, "host")])
+def test_lossless(on_emulated_gpu, slots, control):
     """The tokens of full depth, whatever is drafted."""
     requests = list(some_requests(("full",)))
     drafts = itertools.cycle([1, 2, 3, "auto"])
     lossless = [
         (prompt, options | {"mode": "lossless", "draft_tokens": next(drafts)}) for prompt, options in requests
     ]
-    assert together(lossless, slots, "device") == alone(("full",))
+    assert together(lossless, slots, control) == alone(("full",))
 
 
 @pytest.mark.skipif(VARIANT == "sanitized", reason="too slow there, where other tests run each kernel")

@@ -68,7 +68,7 @@ class Steps:
         head = (hidden, self.norm, self.head, 1e-5)
         if not self.filters:
             return module.lm_head(*head, return_logits=False, **self.sampled)[0]
-        _, logits = module.lm_head(*head, return_logits=True)
+        _, logits, _ = module.lm_head(*head, return_logits=True)
         return module.sample(logits, **self.sampled, **self.filters)[0]
 
     def state(self):

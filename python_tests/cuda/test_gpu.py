@@ -280,8 +280,10 @@ def test_lossless_is_full(model, requests, drafts, options):
         assert facts(outputs) == facts(expected), draft_tokens
         assert all(torch.equal(a.logits, b.logits) for a, b in zip(outputs, expected, strict=True))
         assert sum(output.stats.accepted_drafts for output in outputs) > 0, draft_tokens
-    plain = model.generate(prompts, mode="lossless", **(options | {"return_logits": False}))
-    assert facts(plain) == facts(expected), "without logits, heads and filters are others"
+    options["return_logits"] = False
+    for control in ("device", "host"):
+        plain = model.generate(prompts, mode="lossless", exit_control=control, **options)
+        assert facts(plain) == facts(expected), "without logits, heads and filters are others"
 
 
 @pytest.mark.parametrize("control", ["host", "device"])

@@ -59,7 +59,7 @@ class Cycles(Requests):
 
     def __init__(self):
         super().__init__(2, 3, torch.bfloat16, size=1032)
-        self.slots, self.wanted = int32([5, 2]), int32([2, 1])
+        self.slots, self.wanted, self.sure = int32([5, 2]), int32([2, 1]), torch.zeros(2)
         self.verify_slots = torch.cat([self.slots, int32([-1] * 4)])
         self.remaining = int32([20, 5])
         self.stop_tokens[:] = -1

@@ -3,6 +3,7 @@
 What a graph of the CPU is made of: test_cpu_graph.py.
 """
 
+import gc
 import math
 import weakref
 

@@ -53,7 +53,10 @@ def test_the_tokens_of_full_depth(batch, draft_tokens):
             options["stop_tokens"] = ()
         options |= {"stop": stop, "logprobs": 2}
         full = model.generate(texts, mode="full", **options)
-        ours = model.generate(texts, mode="lossless", draft_tokens=draft_tokens, **options)
+        control = generator.choice(["auto", "host", "device"])
+        ours = model.generate(
+            texts, mode="lossless", draft_tokens=draft_tokens, exit_control=control, **options
+        )
         assert [facts(out) for out in ours] == [facts(out) for out in full]
         for out in ours:
             reasons.add(out.finish_reason)
@@ -257,13 +260,13 @@ def test_no_cycle_asks_more_of_an_op_than_the_warm_up(monkeypatch, uncaptured, r
 @pytest.fixture
 def drafts_of_cycles(monkeypatch, uncaptured):
     """(requests, drafts) of each cycle."""
-    drafts, cycle = [], lossless.cycle
+    drafts, verification = [], lossless.verification
 
     def counted(runner, count, *arguments):
         drafts.append((runner.requests, count))
-        return cycle(runner, count, *arguments)
+        return verification(runner, count, *arguments)
 
-    monkeypatch.setattr(lossless, "cycle", counted)
+    monkeypatch.setattr(lossless, "verification", counted)
     return drafts
 
 
@@ -327,14 +330,54 @@ def test_no_more_drafts_than_can_become_tokens(drafts_of_cycles):
         assert drafts_of_cycles[-1][1] < left
 
 
+def drafts_by(monkeypatch, texts, **options):
+    """What lossless mode gives, and of every request and cycle how many drafts were verified."""
+    verified, accept = [], ops.accept
+
+    def noted(**arguments):
+        rows = arguments["verify_slots"].view(arguments["drafts"].shape)
+        verified.append(((rows >= 0).sum(0) - 1).tolist())
+        accept(**arguments)
+
+    monkeypatch.setattr(ops, "accept", noted)
+    outputs = demo_model().generate(texts, mode="lossless", max_new_tokens=60, stop_tokens=(), **options)
+    monkeypatch.setattr(ops, "accept", accept)
+    return outputs, verified
+
+
+def test_no_draft_follows_one_that_the_river_is_not_sure_of(monkeypatch, uncaptured):
+    """Where the host has the control, and only with "auto": who asks for a number gets it."""
+    share = {}
+    for options in ({}, {"draft_tokens": 7}, {"exit_control": "device"}):
+        demo_model()._engines.idle.clear()  # other tests have captured graphs there
+        outputs, verified = drafts_by(monkeypatch, TEXTS[:1], **options)
+        drafts, (out,) = [cycle[0] for cycle in verified], outputs
+        assert sum(drafts) == out.stats.drafts and len(drafts) == out.stats.steps
+        share[len(share)] = out.stats.accepted_drafts / out.stats.drafts
+        if options.get("draft_tokens"):
+            assert set(drafts[:-8]) == {7}
+        elif not options:
+            assert len(set(drafts)) >= 3, "each time as many as it was sure of"
+    assert share[0] > max(share[1], share[2])
+
+
+def test_each_request_stops_for_itself(monkeypatch, uncaptured):
+    demo_model()._engines.idle.clear()
+    outputs, verified = drafts_by(monkeypatch, TEXTS[:2], temperature=1.0, seed=3)
+    assert [out.stats.drafts for out in outputs] == [
+        sum(max(0, cycle[index]) for cycle in verified if len(cycle) == 2 or index == 0) for index in range(2)
+    ]
+    assert any(a != b for a, b in (cycle for cycle in verified if len(cycle) == 2))
+
+
 def test_auto_follows_what_was_right():
     """By the expected tokens of a cycle over its bytes."""
 
-    def after(results, cost=0.28, most=7):
+    def after(results, cost=0.28, most=7, stops_early=False):
         drafting = Drafting("auto")
         for drafts, accepted in results:
             drafting.learn(drafts, accepted)
-        return drafting.choose(most, cost)
+        return drafting.choose(most, cost, stops_early)
 
     assert after([]) == 3, "0.8 of the drafts are taken to be right"
     assert after([(3, 3)] * 50) == 7
@@ -344,7 +387,24 @@ def test_auto_follows_what_was_right():
     assert after([], cost=2.0) == 0, "a draft that costs more than it can save"
     assert after([(3, 0)] * 50 + [(0, 0)] * 15) == 0
     assert after([(3, 0)] * 50 + [(0, 0)] * 16) == 1, "it may have become better"
-    assert [Drafting(4).choose(most, 0.28) for most in (7, 4, 2, 0)] == [4, 4, 2, 0]
+    for stops_early in (False, True):
+        assert [Drafting(4).choose(most, 0.28, stops_early) for most in (7, 4, 2, 0)] == [4, 4, 2, 0]
+
+
+def test_auto_drafts_as_long_as_it_is_sure():
+    """If drafts are worth it at all."""
+
+    def after(results, most=7):
+        drafting = Drafting("auto")
+        for drafts, accepted in results:
+            drafting.learn(drafts, accepted)
+        return drafting.choose(most, 0.5, stops_early=True)
+
+    assert after([]) == 7 and after([], most=3) == 3 and after([], most=0) == 0
+    assert after([(2, 1)] * 50) == 7, "half of those that were tried, a little more than they cost"
+    assert after([(1, 1), (1, 0)] * 2 + [(1, 0)] * 50) == 0
+    assert after([(1, 0)] * 50 + [(0, 0)] * 16) == 1
+    assert Drafting("auto").sure > 0 == Drafting(3).sure
 
 
 def test_the_cost_of_a_draft():

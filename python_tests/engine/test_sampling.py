@@ -30,7 +30,7 @@ def next_tokens(network, hidden, options, seeds, positions, return_logits=False)
     """`sampling.draw` for rows that differ in their seeds."""
     drawing = Drawing.greedy(positions)
     drawing.fill([replace(options, seed=seed) for seed in seeds.tolist()])
-    return sampling.draw(network, hidden, drawing, options.filters, return_logits)
+    return sampling.draw(network, hidden, drawing, options.filters, return_logits)[:2]
 
 
 def kept(logits, temperature, **options):
@@ -156,7 +156,7 @@ def test_rows_draw_by_their_own_options():
         positions = torch.arange(8, dtype=torch.int32) + position
         drawing = Drawing.greedy(positions)
         drawing.fill(options)
-        tokens, logits = sampling.draw(network, hidden, drawing, filters=True)
+        tokens, logits, _ = sampling.draw(network, hidden, drawing, filters=True)
         for row, mine in enumerate(options):
             seed, place = torch.tensor([mine.seed]), positions[row : row + 1].clone()
             alone, own = next_tokens(network, hidden[row : row + 1], mine, seed, place, return_logits=True)

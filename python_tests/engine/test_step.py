@@ -107,7 +107,7 @@ def by_specification(monkeypatch):
             for layer in network.layers[depth:]:
                 hidden, _ = layer.exit(hidden, place)
         config = network.config
-        _, logits = reference.lm_head(
+        _, logits, _ = reference.lm_head(
             hidden, network.norm, network.lm_head, config.rms_norm_eps, logits_scaling=config.logits_scaling
         )
         return logits[0], similarities
@@ -248,7 +248,7 @@ def test_rows_of_one_sequence_in_one_pass_equal_one_after_the_other(depth):
     hidden = network.embed(torch.tensor(prompt))
     for index, layer in enumerate(network.layers):
         hidden, _ = (layer.block if index < depth else layer.exit)(hidden, place)
-    _, logits = ops.lm_head(hidden, network.norm, network.lm_head, network.config.rms_norm_eps)
+    _, logits, _ = ops.lm_head(hidden, network.norm, network.lm_head, network.config.rms_norm_eps)
     assert torch.equal(logits, torch.stack([new.logits for new in news]))
     assert all(map(torch.equal, contents(together, 1), contents(apart, 1)))
 

@@ -188,7 +188,7 @@ def reference_greedy(directory, prompt: list[int]) -> tuple[list[int], torch.Ten
         known = prompt + tokens
         anew = not tokens or len(known) - 1 == switch
         first = 0 if anew else len(known) - 1
-        token, logits = forward(known[first:], first, len(known) if anew else None)
+        token, logits, _ = forward(known[first:], first, len(known) if anew else None)
         tokens.append(token.item())
         all_logits.append(logits)
     return tokens, torch.cat(all_logits)

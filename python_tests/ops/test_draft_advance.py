@@ -44,11 +44,25 @@ def test_a_draft():
 def test_a_request_drafts_as_often_as_it_wants():
     s = Requests(2, 4)
     s.slots, s.wanted, s.verify_slots = int32([8, 9]), int32([3, 2]), int32([-1] * 8)
+    s.sure = torch.zeros(2)
     for index, drafting in enumerate(([8, 9], [8, -1], [-1, -1])):
         s.draft_advance(ops, torch.tensor([index, index + 3]), index)
         assert s.slots.tolist() == drafting
     assert s.drafts[1:, 0].tolist() == [0, 1, 2] and s.drafts[1:3, 1].tolist() == [3, 4]
     assert s.verify_slots.tolist() == [-1, -1, 8, 9, 8, 9, 8, -1]
+
+
+def test_no_draft_follows_one_that_is_not_sure():
+    """It counts itself. A margin that is no number is not sure."""
+    s = Requests(2, 4)
+    s.slots, s.wanted, s.verify_slots = int32([8, 9]), int32([3, 3]), int32([-1] * 8)
+    s.sure = torch.tensor([1.25, 0.0])
+    steps = [([1.25, 0.0], [8, 9]), ([1.24, torch.nan], [-1, -1]), ([9.0, 9.0], [-1, -1])]
+    for index, (margins, drafting) in enumerate(steps):
+        s.margins = torch.tensor(margins)
+        s.draft_advance(ops, torch.tensor([index, index + 3]), index)
+        assert s.slots.tolist() == drafting
+    assert s.verify_slots.tolist() == [-1, -1, 8, 9, 8, 9, -1, -1]
 
 
 @pytest.mark.parametrize("token", NO_TOKENS)
@@ -72,6 +86,8 @@ def test_bad_arguments():
     refused(r"tokens has shape \[3\], expected \[2\]", tokens=torch.tensor([1, 2, 3]))
     refused(r"wanted\[1\] is 4, expected 0 to 3", wanted=int32([0, 4]))
     refused(r"wanted\[0\] is -1, expected 0 to 3", wanted=int32([-1, 0]))
+    refused("margins is float64, expected float32", margins=torch.ones(2).double())
+    refused(r"sure has shape \[3\], expected \[2\]", sure=torch.ones(3))
     refused("embed_tokens is int32, expected bfloat16, float16 or float32", embed_tokens=int32([[1]]))
     refused(r"embed_tokens has shape \[24\], expected \[\*, \*\]", embed_tokens=torch.ones(24))
     refused("vocab_size of embed_tokens is 0", embed_tokens=torch.ones(0, 24))

@@ -63,6 +63,7 @@ class Decoding(Requests):
         self.verify_slots.fill_(-1)
         self.jobs, self.new = [-1] * requests, [[] for _ in jobs]
         self.cache = [{} for _ in range(requests)]  # of slots: {position: (who wrote it, token)}
+        self.sure = torch.zeros(requests)
         self.cycles = 0
 
     def admit(self):
@@ -85,6 +86,7 @@ class Decoding(Requests):
         drafts = max(wanted)
         for index in range(drafts):
             tokens = self.draw("river", self.hidden, self.slots, self.positions, self.draw_positions)
+            self.margins = self.random(0, 3, self.requests).float()
             self.draft_advance(self.module, tokens, index)
         rows = slice((drafts + 1) * self.requests)
         verified = (self.verify_hidden, self.verify_slots, self.verify_positions, self.verify_draw_positions)
@@ -134,6 +136,7 @@ def test_cycles_give_what_one_at_a_time_gives(requests, length, agreement, modul
     random = Random(10 * requests + length)
     jobs, models = some_jobs(random, 3 * requests), Models(length, agreement)
     decoding = Decoding(module, models, requests, length, jobs)
+    decoding.sure = torch.arange(requests) % 2.0  # some drafts of every second one are not sure
     new = decoding.run(lambda: [random.randrange(length) for _ in range(requests)])
     assert new == [job.one_at_a_time(models) for job in jobs]
 

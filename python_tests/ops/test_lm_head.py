@@ -43,20 +43,22 @@ def test_equals_reference(kind, vocab, dtype, isa):
     hidden, norm, weight = inputs(dtype, vocab=vocab)
     head = Head(kind, weight)
     for rows in range(1, 9):
-        tokens, logits = head(hidden[:rows], norm)
+        tokens, logits, margins = head(hidden[:rows], norm)
         assert logits.shape == (rows, vocab)
         assert_close(logits, head.reference(hidden[:rows], norm)[1], torch.float32, "logits")
         assert torch.equal(tokens, logits.argmax(-1))
-        alone, nothing = head(hidden[:rows], norm, return_logits=False)
-        assert torch.equal(alone, tokens) and nothing.shape == (0, vocab)
+        two = torch.nn.functional.pad(logits, (0, 1), value=-torch.inf).topk(2).values  # or one
+        assert torch.equal(margins, two[:, 0] - two[:, 1])
+        alone, nothing, same = head(hidden[:rows], norm, return_logits=False)
+        assert torch.equal(alone, tokens) and nothing.shape == (0, vocab) and torch.equal(same, margins)
 
 
 @pytest.mark.parametrize("size", [16, 72, 100, 1000])
 def test_sizes_between_tiles(kind, size, isa):
     hidden, norm, weight = inputs(torch.float32, hidden=size, vocab=37)
     head = Head(kind, weight)
-    tokens, logits = head(hidden, norm)
-    expected_tokens, expected = head.reference(hidden, norm)
+    tokens, logits, _ = head(hidden, norm)
+    expected_tokens, expected, _ = head.reference(hidden, norm)
     assert torch.equal(tokens, expected_tokens)
     assert_close(logits, expected, torch.float32, "logits")
 
@@ -64,18 +66,19 @@ def test_sizes_between_tiles(kind, size, isa):
 def test_rows_are_independent(kind, isa):
     hidden, norm, weight = inputs(torch.bfloat16)
     head = Head(kind, weight)
-    tokens, together = head(hidden, norm)
+    tokens, together, margins = head(hidden, norm)
     for rows in (slice(0, 1), slice(3, 4), slice(7, 8), slice(2, 7)):
-        some_tokens, some = head(hidden[rows], norm)
+        some_tokens, some, ahead = head(hidden[rows], norm)
         assert torch.equal(some, together[rows]) and torch.equal(some_tokens, tokens[rows])
+        assert torch.equal(ahead, margins[rows])
 
 
 def test_ties_go_to_the_lowest_id(kind):
     hidden, norm, weight = inputs(torch.bfloat16, vocab=4090)
     weight[:] = weight[:1]
     head = Head(kind, weight)
-    tokens, logits = head(hidden, norm)
-    assert (logits == logits[:, :1]).all() and (tokens == 0).all()
+    tokens, logits, margins = head(hidden, norm)
+    assert (logits == logits[:, :1]).all() and (tokens == 0).all() and (margins == 0).all()
     weight[[77, 2000, 4089]] = (weight[:1].float() + 3 * hidden[:1].float()).bfloat16()
     head = Head(kind, weight)
     assert head(hidden[:1], norm)[0].tolist() == [77]
@@ -113,8 +116,10 @@ def test_sampling_equals_reference(kind):
     head = Head(kind, weight)
     for seed in (0, 1, 2**31, 2**62 + 12345, -1):
         options = sampling(8, 0.8, [seed + r for r in range(8)], list(range(0, 80, 10)))
-        tokens, _ = head(hidden, norm, **options)
-        assert torch.equal(tokens, head.reference(hidden, norm, **options)[0])
+        tokens, _, margins = head(hidden, norm, **options)
+        expected, _, ahead = head.reference(hidden, norm, **options)
+        assert torch.equal(tokens, expected)
+        assert_close(margins, ahead, torch.float32, "margins")
     greedy = sampling(8, 0.0, [1] * 8, [0] * 8)
     assert torch.equal(head(hidden, norm, **greedy)[0], head(hidden, norm)[0])
 
@@ -123,13 +128,13 @@ def test_sampling_equals_reference(kind):
 def test_logits_are_divided_before_a_token_is_chosen(kind, scaling, isa):
     hidden, norm, weight = inputs(torch.float32)
     head = Head(kind, weight)
-    _, plain = head(hidden, norm)
+    _, plain, _ = head(hidden, norm)
     draw = sampling(8, 0.8, list(range(8)), list(range(0, 80, 10)))
     for options in ({}, draw):
-        tokens, logits = head(hidden, norm, logits_scaling=scaling, **options)
+        tokens, logits, _ = head(hidden, norm, logits_scaling=scaling, **options)
         assert torch.equal(logits, plain / scaling)
         assert torch.equal(tokens, head.reference(hidden, norm, logits_scaling=scaling, **options)[0])
-        alone, _ = head(hidden, norm, logits_scaling=scaling, return_logits=False, **options)
+        alone, _, _ = head(hidden, norm, logits_scaling=scaling, return_logits=False, **options)
         assert torch.equal(alone, tokens)
 
 
@@ -137,7 +142,7 @@ def test_logits_that_a_division_makes_equal_are_a_tie(kind):
     """What a user sees of the logits decides, and what `sample` does too."""
     hidden, norm, weight = inputs(torch.float32)
     head = Head(kind, weight)
-    tokens, logits = head(hidden, 1e-6 * norm, logits_scaling=1e38)  # so small that few bits are left
+    tokens, logits, _ = head(hidden, 1e-6 * norm, logits_scaling=1e38)  # so small that few bits are left
     ties = logits == logits.amax(-1, keepdim=True)
     assert (ties.sum(-1) > 1).any() and torch.equal(tokens, ties.int().argmax(-1))
 
@@ -198,8 +203,9 @@ def test_a_row_without_finite_logits_has_no_token(kind, what, isa):
     healthy = [row for row in range(8) if row not in BROKEN[what]]
     draw = sampling(8, 0.8, list(range(8)), [4] * 8)
     for options in ({}, draw, {"return_logits": False}, draw | {"return_logits": False}):
-        tokens, _ = head(hidden, norm, **options)
+        tokens, _, margins = head(hidden, norm, **options)
         assert (tokens[BROKEN[what]] == -1).all() and (tokens[healthy] >= 0).all()
+        assert (margins[BROKEN[what]] == 0).all() and (margins[healthy] > 0).all()
         assert torch.equal(tokens, head.reference(hidden, norm, **options)[0])
         for row in range(8):
             own = {k: v[row : row + 1] if isinstance(v, torch.Tensor) else v for k, v in options.items()}
@@ -245,4 +251,14 @@ def test_a_tiny_temperature_is_greedy():
     greedy = ops.lm_head(hidden, norm, weight, 1e-5)[0]
     for temperature in (1e-30, 1e-38, 1e-45):
         options = sampling(8, temperature, [0] * 8, [0] * 8)
-        assert torch.equal(ops.lm_head(hidden, norm, weight, 1e-5, **options)[0], greedy)
+        tokens, _, margins = ops.lm_head(hidden, norm, weight, 1e-5, **options)
+        assert torch.equal(tokens, greedy) and (margins > 1e28).all()
+
+
+def test_infinite_scores_have_no_margin(kind):
+    """Logits are finite, and overflow when they are divided by the temperature."""
+    hidden, norm, weight = inputs(torch.float32)
+    head, options = Head(kind, weight), sampling(8, 1e-30, [0] * 8, [0] * 8)
+    tokens, logits, margins = head(hidden, norm, logits_scaling=1e-20, **options)
+    assert logits.isfinite().all() and (tokens >= 0).all() and (margins == 0).all()
+    assert torch.equal(margins, head.reference(hidden, norm, logits_scaling=1e-20, **options)[2])

@@ -113,7 +113,7 @@ def check_noise_bits(lm_head, seed, position, vocab=40):
             "seeds": torch.full((8,), seed),
             "positions": int32([position] * 8),
         }
-        tokens, got = lm_head(hidden, torch.ones(64).bfloat16(), weight, 0.0, **options)
+        tokens, got, _ = lm_head(hidden, torch.ones(64).bfloat16(), weight, 0.0, **options)
         assert torch.equal(got, logits)
         assert torch.equal(tokens, firsts)
 

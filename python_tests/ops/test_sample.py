@@ -160,7 +160,7 @@ def test_without_filters_it_draws_what_lm_head_draws():
     for temperature in (0.0, 0.7, 1.0, 1e-40):
         own = drawing(torch.zeros(8, 1), temperature, seeds=range(8), positions=range(8))
         shared = {name: own[name] for name in ("temperature", "seeds", "positions")}
-        tokens, logits = ops.lm_head(hidden, torch.ones(64), weight, 1e-5, **shared)
+        tokens, logits, _ = ops.lm_head(hidden, torch.ones(64), weight, 1e-5, **shared)
         arguments = drawing(logits, temperature, seeds=range(8), positions=range(8))
         assert torch.equal(ops.sample(**arguments)[0], tokens)
 

@@ -6,18 +6,24 @@ from .network import Network
 
 
 class Drafting:
-    """A number, or "auto", by how many were right so far."""
+    """A number, or "auto": by how many were right so far, and by how sure the river is of each."""
 
+    SURE = 1.0  # a margin: by half of the drafts below it are wrong, by few above
     PRIOR, PRIOR_WEIGHT = 0.8, 4.0  # of the share of right drafts, before any was made
     MEMORY = 0.95  # what a cycle's result counts for after the next one
     LEAST_OFTEN = 16  # cycles without a draft, after which one is tried again
 
     def __init__(self, draft_tokens: int | str):
         self.draft_tokens = draft_tokens
+        self.sure = self.SURE if draft_tokens == "auto" else 0.0  # the least margin that another may follow
         self._right, self._tried, self._since = self.PRIOR * self.PRIOR_WEIGHT, self.PRIOR_WEIGHT, 0
 
-    def choose(self, most: int, draft_cost: float) -> int:
-        """0 to `most`; a draft step costs `draft_cost` verifications."""
+    def choose(self, most: int, draft_cost: float, stops_early: bool) -> int:
+        """0 to `most`; a draft step costs `draft_cost` verifications.
+
+        stops_early: these are the most that will be made, and a draft is made only if it is likely to count.
+        Then all are worth it if one is.
+        """
         if self.draft_tokens != "auto":
             return min(most, self.draft_tokens)
         right, best = self._right / self._tried, 0
@@ -26,6 +32,8 @@ class Drafting:
             expected += right**drafts
             if expected / (1 + drafts * draft_cost) > gain:
                 best, gain = drafts, expected / (1 + drafts * draft_cost)
+        if stops_early and best:
+            best = most
         return best or int(most > 0 and self._since >= self.LEAST_OFTEN)
 
     def learn(self, drafts: int, accepted: int) -> None:

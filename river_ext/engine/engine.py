@@ -79,9 +79,10 @@ class Engine:
         self._memory = Memory(network, self.slots, self.max_len)
         together = batch_policy == "min"
         self._decoders = StepDecoders(self._memory, together)
+        self._lossless = LosslessDecoder(self._memory)
         self.use(exit_control)
         self._steps = Batch(self._decoders.choose)
-        self._cycles = Batch.of(LosslessDecoder(self._memory))  # of requests in lossless mode
+        self._cycles = Batch.of(self._lossless)  # of requests in lossless mode
         # of those with another kv_strategy than the river's
         self._compared = {
             name: Batch.of(decoder(self._memory, together)) for name, decoder in KV_DECODERS.items()
@@ -186,7 +187,8 @@ class Engine:
                 return
             self._forget()
             self._closed = True
-            del self._memory, self._decoders, self._steps, self._cycles, self._compared, self._batches
+            del self._memory, self._decoders, self._lossless, self._steps, self._cycles, self._compared
+            del self._batches
 
     def _forget(self) -> None:
         self._memory.synchronise()
@@ -208,7 +210,7 @@ class Engine:
 
     def use(self, exit_control: str) -> None:
         """The control of exits from the next start of steps on."""
-        self._decoders.control = exit_control
+        self._decoders.control = self._lossless.control = exit_control
 
     # --- a step -------------------------------------------------------------------------------------------
 

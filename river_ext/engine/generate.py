@@ -176,7 +176,7 @@ def _of_earlier(network: Network, hidden: Tensor, asked: Request, first: NewToke
     """
     news = []
     for block in hidden.split(ops.MAX_ROWS) if len(hidden) else ():
-        tokens, logits = network.head(block, asked.river_head and asked.rule.limit == 0)
+        tokens, logits, _ = network.head(block, asked.river_head and asked.rule.limit == 0)
         rows = zip(tokens.tolist(), logits, strict=True)
         news += [NewToken(token, first.exit_depth, [], row) for token, row in rows]
     return news

@@ -341,7 +341,7 @@ def draw_and_advance(
     """
     network, decision = runner.network, runner.decision
     heads = runner.river_heads if river_head is None else river_head
-    tokens, all_logits = draw(network, hidden, runner.drawing, filters, logits, heads)
+    tokens, all_logits, _ = draw(network, hidden, runner.drawing, filters, logits, heads)
     ops.advance(
         before=before,
         after=hidden,

@@ -3,7 +3,8 @@
 A cycle of one request at position p, of which `token` is known and not yet in the cache:
 
     draft     the river, exit layers alone, from `token`: d1, d2, ..., dk, each of them drawn as the backbone
-              would draw it, with the same noise
+              would draw it, with the same noise; where the host has the control, dk may be the first one
+              that the river is not sure of
     verify    one backbone pass over the k + 1 rows token, d1, ..., dk, which writes K and V of positions
               p .. p + k in all layers, over those of the river; it draws the true t1, t2, ..., tk+1
     accept    t1, and each further one as long as the draft before it was right
@@ -11,6 +12,9 @@ A cycle of one request at position p, of which `token` is known and not yet in t
 What is drawn at a position is a function of the backbone's logits, the seed and the position alone, and a
 row's bits do not depend on the rows beside it. So the tokens are those of mode="full", bit for bit, whatever
 the drafts are; these decide over the speed only.
+
+The host replays a graph for each draft step, looks who goes on, and then one for the verification. Or the
+device has the control: a cycle is one graph, and all k drafts are made.
 """
 
 import time
@@ -48,6 +52,7 @@ class CycleRunner(Graphs):
         self.tokens = ops.MAX_ROWS // requests  # of a request in a verification, at most
         rows = self.tokens * requests
         self.wanted, self.remaining = zeros(requests), zeros(requests)
+        self.sure = zeros(requests, dtype=torch.float32)  # the least margin of a draft that one may follow
         self.drafts = zeros(self.tokens, requests, dtype=torch.int64) - 1
         self.stop_tokens = zeros(requests, stop_tokens, dtype=torch.int64) - 1
         self.hidden = zeros(requests, hidden_size, dtype=network.dtype)  # a draft step's input
@@ -57,7 +62,6 @@ class CycleRunner(Graphs):
         self.verify_slots, self.verify_positions = zeros(rows) - 1, zeros(rows)
         self.verify_drawing = Drawing.greedy(zeros(rows))
         self.cycles_done = zeros(1)
-        self.drafted_at = [0.0]  # when the drafts of a cycle were there, on a CPU
         host = {"device": "cpu", "pin_memory": device.type == "cuda"}
         self.records = torch.zeros(RECORDS, 1 + requests + rows, dtype=torch.int32, **host)
         self.seen = torch.zeros(self.layers * rows, dtype=torch.float32, **host)  # similarities
@@ -111,10 +115,17 @@ class CycleRunner(Graphs):
         )
 
     @torch.inference_mode()
-    def want(self, wanted: Sequence[int]) -> None:
-        """Drafts of the next cycle, by request."""
+    def want(self, wanted: Sequence[int], sure: Sequence[float]) -> None:
+        """Drafts of the next cycle at most, and from which margin on one follows another, by request."""
         with self.memory.on_stream():
             self.wanted[: len(wanted)] = self.wanted.new_tensor(wanted)
+            self.sure[: len(sure)] = self.sure.new_tensor(sure)
+
+    @torch.inference_mode()
+    def drafting(self) -> list[bool]:
+        """By request, whether another draft is to follow: the host waits for the device."""
+        with self.memory.on_stream():
+            return (self.slots >= 0).tolist()
 
     @torch.inference_mode()
     def drop(self, request: int) -> None:
@@ -138,6 +149,7 @@ class LosslessDecoder(Decoder):
 
     def __init__(self, memory: Memory):
         super().__init__(memory)
+        self.control = "auto"
         self._draft_cost = draft_cost(memory.network)
 
     def start(self, rows: Sequence[Row]) -> None:
@@ -148,29 +160,54 @@ class LosslessDecoder(Decoder):
         return CycleRunner(self.memory, rows, stop_tokens)
 
     def step(self, run_ahead: bool = True) -> list[RowOutput]:
-        runner = self.runner
-        most = runner.tokens - 1
-        wanted = [0] * runner.requests
-        for index, row in self.rows.items():
-            left = min(most, self.remaining[index] - 1)
-            wanted[index] = row.drafting.choose(left, self._draft_cost)
-        drafts = max(wanted)
-        start = time.perf_counter()
-        runner.want(wanted)
-        graph = runner.replay(cycle, drafts, self.filters, self.logits)
+        runner, seconds, made = self.runner, None, self._want()
+        if self.by_host:
+            start = time.perf_counter()
+            made = self._draft(made)
+            seconds = time.perf_counter() - start
+            graph = runner.replay(verification, max(made), self.filters, self.logits)
+        else:
+            graph = runner.replay(cycle, max(made), self.filters, self.logits)
         self.taken += 1
-        counts, tokens, similarities = runner.record(self.taken, drafts)
-        seconds = None if self.memory.stream else runner.drafted_at[0] - start
+        counts, tokens, similarities = runner.record(self.taken, max(made))
         logits = self.copied(graph.outputs[0]) if self.logits else None
         outputs = []
         for index in self.rows:
             news = self._news(index, counts[index], tokens, similarities, logits)
-            self.rows[index].drafting.learn(wanted[index], min(wanted[index], len(news) - 1))
+            layers, drafted = runner.layers, made[index]
+            self.rows[index].drafting.learn(drafted, min(drafted, len(news) - 1))
             self.remaining[index] -= len(news)
-            layers, drafted = runner.layers, wanted[index]
             work = Work(backbone_rows=(1 + drafted) * layers, exit_rows=drafted * layers)
             outputs.append(RowOutput(news, drafted, seconds, work))
         return outputs
+
+    @property
+    def by_host(self) -> bool:
+        """Whether the host looks at each draft. A GPU would wait for it."""
+        return self.control == "host" or (self.control == "auto" and self.memory.stream is None)
+
+    def _want(self) -> list[int]:
+        """Says how many drafts of each request are to be made: the most, where the host looks at each."""
+        runner, by_host = self.runner, self.by_host
+        wanted, sure = [0] * runner.requests, [0.0] * runner.requests
+        for index, row in self.rows.items():
+            most = min(runner.tokens - 1, self.remaining[index] - 1)
+            wanted[index] = row.drafting.choose(most, self._draft_cost, stops_early=by_host)
+            sure[index] = row.drafting.sure if by_host else 0.0
+        runner.want(wanted, sure)
+        return wanted
+
+    def _draft(self, wanted: Sequence[int]) -> list[int]:
+        """Draft steps for as long as a request goes on: how many drafts each request has."""
+        made, drafting = [0] * len(wanted), [drafts > 0 for drafts in wanted]
+        for index in range(max(wanted)):
+            if not any(drafting):
+                break
+            self.runner.replay(draft_step, index, self.filters)
+            made = [drafts + goes_on for drafts, goes_on in zip(made, drafting, strict=True)]
+            going_on = self.runner.drafting()
+            drafting = [drafted and more for drafted, more in zip(drafting, going_on, strict=True)]
+        return made
 
     def _news(
         self,
@@ -200,24 +237,21 @@ class LosslessDecoder(Decoder):
 
 def cycle(runner: CycleRunner, drafts: int, filters: bool, logits: bool = False) -> tuple[Tensor]:
     """Draft steps, and the verification of what they drew: its logits."""
-    drafted_at = runner.drafted_at
-
-    def note_time() -> None:
-        drafted_at[0] = time.perf_counter()
-
     for index in range(drafts):
         draft_step(runner, index, filters)
-    call(note_time)
     return verification(runner, drafts, filters, logits)
 
 
-def draft_step(runner: CycleRunner, index: int, filters: bool) -> None:
+def draft_step(runner: CycleRunner, index: int, filters: bool) -> tuple:
     """The river alone; `index` drafts are there already."""
     network, hidden = runner.network, runner.hidden
     for layer in network.layers:
         hidden, _ = layer.exit(hidden, runner.place)
-    tokens, _ = draw(network, hidden, runner.drawing, filters, river_head=True)
-    ops.draft_advance(tokens=tokens, index=index, wanted=runner.wanted, **runner.shared)
+    tokens, _, margins = draw(network, hidden, runner.drawing, filters, river_head=True, margins=True)
+    ops.draft_advance(
+        tokens=tokens, margins=margins, index=index, wanted=runner.wanted, sure=runner.sure, **runner.shared
+    )
+    return ()
 
 
 def verification(runner: CycleRunner, drafts: int, filters: bool, logits: bool) -> tuple[Tensor]:
@@ -231,7 +265,7 @@ def verification(runner: CycleRunner, drafts: int, filters: bool, logits: bool) 
         similarities.append(similarity)
     seen = runner.seen[: runner.layers * rows]
     call(lambda: seen.copy_(torch.cat(similarities), non_blocking=True))
-    tokens, all_logits = draw(network, hidden, runner.verify_drawing.head(rows), filters, logits)
+    tokens, all_logits, _ = draw(network, hidden, runner.verify_drawing.head(rows), filters, logits)
     ops.accept(
         tokens=tokens,
         stop_tokens=runner.stop_tokens,

@@ -1,5 +1,6 @@
 """The network: every weight of backbone and river, arranged once as the ops take them."""
 
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -150,18 +151,19 @@ class Network:
     def synchronise(self) -> None:
         """Waits for the copies that `fetch` has begun."""
 
-    def head(self, hidden: Tensor, river_head: bool | Tensor, **options) -> tuple[Tensor, Tensor]:
+    def head(self, hidden: Tensor, river_head: bool | Tensor, **options) -> tuple[Tensor, Tensor, Tensor]:
         """What `ops.lm_head` gives, by the model's head or by the river's, if it was saved with one.
 
         With river_head bool [T], both run, and each row has what its own gives.
         """
         if isinstance(river_head, Tensor):
-            tokens, logits = self.head(hidden, False, **options)
-            river_tokens, river_logits = self.head(hidden, True, **options)
-            of_logits = river_head[: len(logits), None]  # of none, where they are not wanted
-            call(lambda: torch.where(of_logits, river_logits, logits, out=logits))
-            call(lambda: torch.where(river_head, river_tokens, tokens, out=tokens))
-            return tokens, logits
+            outputs = self.head(hidden, False, **options)
+            of_river = self.head(hidden, True, **options)
+            for ours, others in zip(outputs, of_river, strict=True):
+                rows = river_head[: len(ours)]  # none of the logits, where they are not wanted
+                rows = rows[:, None] if ours.dim() == 2 else rows
+                call(partial(torch.where, rows, others, ours, out=ours))
+            return outputs
         config = self.config
         options |= {"rms_norm_eps": config.rms_norm_eps, "logits_scaling": config.logits_scaling}
         if river_head and self.lm_head_w4 is not None:

@@ -149,7 +149,7 @@ class Prefill:
         drawing = Drawing.greedy(position)
         drawing.fill([request.sampling])
         river_head = request.river_head and request.rule.limit == 0  # where all else is the river, too
-        drawn, logits = draw(
+        drawn, logits, _ = draw(
             self.network, hidden, drawing, request.sampling.filters, request.wants_logits, river_head
         )
         kept = logits[0] if request.wants_logits else None

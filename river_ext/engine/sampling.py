@@ -80,16 +80,18 @@ def draw(
     filters: bool,
     return_logits: bool = False,
     river_head: bool | Tensor = False,
-) -> tuple[Tensor, Tensor]:
+    margins: bool = False,
+) -> tuple[Tensor, Tensor, Tensor]:
     """Final norm, head and choice of a token per row.
 
     hidden is [T, hidden_size]; river_head says whether the head is the river's, or of which rows: bool [T].
     The head draws by itself unless there are filters: those need the logits of all tokens. Returns tokens
     int64 [T], -1 where a row has none, and fp32 logits [T, vocab_size] before any filter, or [0, vocab_size]
-    where neither the caller nor a filter needs them.
+    where neither the caller nor a filter needs them; and fp32 margins [T] by which the best token of all is
+    ahead, which cost more where there are filters.
     """
-    names = () if filters else ("temperature", "seeds", "positions")
-    tokens, logits = network.head(
+    names = () if filters and not margins else ("temperature", "seeds", "positions")
+    tokens, logits, ahead = network.head(
         hidden,
         river_head,
         return_logits=return_logits or filters,
@@ -97,4 +99,4 @@ def draw(
     )
     if filters:
         tokens, _ = ops.sample(logits, **vars(drawing))
-    return tokens, logits
+    return tokens, logits, ahead

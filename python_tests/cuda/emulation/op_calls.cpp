@@ -86,7 +86,7 @@ Call lm_head(const py::kwargs& values) {
   Fields{values}("dtype", a.dtype)("packed", a.packed)("rows", a.rows)("hidden_size", a.hidden_size)(
       "vocab_size", a.vocab_size)("rms_norm_eps", a.rms_norm_eps)("logits_scaling", a.logits_scaling)(
       "hidden", a.hidden)("norm", a.norm)("weight", a.weight)("temperature", a.temperature)("seeds", a.seeds)(
-      "positions", a.positions)("tokens", a.tokens)("logits", a.logits);
+      "positions", a.positions)("tokens", a.tokens)("logits", a.logits)("margins", a.margins);
   return call(a, cuda::lm_head_workspace(a), cuda::launch_lm_head);
 }
 
@@ -180,7 +180,7 @@ Call draft_advance(const py::kwargs& values) {
   DraftAdvanceArgs a{};
   {
     Fields fields{values};
-    lossless_fields(fields, a)("index", a.index)("wanted", a.wanted);
+    lossless_fields(fields, a)("index", a.index)("wanted", a.wanted)("margins", a.margins)("sure", a.sure);
   }
   return call(a, {}, cuda::launch_draft_advance);
 }
