@@ -10,6 +10,8 @@ inf; full W4 is limit 0. What the budgets ask comes first, there with every vari
 
 Lossless cycles are timed in turns with full bf16 steps of the same requests. Random weights accept hardly a
 draft, which changes nothing in a cycle's time; the speed-up follows from that and from an assumed acceptance.
+A cycle is one graph, or the host looks at each draft (`exit_control="host"`): what that costs has to be less
+than the drafts that it saves.
 """
 
 import math
@@ -39,7 +41,7 @@ from bench.lib.weights import random_network
 from river_ext import ops
 from river_ext.engine.generate import Engines, generate
 from river_ext.engine.graph import Memory, Runner, whole_steps
-from river_ext.engine.lossless import CycleRunner, cycle
+from river_ext.engine.lossless import CycleRunner, cycle, draft_step, verification
 from river_ext.engine.network import Network
 from river_ext.engine.request import request
 from river_ext.engine.step import Row
@@ -144,6 +146,15 @@ class Cycle:
         self.runner.start(self.rows)
         self.runner.want([self.drafts] * len(self.rows), [0.0] * len(self.rows))
         self.runner.memory.lead_caller()  # whose stream the replays are on
+
+    def replay(self) -> None:
+        """A cycle under the host's control, in the place of the graph's."""
+        self.runner.memory.follow_caller()
+        for index in range(self.drafts):
+            self.runner.replay(draft_step, index, False)
+            self.runner.drafting()
+        self.runner.replay(verification, self.drafts, False)
+        self.runner.memory.lead_caller()
 
     def check(self) -> None:
         """The last cycle must have verified every draft, and no request may have ended before it."""
@@ -257,22 +268,26 @@ def measure_cycles(results: gpu.Results, ceiling: float, model: str, network: Ne
         full = Step(network, requests, CONTEXT)
         cycles = {drafts: Cycle(network, requests, CONTEXT, drafts, repeats) for drafts in choices}
         graphs = {drafts: (one.graph, 1, one.reset) for drafts, one in cycles.items()}
+        graphs |= {f"{drafts} by the host": (one, 1, one.reset) for drafts, one in cycles.items()}
         times = gpu.time_together(graphs | {"full": (full.graph, STEPS, full.reset)}, repeats)
         full.check([full.layers] * requests)
         for drafts, one in cycles.items():
             one.check()
-            line = cycle_fields(model, drafts, requests, ceiling, times[drafts], times["full"])
+            both = times[drafts], times[f"{drafts} by the host"]
+            line = cycle_fields(model, drafts, requests, ceiling, *both, times["full"])
             results("cycle", cycle_text(line), **line)
 
 
-def cycle_fields(model: str, drafts: int, requests: int, ceiling: float, time: Time, full: Time) -> dict:
+def cycle_fields(
+    model: str, drafts: int, requests: int, ceiling: float, time: Time, by_host: Time, full: Time
+) -> dict:
     size = cycle_bytes(CONFIGS[model], drafts, CONTEXT, requests)
     floor, asked = size / ceiling / 1e3, CYCLE_BUDGET
     budget = asked if (asked.model, asked.drafts, 1) == (model, drafts, requests) else None
     return {
         "model": model, "drafts": drafts, "requests": requests, "context": CONTEXT, "bytes": size,
-        "ceiling_gb_s": ceiling, "floor_us": floor, "cycle": time.fields(), "full": full.fields(),
-        "x_floor": time.us / floor, "goal": budget and budget.goal,
+        "ceiling_gb_s": ceiling, "floor_us": floor, "cycle": time.fields(), "by_host": by_host.fields(),
+        "full": full.fields(), "x_floor": time.us / floor, "goal": budget and budget.goal,
         # by the acceptance that is assumed, as the name of a field
         "x_full": {str(a): tokens_of_cycle(drafts, a) * full.us / time.us for a in ACCEPTANCES},
         "goal_x_full": budget and {str(budget.acceptance): budget.speed_up},
@@ -284,7 +299,8 @@ def cycle_text(line: dict) -> str:
     return (
         f"{line['model']} cycle of {line['drafts']} drafts, {line['requests']} requests: "
         f"{line['cycle']['us']:.0f} us (spread {line['cycle']['spread_percent']:.1f} %), "
-        f"{line['x_floor']:.3f} x floor; full step {line['full']['us']:.0f} us, x full: {gains}"
+        f"{line['x_floor']:.3f} x floor; by the host {line['by_host']['us']:.0f} us; "
+        f"full step {line['full']['us']:.0f} us, x full: {gains}"
     )
 
 

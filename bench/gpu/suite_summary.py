@@ -160,8 +160,8 @@ def cycle_lines(lines: list[dict]) -> list[str]:
     if cycles:
         gains = " | ".join(f"x full at {at}" for at in cycles[0]["x_full"])
         result = [
-            f"| lossless: drafts x requests, us | floor | measured | x floor | full step | {gains} |",
-            "|" + "---|" * (5 + len(cycles[0]["x_full"])),
+            f"| lossless: drafts x requests, us | floor | measured | x floor | by host | full | {gains} |",
+            "|" + "---|" * (6 + len(cycles[0]["x_full"])),
         ]
     for line in cycles:
         goal, goals, x_floor = line["goal"], line["goal_x_full"] or {}, line["x_floor"]
@@ -172,7 +172,7 @@ def cycle_lines(lines: list[dict]) -> list[str]:
         result.append(
             f"| {line['model']}, {line['drafts']} x {line['requests']} | {line['floor_us']:.0f} | "
             f"{line['cycle']['us']:.0f} | {x_floor:.3f}{verdict(goal, x_floor <= (goal or 0))} | "
-            f"{line['full']['us']:.0f} | {gains} |"
+            f"{line['by_host']['us']:.0f} | {line['full']['us']:.0f} | {gains} |"
         )
     for line in of(lines, "mixed"):
         mixed, dense, packed = (line[name]["us"] for name in ("mixed", "dense", "packed"))

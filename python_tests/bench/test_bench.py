@@ -58,11 +58,11 @@ def test_cycles_are_those_of_the_design():
     assert models.tokens_of_cycle(4, 0.93) == pytest.approx(4.347, rel=1e-3)
     assert models.tokens_of_cycle(7, 1.0) == 8 and models.tokens_of_cycle(7, 0.0) == 1
     cycle, step = (gpu.Time(passes * full / 3e6, 0.1, 1) for passes in (2.15, 1))
-    line = steps.cycle_fields("8B", 4, 1, 3000, cycle, step)
+    line = steps.cycle_fields("8B", 4, 1, 3000, cycle, cycle, step)
     assert line["x_floor"] == pytest.approx(1.0, rel=5e-3) and line["goal"] == 1.06
     assert line["x_full"] == {"0.8": pytest.approx(1.563, rel=1e-3), "0.93": pytest.approx(2.022, rel=1e-3)}
     assert line["goal_x_full"] == {"0.93": budget.speed_up} and budget.acceptance in steps.ACCEPTANCES
-    assert steps.cycle_fields("8B", 4, 2, 3000, cycle, step)["goal"] is None
+    assert steps.cycle_fields("8B", 4, 2, 3000, cycle, cycle, step)["goal"] is None
 
 
 def test_rows_on_both_paths_read_both_layers():
@@ -403,7 +403,11 @@ def test_a_cycle_that_ends_early_is_no_result(pretended_gpu):
 def test_cycles_are_told_in_the_summary():
     time, full = gpu.Time(11000.0, 0.1, 1), gpu.Time(5300.0, 0.1, 2)
     lines = [
-        {"part": "steps", "record": "cycle", **steps.cycle_fields(model, drafts, requests, 3000, time, full)}
+        {
+            "part": "steps",
+            "record": "cycle",
+            **steps.cycle_fields(model, drafts, requests, 3000, time, time, full),
+        }
         for model in ("1B", "8B")
         for requests, choices in steps.CYCLES.items()
         for drafts in choices
@@ -415,11 +419,12 @@ def test_cycles_are_told_in_the_summary():
         {"part": "steps", "record": "not run", "model": "8B", "what": "lossless cycles", "reason": "no"}
     )
     said = suite_summary.summary(lines)
-    assert "| 8B, 4 x 1 | 10855 | 11000 | 1.013 (1.06 met) | 5300 | 1.62 | 2.09 (1.9 met) |" in said
+    assert "| 8B, 4 x 1 | 10855 | 11000 | 1.013 (1.06 met) | 11000 | 5300 | 1.62 | 2.09 (1.9 met) |" in said
     assert "MISSED" not in said and "more lines in the log" not in said
     assert "8B T=8, half leave at 4: 3000 us, 1.10 x floor; all dense 3000, packed 3000" in said
     assert "failures: 1\n8B lossless cycles: no" in said
-    slow = steps.cycle_fields("8B", 4, 1, 3000, gpu.Time(11700.0, 0.1, 1), full)
+    late = gpu.Time(11700.0, 0.1, 1)
+    slow = steps.cycle_fields("8B", 4, 1, 3000, late, late, full)
     said = suite_summary.summary([{"part": "steps", "record": "cycle", **slow}])
     assert "1.078 (1.06 MISSED)" in said and "(1.9 met)" in said
 

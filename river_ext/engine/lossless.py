@@ -254,7 +254,7 @@ def draft_step(runner: CycleRunner, index: int, filters: bool) -> tuple:
     return ()
 
 
-def verification(runner: CycleRunner, drafts: int, filters: bool, logits: bool) -> tuple[Tensor]:
+def verification(runner: CycleRunner, drafts: int, filters: bool, logits: bool = False) -> tuple[Tensor]:
     """The backbone over the last accepted tokens and the drafts, and how many of these stay."""
     network, rows, similarities = runner.network, (drafts + 1) * runner.requests, []
     hidden = runner.verify_hidden[:rows]
