@@ -35,7 +35,11 @@ def printable(text: str) -> str:
 
 
 def note(text: str) -> None:
-    """For the reader; that there is none, or no room, is no error."""
+    """For the reader; that there is none, or no room, is no error.
+
+    What was printed before goes out first: both streams may end in one file, in the order of writing.
+    """
+    sys.stdout.flush()
     with suppress(OSError):
         print(text, file=sys.stderr, flush=True)
 

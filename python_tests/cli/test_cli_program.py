@@ -7,7 +7,7 @@ import sys
 import time
 
 import pytest
-from commands import ROOT, SHORT, limited, subprocess_river
+from commands import PROMPT, ROOT, SHORT, limited, subprocess_river
 from conftest import write_tiny_checkpoint
 from tiny_model import demo_model
 
@@ -49,6 +49,12 @@ def test_errors_of_the_program():
     done = subprocess_river("generate", "--demo", "--json", "--threshold", "nan", "hi")
     assert (done.returncode, done.stdout) == (2, b"")
     assert done.stderr == b"river: error: threshold=nan; accepted: a number, not NaN\n"
+
+
+def test_both_streams_in_one_file_are_in_order():
+    done = subprocess_river("generate", "--demo", PROMPT, *SHORT, "--threads", "1", stderr=subprocess.STDOUT)
+    text, summary = done.stdout.decode().splitlines()
+    assert text == demo_model().generate(PROMPT, max_new_tokens=6).text and summary.startswith("6 new tokens")
 
 
 def test_a_reader_that_stops_reading():
