@@ -2,6 +2,7 @@
 
 import argparse
 import os
+import re
 import sys
 from collections.abc import Iterable, Mapping, Sequence
 
@@ -81,12 +82,17 @@ def _take_directory(arguments) -> None:
         arguments.model = arguments.model if arguments.directory is None else arguments.directory
     elif arguments.prompts and not _names_a_model(arguments):
         directory = arguments.prompts.pop(0)
-        if not os.path.isdir(directory):
+        if not os.path.isdir(directory) and not _may_be_on_a_hub(directory):
             raise UsageError(
                 f"no model: {directory[:80]!r} is no directory; accepted: a model's directory before the "
                 "prompts, or --model DIR, or --demo for the bundled one"
             )
         arguments.model = directory
+
+
+def _may_be_on_a_hub(name: str) -> bool:
+    """OWNER/NAME, as models are named elsewhere: who loads it says how to download it."""
+    return re.fullmatch(r"[\w.-]+/[\w.-]+", name) is not None and not os.path.lexists(name)
 
 
 def _check_generate(arguments) -> None:
@@ -194,7 +200,7 @@ def _parser() -> tuple[argparse.ArgumentParser, Mapping[str, argparse.ArgumentPa
     _add_offloading(generate)
     _add_prompts(generate)
     generate.add_argument(
-        "--compare", action="store_true", help="also run full depth and full W4, and print a table"
+        "--compare", action="store_true", help="also run full depth, lossless and full W4, and print a table"
     )
     generate.add_argument(
         "--trace",

@@ -47,14 +47,14 @@ def run(arguments) -> None:
         for output in outputs:
             output.checked()
         if not arguments.json:
-            note(_summary(model, outputs))
+            note(_summary(model, outputs, options))
     else:
         stream = model.stream(prompts[0], progress=True, **options)
         for piece in stream:
             print(printable(piece.text), end="", flush=True)
         print()
         _write_trace(arguments, model, prompts, [stream.output], options)
-        note(_summary(model, [stream.output]))
+        note(_summary(model, [stream.output], options))
 
 
 def own_options(arguments) -> dict:
@@ -71,7 +71,7 @@ def own_options(arguments) -> dict:
 def _check_request(arguments, options: dict) -> None:
     """Refuses what can be refused before the weights are loaded."""
     if (arguments.compare or not arguments.prompts) and options.get("mode", "river") != "river":
-        raise RiverError(f"mode={options['mode']!r}; accepted: 'river', the comparison runs the others too")
+        raise RiverError(f"mode={options['mode']!r}; accepted: no --mode, the comparison runs every one")
     if arguments.chat:
         read_template(shared.directory(arguments))
     check_options(arguments, options)
@@ -108,7 +108,7 @@ def _print_texts(prompts: Sequence[str], outputs: Sequence) -> None:
         print(printable(output.text))
 
 
-def _summary(model, outputs: Sequence) -> str:
+def _summary(model, outputs: Sequence, options: dict) -> str:
     depths = [depth for output in outputs for depth in output.exit_depths]
     drafts = sum(output.stats.drafts for output in outputs)
     if drafts:
@@ -119,7 +119,8 @@ def _summary(model, outputs: Sequence) -> str:
     else:
         mean = sum(depths) / len(depths)
         how = f"mean exit depth {mean:.2f} of {model.config.num_hidden_layers} layers"
-    return f"{len(depths)} new tokens, {how}; --compare shows speed and agreement with full depth"
+    compare = "--compare" if options.get("mode", "river") == "river" else "--compare in place of --mode"
+    return f"{len(depths)} new tokens, {how}; {compare} shows speed and agreement with full depth"
 
 
 def _generate_and_compare(arguments, model, prompts: list, options: dict) -> None:
