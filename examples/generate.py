@@ -3,7 +3,9 @@
 import river_ext
 
 model = river_ext.load()
-prompt = "Question: Ana has 21 coins and buys 12 more at the fair. How many coins does Ana have?\nAnswer:"
+prompt = (
+    "Question: Ana has 21 coins and Ben has 12 more than Ana. How many coins do they have together?\nAnswer:"
+)
 for piece in model.stream(prompt, threshold=0.9):
     print(piece.text, end="", flush=True)
 

@@ -80,6 +80,7 @@ def test_every_feature_has_a_test_or_a_command_that_works(river, tmp_path, monke
             path, _, name = feature.partition("::")
             assert re.search(rf"^def {name}\(", (ROOT / path).read_text(), re.M), feature
         elif arguments[0] in ("chat", "eval"):
+            assert "chat" not in arguments or "--demo" not in arguments  # that model has no chat template
             parse(arguments)  # which have tests of their own
         else:
             quick = ("--max-new-tokens", "3") if arguments[0] == "generate" else ()
