@@ -1,8 +1,115 @@
-"""Options that one command alone has."""
+"""Options that belong together: those that several commands share, then those of one command alone."""
 
 import argparse
 
-from .values import count, given, share, threshold
+from .values import count, count_or_auto, given, share, threads, threshold
+
+KV_STRATEGIES = "share (default, the river's), mask, recompute, propagate or monotone"
+
+
+def add_prompts(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "prompts",
+        nargs="*",
+        metavar="PROMPT",
+        help="any number of them; - is standard input. Without --model and --demo the first is the model's "
+        "directory: river generate DIR PROMPT",
+    )
+    add_file(parser)
+    add_chat(parser)
+
+
+def add_file(parser) -> None:
+    parser.add_argument(
+        "--file",
+        action="append",
+        type=given,
+        metavar="FILE",
+        help="a file that holds a prompt; not of it: its last newline, \\r before \\n, a byte order mark",
+    )
+
+
+def add_chat(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--chat",
+        action="store_true",
+        help="a prompt is what a user says, and goes through the model's chat template",
+    )
+
+
+def add_options(parser: argparse.ArgumentParser, engine: bool = True) -> None:
+    """Of generation: what is not given is as `Options` has it. engine: also those of an engine."""
+    parser.add_argument("--max-new-tokens", type=int, metavar="N", help="default 256")
+    parser.add_argument(
+        "--threshold",
+        type=threshold,
+        metavar="S",
+        help="exit above this similarity (0.5), or calibrated",
+    )
+    add_calibrated_file(parser)
+    parser.add_argument("--min-layers", type=int, metavar="N", help="backbone layers before an exit (1)")
+    parser.add_argument("--prefill", metavar="POLICY", help="full (default), depth:K, min or last")
+    parser.add_argument("--mode", help="river (default), lossless, full or full_w4")
+    parser.add_argument(
+        "--draft-tokens",
+        type=count_or_auto,
+        metavar="K",
+        help="of lossless mode: 1 to 7, auto (default) or calibrated",
+    )
+    parser.add_argument("--river-head", help="of the modes river and full_w4: model (default) or w4")
+    parser.add_argument("--kv-strategy", help=KV_STRATEGIES)
+    parser.add_argument("--temperature", type=float, metavar="T", help="0, the default, is greedy")
+    parser.add_argument("--top-k", type=int, metavar="K", help="draw among the K likeliest; 0 is all")
+    parser.add_argument("--top-p", type=float, metavar="P", help="draw among the likeliest; 1 is all")
+    parser.add_argument("--min-p", type=float, metavar="P", help="draw above P x the best chance; 0 is all")
+    parser.add_argument("--seed", type=int, help="of sampling, and of the demo's prompts (0)")
+    parser.add_argument("--stop", action="append", metavar="TEXT", help="end before this text")
+    if engine:
+        parser.add_argument("--batch-policy", help="of several prompts: row (default) or min")
+        parser.add_argument("--exit-control", help="where exits are decided: auto (default), host or device")
+
+
+def add_model(
+    parser: argparse.ArgumentParser,
+    demo: str,
+    required: bool = False,
+    directory: bool = True,
+    exclusive: bool = True,
+) -> None:
+    group = parser.add_mutually_exclusive_group(required=required)
+    if directory:
+        group.add_argument("directory", nargs="?", type=given, metavar="DIR", help="the same as --model DIR")
+    group.add_argument("--model", type=given, metavar="DIR", help="a Hugging Face checkpoint directory")
+    (group if exclusive else parser).add_argument("--demo", action="store_true", help=demo)
+
+
+def add_river(parser: argparse.ArgumentParser, text: str) -> None:
+    parser.add_argument("--river", type=given, metavar="DIR", help=text)
+
+
+def add_machine(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--device", type=given, default="auto", help="cpu, cuda or auto (default)")
+    parser.add_argument(
+        "--dtype",
+        type=given,
+        default="auto",
+        help="bfloat16, float16, float32; auto (default): the model's own",
+    )
+    parser.add_argument(
+        "--threads",
+        type=threads,
+        metavar="N",
+        help="of the CPU; default: all cores. Fewer may be faster where others use them",
+    )
+
+
+def add_offloading(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--resident-layers", type=int, metavar="K", help="offload the backbone layers after the first K"
+    )
+    parser.add_argument(
+        "--deep-tokens", help="what wants to run an offloaded layer: stream (default) it in, or exit before"
+    )
 
 
 def add_calibrate(parser: argparse.ArgumentParser) -> None:
