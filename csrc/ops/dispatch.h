@@ -35,8 +35,9 @@ class Gpu {
 inline constexpr auto any_values = [](const Requirements&, const auto&) {};
 
 // Calls on_cuda(gpu) on the GPU of the op's tensors, or check_values(requirements, args) and on_cpu(args, parallel),
-// which a graph that is being captured does when it is replayed; check_values may put copies of what it checks into
-// the args. on_cuda takes its argument as `auto&`: then a build without CUDA kernels refers to none.
+// which a graph that is being captured does when it is replayed. Values are checked on a CPU alone, as the host would
+// have to wait for a GPU's; check_values may put copies of what it checks into the args. on_cuda takes its argument as
+// `auto&`: then a build without CUDA kernels refers to none.
 template <class Args, class Values, class Cuda>
 void launch(const Check& check, const Args& args, Values check_values,
             void (*on_cpu)(const Args&, const cpu::Parallel&), Cuda on_cuda) {
