@@ -150,7 +150,9 @@ def _use(arguments) -> str:
     """The command that generates with what was written."""
     model = ["--demo"] if arguments.model is None else ["--model", arguments.model]
     river = [] if arguments.river is None else ["--river", arguments.river]
-    return shlex.join(["river", "generate", *model, *river, "--calibrated", arguments.output, "a prompt"])
+    chat = ["--chat"] if arguments.chat else []  # a threshold is for such prompts as it was measured on
+    own = [*model, *river, "--calibrated", arguments.output, *chat]
+    return shlex.join(["river", "generate", *own, "a prompt"])
 
 
 def _curve_table(found: Calibration) -> Table:

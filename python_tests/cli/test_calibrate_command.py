@@ -4,6 +4,8 @@ import json
 
 import pytest
 
+from river_cli.arguments import parse
+from river_cli.calibrate import _use
 from river_ext.errors import RiverError
 from river_ext.thresholds.calibrate import Calibration
 
@@ -144,3 +146,8 @@ def test_what_was_measured_is_shown_where_it_cannot_be_written(river, tmp_path, 
 )
 def test_refusals(arguments, said, refused):
     assert said in refused(*arguments)
+
+
+def test_the_proposed_command_has_the_chat_template_of_the_measurement():
+    arguments = parse(["calibrate", "DIR", "--prompts", "FILE", "--chat", "-o", "a.json"])
+    assert _use(arguments) == "river generate --model DIR --calibrated a.json --chat 'a prompt'"
