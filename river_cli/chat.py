@@ -12,11 +12,14 @@ from .generate import ENGINE_OPTIONS, check_options, own_options
 from .terminal import note, print_json, printable
 
 MOST_POSITIONS = 16_384  # of a conversation, if the model has as many
+# Without any of them, answers are the backbone's own.
+OF_RIVER = {"threshold", "min_layers", "prefill", "river_head", "kv_strategy", "deep_tokens"}
 HELP = "/new begins a new conversation, /exit (or the end of input) ends; Ctrl-C stops an answer."
 
 
 def run(arguments) -> None:
     options = own_options(arguments)
+    options.setdefault("mode", "river" if OF_RIVER & set(options) else "lossless")
     check_options(arguments, options)
     read_template(shared.directory(arguments))
     model = shared.load(arguments)

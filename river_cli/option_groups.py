@@ -37,7 +37,11 @@ def add_chat(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def add_options(parser: argparse.ArgumentParser, engine: bool = True) -> None:
+def add_options(
+    parser: argparse.ArgumentParser,
+    engine: bool = True,
+    modes: str = "river (default), lossless, full or full_w4",
+) -> None:
     """Of generation: what is not given is as `Options` has it. engine: also those of an engine."""
     parser.add_argument("--max-new-tokens", type=int, metavar="N", help="default 256")
     parser.add_argument(
@@ -49,7 +53,7 @@ def add_options(parser: argparse.ArgumentParser, engine: bool = True) -> None:
     add_calibrated_file(parser)
     parser.add_argument("--min-layers", type=int, metavar="N", help="backbone layers before an exit (1)")
     parser.add_argument("--prefill", metavar="POLICY", help="full (default), depth:K, min or last")
-    parser.add_argument("--mode", help="river (default), lossless, full or full_w4")
+    parser.add_argument("--mode", help=modes)
     parser.add_argument(
         "--draft-tokens",
         type=count_or_auto,

@@ -87,7 +87,9 @@ def _chat(parser: argparse.ArgumentParser) -> None:
     add_machine(parser)
     add_offloading(parser)
     parser.add_argument("--system", type=given, metavar="TEXT", help="what the model is told first")
-    add_options(parser)
+    add_options(
+        parser, modes="lossless (default, unless an option of river is given), river, full or full_w4"
+    )
 
 
 def _serve(parser: argparse.ArgumentParser) -> None:

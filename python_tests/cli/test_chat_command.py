@@ -73,6 +73,20 @@ def test_turns(chat, starts, directory):
     assert first <= taken < second <= more < third, "what the turns before wrote is taken over"
 
 
+@pytest.mark.parametrize(
+    "options, mode",
+    [((), "lossless"), (("--draft-tokens", "2"), "lossless"), (("--threshold", "0.9"), "river"),
+     (("--prefill", "last"), "river"), (("--river-head", "w4"), "river"), (("--mode", "full_w4"), "full_w4")],
+)  # fmt: skip
+def test_answers_are_the_backbones_own_unless_asked_for_others(chat, monkeypatch, options, mode):
+    asked, submit = [], chat_module.Conversation.answer
+    monkeypatch.setattr(
+        chat_module.Conversation, "answer", lambda own, said: (asked.append(own.options), submit(own, said))
+    )
+    code, out, _ = chat(FIRST, options=("--max-new-tokens", "4", *options))
+    assert code == 0 and out and asked[0]["mode"] == mode
+
+
 def test_a_system_message(chat, directory):
     code, out, _ = chat(FIRST, options=(*SHORT, "--system", "Be brief."))
     assert code == 0 and out == answers(directory, FIRST, system="Be brief.")[0] + "\n"
