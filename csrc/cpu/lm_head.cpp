@@ -39,6 +39,9 @@ void offer_strip(const LmHeadArgs& a, int t, int64_t first, int count, const flo
   if (sampled)
     add_noise(logits, std::max(a.temperature[t], kMinTemperature), uint64_t(a.seeds[t]), a.positions[t], first, noisy);
   const float* scores = sampled ? noisy : logits;
+  int any = 0;  // is as good as the second best: in few strips, and this loop is in vectors
+  for (int i = 0; i < kTileRows; i++) any |= scores[i] >= best.second;
+  if (!any) return;
   for (int i = 0; i < count; i++) best.offer(scores[i], first + i);
 }
 
