@@ -144,7 +144,7 @@ class Cycle:
 
     def reset(self) -> None:
         self.runner.start(self.rows)
-        self.runner.want([self.drafts] * len(self.rows), [0.0] * len(self.rows))
+        self.runner.want([self.drafts] * len(self.rows))
         self.runner.memory.lead_caller()  # whose stream the replays are on
 
     def replay(self) -> None:

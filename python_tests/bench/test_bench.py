@@ -386,7 +386,7 @@ def test_a_cycle_that_ends_early_is_no_result(pretended_gpu):
     ):
         one = steps.Cycle(network, 2, 40, drafts, repeats=2)
         for _ in range(2):
-            one.runner.want([wanted] * 2, [0.0] * 2)
+            one.runner.want([wanted] * 2)
             one.runner.slots.copy_(int32(slots))
             one.runner.verify_slots[:2] = int32(slots)
             one.graph.replay()

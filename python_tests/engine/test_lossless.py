@@ -9,7 +9,7 @@ from oracle import oracle
 from tiny_model import MULTIPLIERS, demo_model, random_model, random_prompt
 
 from river_ext import ops
-from river_ext.engine import lossless
+from river_ext.engine import graph, lossless
 from river_ext.engine.drafting import Drafting, draft_cost
 from river_ext.engine.graph import Memory
 
@@ -175,6 +175,12 @@ def test_stats():
     full = demo_model().generate(TEXTS[0], mode="full", max_new_tokens=60).stats
     assert (full.drafts, full.accepted_drafts, full.draft_seconds) == (0, 0, 0)
     assert full.steps == full.new_tokens - 1 and full.tokens_per_step == 1
+
+
+def test_the_time_of_drafts_is_known_where_the_host_looks_at_each():
+    for control, known in (("auto", True), ("host", True), ("device", False)):
+        options = {"mode": "lossless", "exit_control": control, "max_new_tokens": 20}
+        assert (demo_model().generate(TEXTS[0], **options).stats.draft_seconds is not None) == known
 
 
 def test_a_request_that_fails_ends_alone():
@@ -368,6 +374,58 @@ def test_each_request_stops_for_itself(monkeypatch, uncaptured):
         sum(max(0, cycle[index]) for cycle in verified if len(cycle) == 2 or index == 0) for index in range(2)
     ]
     assert any(a != b for a, b in (cycle for cycle in verified if len(cycle) == 2))
+
+
+@pytest.mark.parametrize("control, other", [("host", "device"), ("device", "host")])
+def test_a_run_keeps_its_control(monkeypatch, uncaptured, control, other):
+    """Another one that is asked for in a cycle comes with the next start. Drafts are counted right."""
+    engine = demo_model().engine(slots=1, max_len=128, exit_control=control)
+    verified, whole, accept, cycle = [], [], ops.accept, lossless.cycle
+    want = lossless.CycleRunner.want
+
+    def asking(runner, *arguments):
+        want(runner, *arguments)
+        engine.use(other)
+
+    def noted(**arguments):
+        verified.append((arguments["verify_slots"] >= 0).sum().item() - 1)
+        accept(**arguments)
+
+    def noted_cycle(*arguments):
+        whole.append(arguments)
+        return cycle(*arguments)
+
+    monkeypatch.setattr(lossless.CycleRunner, "want", asking)
+    monkeypatch.setattr(ops, "accept", noted)
+    monkeypatch.setattr(lossless, "cycle", noted_cycle)
+    for one in (control, other):
+        verified.clear(), whole.clear()
+        engine.submit(TEXTS[0], mode="lossless", max_new_tokens=40, stop_tokens=())
+        (output,) = [event.output for event in engine if event.output]
+        assert len(whole) == (output.stats.steps if one == "device" else 0)
+        assert sum(verified) == output.stats.drafts and len(verified) == output.stats.steps
+
+
+def test_the_graphs_of_cycles_are_kept(monkeypatch):
+    """All that one control has, of any model: a request captures none that another one has captured."""
+    model, captured, made = random_model(num_hidden_layers=1), [], graph.Graph.__init__
+
+    def noted(self, *arguments):
+        captured.append(arguments)
+        made(self, *arguments)
+
+    def run():
+        captured.clear()
+        for top_k in (0, 5):
+            for logits in (False, True):
+                for drafts in range(1, 8):
+                    options = {"temperature": 1.0, "top_k": top_k, "return_logits": logits}
+                    model.generate([1], mode="lossless", draft_tokens=drafts, max_new_tokens=30, **options)
+        return len(captured)
+
+    monkeypatch.setattr(graph.Graph, "__init__", noted)
+    model._engines.idle.clear()
+    assert (run(), run()) == (2 * 7 + 4 * 8, 0)
 
 
 def test_auto_follows_what_was_right():

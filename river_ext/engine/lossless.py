@@ -115,10 +115,15 @@ class CycleRunner(Graphs):
         )
 
     @torch.inference_mode()
-    def want(self, wanted: Sequence[int], sure: Sequence[float]) -> None:
-        """Drafts of the next cycle at most, and from which margin on one follows another, by request."""
+    def want(self, wanted: Sequence[int]) -> None:
+        """Drafts of the next cycle at most, by request."""
         with self.memory.on_stream():
             self.wanted[: len(wanted)] = self.wanted.new_tensor(wanted)
+
+    @torch.inference_mode()
+    def require(self, sure: Sequence[float]) -> None:
+        """The least margins of drafts that others may follow, by request; 0 is any."""
+        with self.memory.on_stream():
             self.sure[: len(sure)] = self.sure.new_tensor(sure)
 
     @torch.inference_mode()
@@ -155,6 +160,9 @@ class LosslessDecoder(Decoder):
     def start(self, rows: Sequence[Row]) -> None:
         super().start(rows)
         self.remaining = {index: row.remaining for index, row in self.rows.items()}
+        # the host looks at each draft; a GPU would wait for it
+        self.by_host = self.control == "host" or (self.control == "auto" and self.memory.stream is None)
+        self.runner.require([row.drafting.sure if self.by_host else 0.0 for row in rows])
 
     def new_runner(self, rows: int, stop_tokens: int) -> CycleRunner:
         return CycleRunner(self.memory, rows, stop_tokens)
@@ -181,20 +189,14 @@ class LosslessDecoder(Decoder):
             outputs.append(RowOutput(news, drafted, seconds, work))
         return outputs
 
-    @property
-    def by_host(self) -> bool:
-        """Whether the host looks at each draft. A GPU would wait for it."""
-        return self.control == "host" or (self.control == "auto" and self.memory.stream is None)
-
     def _want(self) -> list[int]:
         """Says how many drafts of each request are to be made: the most, where the host looks at each."""
-        runner, by_host = self.runner, self.by_host
-        wanted, sure = [0] * runner.requests, [0.0] * runner.requests
+        runner = self.runner
+        wanted = [0] * runner.requests
         for index, row in self.rows.items():
             most = min(runner.tokens - 1, self.remaining[index] - 1)
-            wanted[index] = row.drafting.choose(most, self._draft_cost, stops_early=by_host)
-            sure[index] = row.drafting.sure if by_host else 0.0
-        runner.want(wanted, sure)
+            wanted[index] = row.drafting.choose(most, self._draft_cost, stops_early=self.by_host)
+        runner.want(wanted)
         return wanted
 
     def _draft(self, wanted: Sequence[int]) -> list[int]:
