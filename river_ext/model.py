@@ -244,8 +244,8 @@ class Model:
                 graphs of two whole steps. In lossless mode the "host" looks at each draft, and a cycle on the
                 "device" is one graph. A CPU has graphs of its own. "auto" is "device", which on a
                 GPU is predicted to be the faster but not yet measured; on the CPU it is "host" in lossless
-                mode, and where no token can exit, or all do at once. Where a token may run a layer that
-                streams to a GPU, the host decides in any case.
+                mode, and where no token can exit, or all do at once. In the other modes the host decides in
+                any case where a token may run a layer that streams to a GPU.
             progress: show on standard error how far a prompt is, if it takes long.
         """
         options = dict(

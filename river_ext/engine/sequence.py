@@ -27,7 +27,7 @@ class Stats:
     tokens_per_step: float  # new tokens after the first, per step; 0 if there is none
     drafts: int  # tokens that the river proposed, in lossless mode
     accepted_drafts: int  # of these, new tokens
-    draft_seconds: float | None  # of decode_seconds, those before the verifications; None on a GPU
+    draft_seconds: float | None  # of decode_seconds; None where the device has the control
     # The work of steps, not of prefills, per new token after the first: one row is one token in one layer.
     backbone_rows: float
     recomputed_rows: float  # of these, those of earlier tokens: kv_strategy="recompute"
