@@ -462,7 +462,19 @@ def test_auto_drafts_as_long_as_it_is_sure():
     assert after([(2, 1)] * 50) == 7, "half of those that were tried, a little more than they cost"
     assert after([(1, 1), (1, 0)] * 2 + [(1, 0)] * 50) == 0
     assert after([(1, 0)] * 50 + [(0, 0)] * 16) == 1
-    assert Drafting("auto").sure > 0 == Drafting(3).sure
+    assert Drafting("auto").sure > 0 == Drafting(3).sure == Drafting(3, 0.1).sure
+
+
+def test_a_low_temperature_makes_no_draft_surer():
+    """Margins are of logits over the temperature, and so are the errors of the river's."""
+    assert [Drafting("auto", t).sure for t in (0.0, 0.25, 1.0, 2.0)] == [1.0, 4.0, 1.0, 1.0]
+    assert math.isfinite(Drafting("auto", 1e-300).sure)
+    drafts = {}
+    for temperature in (0.0, 0.02):
+        options = {"mode": "lossless", "temperature": temperature, "max_new_tokens": 60, "stop_tokens": ()}
+        stats = [demo_model().generate(text, **options).stats for text in TEXTS]
+        drafts[temperature] = sum(one.drafts for one in stats) / sum(one.steps for one in stats)
+    assert drafts[0.02] < 1.2 * drafts[0.0]
 
 
 def test_the_cost_of_a_draft():

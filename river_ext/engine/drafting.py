@@ -8,14 +8,17 @@ from .network import Network
 class Drafting:
     """A number, or "auto": by how many were right so far, and by how sure the river is of each."""
 
-    SURE = 1.0  # a margin: by half of the drafts below it are wrong, by few above
+    # A margin of logits: about half of the drafts below it are wrong, few of those above.
+    SURE = 1.0
     PRIOR, PRIOR_WEIGHT = 0.8, 4.0  # of the share of right drafts, before any was made
     MEMORY = 0.95  # what a cycle's result counts for after the next one
     LEAST_OFTEN = 16  # cycles without a draft, after which one is tried again
 
-    def __init__(self, draft_tokens: int | str):
+    def __init__(self, draft_tokens: int | str, temperature: float = 0.0):
         self.draft_tokens = draft_tokens
-        self.sure = self.SURE if draft_tokens == "auto" else 0.0  # the least margin that another may follow
+        self.sure = 0.0  # the least margin that another may follow
+        if draft_tokens == "auto":  # margins below temperature 1 are larger, and so are the errors in them
+            self.sure = self.SURE / (min(max(temperature, 1e-30), 1.0) if temperature > 0 else 1.0)
         self._right, self._tried, self._since = self.PRIOR * self.PRIOR_WEIGHT, self.PRIOR_WEIGHT, 0
 
     def choose(self, most: int, draft_cost: float, stops_early: bool) -> int:

@@ -93,7 +93,7 @@ class Sequence:
         self.prefill_seconds = self.decode_seconds = 0.0
         self._stream = TextStream(text, request.prompt, StopStrings(request.stop)) if text else None
         drafts = request.draft_tokens
-        self._drafting = None if drafts is None else Drafting(drafts)
+        self._drafting = None if drafts is None else Drafting(drafts, request.sampling.temperature)
         self.drafted: list[bool] = []
         self._steps = self._drafts = 0
         self._draft_seconds: float | None = 0.0
