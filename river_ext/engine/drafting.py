@@ -17,8 +17,8 @@ class Drafting:
     def __init__(self, draft_tokens: int | str, temperature: float = 0.0):
         self.draft_tokens = draft_tokens
         self.sure = 0.0  # the least margin that another may follow
-        if draft_tokens == "auto":  # margins below temperature 1 are larger, and so are the errors in them
-            self.sure = self.SURE / (min(max(temperature, 1e-30), 1.0) if temperature > 0 else 1.0)
+        if draft_tokens == "auto":  # below temperature 1 margins are larger, and so are the errors in them
+            self.sure = self.SURE / max(min(temperature, 1.0) or 1.0, 1e-30)
         self._right, self._tried, self._since = self.PRIOR * self.PRIOR_WEIGHT, self.PRIOR_WEIGHT, 0
 
     def choose(self, most: int, draft_cost: float, stops_early: bool) -> int:
