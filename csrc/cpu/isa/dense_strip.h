@@ -52,7 +52,7 @@ struct RowWalk {
   int64_t part_bytes, row_bytes;
 
   void step(int bytes) {
-    __builtin_prefetch(at);
+    ask_memory(at);
     at += bytes;
   }
   void next_row_if_done() {

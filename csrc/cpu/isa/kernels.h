@@ -67,6 +67,9 @@ struct Ahead {
   int64_t bytes;
 };
 
+// Whether L1 asks memory for the lines of a strip that is in no cache, or L2 alone
+extern const bool kL1Asks;
+
 struct Kernels {
   const char* name;
 

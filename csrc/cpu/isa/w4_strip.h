@@ -84,7 +84,7 @@ template <bool kHot, int kTiles, int T>
   const uint8_t* tile = strip + int64_t(first) * river::kTileBytes;
   const auto ask = [&](int line) {
     if constexpr (kHot) ahead.step();
-    else __builtin_prefetch(tile + kBytesAhead + 64 * line);
+    else ask_memory(reinterpret_cast<const char*>(tile) + kBytesAhead + 64 * line);
   };
   f32x16 low[kTiles][T], high[kTiles][T], scale[kTiles][2];
   RIVER_UNROLL for (int n = 0; n < kTiles; n++) {
@@ -175,7 +175,8 @@ inline void w4_float_vectors(const uint8_t* strip, const Operand& x, int t0, boo
       const TileMetadata metadata(load<u32x16>(data + river::kTileMetadata));
       if (hot) ahead.step();
       else if (g0 == 0)
-        for (int line = 0; line < river::kTileBytes; line += 64) __builtin_prefetch(data + kBytesAhead + line);
+        for (int line = 0; line < river::kTileBytes; line += 64)
+          ask_memory(reinterpret_cast<const char*>(data) + kBytesAhead + line);
       float scale[16];
       store(scale, metadata.scale);
       asm volatile("" : "+m"(scale));  // keeps them in memory, where an FMA broadcasts for free
