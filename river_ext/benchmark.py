@@ -263,9 +263,10 @@ def machine() -> dict:
     """The processor and everything that the numbers depend on."""
     build, cpuinfo = ops._C.build_info(), Path("/proc/cpuinfo")
     lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
-    name = next((line.split(":")[1].strip() for line in lines if "model name" in line), "")
+    facts = {key.strip(): value.strip() for key, _, value in (line.partition(":") for line in lines)}
     return {
-        "processor": name or platform.processor(),
+        "processor": facts.get("model name") or platform.processor(),
+        "cpu_family": facts.get("cpu family"),  # 25 is Zen 4, 26 Zen 5: both may be "AMD EPYC"
         "cores": os.cpu_count(),
         "threads": torch.get_num_threads(),
         "cpu_isa": build["cpu_isa"],

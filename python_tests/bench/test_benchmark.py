@@ -1,5 +1,7 @@
 """What `river bench` measures: whose turn it is, what is read and used, and how runs become a row."""
 
+import platform
+from pathlib import Path
 from statistics import fmean
 from types import SimpleNamespace
 
@@ -228,4 +230,6 @@ def test_a_random_model_has_the_tensors_of_a_checkpoint(tmp_path, model_type):
 def test_the_machine_and_its_memory():
     facts = benchmark.machine()
     assert facts["threads"] == torch.get_num_threads() and facts["memory_gib"] > 0.1
+    if platform.machine() == "x86_64":
+        assert int(facts["cpu_family"]) > 0 and facts["processor"] in Path("/proc/cpuinfo").read_text()
     assert 50e6 < benchmark.peak_memory_bytes(torch.device("cpu")) < facts["memory_gib"] * 2**30
