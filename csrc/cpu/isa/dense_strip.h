@@ -158,11 +158,12 @@ inline void dense_vectors(const char* weight, int count, const Operand& x, int t
 // by one, in memory's order; else several share what L2 gives of x.
 template <DType D, int T>
 inline void cold_vectors(const char* weight, int count, const Operand& x, int t0, Walk& ahead, StripOut& out) {
-  constexpr int kNear = (26 << 10) / (T * int(sizeof(Line))) * Columns<D>::kCount;
+  const int near_bytes = (river::cpu::kL1Asks ? 26 : 29) << 10;  // where lines come to L2, there is more room in L1
+  const int near = near_bytes / (T * int(sizeof(Line))) * Columns<D>::kCount;
   constexpr int kAlone = kPieces == 1 ? 1 : 2;  // where x takes two loads for a product, two share them
   constexpr int kShared = T <= 6 ? kSums / 4 : kSums / 8;
   const int part = T <= 6 ? x.cols : 64 * Columns<D>::kCount;  // whole pages of an output row
-  if (x.cols <= kNear) dense_vectors<D, false, kAlone, T>(weight, count, x, t0, x.cols, ahead, out);
+  if (x.cols <= near) dense_vectors<D, false, kAlone, T>(weight, count, x, t0, x.cols, ahead, out);
   else dense_vectors<D, false, kShared, T>(weight, count, x, t0, part, ahead, out);
 }
 
