@@ -173,8 +173,8 @@ def test_conversations_of_many_users_are_what_they_are_alone(prefilled, monkeypa
     monkeypatch.setitem(engine_module.PREFILL_ROWS, "cpu", 3)
     model = random_model(dtype=(torch.float32, torch.bfloat16, torch.float16)[seed], **scaling)
     system = converse(model, seed, oracle)
-    assert sum(start >= system for start in prefilled) > 15
-    assert sum(start > system for start in prefilled) > 1
+    assert sum(start >= system for start in prefilled) > 20
+    assert sum(start > system for start in prefilled) > 3
 
 
 BLOCK = 4
@@ -205,7 +205,7 @@ def test_on_a_gpu_conversations_are_what_they_are_alone(prefilled, by_blocks, sc
     system = converse(model, seed, from_the_start)
     assert all(start % BLOCK == 0 for start in prefilled)
     assert sum(start >= BLOCK for start in prefilled) > 10
-    assert scaling or any(start > system for start in prefilled)
+    assert any(start > system for start in prefilled)
 
 
 def converse(model, seed, alone) -> int:
@@ -215,9 +215,9 @@ def converse(model, seed, alone) -> int:
     system = random_prompt(5, 9)
     talks = {user: system + random_prompt(generator.randint(1, 4), user) for user in range(5)}
     asked, outputs, turns, cancelled = {}, {}, 0, 0
-    while turns < 120 or asked:
+    while turns < 360 or asked:
         for user in talks.keys() - asked.keys():
-            if turns < 120 and generator.random() < 0.3:
+            if turns < 360 and generator.random() < 0.3:
                 if len(talks[user]) > 45:
                     talks[user] = talks[user][: generator.randint(1, 20)]
                 mode = generator.choice(["river"] * 3 + ["full", "lossless"] * 3 + ["full_w4"])
