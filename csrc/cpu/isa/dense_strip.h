@@ -162,7 +162,8 @@ inline void cold_vectors(const char* weight, int count, const Operand& x, int t0
   const int near = near_bytes / (T * int(sizeof(Line))) * Columns<D>::kCount;
   constexpr int kAlone = kPieces == 1 ? 1 : 2;  // where x takes two loads for a product, two share them
   constexpr int kShared = T <= 6 ? kSums / 4 : kSums / 8;
-  const int part = T <= 6 ? x.cols : 64 * Columns<D>::kCount;  // whole pages of an output row
+  // Seven and eight rows in parts: of whole pages of an output row, if L1 (48 KB on Zen 5, 32 on Zen 4) holds as much of x
+  const int part = T <= 6 ? x.cols : (river::cpu::kL1Asks ? 64 : 32) * Columns<D>::kCount;
   if (x.cols <= near) dense_vectors<D, false, kAlone, T>(weight, count, x, t0, x.cols, ahead, out);
   else dense_vectors<D, false, kShared, T>(weight, count, x, t0, part, ahead, out);
 }
