@@ -154,18 +154,23 @@ inline void dense_vectors(const char* weight, int count, const Operand& x, int t
     for (int t = 0; t < T; t++) put_row(sums[t], out[t0 + t]);
 }
 
-// A strip from memory. As long as L1 holds all of the rows of x beside what comes, output rows go by almost one
-// by one, in memory's order; else several share what L2 gives of x.
+// A strip from memory. As long as L1, of 48 KB on Zen 5 and 32 on Zen 4, holds all of the rows of x beside what comes,
+// output rows go by almost one by one, in memory's order; else several share what L2 gives of x. Zen 4 loads a line a
+// cycle, and has a product for each: there two share a load wherever L1 has the room.
 template <DType D, int T>
 inline void cold_vectors(const char* weight, int count, const Operand& x, int t0, Walk& ahead, StripOut& out) {
-  const int near_bytes = (river::cpu::kL1Asks ? 26 : 29) << 10;  // where lines come to L2, there is more room in L1
-  const int near = near_bytes / (T * int(sizeof(Line))) * Columns<D>::kCount;
   constexpr int kAlone = kPieces == 1 ? 1 : 2;  // where x takes two loads for a product, two share them
   constexpr int kShared = T <= 6 ? kSums / 4 : kSums / 8;
-  // Seven and eight rows in parts: of whole pages of an output row, if L1 (48 KB on Zen 5, 32 on Zen 4) holds as much of x
-  const int part = T <= 6 ? x.cols : (river::cpu::kL1Asks ? 64 : 32) * Columns<D>::kCount;
-  if (x.cols <= near) dense_vectors<D, false, kAlone, T>(weight, count, x, t0, x.cols, ahead, out);
-  else dense_vectors<D, false, kShared, T>(weight, count, x, t0, part, ahead, out);
+  const bool zen5 = river::cpu::kL1Asks;
+  const int64_t kilobytes = T * int64_t(sizeof(Line)) * (x.padded / Columns<D>::kCount) >> 10;  // of x
+  const auto share = [&]<int R>(int part) { dense_vectors<D, false, R, T>(weight, count, x, t0, part, ahead, out); };
+  if (kilobytes >= (zen5 ? 26 : 29)) {  // in parts: of whole pages of an output row, where there is room for as many
+    share.template operator()<kShared>(T <= 6 ? x.cols : (zen5 ? 64 : 32) * Columns<D>::kCount);
+  } else if (T <= 4 || zen5 || kilobytes >= 26) {
+    share.template operator()<kAlone>(x.cols);
+  } else {
+    share.template operator()<2>(x.cols);
+  }
 }
 
 // Steps of a whole block, as many rows at a time as can be
