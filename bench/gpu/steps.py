@@ -152,7 +152,7 @@ class Cycle:
         self.runner.memory.follow_caller()
         for index in range(self.drafts):
             self.runner.replay(draft_step, index, False)
-            self.runner.drafting()
+            self.runner.drafted(index)
         self.runner.replay(verification, self.drafts, False)
         self.runner.memory.lead_caller()
 

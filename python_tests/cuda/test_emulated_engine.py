@@ -18,6 +18,7 @@ from tiny_model import MULTIPLIERS, random_model, random_prompt
 
 from river_ext import ops
 from river_ext.engine import matmul, offload, prefill
+from river_ext.engine.drafting import Drafting
 from river_ext.engine.request import KV_STRATEGIES
 from river_ext.engine.slots import Slots
 from river_ext.model import Model
@@ -166,6 +167,25 @@ def test_lossless(on_emulated_gpu, slots, control):
         (prompt, options | {"mode": "lossless", "draft_tokens": next(drafts)}) for prompt, options in requests
     ]
     assert together(lossless, slots, control) == alone(("full",))
+
+
+@pytest.mark.skipif(VARIANT == "sanitized", reason="too slow there, where other tests run each kernel")
+@pytest.mark.parametrize("control", ["device", "host"])
+def test_quotes(on_emulated_gpu, monkeypatch, control):
+    """Beside requests that quote nothing, and alone, as the others end."""
+    requests = list(some_requests(("full",)))
+    expected, generator, quotes = alone(("full",)), random.Random(1), []
+
+    def quote(drafting, drafts, most):
+        if generator.random() < 0.5:
+            return []
+        quotes.append(most)
+        return [generator.randrange(4) for _ in range(most)]
+
+    monkeypatch.setattr(Drafting, "quote", quote)
+    lossless = [(prompt, options | {"mode": "lossless"}) for prompt, options in requests]
+    assert together(lossless, 2, control) == expected
+    assert max(quotes) >= 2
 
 
 @pytest.mark.skipif(VARIANT == "sanitized", reason="too slow there, where other tests run each kernel")

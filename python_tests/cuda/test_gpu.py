@@ -287,6 +287,14 @@ def test_lossless_is_full(model, requests, drafts, options):
 
 
 @pytest.mark.parametrize("control", ["host", "device"])
+def test_what_a_text_says_again_is_quoted(model, control):
+    prompts, options = ["7, 3, 9, 1, 4, 8, 2, 6, " * 3, TEXTS[0]], {"max_new_tokens": 40, "stop_tokens": ()}
+    outputs = model.generate(prompts, mode="lossless", exit_control=control, **options)
+    assert facts(outputs) == facts(model.generate(prompts, mode="full", **options))
+    assert outputs[0].stats.quotes > 0
+
+
+@pytest.mark.parametrize("control", ["host", "device"])
 def test_offloaded_layers(model, control):
     """Streamed in they change nothing, whoever runs beside, and steps without them stay the device's."""
     offloaded = river_ext.load(device="cuda", resident_layers=3)

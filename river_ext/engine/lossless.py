@@ -4,7 +4,8 @@ A cycle of one request at position p, of which `token` is known and not yet in t
 
     draft     the river, exit layers alone, from `token`: d1, d2, ..., dk, each of them drawn as the backbone
               would draw it, with the same noise; where the host has the control, dk may be the first one
-              that the river is not sure of
+              that the river is not sure of. Or all that follow some of these are quoted: the request's own
+              text went on so where it had the same last tokens
     verify    one backbone pass over the k + 1 rows token, d1, ..., dk, which writes K and V of positions
               p .. p + k in all layers, over those of the river; it draws the true t1, t2, ..., tk+1
     accept    t1, and each further one as long as the draft before it was right
@@ -14,11 +15,12 @@ row's bits do not depend on the rows beside it. So the tokens are those of mode=
 the drafts are; these decide over the speed only.
 
 The host replays a graph for each draft step, looks who goes on, and then one for the verification. Or the
-device has the control: a cycle is one graph, and all k drafts are made.
+device has the control: a cycle is one graph, and all k drafts are made, unless they are quotes from d1 on.
 """
 
 import time
 from collections.abc import Callable, Sequence
+from operator import add
 
 import torch
 from torch import Tensor
@@ -127,10 +129,22 @@ class CycleRunner(Graphs):
             self.sure[: len(sure)] = self.sure.new_tensor(sure)
 
     @torch.inference_mode()
-    def drafting(self) -> list[bool]:
-        """By request, whether another draft is to follow: the host waits for the device."""
+    def quote(self, request: int, index: int, tokens: Sequence[int]) -> None:
+        """Makes these the drafts of a request from `index` on, and the last ones of this cycle."""
+        first, past = index + 1, index + 1 + len(tokens)
         with self.memory.on_stream():
-            return (self.slots >= 0).tolist()
+            drafts = self.drafts.new_tensor(tokens)
+            self.drafts[first:past, request] = drafts
+            rows = slice(first * self.requests + request, past * self.requests, self.requests)
+            self.verify_hidden[rows] = self.network.embed(drafts)
+            self.verify_slots[rows] = self.slots[request]
+            self.slots[request] = -1
+
+    @torch.inference_mode()
+    def drafted(self, index: int) -> list[int]:
+        """Draft `index` by request, -1 where none is to follow it: the host waits for the device."""
+        with self.memory.on_stream():
+            return torch.where(self.slots >= 0, self.drafts[index + 1], -1).tolist()
 
     @torch.inference_mode()
     def drop(self, request: int) -> None:
@@ -168,48 +182,73 @@ class LosslessDecoder(Decoder):
         return CycleRunner(self.memory, rows, stop_tokens)
 
     def step(self, run_ahead: bool = True) -> list[RowOutput]:
-        runner, seconds, made = self.runner, None, self._want()
+        runner, seconds = self.runner, None
+        start = time.perf_counter()
+        wanted = self._want()
         if self.by_host:
-            start = time.perf_counter()
-            made = self._draft(made)
+            made, quoted = self._draft(wanted)
             seconds = time.perf_counter() - start
-            graph = runner.replay(verification, max(made), self.filters, self.logits)
         else:
-            graph = runner.replay(cycle, max(made), self.filters, self.logits)
+            made, quoted = self._quote(wanted)
+        drafts = max(map(add, made, quoted))
+        part = verification if self.by_host or not any(made) else cycle
+        graph = runner.replay(part, drafts, self.filters, self.logits)
         self.taken += 1
-        counts, tokens, similarities = runner.record(self.taken, max(made))
+        counts, tokens, similarities = runner.record(self.taken, drafts)
         logits = self.copied(graph.outputs[0]) if self.logits else None
         outputs = []
-        for index in self.rows:
+        for index, row in self.rows.items():
             news = self._news(index, counts[index], tokens, similarities, logits)
-            layers, drafted = runner.layers, made[index]
-            self.rows[index].drafting.learn(drafted, min(drafted, len(news) - 1))
+            drafted, quotes = made[index], quoted[index]
+            row.drafting.learn(drafted, quotes, min(drafted + quotes, len(news) - 1))
             self.remaining[index] -= len(news)
-            work = Work(backbone_rows=(1 + drafted) * layers, exit_rows=drafted * layers)
-            outputs.append(RowOutput(news, drafted, seconds, work))
+            layers = runner.layers
+            work = Work(backbone_rows=(1 + drafted + quotes) * layers, exit_rows=drafted * layers)
+            outputs.append(RowOutput(news, drafted + quotes, quotes, seconds, work))
         return outputs
 
     def _want(self) -> list[int]:
-        """Says how many drafts of each request are to be made: the most, where the host looks at each."""
-        runner = self.runner
-        wanted = [0] * runner.requests
+        """How many drafts of the river each request wants: the most, where the host looks at each."""
+        wanted = [0] * self.runner.requests
         for index, row in self.rows.items():
-            most = min(runner.tokens - 1, self.remaining[index] - 1)
-            wanted[index] = row.drafting.choose(most, self._draft_cost, stops_early=self.by_host)
-        runner.want(wanted)
+            wanted[index] = row.drafting.choose(self._most(index), self._draft_cost, stops_early=self.by_host)
         return wanted
 
-    def _draft(self, wanted: Sequence[int]) -> list[int]:
-        """Draft steps for as long as a request goes on: how many drafts each request has."""
-        made, drafting = [0] * len(wanted), [drafts > 0 for drafts in wanted]
-        for index in range(max(wanted)):
-            if not any(drafting):
+    def _most(self, index: int) -> int:
+        """Drafts of a request in a cycle."""
+        return min(self.runner.tokens, self.remaining[index]) - 1
+
+    def _draft(self, wanted: list[int]) -> tuple[list[int], list[int]]:
+        """Drafts as long as a request goes on: of each, how many the river made, and how many are quotes."""
+        runner, made, quoted = self.runner, [0] * len(wanted), [0] * len(wanted)
+        drafts: dict[int, list[int]] = {index: [] for index in self.rows}  # that others may follow
+        runner.want(wanted)
+        for step in range(runner.tokens - 1):
+            for index in list(drafts):
+                if quote := self.rows[index].drafting.quote(drafts[index], self._most(index) - step):
+                    runner.quote(index, step, quote)
+                    quoted[index] = len(quote)
+                if quote or step == wanted[index]:
+                    del drafts[index]
+            if not drafts:
                 break
-            self.runner.replay(draft_step, index, self.filters)
-            made = [drafts + goes_on for drafts, goes_on in zip(made, drafting, strict=True)]
-            going_on = self.runner.drafting()
-            drafting = [drafted and more for drafted, more in zip(drafting, going_on, strict=True)]
-        return made
+            runner.replay(draft_step, step, self.filters)
+            made = [count + (index in drafts) for index, count in enumerate(made)]
+            drawn = runner.drafted(step)
+            drafts = {index: [*own, drawn[index]] for index, own in drafts.items() if drawn[index] >= 0}
+        return made, quoted
+
+    def _quote(self, wanted: list[int]) -> tuple[list[int], list[int]]:
+        """The same where the device drafts: quotes go before, and are no longer than its drafts."""
+        quotes = {index: row.drafting.quote([], self._most(index)) for index, row in self.rows.items()}
+        made = [0 if quotes.get(index) else count for index, count in enumerate(wanted)]
+        quoted, most = [0] * len(wanted), max(made) or self.runner.tokens
+        self.runner.want(made)
+        for index, quote in quotes.items():
+            if quote:
+                self.runner.quote(index, 0, quote[:most])
+                quoted[index] = len(quote[:most])
+        return made, quoted
 
     def _news(
         self,

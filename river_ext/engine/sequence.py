@@ -25,8 +25,9 @@ class Stats:
     mean_exit_depth: float  # over all new tokens
     steps: int  # that this request took part in: in lossless mode, backbone passes
     tokens_per_step: float  # new tokens after the first, per step; 0 if there is none
-    drafts: int  # tokens that the river proposed, in lossless mode
-    accepted_drafts: int  # of these, new tokens
+    drafts: int  # tokens that were proposed, in lossless mode
+    quotes: int  # of these, what the text had said before; the river proposed the others
+    accepted_drafts: int  # of all of them, new tokens
     draft_seconds: float | None  # of decode_seconds; None where the device has the control
     # The work of steps, not of prefills, per new token after the first: one row is one token in one layer.
     backbone_rows: float
@@ -49,7 +50,7 @@ class GenerationOutput:
     similarities: list[list[float]]  # of the backbone layers that ran
     finish_reason: str | None  # "stop", "length", "cancelled" or "error"; None while it goes on
     stats: Stats
-    drafted: list[bool]  # proposed by the river, and right: in lossless mode
+    drafted: list[bool]  # proposed, and right: in lossless mode
     logits: Tensor | None = None  # fp32 [new tokens, vocab_size], with return_logits
     logprobs: list[float] | None = None  # of the new tokens, with logprobs: before temperature and filters
     top_logprobs: list[list[tuple[int, float]]] | None = None  # the likeliest tokens, likeliest first
@@ -92,10 +93,12 @@ class Sequence:
         self.error: str | None = None
         self.prefill_seconds = self.decode_seconds = 0.0
         self._stream = TextStream(text, request.prompt, StopStrings(request.stop)) if text else None
-        drafts = request.draft_tokens
-        self._drafting = None if drafts is None else Drafting(drafts, request.sampling.temperature)
+        self._drafting = None
+        if request.draft_tokens is not None:
+            temperature = request.sampling.temperature
+            self._drafting = Drafting(request.draft_tokens, temperature, request.prompt, self.tokens)
         self.drafted: list[bool] = []
-        self._steps = self._drafts = 0
+        self._steps = self._drafts = self._quotes = 0
         self._draft_seconds: float | None = 0.0
         self._work = Work()
         self._exits = Exits()
@@ -150,6 +153,7 @@ class Sequence:
     def _take(self, output: RowOutput) -> list[Piece]:
         self._steps += bool(self.tokens)  # the first token is the prefill's
         self._drafts += output.drafts
+        self._quotes += output.quotes
         self._work = Work(*map(add, self._work, output.work))
         if output.draft_seconds is None or self._draft_seconds is None:
             self._draft_seconds = None
@@ -230,6 +234,7 @@ class Sequence:
             steps=self._steps,
             tokens_per_step=decoded / self._steps if decoded else 0.0,
             drafts=self._drafts,
+            quotes=self._quotes,
             accepted_drafts=sum(self.drafted),
             draft_seconds=self._draft_seconds,
             **{name: rows / max(1, decoded) for name, rows in self._work._asdict().items()},

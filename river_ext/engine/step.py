@@ -39,7 +39,7 @@ class NewToken(NamedTuple):
     exit_depth: int
     similarities: list[float]  # of the backbone layers that ran
     logits: Tensor | None = None  # fp32 [vocab_size], where the row wanted them
-    drafted: bool = False  # the river had proposed it
+    drafted: bool = False  # it had been proposed
 
 
 class Work(NamedTuple):
@@ -55,7 +55,8 @@ class RowOutput(NamedTuple):
     """What a step gives one row."""
 
     tokens: list[NewToken]
-    drafts: int = 0  # tokens that the river proposed
+    drafts: int = 0  # tokens that were proposed
+    quotes: int = 0  # of these, the last ones, which the text had said before
     draft_seconds: float | None = 0.0  # that this took, where it can be told
     work: Work = Work()  # but that of a prefill
 
