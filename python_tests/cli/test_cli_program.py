@@ -125,7 +125,10 @@ def test_an_interrupt_at_any_time(seconds):
         assert process.stderr.readline() == b"ready\n"
         time.sleep(seconds)
         process.send_signal(signal.SIGINT)
-        out, err = process.communicate(timeout=60)
+        try:
+            out, err = process.communicate(timeout=60)
+        finally:
+            process.kill()
     assert (process.returncode, out, err) == (130, b"", b"\nriver: interrupted\n")
 
 

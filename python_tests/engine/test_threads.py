@@ -121,6 +121,34 @@ def test_an_interrupt_stops_the_work():
     assert ended.is_set() and time.monotonic() - start < 20
 
 
+INTERRUPTS = """
+import random, signal, threading
+from river_ext.threads import by_threads, in_own_thread
+
+@in_own_thread
+def start_threads():
+    while True:
+        assert by_threads(abs, range(-4, 0), 4) == [4, 3, 2, 1]
+
+signal.signal(signal.SIGINT, signal.default_int_handler)
+target = (threading.main_thread().ident, signal.SIGINT)
+for number in range(100):
+    timer = threading.Timer(random.uniform(0.001, 0.005), signal.pthread_kill, target)
+    try:
+        timer.start()
+        start_threads()
+    except KeyboardInterrupt:
+        timer.join()
+print("100 interrupts")
+"""
+
+
+def test_an_interrupt_while_threads_start():
+    """Once, it hung within the first ten: one of those threads had been interrupted in the worker's place."""
+    done = subprocess.run([sys.executable, "-c", INTERRUPTS], capture_output=True, timeout=300)
+    assert (done.returncode, done.stdout) == (0, b"100 interrupts\n"), done.stderr
+
+
 def test_the_number_of_threads_holds_there_too():
     before = torch.get_num_threads()
     try:

@@ -12,12 +12,12 @@ then is the final q computed, so that it fits what is stored.
 """
 
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
 
 import torch
 from torch import Tensor
 
 from ..errors import RiverError
+from ..threads import by_threads
 from . import gptq
 from .gptq import LEVELS
 
@@ -80,8 +80,7 @@ def _map(function: Callable, blocks: Sequence[Tensor]) -> list:
     if blocks[0].device.type != "cpu" or threads == 1:
         return [function(rows) for rows in blocks]
     try:
-        with ThreadPoolExecutor(threads, initializer=torch.set_num_threads, initargs=(1,)) as pool:
-            return list(pool.map(function, blocks))
+        return by_threads(function, blocks, threads, initializer=torch.set_num_threads, initargs=(1,))
     finally:
         torch.set_num_threads(threads)  # a part of what the workers set holds for all threads
 

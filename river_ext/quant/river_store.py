@@ -17,7 +17,6 @@ import re
 import shutil
 import time
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
@@ -27,6 +26,7 @@ from safetensors.torch import save_file
 from ..errors import RiverError
 from ..loading.files import flush
 from ..loading.json_object import read_json_object
+from ..threads import by_threads
 
 FACTS, LOCK = "river.json", ".lock"
 UNFINISHED = ".calibration"  # a directory: exit layers of a river that is not whole yet
@@ -47,8 +47,8 @@ def sha256_of(tensors: dict[str, torch.Tensor]) -> str:
         digest = hashlib.sha256(tensor.contiguous().view(torch.uint8).numpy()).hexdigest()
         return f"{name} {tensor.dtype} {list(tensor.shape)} {digest}\n"
 
-    with ThreadPoolExecutor(torch.get_num_threads()) as pool:
-        return hashlib.sha256("".join(pool.map(line, sorted(tensors))).encode()).hexdigest()
+    lines = by_threads(line, sorted(tensors), torch.get_num_threads())
+    return hashlib.sha256("".join(lines).encode()).hexdigest()
 
 
 def refuse_other_content(path: Path) -> None:
