@@ -167,17 +167,18 @@ def _bursts(stamps: Sequence[float]) -> list[int]:
 def _bytes_read(model: Model, output: GenerationOutput, options: dict) -> float:
     """By the steps of one request alone: the weights of what ran, and the cache of what came before."""
     stats, network, layers = output.stats, model.network, model.config.num_hidden_layers
+    draft_steps = stats.drafts - stats.quotes  # quotes read nothing, but for the rows of their verification
     block, exit_layer = _size(vars(model.weights.layers[0])), _size(vars(model.river[0]))
     head = model.weights.lm_head.nbytes
     if options.get("mode") == "lossless":  # a pass of the backbone reads its weights once for all its rows
         draft = layers * exit_layer + network.river_head_bytes
-        weights = stats.steps * (layers * block + head) + stats.drafts * draft
+        weights = stats.steps * (layers * block + head) + draft_steps * draft
     else:
         used = network.river_head_bytes if options.get("river_head") == "w4" else head
         token = stats.backbone_rows * block + stats.exit_rows * exit_layer + used
         weights = (stats.new_tokens - 1) * token
     context = stats.prompt_tokens + stats.new_tokens / 2
-    return weights + (stats.steps + stats.drafts) * context * kv_bytes_per_token(model.config)
+    return weights + (stats.steps + draft_steps) * context * kv_bytes_per_token(model.config)
 
 
 def _size(tensors: dict[str, Tensor | None]) -> int:

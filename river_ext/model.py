@@ -212,8 +212,9 @@ class Model:
                 (depth 0). "lossless" gives the tokens of "full", bit for bit.
             draft_tokens: that the river proposes at a time in lossless mode, 1 to 7, as long as those of all
                 running requests together are at most 8 less one each; "auto" goes by how many were right,
-                and where the host has the control by how sure the river is; "calibrated" is what `river
-                calibrate` found to be the fastest.
+                and where the host has the control by how sure the river is, and quotes what the text said
+                before where that promises more; "calibrated" is what `river calibrate` found to be the
+                fastest.
             river_head: the head that tokens are drawn by in the modes "river" and "full_w4": the "model"'s,
                 or the river's, "w4", which reads 0.28 of the bytes and is less exact. In mode "river" the
                 first token is by the model's in any case. Lossless mode drafts by the river's.

@@ -548,22 +548,22 @@ MUTANTS = [
     Mutant(
         "drafts learned from the wrong count",
         "river_ext/engine/lossless.py",
-        "min(drafted, len(news) - 1)",
-        "min(drafted, len(news))",
+        "min(drafted + quotes, len(news) - 1)",
+        "min(drafted + quotes, len(news))",
         "test_lossless.py -k learned",
     ),
     Mutant(
         "drafts learned from another request",
         "river_ext/engine/lossless.py",
-        "made[index]\n            self.rows",
-        "max(made)\n            self.rows",
+        "learn(drafted, quotes,",
+        "learn(max(made), quotes,",
         "test_lossless.py -k learned",
     ),
     Mutant(
         "a draft that cannot become a token",
         "river_ext/engine/lossless.py",
-        "min(runner.tokens - 1, self.remaining[index] - 1)",
-        "min(runner.tokens - 1, self.remaining[index])",
+        "min(self.runner.tokens, self.remaining[index]) - 1",
+        "min(self.runner.tokens - 1, self.remaining[index])",
         "test_lossless.py -k become",
     ),
     Mutant(

@@ -2,6 +2,7 @@
 
 import math
 import random
+from itertools import product
 
 import pytest
 import torch
@@ -405,7 +406,8 @@ def test_a_run_keeps_its_control(monkeypatch, uncaptured, control, other):
         assert sum(verified) == output.stats.drafts and len(verified) == output.stats.steps
 
 
-def test_the_graphs_of_cycles_are_kept(monkeypatch):
+@pytest.mark.parametrize("control, own", [("host", 2 * 7), ("device", 4 * 7)])
+def test_the_graphs_of_cycles_are_kept(monkeypatch, control, own):
     """All that one control has, of any model: a request captures none that another one has captured."""
     model, captured, made = random_model(num_hidden_layers=1), [], graph.Graph.__init__
 
@@ -413,18 +415,22 @@ def test_the_graphs_of_cycles_are_kept(monkeypatch):
         captured.append(arguments)
         made(self, *arguments)
 
+    def as_many(drafting, drafts, most):
+        return [0] * min(most, drafting.draft_tokens)
+
     def run():
         captured.clear()
-        for top_k in (0, 5):
-            for logits in (False, True):
-                for drafts in range(1, 8):
-                    options = {"temperature": 1.0, "top_k": top_k, "return_logits": logits}
-                    model.generate([1], mode="lossless", draft_tokens=drafts, max_new_tokens=30, **options)
+        options = {"mode": "lossless", "max_new_tokens": 30, "temperature": 1.0, "exit_control": control}
+        settings = product((0, 5), (False, True), (Drafting.quote, as_many), range(1, 8))
+        for top_k, logits, quote, drafts in settings:
+            with monkeypatch.context() as quoting:
+                quoting.setattr(Drafting, "quote", quote)
+                model.generate([1], draft_tokens=drafts, top_k=top_k, return_logits=logits, **options)
         return len(captured)
 
     monkeypatch.setattr(graph.Graph, "__init__", noted)
     model._engines.idle.clear()
-    assert (run(), run()) == (2 * 7 + 4 * 8, 0)
+    assert (run(), run()) == (own + 4 * 8, 0)
 
 
 def test_auto_follows_what_was_right():
@@ -480,6 +486,35 @@ def test_what_a_text_says_again_is_quoted():
     assert Quotes([], []).find([], 2) == Quotes([1, 1], []).find([1], 2) == []
     for length in range(3, 6):
         assert Quotes([5] * length, [5]).find([], 3) == [5, 5, 5]
+
+
+def test_a_text_is_read_at_the_first_look():
+    """What waits, or runs beside more than can draft, takes no memory for quotes."""
+    engine = random_model().engine(slots=5, max_len=POSITIONS)
+    for _ in range(9):
+        engine.submit([1, 2, 3, 4] * 3, mode="lossless", max_new_tokens=4)
+    sequences = [running.sequence for running in engine._known.values()]
+    for _ in range(7):
+        engine.step()
+    assert len(engine._cycles) == 5 and not any(one._drafting._quotes._text for one in sequences)
+    list(engine)
+    assert any(one._drafting._quotes._text for one in sequences)
+
+
+def test_a_text_whose_reading_is_cut_off_is_read_on():
+    class Cut(list):
+        def append(self, token):
+            if len(self) == 5 and not cut:
+                cut.append(token)
+                raise KeyboardInterrupt
+            super().append(token)
+
+    for tokens in ([1, 2, 3, 4, 5, 6, 7, 1, 2, 3], []), ([1, 2], [3, 4, 5, 6, 7, 1, 2, 3]):
+        quotes, cut = Quotes(*tokens), []
+        quotes._text = Cut()
+        with pytest.raises(KeyboardInterrupt):
+            quotes.find([], 3)
+        assert quotes.find([], 3) == [4, 5, 6] and quotes._text == [*tokens[0], *tokens[1]]
 
 
 def test_quotes_are_chosen_where_they_promise_more():

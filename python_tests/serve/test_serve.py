@@ -193,7 +193,8 @@ def test_health(server):
 def test_metrics_count_what_was_done(server):
     def read():
         names = ("river_prompt_tokens_total", "river_new_tokens_total", "river_drafts_total",
-                 "river_accepted_drafts_total", "river_exit_depth_count", "river_exit_depth_sum",
+                 "river_quotes_total", "river_accepted_drafts_total",
+                 "river_exit_depth_count", "river_exit_depth_sum",
                  "river_time_to_first_token_seconds_count", "river_time_per_token_seconds_count")  # fmt: skip
         return [server.metric(name) for name in names] + [
             server.outcomes(o) for o in ("length", "stop", "refused")
@@ -202,7 +203,7 @@ def test_metrics_count_what_was_done(server):
     before = read()
     output = server.post(**LONG | {"mode": "lossless"}, max_tokens=24).json()
     assert server.post(**LONG, max_tokens=0).status_code == 400
-    drafts = [output["river"][name] for name in ("drafts", "accepted_drafts")]
+    drafts = [output["river"][name] for name in ("drafts", "quotes", "accepted_drafts")]
     expected = [output["usage"]["prompt_tokens"], 24, *drafts, 24, 24 * 16, 1, 1, 1, 0, 1]
     assert [after - b for after, b in zip(read(), before, strict=True)] == expected
     assert server.metric("river_slots") == 8 and server.metric("river_engine_failed") == 0

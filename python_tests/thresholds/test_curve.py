@@ -4,6 +4,7 @@ import json
 import math
 from copy import copy
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -146,6 +147,13 @@ def test_draft_lengths_count_passes_and_drafts(calibration):
     assert three.tokens_per_pass == pytest.approx(2 * (NEW_TOKENS - 1) / passes)
     assert three.right == pytest.approx(sum(r.stats.accepted_drafts for r in runs) / made)
     assert three.by_bytes == pytest.approx(2 * (NEW_TOKENS - 1) / (passes + made * cost))
+
+
+def test_quotes_cost_no_draft_step():
+    stats = SimpleNamespace(steps=4, drafts=20, quotes=12, accepted_drafts=15)
+    output = SimpleNamespace(tokens=[1] * 20, stats=stats)
+    counted = drafts._counted([output, output], cost=0.25)
+    assert counted == {"tokens_per_pass": 19 / 4, "right": 0.75, "by_bytes": 19 / (4 + 8 * 0.25)}
 
 
 def test_the_fastest_length_is_fixed_only_if_it_is_clearly_faster():

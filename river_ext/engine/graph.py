@@ -86,8 +86,8 @@ class Graphs(ABC):
     def __init__(self, memory: Memory):
         self.memory = memory
         self.graphs: OrderedDict[tuple, Graph] = OrderedDict()  # that used last comes last
-        # 3 a layer are what rows of one rule need that decides after every layer, 46 those of cycles
-        self.most_graphs = 4 * (memory.network.config.num_hidden_layers + 12)
+        # 3 a layer are what rows of one rule need that decides after every layer, 60 those of cycles
+        self.most_graphs = 4 * (memory.network.config.num_hidden_layers + 14)
 
     @torch.inference_mode()
     def warm_up(self, *parts: tuple) -> None:

@@ -34,7 +34,8 @@ class Metrics:
         self._failed = Gauge("river_engine_failed", "1 when the engine has failed", **registry)
         self._prompt_tokens = Counter("river_prompt_tokens", "Tokens of prompts", **registry)
         self._tokens = Counter("river_new_tokens", "Generated tokens", **registry)
-        self._drafts = Counter("river_drafts", "Tokens that the river proposed", **registry)
+        self._drafts = Counter("river_drafts", "Tokens that were proposed", **registry)
+        self._quotes = Counter("river_quotes", "Proposed tokens that the text had said before", **registry)
         self._accepted = Counter("river_accepted_drafts", "Proposed tokens that were right", **registry)
         self._first = Histogram(
             "river_time_to_first_token_seconds", "From a request's arrival", buckets=FIRST_TOKEN, **registry
@@ -65,6 +66,7 @@ class Metrics:
         if news.output:
             stats = news.output.stats
             self._drafts.inc(stats.drafts)
+            self._quotes.inc(stats.quotes)
             self._accepted.inc(stats.accepted_drafts)
             if stats.new_tokens > 1:
                 self._each.observe((now - ticket.first_token) / (stats.new_tokens - 1))

@@ -52,10 +52,11 @@ def _counted(outputs: Sequence[GenerationOutput], cost: float) -> dict[str, floa
     decoded = sum(len(output.tokens) - 1 for output in outputs)
     passes = sum(output.stats.steps for output in outputs)
     drafts = sum(output.stats.drafts for output in outputs)
+    draft_steps = drafts - sum(output.stats.quotes for output in outputs)  # quotes read no weights
     return {
         "tokens_per_pass": decoded / max(1, passes),
         "right": sum(output.stats.accepted_drafts for output in outputs) / max(1, drafts),
-        "by_bytes": decoded / (passes + drafts * cost) if passes else 1.0,
+        "by_bytes": decoded / (passes + draft_steps * cost) if passes else 1.0,
     }
 
 
