@@ -11,7 +11,7 @@ from tiny_model import MULTIPLIERS, demo_model, random_model, random_prompt
 
 from river_ext import ops
 from river_ext.engine import graph, lossless
-from river_ext.engine.drafting import Drafting, draft_cost
+from river_ext.engine.drafting import Drafting, Share, draft_cost
 from river_ext.engine.graph import Memory
 from river_ext.engine.quotes import Quotes
 
@@ -529,8 +529,13 @@ def test_quotes_are_chosen_where_they_promise_more():
     assert drafting().quote([], 0) == drafting().quote([5], 3) == []
     assert drafting(*[(0, 4, 0)] * 20).quote([], 3) == [], "they were wrong"
     assert drafting(*[(0, 4, 0)] * 20, *[(3, 0, 3)] * 60).quote([], 3) == [4, 1, 2], "long ago"
-    assert drafting(*[(3, 4, 1)] * 20).quote([], 3), "a wrong draft says nothing of the quote that follows it"
+    follows_wrong_ones = drafting(*[(3, 4, 1)] * 20)._quoted.value
+    assert follows_wrong_ones == pytest.approx(Share.PRIOR), "nothing is known of what followed a wrong draft"
     assert drafting(*[(7, 0, 7)] * 20, *[(0, 7, 1)] * 20).quote([], 7) == [], "the river is better"
+    for promise, quote in ((1.5, []), (1.6, [4, 1, 2])):  # three drafts promise 1.55, and seven 1.34
+        drafts = drafting()
+        drafts._quoted.expected = lambda most, promise=promise: promise
+        assert drafts.quote([], 3) == quote
     fixed = Drafting(3, prompt=[1, 2, 3, 4, 1, 2, 3])
     assert fixed.quote([], 3) == [] and fixed.choose(7, 0.3, True) == 3, "a number is the river's"
 
@@ -581,6 +586,45 @@ def test_no_quote_changes_a_token(monkeypatch, control, requests):
         assert [facts(out) for out in ours] == [facts(out) for out in full]
         quoted += sum(out.stats.quotes for out in ours)
     assert quoted > 100
+
+
+@pytest.mark.parametrize("control", ["host", "device"])
+def test_quotes_are_verified_as_they_are(monkeypatch, uncaptured, control):
+    """Nothing overwrites or follows them, and they make no other request draft more than it wants."""
+    generator, quoted, seen, accept = random.Random(1), [], [], ops.accept
+
+    def quote(drafting, drafts, most):
+        if drafting.draft_tokens != "auto" or generator.random() < 0.5:
+            return []
+        quoted.append((drafts, random_prompt(most, generator.randrange(1 << 20))))
+        return quoted[-1][1]
+
+    def noted(**arguments):
+        requests = arguments["drafts"].shape[1]
+        rows = len(arguments["tokens"]) // requests
+        by_request = arguments["drafts"][1:].T.tolist()
+        for drafts, tokens in quoted:
+            proposed = [*drafts, *tokens]
+            if control == "device" and requests == 2:
+                assert rows == 2
+                proposed = proposed[:1]
+            assert len(proposed) < rows
+            assert proposed + [-1] * (len(by_request[0]) - len(proposed)) in by_request
+            seen.append((requests, len(drafts)))
+        quoted.clear()
+        accept(**arguments)
+
+    monkeypatch.setattr(Drafting, "quote", quote)
+    monkeypatch.setattr(ops, "accept", noted)
+    engine = random_model().engine(slots=2, max_len=POSITIONS, exit_control=control)
+    for _ in range(4):
+        engine.submit([1], mode="lossless", max_new_tokens=20)
+        engine.submit([2], mode="lossless", max_new_tokens=50, draft_tokens=1)
+        list(engine)
+        engine.submit([1], mode="lossless", max_new_tokens=20)
+        list(engine)
+    assert {(1, 0), (2, 0)} <= set(seen)
+    assert (max(drafts for _, drafts in seen) > 0) == (control == "host")
 
 
 def test_a_low_temperature_makes_no_draft_surer():
