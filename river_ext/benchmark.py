@@ -42,6 +42,7 @@ class Run:
     gb_per_second: float | None  # weights and KV cache that the steps read
     exit_depth: float | None  # mean
     drafts: int
+    quotes: int  # of these
     accepted_drafts: int
     read_gb_per_second: float  # of the plain read in the same turn
 
@@ -145,6 +146,7 @@ def _run(model: Model, number: int, prompt: Sequence[int], options: dict, read: 
         gb_per_second=_bytes_read(model, output, options) / decoding / 1e9 if decoded else None,
         exit_depth=fmean(output.exit_depths[1:]) if decoded else None,
         drafts=output.stats.drafts,
+        quotes=output.stats.quotes,
         accepted_drafts=output.stats.accepted_drafts,
         read_gb_per_second=read,
     )

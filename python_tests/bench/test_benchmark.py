@@ -69,6 +69,8 @@ def test_runs_are_what_generate_gives(measured):
     lossless = results["lossless"]
     drafts = sum(run.drafts for run in lossless.runs)
     assert lossless.acceptance.total == drafts > lossless.acceptance.count > 0
+    outputs = [demo_model().generate(p, max_new_tokens=12, **lossless.options) for p in PROMPTS]
+    assert [run.quotes for run in lossless.runs] == 2 * [output.stats.quotes for output in outputs]
     assert lossless.same_output.count == lossless.same_output.total == 4
     assert results["depth 3"].exit_depth == 3 and results["full bf16"].x_full == 1
     assert all(result.acceptance is None for name, result in results.items() if name != "lossless")
@@ -131,7 +133,7 @@ def test_tokens_that_come_together_share_the_wait(monkeypatch):
     clock = iter([0.0, 1.0, 2.95, 3.0, 4.0, 4.49, 4.5])  # the start, then every token
     output = SimpleNamespace(
         tokens=[7] * 6, exit_depths=[16] * 6, checked=lambda: output,
-        stats=SimpleNamespace(drafts=3, accepted_drafts=3),
+        stats=SimpleNamespace(drafts=3, quotes=1, accepted_drafts=3),
     )  # fmt: skip
     model = SimpleNamespace(stream=lambda prompt: FakeStream(output))
     monkeypatch.setattr(benchmark.time, "perf_counter", lambda: next(clock))
@@ -155,7 +157,7 @@ def a_run(speed: float | None, **changes) -> Run:
     values = {
         "prompt": 0, "tokens": [1, 2], "first_token_ms": 10.0, "prompt_tokens_per_second": 100.0,
         "token_ms": [5.0], "tokens_per_second": speed, "gb_per_second": speed, "exit_depth": 4.0,
-        "drafts": 0, "accepted_drafts": 0, "read_gb_per_second": 40.0,
+        "drafts": 0, "quotes": 0, "accepted_drafts": 0, "read_gb_per_second": 40.0,
     }  # fmt: skip
     return Run(**values | changes)
 
