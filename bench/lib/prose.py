@@ -65,8 +65,8 @@ def lossless_settings(file: str, results: str = "lossless") -> list[dict]:
     return text["settings"]
 
 
-def lossless_speed() -> str:
-    return f"{the_line(lossless_settings('test'), setting='lossless auto')['x_full_bf16']:.2f}"
+def lossless_speed(file: str) -> str:
+    return f"{the_line(lossless_settings(file), setting='lossless auto')['x_full_bf16']:.2f}"
 
 
 # --- thresholds --------------------------------------------------------------------------------------------
@@ -146,7 +146,8 @@ VALUES: dict[str, Callable[[], str]] = {
     "llama-cpp-all-else": lambda: llama_cpp(False, ".1f"),
     "llama-cpp-gb": lambda: weights_per_second("llama.cpp"),
     "river-gb": lambda: weights_per_second("river_ext"),
-    "lossless-x": lossless_speed,
+    "lossless-x": lambda: lossless_speed("test"),
+    "lossless-x-code": lambda: lossless_speed("HumanEval"),
     "similarity-1": lambda: similarity(1, 1),
     "similarity-2": lambda: similarity(2, 2),
     "similarity-plateau": lambda: similarity(3, 24),

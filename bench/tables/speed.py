@@ -72,7 +72,7 @@ def modes() -> str:
                 name, f"{line['tokens_per_second']:.0f}", f"{line['x_full_bf16']:.2f} x",
                 f"{line['tokens_per_step']:.2f}", f"{round(line['same'] * count)} of {count}",
             )
-            for name in ("full bf16", "lossless", "lossless, calibrated", "River 0.9", W4_HEAD)
+            for name in ("full bf16", "lossless", "River 0.9", W4_HEAD)
             for line in [lines[name]]
         ],
     )  # fmt: skip
