@@ -162,11 +162,11 @@ inline void cold_vectors(const char* weight, int count, const Operand& x, int t0
   constexpr int kAlone = kPieces == 1 ? 1 : 2;  // where x takes two loads for a product, two share them
   constexpr int kShared = T <= 6 ? kSums / 4 : kSums / 8;
   const bool zen5 = river::cpu::kL1Asks;
-  const int64_t kilobytes = T * int64_t(sizeof(Line)) * (x.padded / Columns<D>::kCount) >> 10;  // of x
+  const int64_t bytes = T * int64_t(sizeof(Line)) * (x.padded / Columns<D>::kCount);  // of x
   const auto share = [&]<int R>(int part) { dense_vectors<D, false, R, T>(weight, count, x, t0, part, ahead, out); };
-  if (kilobytes >= (zen5 ? 26 : 29)) {  // in parts: of whole pages of an output row, where there is room for as many
+  if (bytes > (zen5 ? 26 : 29) << 10) {  // in parts: of whole pages of an output row, where there is room for as many
     share.template operator()<kShared>(T <= 6 ? x.cols : (zen5 ? 64 : 32) * Columns<D>::kCount);
-  } else if (T <= 4 || zen5 || kilobytes >= 26) {
+  } else if (T <= 4 || zen5 || bytes > 26 << 10) {
     share.template operator()<kAlone>(x.cols);
   } else {
     share.template operator()<2>(x.cols);
